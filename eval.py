@@ -26,15 +26,14 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.evaluation.task_scores import score_table, scores_as_json
 from rwkv7_jax.evaluation.text_scores import answer_table, rows_as_json, text_table
+from rwkv7_jax.json_files import write_json
 from rwkv7_jax.local_paths import check_target
 from rwkv7_jax.reports import plots
 from rwkv7_jax.runs import compilation_cache, config_flags, process
@@ -177,13 +176,6 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
             name: row.by_position for name, row in report["new text"].items()
         }
         plots.by_position(folder / "by_position.png", by_position)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON."""
-    text = json.dumps(value, indent=1) + "\n"
-    with atomic_write(path) as file:
-        file.write(text.encode())
 
 
 def main(arguments: list[str]) -> None:

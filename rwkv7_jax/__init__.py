@@ -7,7 +7,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rwkv7_jax import data
+    # The rooms are public too.
+    from rwkv7_jax import (  # noqa: F401
+        based,
+        checkpoints,
+        data,
+        evaluation,
+        generation,
+        model,
+        observer,
+        optim,
+        serving,
+        sharding,
+        test_time,
+        text,
+        training,
+        tuning,
+    )
     from rwkv7_jax.checkpoints.model_files import load_model, save_model
     from rwkv7_jax.checkpoints.state_files import load_state, save_state
     from rwkv7_jax.evaluation.scoring import score
@@ -92,7 +108,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def _load(name: str) -> Any:
     """Loads a public name, or a room such as `model`.
 
     Raises:
@@ -112,6 +128,11 @@ def __getattr__(name: str) -> Any:
         if error.name != path:
             raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# Type checkers read the imports above, and must not take any name for a public one.
+if not TYPE_CHECKING:
+    __getattr__ = _load
 
 
 def __dir__() -> list[str]:

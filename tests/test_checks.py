@@ -161,3 +161,21 @@ def test_checked_values_come_back_in_their_usual_form():
     assert checks.check_prompts(np.array([[1, 2]]), 4) == [[1, 2]]
     raw = jax.random.key_data(jax.random.key(1))
     assert checks.typed_key(raw) == jax.random.key(1)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n it is cut.\nand pages\n"), "it is cut"),
+        (ValueError(), "ValueError"),
+        (MemoryError(" \n"), "MemoryError"),
+        (ValueError("a\x1b[2Jb"), "a?[2Jb"),
+        (ValueError(300 * "x"), 200 * "x"),
+    ],
+)
+def test_the_first_line_of_any_error_is_one_short_line(error, line):
+    assert checks.first_line(error) == line
+
+
+def test_the_first_line_is_whole_where_no_limit_is_named():
+    assert checks.first_line(ValueError(300 * "x"), limit=None) == 300 * "x"

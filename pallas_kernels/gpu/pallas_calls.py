@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from pallas_kernels import tiles
 from pallas_kernels.gpu import kernel_bodies as kernels
+from pallas_kernels.gpu.partitioning import unpartitioned
 from pallas_kernels.gpu.segmented_passes import KernelSet, Probes, Spans
 from pallas_kernels.platforms import output_like
 from pallas_kernels.reference import State, WKVInputs
@@ -108,107 +109,6 @@ def _chunk_states(state: State, v: Array, choice: tiles.GPU) -> jax.ShapeDtypeSt
     return output_like((batch, heads, chunks, keys, values), v.dtype, state, v)
 
 
-def _forward(
-    inputs: WKVInputs,
-    state: State,
-    choice: tiles.GPU,
-    save: bool,
-    probes: Probes | None,
-    spans: Spans | None,
-    interpret: bool,
-) -> Sequence[Array]:
-    """Calls the forward kernel; see `segmented_passes.ForwardKernel`."""
-    v = inputs.v
-    arrays = [*zip(INPUTS, inputs, strict=True), ("state", state)]
-    outputs = [("state", output_like(state.shape, jnp.float32, state, v))]
-    # The first walk over segments needs the end states alone.
-    if probes is None:
-        outputs.append(("values", output_like(v.shape, v.dtype, state, v)))
-    if save:
-        outputs.append(("states", _chunk_states(state, v, choice)))
-    arithmetic = kernels.choose_arithmetic(v.dtype, choice, interpret)
-    return _walk(
-        functools.partial(kernels.forward_kernel, arithmetic=arithmetic),
-        arrays,
-        outputs,
-        choice,
-        choice.forward,
-        probes,
-        spans,
-        interpret,
-    )
-
-
-def _state(
-    inputs: WKVInputs,
-    dy: Array,
-    dend: State,
-    choice: tiles.GPU,
-    probes: Probes | None,
-    spans: Spans | None,
-    interpret: bool,
-) -> Sequence[Array]:
-    """Calls the state's kernel; see `segmented_passes.StateKernel`."""
-    arrays = [
-        ("keys", inputs.r),
-        ("keys", inputs.log_w),
-        ("keys", inputs.a),
-        ("keys", inputs.b),
-        ("values", dy),
-        ("state", dend),
-    ]
-    outputs = [("state", output_like(dend.shape, jnp.float32, dend, dy))]
-    if probes is None:
-        outputs.append(("states", _chunk_states(dend, dy, choice)))
-    arithmetic = kernels.choose_arithmetic(dy.dtype, choice, interpret)
-    return _walk(
-        functools.partial(kernels.state_kernel, arithmetic=arithmetic),
-        arrays,
-        outputs,
-        choice,
-        choice.state,
-        probes,
-        spans,
-        interpret,
-    )
-
-
-def _gradients(
-    inputs: WKVInputs,
-    dy: Array,
-    starts: Array,
-    ends: Array,
-    choice: tiles.GPU,
-    interpret: bool,
-) -> Sequence[Array]:
-    """Calls the gradients' kernel; see `segmented_passes.GradientsKernel`."""
-    batch, tokens, heads, keys = inputs.r.shape
-    values = dy.shape[3]
-    chunk = choice.chunk
-    blocks = {
-        # Here one index is the chunk c: the chunks do not depend on each other any more.
-        "keys": pl.BlockSpec((1, chunk, 1, keys), lambda h, c, b: (b, c, h, 0)),
-        "values": pl.BlockSpec((1, chunk, 1, values), lambda h, c, b: (b, c, h, 0)),
-        "states": pl.BlockSpec(
-            (1, 1, 1, keys, values), lambda h, c, b: (b, h, c, 0, 0)
-        ),
-    }
-    six = list(zip(INPUTS, inputs, strict=True))
-    arrays = [*six, ("values", dy), ("states", starts), ("states", ends)]
-    outputs = [(kind, output_like(x.shape, x.dtype, x, dy)) for kind, x in six]
-    grid = (heads, tokens // chunk, batch)
-    arithmetic = kernels.choose_arithmetic(dy.dtype, choice, interpret)
-    return _call(
-        functools.partial(kernels.gradients_kernel, arithmetic=arithmetic),
-        grid,
-        blocks,
-        arrays,
-        outputs,
-        choice.gradients,
-        interpret,
-    )
-
-
 def token_tile(keys: int) -> tiles.Tile:
     """Returns the tile of the kernel of one token.
 
@@ -218,33 +118,142 @@ def token_tile(keys: int) -> tiles.Tile:
     return tiles.Tile(warps=1, stages=1, values=max(1, 1024 // keys))
 
 
-def _token(inputs: WKVInputs, state: State, interpret: bool) -> tuple[Array, Array]:
-    """Calls the kernel of one token; see `segmented_passes.TokenKernel`."""
-    batch, heads, values, keys = state.shape
-    tile = token_tile(keys)
-    rows = min(values, tile.values)
-    blocks = {
-        "keys": pl.BlockSpec((1, 1, 1, keys), lambda h, j, b: (b, 0, h, 0)),
-        "values": pl.BlockSpec((1, 1, 1, rows), lambda h, j, b: (b, 0, h, j)),
-        "state": pl.BlockSpec((1, 1, rows, keys), lambda h, j, b: (b, h, j, 0)),
-    }
-    v = inputs.v
-    arrays = [*zip(INPUTS, inputs, strict=True), ("state", state)]
-    outputs = [
-        ("state", output_like(state.shape, jnp.float32, state, v)),
-        ("values", output_like(v.shape, v.dtype, state, v)),
-    ]
-    end, y = _call(
-        kernels.token_kernel,
-        (heads, values // rows, batch),
-        blocks,
-        arrays,
-        outputs,
-        tile,
-        interpret,
-        aliases={len(inputs): 0},
-    )
-    return y, end
+class PallasKernels(KernelSet):
+    """The kernels in Pallas; what each returns is said in `KernelSet`."""
+
+    table = tiles.PALLAS_GPU
+
+    def forward_kernel(
+        self,
+        inputs: WKVInputs,
+        state: State,
+        choice: tiles.GPU,
+        save: bool,
+        probes: Probes | None,
+        spans: Spans | None,
+        interpret: bool,
+    ) -> Sequence[Array]:
+        """Calls the forward kernel."""
+        v = inputs.v
+        arrays = [*zip(INPUTS, inputs, strict=True), ("state", state)]
+        outputs = [("state", output_like(state.shape, jnp.float32, state, v))]
+        # The first walk over segments needs the end states alone.
+        if probes is None:
+            outputs.append(("values", output_like(v.shape, v.dtype, state, v)))
+        if save:
+            outputs.append(("states", _chunk_states(state, v, choice)))
+        arithmetic = kernels.choose_arithmetic(v.dtype, choice, interpret)
+        return _walk(
+            functools.partial(kernels.forward_kernel, arithmetic=arithmetic),
+            arrays,
+            outputs,
+            choice,
+            choice.forward,
+            probes,
+            spans,
+            interpret,
+        )
+
+    def state_kernel(
+        self,
+        inputs: WKVInputs,
+        dy: Array,
+        dend: State,
+        choice: tiles.GPU,
+        probes: Probes | None,
+        spans: Spans | None,
+        interpret: bool,
+    ) -> Sequence[Array]:
+        """Calls the state's kernel."""
+        arrays = [
+            ("keys", inputs.r),
+            ("keys", inputs.log_w),
+            ("keys", inputs.a),
+            ("keys", inputs.b),
+            ("values", dy),
+            ("state", dend),
+        ]
+        outputs = [("state", output_like(dend.shape, jnp.float32, dend, dy))]
+        if probes is None:
+            outputs.append(("states", _chunk_states(dend, dy, choice)))
+        arithmetic = kernels.choose_arithmetic(dy.dtype, choice, interpret)
+        return _walk(
+            functools.partial(kernels.state_kernel, arithmetic=arithmetic),
+            arrays,
+            outputs,
+            choice,
+            choice.state,
+            probes,
+            spans,
+            interpret,
+        )
+
+    def gradients_kernel(
+        self,
+        inputs: WKVInputs,
+        dy: Array,
+        starts: Array,
+        ends: Array,
+        choice: tiles.GPU,
+        interpret: bool,
+    ) -> Sequence[Array]:
+        """Calls the gradients' kernel."""
+        batch, tokens, heads, keys = inputs.r.shape
+        values = dy.shape[3]
+        chunk = choice.chunk
+        blocks = {
+            # Here one index is the chunk c: the chunks do not depend on each other any more.
+            "keys": pl.BlockSpec((1, chunk, 1, keys), lambda h, c, b: (b, c, h, 0)),
+            "values": pl.BlockSpec((1, chunk, 1, values), lambda h, c, b: (b, c, h, 0)),
+            "states": pl.BlockSpec(
+                (1, 1, 1, keys, values), lambda h, c, b: (b, h, c, 0, 0)
+            ),
+        }
+        six = list(zip(INPUTS, inputs, strict=True))
+        arrays = [*six, ("values", dy), ("states", starts), ("states", ends)]
+        outputs = [(kind, output_like(x.shape, x.dtype, x, dy)) for kind, x in six]
+        grid = (heads, tokens // chunk, batch)
+        arithmetic = kernels.choose_arithmetic(dy.dtype, choice, interpret)
+        return _call(
+            functools.partial(kernels.gradients_kernel, arithmetic=arithmetic),
+            grid,
+            blocks,
+            arrays,
+            outputs,
+            choice.gradients,
+            interpret,
+        )
+
+    def token_kernel(
+        self, inputs: WKVInputs, state: State, interpret: bool
+    ) -> tuple[Array, Array]:
+        """Calls the kernel of one token."""
+        batch, heads, values, keys = state.shape
+        tile = token_tile(keys)
+        inputs = inputs._replace(r=unpartitioned(inputs.r))
+        rows = min(values, tile.values)
+        blocks = {
+            "keys": pl.BlockSpec((1, 1, 1, keys), lambda h, j, b: (b, 0, h, 0)),
+            "values": pl.BlockSpec((1, 1, 1, rows), lambda h, j, b: (b, 0, h, j)),
+            "state": pl.BlockSpec((1, 1, rows, keys), lambda h, j, b: (b, h, j, 0)),
+        }
+        v = inputs.v
+        arrays = [*zip(INPUTS, inputs, strict=True), ("state", state)]
+        outputs = [
+            ("state", output_like(state.shape, jnp.float32, state, v)),
+            ("values", output_like(v.shape, v.dtype, state, v)),
+        ]
+        end, y = _call(
+            kernels.token_kernel,
+            (heads, values // rows, batch),
+            blocks,
+            arrays,
+            outputs,
+            tile,
+            interpret,
+            aliases={len(inputs): 0},
+        )
+        return y, end
 
 
-KERNELS = KernelSet(tiles.PALLAS_GPU, _forward, _state, _gradients, _token)
+KERNELS = PallasKernels()

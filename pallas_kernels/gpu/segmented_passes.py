@@ -5,8 +5,9 @@ GPU, the sequence is cut into segments that are walked at the same time: a first
 each segment makes of zeros and of the identity, which gives every segment its own start state.
 """
 
+import abc
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,69 +155,6 @@ def choose_segments(heads: int, chunks: int, values: int, keys: int, rows: int) 
     return min(candidates, key=time)
 
 
-class ForwardKernel(Protocol):
-    """The kernel that walks the chunks forward."""
-
-    def __call__(
-        self,
-        inputs: WKVInputs,
-        state: State,
-        choice: tiles.GPU,
-        save: bool,
-        probes: Probes | None,
-        spans: Spans | None,
-        interpret: bool,
-    ) -> Sequence[Array]:
-        """Returns the end state; without `probes` also y; with `save` also each S^.
-
-        With `spans` there is a state for each of them, and it passes through its chunks alone.
-        """
-        ...
-
-
-class StateKernel(Protocol):
-    """The kernel that walks the chunks backward."""
-
-    def __call__(
-        self,
-        inputs: WKVInputs,
-        dy: Array,
-        dend: State,
-        choice: tiles.GPU,
-        probes: Probes | None,
-        spans: Spans | None,
-        interpret: bool,
-    ) -> Sequence[Array]:
-        """Returns the start state's gradient and, without `probes`, each chunk's G^."""
-        ...
-
-
-class GradientsKernel(Protocol):
-    """The kernel for the gradients of the inputs, one program for each chunk."""
-
-    def __call__(
-        self,
-        inputs: WKVInputs,
-        dy: Array,
-        starts: Array,
-        ends: Array,
-        choice: tiles.GPU,
-        interpret: bool,
-    ) -> Sequence[Array]:
-        """Returns the six gradients, from each chunk's S^ and G^."""
-        ...
-
-
-class TokenKernel(Protocol):
-    """The kernel of one token, for decoding."""
-
-    def __call__(
-        self, inputs: WKVInputs, state: State, interpret: bool
-    ) -> tuple[Array, Array]:
-        """Returns y and the end state, which may lie in the start state's place."""
-        ...
-
-
 class _Plan(NamedTuple):
     """How one call is cut.
 
@@ -256,22 +194,69 @@ def _spans(owners: Owners | None, state: State) -> Spans | None:
     return chunk_spans(owners, state.shape[0] // owners.shape[0])
 
 
-class KernelSet(NamedTuple):
-    """The kernels and how they are tiled: an implementation of the op.
+class KernelSet(abc.ABC):
+    """An implementation of the op by three kernels, and a fourth for single tokens where it pays.
 
     Attributes:
-        table: of `tiles`.
-        forward_kernel: walks the chunks forward.
-        state_kernel: walks them backward.
-        gradients_kernel: computes the inputs' gradients.
-        token_kernel: computes a single token; None walks a chunk for it.
+        table: the tiles, of `tiles`.
     """
 
-    table: dict
-    forward_kernel: ForwardKernel
-    state_kernel: StateKernel
-    gradients_kernel: GradientsKernel
-    token_kernel: TokenKernel | None = None
+    table: ClassVar[dict]
+
+    @abc.abstractmethod
+    def forward_kernel(
+        self,
+        inputs: WKVInputs,
+        state: State,
+        choice: tiles.GPU,
+        save: bool,
+        probes: Probes | None,
+        spans: Spans | None,
+        interpret: bool,
+    ) -> Sequence[Array]:
+        """Walks the chunks forward.
+
+        Returns the end state; without `probes` also y; with `save` also each S^. With `spans` there
+        is a state for each of them, and it passes through its chunks alone.
+        """
+
+    @abc.abstractmethod
+    def state_kernel(
+        self,
+        inputs: WKVInputs,
+        dy: Array,
+        dend: State,
+        choice: tiles.GPU,
+        probes: Probes | None,
+        spans: Spans | None,
+        interpret: bool,
+    ) -> Sequence[Array]:
+        """Walks the chunks backward.
+
+        Returns the start state's gradient and, without `probes`, each chunk's G^.
+        """
+
+    @abc.abstractmethod
+    def gradients_kernel(
+        self,
+        inputs: WKVInputs,
+        dy: Array,
+        starts: Array,
+        ends: Array,
+        choice: tiles.GPU,
+        interpret: bool,
+    ) -> Sequence[Array]:
+        """Computes the six gradients from each chunk's S^ and G^, a program for each chunk."""
+
+    def token_kernel(
+        self, inputs: WKVInputs, state: State, interpret: bool
+    ) -> tuple[Array, Array] | None:
+        """Computes a single token; None where a chunk is walked for it.
+
+        Returns y and the end state, which may lie in the start state's place.
+        """
+        del inputs, state, interpret
+        return None
 
     def _plan(
         self, inputs: WKVInputs, owners: Owners | None, chunk: int | None
@@ -343,9 +328,10 @@ class KernelSet(NamedTuple):
             chunk: tokens of a chunk; None takes the table's.
             interpret: run in Pallas's interpreter, for tests.
         """
-        if self.token_kernel is not None and owners is None and inputs.r.shape[1] == 1:
-            inputs = inputs._replace(r=unpartitioned(inputs.r))
-            return self.token_kernel(inputs, state, interpret)
+        if owners is None and inputs.r.shape[1] == 1:
+            found = self.token_kernel(inputs, state, interpret)
+            if found is not None:
+                return found
         y, end = self._forward(inputs, state, owners, chunk, False, interpret)
         return y, end
 

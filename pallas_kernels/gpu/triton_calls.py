@@ -85,108 +85,114 @@ def _chunk_states(
     return output_like(shape, v.dtype, state, v)
 
 
-def _forward(
-    inputs: WKVInputs,
-    state: State,
-    choice: tiles.GPU,
-    save: bool,
-    probes: Probes | None,
-    spans: Spans | None,
-    interpret: bool,
-) -> Sequence[Array]:
-    """Launches the forward kernel; see `segmented_passes.ForwardKernel`."""
+class TritonKernels(KernelSet):
+    """The kernels in Triton; what each returns is said in `KernelSet`."""
 
-    def describe_outputs(
-        r,
-        log_w,
-        k,
-        v,
-        a,
-        b,
-        state,
-    ):
-        y_shape = v.shape if probes is None else v.shape[:1]
-        end = output_like(state.shape, jnp.float32, state, v)
-        y = output_like(y_shape, v.dtype, state, v)
-        return [end, y, _chunk_states(state, v, choice, save)]
+    table = tiles.TRITON
 
-    end, y, starts = _walk(
-        "forward",
-        (*inputs, state),
-        describe_outputs,
-        choice,
-        choice.forward,
-        probes,
-        READ=probes is None,
-        SAVE=save,
-    )
-    if probes is not None:
-        return [end]
-    return [end, y, starts] if save else [end, y]
+    def forward_kernel(
+        self,
+        inputs: WKVInputs,
+        state: State,
+        choice: tiles.GPU,
+        save: bool,
+        probes: Probes | None,
+        spans: Spans | None,
+        interpret: bool,
+    ) -> Sequence[Array]:
+        """Launches the forward kernel."""
 
+        def describe_outputs(
+            r,
+            log_w,
+            k,
+            v,
+            a,
+            b,
+            state,
+        ):
+            y_shape = v.shape if probes is None else v.shape[:1]
+            end = output_like(state.shape, jnp.float32, state, v)
+            y = output_like(y_shape, v.dtype, state, v)
+            return [end, y, _chunk_states(state, v, choice, save)]
 
-def _state(
-    inputs: WKVInputs,
-    dy: Array,
-    dend: State,
-    choice: tiles.GPU,
-    probes: Probes | None,
-    spans: Spans | None,
-    interpret: bool,
-) -> Sequence[Array]:
-    """Launches the state's kernel; see `segmented_passes.StateKernel`."""
-    save = probes is None
-
-    def describe_outputs(
-        r,
-        log_w,
-        a,
-        b,
-        dy,
-        dend,
-    ):
-        dstart = output_like(dend.shape, jnp.float32, dend, dy)
-        return [dstart, _chunk_states(dend, dy, choice, save)]
-
-    arrays = (inputs.r, inputs.log_w, inputs.a, inputs.b, dy, dend)
-    dstart, ends = _walk(
-        "state_gradient",
-        arrays,
-        describe_outputs,
-        choice,
-        choice.state,
-        probes,
-        SAVE=save,
-    )
-    return [dstart, ends] if save else [dstart]
-
-
-def _gradients(
-    inputs: WKVInputs,
-    dy: Array,
-    starts: Array,
-    ends: Array,
-    choice: tiles.GPU,
-    interpret: bool,
-) -> Sequence[Array]:
-    """Launches the gradients' kernel; see `segmented_passes.GradientsKernel`."""
-
-    def run(*arrays):
-        inputs = WKVInputs(*arrays[:6])
-        dy = arrays[6]
-        batch, tokens, heads, keys = inputs.r.shape
-        return launch(
-            "gradients",
-            arrays,
-            [output_like(x.shape, x.dtype, x, dy) for x in inputs],
-            (batch * heads, tokens // choice.chunk),
-            choice.gradients,
-            CHUNK=choice.chunk,
-            KEYS=keys,
-            VALUES=dy.shape[3],
+        end, y, starts = _walk(
+            "forward",
+            (*inputs, state),
+            describe_outputs,
+            choice,
+            choice.forward,
+            probes,
+            READ=probes is None,
+            SAVE=save,
         )
+        if probes is not None:
+            return [end]
+        return [end, y, starts] if save else [end, y]
 
-    return _fold_vmap_into_batch(run)(*inputs, dy, starts, ends)
+    def state_kernel(
+        self,
+        inputs: WKVInputs,
+        dy: Array,
+        dend: State,
+        choice: tiles.GPU,
+        probes: Probes | None,
+        spans: Spans | None,
+        interpret: bool,
+    ) -> Sequence[Array]:
+        """Launches the state's kernel."""
+        save = probes is None
+
+        def describe_outputs(
+            r,
+            log_w,
+            a,
+            b,
+            dy,
+            dend,
+        ):
+            dstart = output_like(dend.shape, jnp.float32, dend, dy)
+            return [dstart, _chunk_states(dend, dy, choice, save)]
+
+        arrays = (inputs.r, inputs.log_w, inputs.a, inputs.b, dy, dend)
+        dstart, ends = _walk(
+            "state_gradient",
+            arrays,
+            describe_outputs,
+            choice,
+            choice.state,
+            probes,
+            SAVE=save,
+        )
+        return [dstart, ends] if save else [dstart]
+
+    def gradients_kernel(
+        self,
+        inputs: WKVInputs,
+        dy: Array,
+        starts: Array,
+        ends: Array,
+        choice: tiles.GPU,
+        interpret: bool,
+    ) -> Sequence[Array]:
+        """Launches the gradients' kernel."""
+
+        def run(*arrays):
+            inputs = WKVInputs(*arrays[:6])
+            dy = arrays[6]
+            batch, tokens, heads, keys = inputs.r.shape
+            return launch(
+                "gradients",
+                arrays,
+                [output_like(x.shape, x.dtype, x, dy) for x in inputs],
+                (batch * heads, tokens // choice.chunk),
+                choice.gradients,
+                CHUNK=choice.chunk,
+                KEYS=keys,
+                VALUES=dy.shape[3],
+            )
+
+        return _fold_vmap_into_batch(run)(*inputs, dy, starts, ends)
 
 
-KERNELS = KernelSet(tiles.TRITON, _forward, _state, _gradients)
+KERNELS = TritonKernels()

@@ -30,6 +30,7 @@ from rwkv7_jax.checkpoints.layouts.orientation import transposed
 from rwkv7_jax.checkpoints.tensor_files import TensorFile
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.checkpoints.unused_value_residual import drop_unused_value_residual
+from rwkv7_jax.checks import first_line
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -138,9 +139,8 @@ def _open(path: Path) -> gguf.GGUFReader:
         reader = _CheckedReader(path)
     # What the package raises for headers that make no sense.
     except (ValueError, LookupError, TypeError, OverflowError) as error:
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else "no header"
         raise ValueError(
-            f"load_model: `{path}` is not a GGUF file, or a damaged one: {reason}."
+            f"load_model: `{path}` is not a GGUF file, or a damaged one: {first_line(error)}."
         ) from None
     if reader.byte_order == "S":
         raise ValueError(

@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
-from rwkv7_jax.checkpoints.integrity.named_errors import first_line
 from rwkv7_jax.checkpoints.model_folder import read_json, replace_folder
 from rwkv7_jax.checkpoints.model_vocabulary import (
     CARD_FILE,
@@ -38,7 +37,7 @@ from rwkv7_jax.checkpoints.param_tree import (
     require_finite_params,
     require_kept,
 )
-from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.checks import first_line, prefix_errors
 from rwkv7_jax.local_paths import require_unicode
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.sharding import TENSOR, abstract_shards, check_shared_heads

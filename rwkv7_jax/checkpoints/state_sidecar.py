@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
 from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.model_folder import read_json
@@ -24,6 +23,7 @@ from rwkv7_jax.checkpoints.state_tensors import (
 )
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.json_files import write_json
 
 # Entries of a sidecar without which the tensors would be read otherwise, or that describe them.
 MEANING = (
@@ -87,8 +87,7 @@ def _check_fields(table: Mapping[str, Any]) -> None:
 
 def write_sidecar(path: Path, table: Mapping[str, Any]) -> None:
     """Writes a state's sidecar completely, or leaves what was there before."""
-    with atomic_write(sidecar(path)) as file:
-        file.write(json.dumps(table, indent=1).encode() + b"\n")
+    write_json(sidecar(path), table)
 
 
 def previous_table(path: Path) -> dict[str, Any]:

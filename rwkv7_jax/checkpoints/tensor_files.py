@@ -25,6 +25,7 @@ from rwkv7_jax.checkpoints.pth import StorageSums, open_pth
 from rwkv7_jax.checkpoints.restricted_unpickler import UnreadTensor
 from rwkv7_jax.checkpoints.rwkv_cpp_files import read_rwkv_cpp
 from rwkv7_jax.checkpoints.tensor_names import Tensor
+from rwkv7_jax.checks import first_line
 
 Format = Literal["pth", "safetensors", "st", "gguf", "hf", "transformers", "orbax"]
 
@@ -135,8 +136,7 @@ def _open_header(path: Path) -> Any:
     except Exception as error:
         sentence = file_signatures.describe_cut_safetensors(path)
         if sentence is None:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            sentence = f"is not a safetensors file: {reason.rstrip('.')}"
+            sentence = f"is not a safetensors file: {first_line(error)}"
         raise ValueError(f"checkpoint: `{path}` {sentence}.") from None
 
 

@@ -5,7 +5,7 @@ argument in backticks. The public function adds its own name, once, with `prefix
 """
 
 from rwkv7_jax.checks.arrays import as_array, check_indices, is_known, is_traced
-from rwkv7_jax.checks.errors import prefix_errors
+from rwkv7_jax.checks.errors import first_line, prefix_errors
 from rwkv7_jax.checks.models import check_model, check_params, leaf_at
 from rwkv7_jax.checks.tokens import (
     check_ids,
@@ -42,6 +42,7 @@ __all__ = [
     "check_seed",
     "check_size",
     "check_tokens",
+    "first_line",
     "is_known",
     "is_traced",
     "leaf_at",

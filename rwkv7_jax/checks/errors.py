@@ -1,4 +1,4 @@
-"""The name of the public function in the messages of argument checks."""
+"""Messages of errors: the name of the public function, and the first line."""
 
 import contextlib
 import contextvars
@@ -31,3 +31,20 @@ def prefix_errors(function: str) -> Iterator[None]:
         raise
     finally:
         _inside.reset(token)
+
+
+def first_line(error: BaseException, *, limit: int | None = 200) -> str:
+    """Returns the first line of a message, or the error's kind where it has none.
+
+    Libraries write pages. The line is printable and has no full stop.
+
+    Args:
+        error: of a library.
+        limit: the most characters; None for the whole line.
+    """
+    text = str(error).strip()
+    if not text:
+        return type(error).__name__
+    line = text.splitlines()[0][:limit]
+    printable = [character if character.isprintable() else "?" for character in line]
+    return "".join(printable).rstrip(".")

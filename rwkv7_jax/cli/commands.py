@@ -32,7 +32,9 @@ from rwkv7_jax.cli.arguments import (
     path,
     target_path,
 )
+from rwkv7_jax.cli.chat import add_chat_command
 from rwkv7_jax.cli.data import add_data_command
+from rwkv7_jax.cli.errors import reason
 from rwkv7_jax.cli.generate import add_generate_command
 from rwkv7_jax.cli.inputs import add_vocabulary_option
 from rwkv7_jax.cli.observe import add_observe_command
@@ -48,8 +50,6 @@ from rwkv7_jax.runs.compilation_cache import enable_compilation_cache, user_fold
 from rwkv7_jax.runs.exit_codes import (
     Stopped,
     exit_code,
-    is_out_of_memory,
-    memory_sentence,
 )
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.process import (
@@ -74,24 +74,10 @@ _VOCABULARY = "convert: `--vocabulary`"
 # Formats of weights alone.
 _WITHOUT_VOCABULARY = ("pth", "safetensors", "st")
 
-_LESS_MEMORY = (
-    "use a smaller model, a shorter prompt or text, or lower `--windows`, `--length` or `--show` "
-    "where the command has them"
-)
-
 
 def _exit_code(error: Exception) -> int | None:
     """Returns the exit code of an error; None for a bug, which should show its traceback."""
     return 2 if isinstance(error, _USER_ERRORS) else exit_code(error)
-
-
-def _reason(error: Exception) -> str:
-    """Formats an error; those of the operating system name their file first."""
-    if is_out_of_memory(error):
-        return memory_sentence(error, _LESS_MEMORY)
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"`{error.filename}`: {error.strerror}."
-    return str(error)
 
 
 def _convert(options: argparse.Namespace) -> str:
@@ -335,6 +321,7 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     add_data_command(commands)
     add_generate_command(commands)
+    add_chat_command(commands)
     add_serve_command(commands)
     add_observe_command(commands)
     add_state_command(commands)
@@ -394,7 +381,7 @@ def _run(words: list[str], *, caches: bool = False) -> int:
             raise
         # A reader that has gone, or a full disk, must not change the code.
         with contextlib.suppress(OSError):
-            print(f"rwkv7: {_reason(error)}", file=sys.stderr, flush=True)
+            print(f"rwkv7: {reason(error)}", file=sys.stderr, flush=True)
         return code
     return 0
 

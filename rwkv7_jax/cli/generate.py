@@ -5,33 +5,32 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
+from rwkv7_jax.cli.answers import (
+    Stream,
+    add_model_options,
+    add_sampling_options,
+    add_stop_options,
+    drawing,
+    note_ids_without_entry,
+)
 from rwkv7_jax.cli.arguments import (
-    MOST_TOKENS,
-    integer,
-    integers,
-    number,
     path,
     refuse_inputs,
     state_target,
-    stop_text,
     unescape,
 )
 from rwkv7_jax.cli.inputs import (
-    MODEL_HELP,
     PROMPT_HELP,
     LoadedModel,
     add_any_base_option,
-    add_dtype_option,
     add_vocabulary_option,
     read_model,
     read_prompt,
 )
-from rwkv7_jax.cli.output import name_output
 from rwkv7_jax.cli.session import (
     check_savable,
     is_chat,
@@ -40,8 +39,6 @@ from rwkv7_jax.cli.session import (
 )
 from rwkv7_jax.cli.summary import COMMANDS
 from rwkv7_jax.generation.generate import Generation, generate
-from rwkv7_jax.generation.sampling import exempt_ids
-from rwkv7_jax.model.int8_weights import INT8
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.observer.files import load_observer
 from rwkv7_jax.observer.observer import propose
@@ -55,17 +52,15 @@ from rwkv7_jax.text.chat_template import (
 )
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-# Seeds lie from minus this number to below it: JAX takes 64 bits.
-_SEEDS = 2**63
-
 
 def add_generate_command(subparsers) -> argparse.ArgumentParser:
     """Adds the parser of `generate` to those of `rwkv7`."""
     parser = subparsers.add_parser("generate", help=COMMANDS["generate"])
-    _add_model_options(parser)
+    add_model_options(parser)
+    _add_start_options(parser)
     _add_prompt_options(parser)
-    _add_sampling_options(parser)
-    _add_stop_options(parser)
+    add_sampling_options(parser)
+    add_stop_options(parser)
     add_vocabulary_option(parser, "the model's")
     parser.add_argument(
         "--escape",
@@ -82,16 +77,8 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that name the model and the state from which it starts."""
-    add = parser.add_argument
-    add("--model", required=True, type=path, help=MODEL_HELP)
-    add(
-        "--weights",
-        choices=(INT8,),
-        help="hold the model's matrices in 8 bits, in half or a quarter of the memory",
-    )
-    add_dtype_option(parser)
+def _add_start_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that name the state from which the model starts."""
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--state",
@@ -124,26 +111,6 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     _add_chat_options(parser)
 
 
-def _add_stop_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that end an answer."""
-    add = parser.add_argument
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        type=stop_text,
-        help="end before TEXT; repeatable",
-    )
-    add(
-        "--stop-ids",
-        default=(),
-        metavar="IDS",
-        type=integers(0),
-        help="ids that end an answer besides the vocabulary's end of text, with commas between",
-    )
-
-
 def _add_chat_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that --chat alone has."""
     add = parser.add_argument
@@ -160,90 +127,6 @@ def _add_chat_options(parser: argparse.ArgumentParser) -> None:
         help="with --chat: functions to call, a JSON list of objects with name, description and "
         "arguments, or as OpenAI's interface has them",
     )
-
-
-def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say how many tokens are drawn, and how."""
-    add = parser.add_argument
-    add(
-        "--tokens",
-        type=integer(0, MOST_TOKENS),
-        default=256,
-        help="longest answer, in tokens (%(default)s)",
-    )
-    add("--temperature", type=number(0), default=0.8, help="0 is greedy (%(default)s)")
-    add(
-        "--top-p",
-        type=number(0, 1),
-        default=0.9,
-        help="probability mass to keep (%(default)s)",
-    )
-    add(
-        "--top-k",
-        type=integer(0),
-        default=0,
-        help="tokens to keep; 0 keeps all (%(default)s)",
-    )
-    add(
-        "--presence-penalty",
-        type=number(),
-        default=0.0,
-        help="on tokens used (%(default)s)",
-    )
-    add(
-        "--frequency-penalty",
-        type=number(),
-        default=0.0,
-        help="on each use (%(default)s)",
-    )
-    add(
-        "--penalty-decay",
-        type=number(0, 1),
-        default=0.996,
-        help="factor on the counts of uses at every token (%(default)s)",
-    )
-    add(
-        "--seed",
-        type=integer(-_SEEDS, _SEEDS - 1),
-        default=0,
-        help="the same seed gives the same text (%(default)s)",
-    )
-
-
-class _Stream:
-    """Text that is shown while it is made; a lost stream does not cost what is written later."""
-
-    def __init__(self, *, goes_on: bool):
-        """Starts with no text.
-
-        Args:
-            goes_on: whether an error of the stream waits until `close`.
-        """
-        self._goes_on = goes_on
-        self._error: OSError | None = None
-
-    def __call__(self, piece: str, row: int) -> None:
-        """Writes a piece of text at once; there is one row."""
-        del row
-        if self._error is not None:
-            return
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        try:
-            # A terminal of another encoding shows an escape rather than ending the run.
-            text = piece.encode(encoding, "backslashreplace").decode(encoding)
-            with name_output():
-                sys.stdout.write(text)
-                sys.stdout.flush()
-        except OSError as error:
-            if not self._goes_on:
-                raise
-            self._error = error
-
-    def close(self) -> None:
-        """Ends the last line, or raises the error that waited."""
-        if self._error is not None:
-            raise self._error
-        print()
 
 
 class _Texts(NamedTuple):
@@ -274,7 +157,7 @@ def run_generate(options: argparse.Namespace) -> str | None:
     logits = None
     if options.state:
         state = model.load_state(options.state, any_base=options.any_base)
-        check_savable(options, state)
+        check_savable("generate: `--save-state`", options.save_state, state)
         if not texts.prompt:
             has_prompt = options.prompt is not None
             logits = logits_to_go_on(options.state, model.config, has_prompt=has_prompt)
@@ -286,7 +169,7 @@ def run_generate(options: argparse.Namespace) -> str | None:
         # As in training: the last token stays for the model, which needs one to give logits.
         state = _propose(options.observer, model, prompt_ids[:-1])
         unread = prompt_ids[-1:]
-    stream = _Stream(goes_on=bool(options.save_state))
+    stream = Stream(goes_on=bool(options.save_state))
     # The given beginning of an answer is part of it.
     if texts.opening and not options.json:
         stream(texts.opening, 0)
@@ -295,17 +178,20 @@ def run_generate(options: argparse.Namespace) -> str | None:
         model.params,
         unread,
         state,
-        tokens=options.tokens,
-        stop_ids=(*tokenizer.stop_ids, *options.stop_ids),
         stop_strings=texts.stop_strings,
-        tokenizer=tokenizer,
         on_text=None if options.json else stream,
         logits=logits,
-        **_sampling(options, tokenizer),
+        **drawing(options, tokenizer),
     )
     if options.save_state:
-        save_session(options.save_state, model, out, is_chat=texts.is_chat)
-    _note_ids_without_entry(tokenizer, out.tokens[0])
+        save_session(
+            options.save_state,
+            model,
+            out.state,
+            logits=out.logits,
+            is_chat=texts.is_chat,
+        )
+    note_ids_without_entry(tokenizer, out.tokens[0])
     if options.json:
         return _to_json(out, texts, len(prompt_ids))
     stream.close()
@@ -323,20 +209,6 @@ def _encode_prompt(tokenizer: Tokenizer, prompt: bytes) -> list[int]:
     return ids
 
 
-def _sampling(options: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the arguments of `generate` that say how the next token is drawn."""
-    return {
-        "key": jax.random.key(options.seed),
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "top_k": options.top_k,
-        "presence_penalty": options.presence_penalty,
-        "frequency_penalty": options.frequency_penalty,
-        "penalty_decay": options.penalty_decay,
-        "penalty_exempt": exempt_ids(tokenizer),
-    }
-
-
 def _check_target(options: argparse.Namespace) -> None:
     """Raises where `--save-state` would write over the model; over `--state` it may."""
     inputs = {"--model": [options.model], "--observer": [options.observer]}
@@ -349,17 +221,6 @@ def _check_prompt(options: argparse.Namespace) -> None:
         raise ValueError(
             "generate: `--prompt` must be given; only from a `--state` that `--save-state` wrote "
             "an answer goes on without one."
-        )
-
-
-def _note_ids_without_entry(tokenizer: Tokenizer, ids: list[int]) -> None:
-    """Says on standard error that ids were generated that the vocabulary cannot spell."""
-    silent = [number for number in ids if not tokenizer.token_bytes(number)]
-    if silent:
-        print(
-            f"note: {len(silent)} of the {len(ids)} ids spell nothing in {tokenizer.name}; "
-            f"the first is {silent[0]}.",
-            file=sys.stderr,
         )
 
 

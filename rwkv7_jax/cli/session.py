@@ -1,12 +1,9 @@
-"""Sessions of `rwkv7 generate`: what `--save-state` writes, and `--state` goes on from."""
-
-import argparse
+"""Sessions of `generate` and `chat`: what `--save-state` writes, and `--state` goes on from."""
 
 from jaxtyping import Array, Float
 
 from rwkv7_jax.checkpoints import load_logits, read_sidecar, save_state
 from rwkv7_jax.cli.inputs import LoadedModel
-from rwkv7_jax.generation.generate import Generation
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import RWKV7State
 
@@ -46,24 +43,34 @@ def logits_to_go_on(
     return logits
 
 
-def check_savable(options: argparse.Namespace, state: RWKV7State) -> None:
-    """Raises where `--save-state` could not write the state, before anything is generated."""
-    if not options.save_state or state.upscaled is None:
+def check_savable(argument: str, target: str | None, state: RWKV7State | None) -> None:
+    """Raises where the state could not be written, before anything is generated.
+
+    Args:
+        argument: the command and the option of the target, in backticks.
+        target: the path to write to; None where nothing is written.
+        state: None is a model that has read nothing.
+    """
+    if target is None or state is None or state.upscaled is None:
         return
-    if not options.save_state.endswith(".safetensors"):
+    if not target.endswith(".safetensors"):
         raise ValueError(
-            "generate: `--save-state` of an upscaled state must end in .safetensors; "
-            f"got {options.save_state}."
+            f"{argument} of an upscaled state must end in .safetensors; got {target}."
         )
 
 
 def save_session(
-    path: str, model: LoadedModel, out: Generation, *, is_chat: bool
+    path: str,
+    model: LoadedModel,
+    state: RWKV7State,
+    *,
+    logits: Float[Array, "1 V"],
+    is_chat: bool,
 ) -> None:
     """Writes the memory after an answer, WKV and both shift states, and the next token's logits."""
     info = {
         "base_model": model.hash,
-        "made_of": "a session of rwkv7 generate",
+        "made_of": "a session of rwkv7",
         _KIND: _CHAT if is_chat else "text",
     }
-    save_state(path, out.state, config=model.config, info=info, logits=out.logits)
+    save_state(path, state, config=model.config, info=info, logits=logits)

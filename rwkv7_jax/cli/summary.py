@@ -12,6 +12,7 @@ COMMANDS = {
     "report": "write report.html into a run's folder",
     "data": "turn text into ids on the disk, or show rows of either",
     "generate": "continue a text or answer a message",
+    "chat": "talk with a model, which remembers what was said",
     "serve": "answer over HTTP, each request from the state that it names",
     "observe": "propose a start state for a prompt, or judge the proposal",
     "state": "look at, convert, mix, scale and examine start states",

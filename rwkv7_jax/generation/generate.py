@@ -88,6 +88,7 @@ def generate(
     stop_strings: Sequence[str] = (),
     tokenizer: Vocabulary | None = None,
     on_text: Callable[[str, int], Any] | None = None,
+    should_stop: Callable[[], bool] | None = None,
     logits: Array | None = None,
     prefill_chunk: int = 256,
 ) -> Generation:
@@ -121,6 +122,8 @@ def generate(
         tokenizer: needed for text: `encode` and `token_bytes` are used.
         on_text: called with a piece of text and its row as soon as it is certain; the pieces of a
             row make up its text.
+        should_stop: asked every few tokens whether all rows end now, as they would if `tokens` were
+            that few.
         logits: of an earlier run, together with its state; then prompts may be empty, and `[]` is
             one for each row of the state.
         prefill_chunk: tokens of a prompt that are read at once.
@@ -146,6 +149,8 @@ def generate(
         check_count(tokens, 0, "`tokens`")
         check_count(prefill_chunk, 1, "`prefill_chunk`")
         check_text_options(tokenizer, stop_strings, on_text)
+        if should_stop is not None:
+            check_function(should_stop, "`should_stop`")
         rows = _check_prompts(
             prompts, model.config.vocab_size, allow_empty=logits is not None
         )
@@ -160,7 +165,8 @@ def generate(
         check_params(params, model.config)
     # Before the first program runs: see `commit_like`.
     start = commit_like((params, state, logits), start)
-    block = block_size(tokens, watched=bool(stop_strings or on_text))
+    watched = bool(stop_strings or on_text or should_stop)
+    block = block_size(tokens, watched=watched)
     decoder = Decoder(model, params, keys=keys, options=options, block=block)
     # The same call reads the prompts here and, after a stop string, the tokens that a row keeps.
     start = decoder.read(start, rows, chunk=prefill_chunk)
@@ -171,12 +177,17 @@ def generate(
         row_texts,
         total=tokens,
         on_text=on_text or _ignore_text,
+        should_stop=should_stop or _never,
     )
     return _generation(run, row_texts, spelled=tokenizer is not None)
 
 
 def _ignore_text(piece: str, row: int) -> None:
     del piece, row
+
+
+def _never() -> bool:
+    return False
 
 
 def _generation(run: DecodeState, rows: list[RowText], *, spelled: bool) -> Generation:

@@ -144,6 +144,7 @@ def decode_with_stop_strings(
     *,
     total: int,
     on_text: OnText,
+    should_stop: Callable[[], bool],
 ) -> DecodeState:
     """Decodes until all rows have ended; `rows` take their tokens, text and endings.
 
@@ -155,13 +156,14 @@ def decode_with_stop_strings(
         rows: one for each row of the batch, fresh.
         total: tokens a row at most.
         on_text: called with every piece of certain text and its row.
+        should_stop: asked before each block whether all rows end there.
 
     Raises:
         ValueError: the model's logits are not finite.
     """
     snapshots: list[_Snapshot] = []
     done = 0
-    while done < total and not all(row.ended for row in rows):
+    while done < total and not all(row.ended for row in rows) and not should_stop():
         snapshots.append(_Snapshot(done, run))
         limit = min(decoder.block, total - done)
         decoded = decoder.decode(run, limit=limit)

@@ -1,8 +1,11 @@
 """The sizes and run-time choices of one RWKV-7 model."""
 
+import contextlib
 import dataclasses
 import math
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from pallas_kernels import IMPLEMENTATIONS
 from rwkv7_jax.checks import check_choice, check_number, check_size, prefix_errors
@@ -38,6 +41,15 @@ def _rank(factor: float, width: int) -> int:
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:547-563.
     """
     return max(32, 32 * round(factor * math.sqrt(width) / 32))
+
+
+def _dtype_name(dtype: Any) -> Any:
+    """Returns the name of a dtype such as `jnp.bfloat16`; whatever is none stays as it is."""
+    if dtype is None or isinstance(dtype, str):
+        return dtype
+    with contextlib.suppress(TypeError):
+        return np.dtype(dtype).name
+    return dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +124,7 @@ class RWKV7Config:
                 check_number(value, -math.inf, math.inf, f"`{name}`")
                 if not 0 < value < 1:
                     raise ValueError(f"`{name}` must lie between 0 and 1; got {value}.")
+            object.__setattr__(self, "dtype", _dtype_name(self.dtype))
             check_choice(self.dtype, _DTYPES, "`dtype`")
             check_choice(self.remat, remat.CHOICES, "`remat`")
             if self.implementation is not None:

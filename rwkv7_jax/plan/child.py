@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from rwkv7_jax.checks import first_line
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.plan.buffers import largest_arrays
 from rwkv7_jax.plan.chips import Target, find_target
@@ -114,7 +115,7 @@ def _bytes(tree: Any) -> int:
 def _refused(error: Exception, step: Step) -> dict[str, Any]:
     """Describes a step that the compiler refuses: its peak is what it says, or a lower bound."""
     arguments = sum(map(_bytes_on_one, jax.tree.leaves(step.arguments)))
-    text = str(error).strip().splitlines()[0]
+    text = first_line(error, limit=None)
     used = _USED.search(text)
     temporary = float(used[2]) if used and used[2] else None
     if used and used[1]:

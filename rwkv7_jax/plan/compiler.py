@@ -31,7 +31,7 @@ _ENVIRONMENT = {
 }
 
 # How the second user of libtpu on a machine is turned away, and seconds until it asks again.
-_BUSY = "lockfile"
+_BUSY = "multi-process lockfile"
 _WAIT = 3.0
 
 # How Python begins to tell of an exception.
@@ -39,6 +39,9 @@ _TRACEBACK = "Traceback (most recent call last):\n"
 
 # The exceptions of JAX that have a compiler's words.
 _OF_COMPILER = "JaxRuntimeError"
+
+# The exceptions that may say that memory ran out.
+_OF_MEMORY = ("MemoryError", "RuntimeError")
 
 # The most letters of what a compiler says that a sentence quotes.
 _REASON = 300
@@ -101,11 +104,10 @@ def compile_elsewhere(
 def _failure(target: Target, done: subprocess.CompletedProcess) -> Exception:
     """Makes the error of a process that failed."""
     said = _exception_line(done.stderr)[:_REASON]
-    failed = RuntimeError(f"compiling failed: {said}\n{done.stderr[-3000:]}")
-    # A chip's memory that is too small is an answer, so it was this machine's that ran out. Linux
-    # kills without a word who asks for more than there is.
+    # Linux kills without a word who asks for more memory than there is.
     killed = done.returncode == -signal.SIGKILL
-    if killed or is_out_of_memory(failed):
+    # A chip's memory that is too small is an answer, so it was this machine's that ran out.
+    if killed or _says_out_of_memory(said, done):
         reason = "killed by the system" if killed else said
         return OutOfMemory(
             f"this machine's memory was not enough to compile for {target.name}, whatever the "
@@ -117,7 +119,31 @@ def _failure(target: Target, done: subprocess.CompletedProcess) -> Exception:
             f"{target.compiler} failed to compile the step for {target.name}, and not for want of "
             f"memory ({words or said})."
         )
-    return ValueError(words) if kind == ValueError.__name__ else failed
+    if kind == ValueError.__name__:
+        return ValueError(words)
+    return RuntimeError(f"compiling failed: {said}\n{_ending(done)}")
+
+
+def _says_out_of_memory(said: str, done: subprocess.CompletedProcess) -> bool:
+    """Tells whether a process says that memory ran out.
+
+    Args:
+        said: the first line of the exception that ended it.
+        done: the process.
+    """
+    if done.returncode < 0:
+        # C++ may say more than its last line.
+        return is_out_of_memory(RuntimeError(_ending(done)))
+    kind = said.partition(": ")[0]
+    # The message of another exception may have a path of the user's.
+    if _TRACEBACK in done.stderr and not kind.endswith(_OF_MEMORY):
+        return False
+    return kind == MemoryError.__name__ or is_out_of_memory(RuntimeError(said))
+
+
+def _ending(done: subprocess.CompletedProcess) -> str:
+    """Returns the end of what a process wrote to stderr."""
+    return done.stderr[-3000:]
 
 
 def _exception_line(text: str) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.data.jsonl import read_log
 from rwkv7_jax.evaluation.metric import log_name
+from rwkv7_jax.json_files import read_object
 from rwkv7_jax.reports.goodput import PAUSES, STEPS, goodput
-from rwkv7_jax.reports.metric_writers import JSONL, merged
+from rwkv7_jax.reports.metric_writers import JSONL, has_step, merged
 from rwkv7_jax.reports.svg_charts import Mark, Points, line_chart
 from rwkv7_jax.reports.system_info import lines
 
@@ -65,24 +66,9 @@ def _text(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _read_object(path: Path) -> dict | None:
-    """Returns the JSON object in a file; None where there is none, or a damaged one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _rows_with_step(path: Path) -> list[dict]:
     """Returns the lines that have a step."""
-    rows = []
-    for row in read_log(path):
-        step = row.get("step")
-        # True and False are integers, too.
-        if isinstance(step, int) and not isinstance(step, bool):
-            rows.append(row)
-    return rows
+    return [row for row in read_log(path) if has_step(row)]
 
 
 def _section(title: str, body: str) -> str:
@@ -298,10 +284,10 @@ def report_page(folder: str | Path) -> str:
         raise ValueError(
             f"report_page: `folder` must be a run's folder; got {str(folder)!r}."
         )
-    settings = _read_object(folder / "settings.json")
+    settings = read_object(folder / "settings.json")
     # Any of the files may be missing or damaged: the report is for runs that failed as well.
-    info = _read_object(folder / "system.json")
-    search = _read_object(folder / "rate_search.json")
+    info = read_object(folder / "system.json")
+    search = read_object(folder / "rate_search.json")
     start = str((settings or {}).get("start") or "")
     rows = merged(_rows_with_step(folder / JSONL))
     events = _rows_with_step(folder / "events.jsonl")

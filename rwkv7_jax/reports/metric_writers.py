@@ -5,7 +5,7 @@ import csv
 import importlib
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,10 @@ class MetricFiles:
         new_columns = [name for name in row if name not in self._columns]
         if new_columns:
             # The header is the file's first line: a new column means writing all of it again.
-            self._columns += new_columns
-            self._write_csv()
+            columns = [*self._columns, *new_columns]
+            self._write_csv(columns)
+            # Only now: later rows are appended below the header that is there.
+            self._columns = columns
         else:
             with (self._folder / CSV).open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self._columns).writerow(row)
@@ -121,11 +123,11 @@ class MetricFiles:
         with atomic_write(self._jsonl) as file:
             for row in self._rows:
                 file.write(json.dumps(row).encode() + b"\n")
-        self._write_csv()
+        self._write_csv(self._columns)
 
-    def _write_csv(self) -> None:
+    def _write_csv(self, columns: Sequence[str]) -> None:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns)
+        writer = csv.DictWriter(text, columns)
         writer.writeheader()
         writer.writerows(self._rows)
         with atomic_write(self._folder / CSV) as file:

@@ -5,12 +5,16 @@ import contextlib
 import jax
 
 from rwkv7_jax import sharding
+from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.runs.exit_codes import Stopped
 from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.training_run import TrainingRun
 from rwkv7_jax.training.train_step import TrainState
+
+# Prompts, and the text that the model writes after each.
+_Samples = list[tuple[str, str]]
 
 
 def evaluate_and_save(
@@ -74,22 +78,30 @@ def _evaluate_unless_stopped(
     # Several processes first have to agree that they stop, which they do after the evaluation.
     one_process = jax.process_count() == 1
     interruptible = stop.interruptible() if one_process else contextlib.nullcontext()
-    with log.paused(), contextlib.suppress(Stopped), interruptible:
-        evaluate(run, state, folder, log)
+    with log.paused():
+        measured = None
+        with contextlib.suppress(Stopped), interruptible:
+            measured = _measure(run, state)
+        # All of it or nothing: a step that counts as evaluated is not evaluated again.
+        if measured is not None:
+            _record(int(state.step), *measured, folder, log)
 
 
-def evaluate(
-    run: TrainingRun, state: TrainState, folder: RunDirectory, log: MetricsLogger
-) -> None:
-    """Measures the trainable parameters on held-out data and makes sample text.
-
-    All results are written to the run's folder before the first of them is printed.
-    """
-    step = int(state.step)
+def _measure(run: TrainingRun, state: TrainState) -> tuple[Metrics, _Samples]:
+    """Measures the trainable parameters on held-out data and makes sample text."""
     params = run.local_params(state)
     with sharding.use_mesh(run.mode.mesh):
-        metrics = run.mode.evaluate(params)
-        samples = list(run.mode.sample_texts(params))
+        return run.mode.evaluate(params), list(run.mode.sample_texts(params))
+
+
+def _record(
+    step: int,
+    metrics: Metrics,
+    samples: _Samples,
+    folder: RunDirectory,
+    log: MetricsLogger,
+) -> None:
+    """Writes the results to the run's folder before the first of them is printed."""
     log.log_evaluation(step, metrics)
     for prompt, text in samples:
         folder.note_sample(step, prompt, text)

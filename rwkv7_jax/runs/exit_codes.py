@@ -6,7 +6,12 @@ run was lost; 7 out of memory; 130 Ctrl-C.
 """
 
 import errno
+import re
 import sys
+
+import jax
+
+from rwkv7_jax.checks import first_line
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO}
 
@@ -40,6 +45,12 @@ _OUT_OF_MEMORY = (
     "exceeded hbm capacity",
     "failed to allocate",
 )
+
+# How the collectives of CPU processes say that one of them is gone: "Gloo all-reduce failed: ...".
+_LOST_PROCESS = re.compile(r"\bGloo [\w -]+ failed\b")
+
+# Paths and other words of the user's, as messages have them.
+_QUOTED = re.compile(r"`[^`]*`|\"[^\"]*\"")
 
 # Exit codes without a meaning here; from 126 on they are the shell's.
 _FREE_CODES = (8, 125)
@@ -136,10 +147,8 @@ def is_disk_error(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _DISK_ERRORS
-    text = str(error).lower()
-    return isinstance(error, ValueError | RuntimeError | OSError) and any(
-        sign in text for sign in _DISK_SIGNS
-    )
+    is_of_library = isinstance(error, ValueError | RuntimeError | OSError)
+    return is_of_library and _says(error, _DISK_SIGNS)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -168,12 +177,25 @@ def _is_of(
             return False
         if isinstance(cause, kinds):
             return True
-        text = str(cause).lower()
-        is_of_system = isinstance(cause, RuntimeError | OSError)
-        if is_of_system and any(sign in text for sign in signs):
+        if _is_of_allocator(cause) and _says(cause, signs):
             return True
         cause = cause.__cause__
     return False
+
+
+def _is_of_allocator(error: BaseException) -> bool:
+    """Tells whether an error may have an allocator's words rather than a path of the user's."""
+    if type(error).__module__.startswith(f"{__name__.partition('.')[0]}."):
+        return False
+    if isinstance(error, OSError):
+        return error.errno in (None, errno.ENOMEM)
+    return isinstance(error, RuntimeError)
+
+
+def _says(error: BaseException, signs: tuple[str, ...]) -> bool:
+    """Tells whether a message has a sign outside of what it quotes."""
+    text = _QUOTED.sub("", str(error)).lower()
+    return any(sign in text for sign in signs)
 
 
 def memory_sentence(error: BaseException, changes: str) -> str:
@@ -183,12 +205,14 @@ def memory_sentence(error: BaseException, changes: str) -> str:
         error: of the allocator.
         changes: what to change, after a semicolon and without a full stop.
     """
-    # A bare MemoryError has no text, and XLA's has pages after the first line.
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"out of memory ({lines[0][:200]}); {changes}."
+    return f"out of memory ({first_line(error)}); {changes}."
 
 
 def _is_lost_process(error: BaseException) -> bool:
+    """Tells whether an error is that another process of the run is gone."""
     # JAX (0.10.2) has no class of its own for this, and raises ValueError as well.
     # Gloo is what CPU processes talk through; on other platforms JAX ends the process itself.
-    return "Gloo" in str(error)
+    if not isinstance(error, RuntimeError | ValueError):
+        return False
+    is_joined = jax.distributed.is_initialized()
+    return is_joined and _LOST_PROCESS.search(str(error)) is not None

@@ -28,8 +28,11 @@ class PlacedBatch(NamedTuple):
 
 def _placed(mesh: Mesh | None, batch: Batch, rows: int | None) -> PlacedBatch:
     """Places a batch of all rows, or of this process's own ones among `rows`."""
+    # Not by other fields: an anchor may have fewer rows.
+    if rows is None or len(batch.tokens) == rows:
+        return PlacedBatch(batch, shard_batch(mesh, batch))
     device = shard_batch(mesh, batch, rows=rows)
-    return PlacedBatch(batch if rows is None else device, device)
+    return PlacedBatch(device, device)
 
 
 class BatchSource(abc.ABC):
@@ -70,7 +73,8 @@ class PrefetchedBatches(BatchSource):
         Args:
             batches: one for each step, in order.
             mesh: the devices that share a batch's rows.
-            rows: of a batch, where this process only makes its `own_rows`.
+            rows: of the global batch, of which this process may make its `own_rows` only; None
+                where it makes all.
         """
 
         def placed(batch: Batch) -> PlacedBatch:
@@ -101,7 +105,7 @@ class DrawnBatches(BatchSource):
             source: gives the parameters' batch of a step, counted from 0, or None where the step
                 has nothing to learn from.
             mesh: the devices that share a batch's rows.
-            rows: of a batch, where this process only makes its `own_rows`.
+            rows: of the global batch, where this process only makes its `own_rows`.
         """
         self._source = source
         self._mesh = mesh

@@ -10,24 +10,20 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rwkv7_jax import sharding
-from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
 from rwkv7_jax.runs.process_group import group_of_run, is_single_process
-from rwkv7_jax.runs.resume.run_identity import Identity
 from rwkv7_jax.runs.run_directory import (
     NullRunDirectory,
     OwnedRunDirectory,
     RunDirectory,
 )
 from rwkv7_jax.runs.settings import Settings
-from rwkv7_jax.training.train_step import TrainState
 
 # Silence after which a process counts as lost.
 HEARTBEAT_SECONDS = 30
@@ -144,49 +140,3 @@ def open_run_directory(
         # Process 0 waits for what this one still writes.
         stack.callback(lambda: directory.checkpoints.leave())
         yield directory
-
-
-def restore(
-    directory: RunDirectory,
-    abstract: TrainState,
-    identity: Identity,
-    init: Callable[[], TrainState],
-    mesh: Mesh | None,
-) -> tuple[TrainState, Progress]:
-    """Restores the newest checkpoint, or makes the state of a new run.
-
-    Shards that lie over several processes are read by these processes. Otherwise process 0 reads
-    the state and sends it to the others, which need not see the directory.
-
-    Args:
-        directory: of the run.
-        abstract: shapes and dtypes of the state.
-        identity: of the run.
-        init: makes the state of a new run where there is no checkpoint.
-        mesh: the devices of the run.
-
-    Raises:
-        NoValidCheckpoint: as `RunDirectory.restore`.
-        ValueError: as `RunDirectory.restore`; or shards over processes that do not all see the
-            directory.
-        EndedElsewhere: another process raised one of these.
-    """
-    if sharding.is_shared(mesh):
-        directory.share_checkpoints()
-        return directory.restore(abstract, identity, init)
-    group = group_of_run()
-
-    def restore_here() -> tuple[TrainState, Progress] | None:
-        if not group.is_primary:
-            return None
-        return directory.restore(abstract, identity, init)
-
-    restored = group.run_in_all(restore_here)
-    if restored is None:
-        # Of the other processes' arrays only the shapes and dtypes count.
-        state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
-        progress = RunProgress()
-    else:
-        state, progress = restored
-    course = group.from_process_0(progress.to_json)
-    return group.broadcast_arrays(state), read_progress(course)

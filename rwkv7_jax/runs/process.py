@@ -408,13 +408,42 @@ class StopSignals:
                 )
             # A thread of its own: this one has to go on reading, for a second SIGINT.
             if requests == 1:
-                threading.Thread(target=self._exit_if_ignored, daemon=True).start()
+                threading.Thread(
+                    target=self._exit_if_ignored, args=[received[0]], daemon=True
+                ).start()
 
-    def _exit_if_ignored(self) -> None:
+    def _exit_if_ignored(self, number: int) -> None:
         noticed = self._noticed.wait(_GRACE_SECONDS)
         if not noticed and not self._unsaved:
+            # Where no Python has run since, `_handle` has not noted it.
+            self._requested = self._requested or signal.Signals(number).name
             end = self.stopped("; nothing was left to save")
             _exit_at_once(end.code, str(end))
+
+
+@contextlib.contextmanager
+def hold_interrupt() -> Iterator[Callable[[], bool]]:
+    """Holds the first Ctrl-C of the block back; a second one does what it did before the block.
+
+    Yields:
+        A function that tells whether it has come.
+    """
+    came = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if came.is_set() and callable(before):
+            before(number, frame)
+        came.set()
+
+    # The thread of `StopSignals` would take it for a request to end the program.
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
 
 
 def _exit_at_once(code: int, reason: str) -> None:

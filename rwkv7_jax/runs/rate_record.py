@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.json_files import write_json
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.rate_stack import BASE, RateStackMode, subjects_of
@@ -121,10 +121,8 @@ def _read_record(path: Path, identity: Identity) -> dict[str, Any] | None:
 
 def _write_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Writes the record and returns it."""
-    text = json.dumps(record, indent=1)
     try:
-        with atomic_write(path) as file:
-            file.write(f"{text}\n".encode())
+        write_json(path, record)
     except (OSError, ValueError) as error:
         raise DiskError(f"`{path}` cannot be written: {error}.") from None
     return record

@@ -1,6 +1,5 @@
 """The run directory: settings, metrics, checkpoints, and the lock that keeps others out."""
 
-import abc
 import contextlib
 import json
 import tempfile
@@ -14,6 +13,7 @@ import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.data.jsonl import read_log
+from rwkv7_jax.json_files import read_json, read_object, write_json
 from rwkv7_jax.local_paths import require_unicode
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles
@@ -22,7 +22,7 @@ from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import DiskError, warn
 from rwkv7_jax.runs.process_group import AllProcesses
 from rwkv7_jax.runs.resume.backup import STEPS, Backup
-from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore, NullCheckpointer
+from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore
 from rwkv7_jax.runs.resume.checkpointer import Checkpointer
 from rwkv7_jax.runs.resume.run_identity import (
     Identity,
@@ -31,7 +31,7 @@ from rwkv7_jax.runs.resume.run_identity import (
     without_paths,
 )
 from rwkv7_jax.runs.resume.step_directories import step_numbers
-from rwkv7_jax.runs.run_lock import RunLock
+from rwkv7_jax.runs.run_lock import LOCK, RunLock
 from rwkv7_jax.runs.settings import Settings, as_config
 from rwkv7_jax.training.train_step import TrainState
 
@@ -43,11 +43,9 @@ _EVENTS = "events.jsonl"
 
 _PROTECTED = "protected_steps.json"
 
-_LOCK = "run.lock"
 
-
-class RunDirectory(abc.ABC):
-    """The place for everything that a run leaves.
+class RunDirectory:
+    """The place for everything that a run leaves; what is noted in it is kept by process 0 alone.
 
     Attributes:
         path: a directory to work in.
@@ -59,7 +57,6 @@ class RunDirectory(abc.ABC):
     workdir: Path
     checkpoints: CheckpointStore
 
-    @abc.abstractmethod
     def share_checkpoints(self) -> None:
         """Lets all processes write and read each checkpoint together; all of them call it.
 
@@ -67,6 +64,7 @@ class RunDirectory(abc.ABC):
             ValueError: this process does not see the directory of the first one.
             EndedElsewhere: another process does not.
         """
+        raise NotImplementedError
 
     def _group_that_shares(self) -> AllProcesses:
         """Checks that all processes see one directory; as `share_checkpoints`."""
@@ -88,14 +86,13 @@ class RunDirectory(abc.ABC):
     def _holder(self) -> str:
         """Returns what the lock of the run's directory says; empty where there is none."""
         with contextlib.suppress(OSError):
-            return (self.workdir / _LOCK).read_text(encoding="utf-8")
+            return (self.workdir / LOCK).read_text(encoding="utf-8")
         return ""
 
-    @abc.abstractmethod
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
     ) -> tuple[TrainState, Progress]:
-        """Restores the newest intact checkpoint, and cuts the logs back to its step.
+        """Restores the newest intact checkpoint, or makes the first state where there is none.
 
         Args:
             abstract: shapes and dtypes of the state.
@@ -106,28 +103,25 @@ class RunDirectory(abc.ABC):
             NoValidCheckpoint: there are checkpoints, or have been, and all are damaged.
             ValueError: the checkpoints are of another run.
         """
+        return self.checkpoints.restore(abstract, identity, init)
 
-    @abc.abstractmethod
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Writes the numbers of a step to the metrics files."""
 
-    @abc.abstractmethod
     def log_bad(
         self, step: int, numbers: Mapping[str, float], tokens: np.ndarray
     ) -> None:
         """Notes why an update was skipped, with the ids of its batch."""
 
-    @abc.abstractmethod
     def note_event(self, step: int, event: str, detail: str = "") -> None:
         """Notes what happened at a step: start, resume, skipped, stopped or finished."""
 
-    @abc.abstractmethod
     def note_sample(self, step: int, prompt: str, text: str) -> None:
         """Notes what the model wrote after a prompt."""
 
-    @abc.abstractmethod
     def rows(self) -> list[dict]:
         """Returns all metrics so far, one row a step, those before a resume included."""
+        return []
 
 
 class OwnedRunDirectory(RunDirectory):
@@ -161,7 +155,7 @@ class OwnedRunDirectory(RunDirectory):
             # Not `os.access`: only the attempt tells whether a file can be made here.
             with tempfile.TemporaryFile(dir=self.path):
                 pass
-            self._lock = RunLock(self.path / _LOCK)
+            self._lock = RunLock(self.path / LOCK)
         except OSError as error:
             raise DiskError(
                 f"`--workdir` {self.path} cannot be written: {error}."
@@ -185,7 +179,7 @@ class OwnedRunDirectory(RunDirectory):
             self._require_same_settings(places, before, flat_settings(settings))
             values = as_config(settings)
             protected = self._protect_steps(places, before, values)
-            self._write_settings(values)
+            write_json(self.path / "settings.json", values)
             self._metrics = MetricFiles(self.path, also=settings.trackers)
             self.checkpoints = Checkpointer(
                 places, settings, protected=protected, backup=self._backup
@@ -200,11 +194,10 @@ class OwnedRunDirectory(RunDirectory):
         path = self.path / "settings.json"
         if not path.exists():
             return None
-        values = _read_json(path)
-        if isinstance(values, dict):
-            return values
-        warn(f"{path} cannot be read; what the checkpoints say counts")
-        return None
+        values = read_object(path)
+        if values is None:
+            warn(f"{path} cannot be read; what the checkpoints say counts")
+        return values
 
     def _require_same_settings(
         self,
@@ -232,7 +225,7 @@ class OwnedRunDirectory(RunDirectory):
         """
         present = set(step_numbers(places))
         path = self.path / _PROTECTED
-        remembered = _read_json(path) if path.exists() else []
+        remembered = read_json(path)
         protected: set[int] = set()
         if isinstance(remembered, list):
             protected = {step for step in remembered if isinstance(step, int)}
@@ -240,14 +233,8 @@ class OwnedRunDirectory(RunDirectory):
         if before is None or _retention(before) != _retention(now):
             protected = present
         if protected or path.exists():
-            with atomic_write(path) as file:
-                file.write(f"{json.dumps(sorted(protected))}\n".encode())
+            write_json(path, sorted(protected), indent=None)
         return protected
-
-    def _write_settings(self, values: Mapping[str, Any]) -> None:
-        text = json.dumps(values, indent=1)
-        with atomic_write(self.path / "settings.json") as file:
-            file.write(f"{text}\n".encode())
 
     def __enter__(self) -> "OwnedRunDirectory":
         """Returns itself."""
@@ -289,28 +276,14 @@ class OwnedRunDirectory(RunDirectory):
             self._backup.release()
 
     def share_checkpoints(self) -> None:
-        """Lets all processes write and read each checkpoint together; all of them call it.
-
-        Raises:
-            EndedElsewhere: another process does not see the directory.
-        """
+        """Lets the checkpointer act with the others; see `RunDirectory.share_checkpoints`."""
         self.checkpoints.share_with(self._group_that_shares())
 
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
     ) -> tuple[TrainState, Progress]:
-        """Restores the newest intact checkpoint, and cuts the logs back to its step.
-
-        Args:
-            abstract: shapes and dtypes of the state.
-            identity: of the run, from `identity_of`.
-            init: makes the state of a new run; called only where there is nothing to restore.
-
-        Raises:
-            NoValidCheckpoint: there are checkpoints, or have been, and all are damaged.
-            ValueError: the checkpoints are of another run.
-        """
-        train, progress = self.checkpoints.restore(abstract, identity, init)
+        """Restores a checkpoint and cuts the logs back to it; see `RunDirectory.restore`."""
+        train, progress = super().restore(abstract, identity, init)
         self.resume_at(int(train.step))
         return train, progress
 
@@ -331,11 +304,8 @@ class OwnedRunDirectory(RunDirectory):
         seconds = [row.get("seconds") for row in self.rows()]
         spent = [value for value in seconds if isinstance(value, int | float)]
         self._began -= max(spent, default=0.0)
-        self._try("system.json", self._write_system)
-
-    def _write_system(self) -> None:
-        with atomic_write(self.path / "system.json") as file:
-            file.write(json.dumps(system(), indent=1).encode())
+        path = self.path / "system.json"
+        self._try(path.name, lambda: write_json(path, system()))
 
     def _truncate_after(self, last_step: int, name: str) -> None:
         """Drops the lines of later steps, and a last line that a killed process left unfinished."""
@@ -411,54 +381,14 @@ class NullRunDirectory(RunDirectory):
         """
         self.path = path
         self.workdir = workdir
-        self.checkpoints = NullCheckpointer()
+        self.checkpoints = CheckpointStore()
         self._settings = settings
 
     def share_checkpoints(self) -> None:
-        """Lets all processes write and read each checkpoint together; all of them call it.
-
-        Raises:
-            ValueError: this process does not see the directory of the first one.
-            EndedElsewhere: another process does not.
-        """
+        """Opens the checkpoints of process 0; see `RunDirectory.share_checkpoints`."""
         self.checkpoints = Checkpointer(
             self.workdir / STEPS, self._settings, group=self._group_that_shares()
         )
-
-    def restore(
-        self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
-    ) -> tuple[TrainState, Progress]:
-        """Restores shards that are this process's; otherwise makes the first state.
-
-        What process 0 alone restores, it broadcasts.
-        """
-        return self.checkpoints.restore(abstract, identity, init)
-
-    def log(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """Does nothing."""
-
-    def log_bad(
-        self, step: int, numbers: Mapping[str, float], tokens: np.ndarray
-    ) -> None:
-        """Does nothing."""
-
-    def note_event(self, step: int, event: str, detail: str = "") -> None:
-        """Does nothing."""
-
-    def note_sample(self, step: int, prompt: str, text: str) -> None:
-        """Does nothing."""
-
-    def rows(self) -> list[dict]:
-        """Returns no rows."""
-        return []
-
-
-def _read_json(path: Path) -> Any:
-    """Returns what a JSON file holds; None of a damaged one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _retention(values: Mapping[str, Any]) -> tuple[Any, ...]:

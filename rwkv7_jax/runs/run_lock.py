@@ -7,15 +7,19 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+# The lock's name in a run's directory and in its backup.
+LOCK = "run.lock"
 
 # Seconds between two touches of the lock file by its holder. Other machines have no other sign of
 # its life.
 HEARTBEAT_SECONDS = 5.0
 
 # Heartbeats to wait for before a holder on another machine counts as gone.
-_HEARTBEATS = 3
+HEARTBEATS = 3
 
 
 class RunLock:
@@ -47,8 +51,8 @@ class RunLock:
         self._file = path.open("a+", encoding="utf-8", errors="replace")
         self._file.seek(0)
         text = self._file.read()
-        holder = _parse_holder(text)
-        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+        holder = parse_holder(text)
+        who = describe_holder(holder)
         locked = self._lock_in_kernel()
         on_other_machine = holder.get("host") != socket.gethostname()
         # Some network file systems keep the kernel's lock on one machine.
@@ -60,9 +64,7 @@ class RunLock:
             )
         if text:
             self.stale = who
-        self._write(
-            json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n"
-        )
+        self._write(json.dumps(own_name()) + "\n")
         self._released = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -97,21 +99,41 @@ class RunLock:
         self._file.close()
 
 
-def _parse_holder(text: str) -> dict[str, Any]:
-    """Returns what the file says about its holder; nothing of a damaged file."""
+def own_name() -> dict[str, Any]:
+    """Returns what a lock says about this process while it holds it."""
+    return {"pid": os.getpid(), "host": socket.gethostname()}
+
+
+def parse_holder(content: str | bytes) -> dict[str, Any]:
+    """Returns what a lock says about its holder; nothing of a free or damaged one."""
     try:
-        holder = json.loads(text or "{}")
+        holder = json.loads(content or "{}")
     except (ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 
 
+def describe_holder(holder: Mapping[str, Any]) -> str:
+    """Names the process that holds a lock, for messages."""
+    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+
+
+def announce_wait(seconds: float, who: str, does: str) -> None:
+    """Prints for how long and why this process waits.
+
+    Args:
+        seconds: that it waits.
+        who: from `describe_holder`.
+        does: what that process may still do.
+    """
+    print(f"waiting {seconds:.0f} s to see whether {who} still {does}", flush=True)
+
+
 def _is_touched(path: Path, who: str) -> bool:
     """Watches the file for some heartbeats and tells whether its holder touches it."""
-    seconds = _HEARTBEATS * HEARTBEAT_SECONDS
-    print(f"waiting {seconds:.0f} s to see whether {who} still works here", flush=True)
+    announce_wait(HEARTBEATS * HEARTBEAT_SECONDS, who, "works here")
     before = path.stat().st_mtime_ns
-    for _ in range(_HEARTBEATS):
+    for _ in range(HEARTBEATS):
         time.sleep(HEARTBEAT_SECONDS)
         if path.stat().st_mtime_ns != before:
             return True

@@ -5,7 +5,6 @@ that goes on must not change.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import jax
 
 from rwkv7_jax.data.choices import PACKINGS
+from rwkv7_jax.json_files import read_object
+from rwkv7_jax.runs.resume.backup import STEPS
 from rwkv7_jax.runs.resume.step_directories import step_numbers
 from rwkv7_jax.runs.settings import Settings
 
@@ -26,14 +27,10 @@ def settings_of_run(workdir: Path) -> Mapping[str, Any]:
     Args:
         workdir: of the run; it may be absent.
     """
-    if not step_numbers(workdir / "checkpoints"):
+    if not step_numbers(workdir / STEPS):
         return {}
-    try:
-        before = json.loads((workdir / "settings.json").read_text(encoding="utf-8"))
-    # A damaged file: what the checkpoints say counts, as everywhere.
-    except (OSError, ValueError):
-        return {}
-    return before if isinstance(before, dict) else {}
+    # Of a damaged file what the checkpoints say counts, as everywhere.
+    return read_object(workdir / "settings.json") or {}
 
 
 def keep_packing_of_run(settings: Settings, workdir: Path) -> Settings:

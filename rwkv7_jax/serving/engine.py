@@ -21,6 +21,7 @@ from rwkv7_jax.checks import (
     check_instance,
     check_model,
     check_params,
+    first_line,
     prefix_errors,
 )
 from rwkv7_jax.generation.sampling import SamplingParams, exempt_ids, make_options
@@ -292,8 +293,8 @@ class Engine:
                     self.tick()
                 except Exception as error:
                     _LOG.exception("the requests that are open fail")
-                    first_line, *_ = str(error).splitlines() or [""]
-                    self._end_all("failed", f"{type(error).__name__}: {first_line}")
+                    reason = f"{type(error).__name__}: {first_line(error)}"
+                    self._end_all("failed", reason)
                     # The arrays of the rows may be half updated, or donated and gone.
                     self._slots.reset()
         except Exception as error:

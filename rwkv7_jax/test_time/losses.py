@@ -78,7 +78,7 @@ class _DistillationLoss(StartStateLoss):
         with prefix_errors("distillation_loss"):
             batch = self.check_batch(batch)
             check_targets(batch)
-        state = stop_gradient_except(state, self.leaves)
+            state = stop_gradient_except(state, self.leaves)
         if self.teacher is None:
             value, metrics = self._cross_entropy(params, state, batch)
         else:
@@ -341,7 +341,7 @@ class PolicyLoss(StartStateLoss):
         with prefix_errors("policy_loss"):
             batch = self.check_batch(batch)
             check_targets(batch)
-        state = stop_gradient_except(state, self.leaves)
+            state = stop_gradient_except(state, self.leaves)
         value, metrics = self._policy_and_divergence(params, reference, state, batch)
         return self.with_anchor(params, state, batch, value, metrics)
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
@@ -175,6 +176,27 @@ def _with_shares(batch: Mapping[str, Any], accumulate: int) -> Mapping[str, Any]
     return with_weights(batch, weights * accumulate)
 
 
+def loss_and_metrics(result: Any) -> tuple[Scalar, Metrics]:
+    """Returns what a loss gave as its value and its metrics, of which there may be none.
+
+    Raises:
+        TypeError: neither a scalar, nor one with a mapping.
+    """
+    value, metrics = result if isinstance(result, tuple) else (result, None)
+    metrics = {} if metrics is None else metrics
+    if np.shape(value) != () or not isinstance(metrics, Mapping):
+        raise TypeError(
+            "`loss` must return a scalar, or a scalar and a mapping of metrics; got "
+            f"{_describe(value)} and {_describe(metrics)}."
+        )
+    return value, dict(metrics)
+
+
+def _describe(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"an array of shape {shape}"
+
+
 def _gradients(
     loss: Partial, params: Any, batch: Mapping[str, Any], accumulate: int
 ) -> tuple[tuple[Scalar, Metrics], Any]:
@@ -183,7 +205,7 @@ def _gradients(
     batch = _with_shares(batch, accumulate)
     if accumulate == 1:
         grad = jax.value_and_grad(
-            lambda params, batch: loss(params, batch), has_aux=True
+            lambda params, batch: loss_and_metrics(loss(params, batch)), has_aux=True
         )
         return grad(params, batch)
 
@@ -192,7 +214,8 @@ def _gradients(
     if hasattr(loss.func, "batch_totals"):
         totals["totals"] = loss.func.batch_totals(*loss.args, pieces)
     grad = jax.value_and_grad(
-        lambda params, piece: loss(params, piece, **totals), has_aux=True
+        lambda params, piece: loss_and_metrics(loss(params, piece, **totals)),
+        has_aux=True,
     )
 
     first = jax.tree.map(lambda array: array[0], pieces)

@@ -16,6 +16,7 @@ from rwkv7_jax.checks import (
     check_instance,
     prefix_errors,
 )
+from rwkv7_jax.optim.decorrelation import DecorrelationState
 from rwkv7_jax.optim.optimizer import check_optimizer
 from rwkv7_jax.sharding import is_abstract
 
@@ -70,6 +71,25 @@ def check_step_arguments(
                 f"sharding.make_mesh are; got {mesh.axis_types}."
             )
     return loss, statistics
+
+
+def check_optimizer_state(opt_state: Any, statistics: Any) -> None:
+    """Checks that an optimizer which decorrelates gets statistics.
+
+    Raises:
+        ValueError: it would get none, and do what its inner optimizer does.
+    """
+    if statistics is not None:
+        return
+
+    def is_decorrelated(node: Any) -> bool:
+        return isinstance(node, DecorrelationState)
+
+    if any(map(is_decorrelated, jax.tree.leaves(opt_state, is_leaf=is_decorrelated))):
+        raise ValueError(
+            "`statistics` must be given where `tx` decorrelates, such as state_statistics(model, "
+            "params); got None."
+        )
 
 
 def _check_fields(batch: Any, *, needs_shares: bool) -> None:

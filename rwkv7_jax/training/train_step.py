@@ -25,12 +25,17 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.optim.optimizer import check_optimizer
 from rwkv7_jax.sharding import constrain_layout, place, use_mesh
-from rwkv7_jax.training.gradients import compute_gradients, with_weights
+from rwkv7_jax.training.gradients import (
+    compute_gradients,
+    loss_and_metrics,
+    with_weights,
+)
 from rwkv7_jax.training.losses import Loss, Metrics, nan_where_all_zero
 from rwkv7_jax.training.shared_pass import can_share_pass
 from rwkv7_jax.training.step_checks import (
     CheckedProgram,
     as_partial,
+    check_optimizer_state,
     check_parameters,
     check_step_arguments,
 )
@@ -135,6 +140,7 @@ def apply_update(
         share_pass: whether the statistics are read from the loss's forward pass; see
             `can_share_pass`.
     """
+    check_optimizer_state(train.opt_state, statistics)
     tx = optax.with_extra_args_support(tx)
     value, metrics, grads, stats = compute_gradients(
         loss,
@@ -204,8 +210,9 @@ def make_train_step(
     checks of a call; see `CheckedProgram`.
 
     Args:
-        loss: `(params, batch) -> (loss, metrics)`; arrays inside a `Partial` are passed as
-            arguments. A loss with terms that are not sums over targets may be a `LossWithTotals`.
+        loss: `(params, batch) -> (loss, metrics)`, or the loss alone; arrays inside a `Partial` are
+            passed as arguments. A loss with terms that are not sums over targets may be a
+            `LossWithTotals`.
         tx: the optimizer. One that reads the loss gets it, as `value` and `grad`; a line search,
             which computes the loss again, cannot be used.
         statistics: `(params, batch) -> stats`, which an optimizer such as `decorrelate` gets with
@@ -267,8 +274,9 @@ def make_eval_step(loss: Loss) -> CheckedProgram:
         if "weights" in batch:
             weights = nan_where_all_zero(jnp.asarray(batch["weights"]))
             batch = with_weights(batch, weights)
-        _, metrics = loss(params, batch)
-        return metrics
+        value, metrics = loss_and_metrics(loss(params, batch))
+        # A loss without metrics is one itself.
+        return metrics or {"loss": value}
 
     return CheckedProgram(
         jax.jit(evaluate),

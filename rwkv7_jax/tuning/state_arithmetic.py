@@ -12,7 +12,13 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from rwkv7_jax.checks import as_array, check_instance, check_number, prefix_errors
+from rwkv7_jax.checks import (
+    as_array,
+    check_instance,
+    check_number,
+    is_traced,
+    prefix_errors,
+)
 from rwkv7_jax.model.state import RWKV7State, check_whole_state, map_linear_leaves
 from rwkv7_jax.model.upscaled_memory import Upscaled
 
@@ -72,7 +78,9 @@ def capacity(state: RWKV7State) -> Capacity:
     )
 
 
-def weighted_sum(states: Sequence[RWKV7State], weights: Sequence[float]) -> RWKV7State:
+def weighted_sum(
+    states: Sequence[RWKV7State], weights: Sequence[ArrayLike]
+) -> RWKV7State:
     """Computes the weighted sum of start states of one model.
 
     [0.5, 0.5] averages, [1 - t, t] interpolates, [1, -1] subtracts the second state. What a state
@@ -96,7 +104,11 @@ def weighted_sum(states: Sequence[RWKV7State], weights: Sequence[float]) -> RWKV
         weights = list(weights)
         for weight in weights:
             check_number(weight, -math.inf, math.inf, "`weights`")
-        weights = [float(weight) for weight in weights]
+        # A traced one may be learnt.
+        weights = [
+            weight if is_traced(weight) else float(np.asarray(weight))
+            for weight in weights
+        ]
         _check_weights(weights, len(states))
         for index, state in enumerate(states):
             _check_single(state, f"states[{index}]")
@@ -114,7 +126,7 @@ def weighted_sum(states: Sequence[RWKV7State], weights: Sequence[float]) -> RWKV
     return map_linear_leaves(weighted, *states)
 
 
-def _check_weights(weights: list[float], count: int) -> None:
+def _check_weights(weights: list, count: int) -> None:
     if not count or count != len(weights):
         raise ValueError(
             "`weights` must be one for each state, at least one; "

@@ -61,10 +61,9 @@ def check_leaves(leaves: tuple[str, ...]) -> None:
 def tuned_parts(state: RWKV7State, leaves: tuple[str, ...]) -> dict[str, Any]:
     """Collects the tuned arrays, or what stands for them in a tree, by their names in the state."""
     if "memory" in leaves and state.upscaled is None:
-        with prefix_errors("state_loss"):
-            raise ValueError(
-                "`leaves` has memory, but the state is not upscaled (see `upscale`)."
-            )
+        raise ValueError(
+            "`leaves` has memory, but the state is not upscaled (see `upscale`)."
+        )
     parts: dict[str, Any] = {}
     for leaf in leaves:
         if leaf != "memory":
@@ -90,7 +89,16 @@ def replace_parts(state: RWKV7State, parts: dict[str, Any]) -> RWKV7State:
 
 
 def stop_gradient_except(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
-    """Stops gradients at all arrays but those of `leaves`."""
+    """Stops gradients at all arrays but those of `leaves`.
+
+    Raises:
+        ValueError: "memory" of a state that has none, or an upscaled state without it.
+    """
+    # Its WKV part would be tuned in silence, and the memory stay what it was.
+    if state.upscaled is not None and "memory" not in leaves:
+        raise ValueError(
+            f"`leaves` must have memory where the state is upscaled; got {tuple(leaves)}."
+        )
     # All stopped, then the tuned ones put back: a leaf that is added later is frozen by default.
     return replace_parts(jax.lax.stop_gradient(state), tuned_parts(state, leaves))
 
@@ -228,7 +236,7 @@ class _StateLoss(StartStateLoss):
             check_instance(state, RWKV7State, "`state`")
             if state.batch != 1:
                 raise ValueError(f"`state` must hold one sequence; got {state.batch}.")
-        state = stop_gradient_except(state, self.leaves)
+            state = stop_gradient_except(state, self.leaves)
         start = repeat(state, batch.sequences)
         value, (metrics, trace) = next_token_loss_with_trace(
             self.model, params, start, batch, l2wrap=self.l2wrap, names=names

@@ -285,6 +285,22 @@ def test_streamed_pieces_make_up_the_text(params, text):
     assert out.texts[0] == spelled.decode(errors="replace")
 
 
+def test_rows_that_are_told_to_stop_end_as_at_their_length(params):
+    pieces = []
+    out = _as_text(
+        params,
+        on_text=lambda piece, row: pieces.append(piece),
+        should_stop=lambda: len(pieces) == 1,
+    )
+    short = run(params, PROMPTS[0], tokens=8, key=jax.random.key(3))
+    assert out.tokens == short.tokens and out.finished == ["length"]
+    assert out.texts == pieces
+    jax.tree.map(np.testing.assert_array_equal, out.state, short.state)
+    np.testing.assert_array_equal(out.logits, short.logits)
+    unread = run(params, PROMPTS[0], temperature=0, should_stop=lambda: True)
+    assert unread.tokens == [[]]
+
+
 def test_no_call_of_the_same_shapes_compiles_again(params):
     def call(**choices):
         run(params, PROMPTS, key=jax.random.key(0), **choices)

@@ -67,6 +67,7 @@ FUNCTIONS = {
             "stop_strings": {TypeError: ["x", [1], None]},
             "tokenizer": {TypeError: ["world"]},
             "on_text": {TypeError: ["print"]},
+            "should_stop": {TypeError: [True]},
             "logits": {TypeError: ["a", {}], ValueError: [[[1.0]], np.zeros(257)]},
             "prefill_chunk": {TypeError: [1.5], ValueError: [0]},
         },

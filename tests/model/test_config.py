@@ -58,7 +58,8 @@ def test_an_unknown_preset_is_an_error_that_lists_them():
 
 
 def test_a_config_is_frozen_and_hashable():
-    config = RWKV7Config.preset("0.1B", dtype="bfloat16")
+    config = RWKV7Config.preset("0.1B", dtype=jnp.bfloat16)
+    assert config.dtype == "bfloat16"
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.width = 1
     assert hash(config) == hash(RWKV7Config.preset("0.1b", dtype="bfloat16"))

@@ -4,11 +4,12 @@ import importlib.util
 import json
 import sys
 import time
+import types
 
 import pytest
 from run_programs import ROOT, program
 
-from rwkv7_jax.plan import compiler
+from rwkv7_jax.plan import child, compiler
 from rwkv7_jax.plan.chips import find_target
 from rwkv7_jax.plan.compiler import CompilerFailure, NoCompiler, compile_elsewhere
 from rwkv7_jax.plan.job import Job, make_job
@@ -167,6 +168,14 @@ def test_a_bug_of_ours_keeps_its_traceback(fake):
     assert "in step" in said
 
 
+def test_a_path_of_the_users_says_nothing_about_memory_or_who_compiles(fake):
+    for name in ("out_of_memory", "lockfile"):
+        fake(f"open('/nowhere/{name}/model.pth')\n")
+        with pytest.raises(RuntimeError) as caught:
+            compile_elsewhere(find_target("v5e-1"), {}, timeout=60)
+        assert str(caught.value).startswith("compiling failed: FileNotFoundError: ")
+
+
 REFUSED = """
 import jax
 raise jax.errors.JaxRuntimeError("INTERNAL: no table\\n" + 500 * "of pages of HLO\\n")
@@ -203,6 +212,11 @@ def test_a_compiler_that_fails_has_exit_code_8_and_one_line(tmp_path, monkeypatc
     assert done.stderr.count("\n") == 1
 
 
+def test_a_compiler_that_refuses_without_a_word_is_named_by_its_error():
+    step = types.SimpleNamespace(arguments=())
+    assert child._refused(RuntimeError(), step)["reason"] == "RuntimeError"
+
+
 def test_settings_that_do_not_fit_the_chips_are_a_users_error(fake):
     fake("raise ValueError('`config.mesh` must have at most as many devices')\n")
     with pytest.raises(ValueError) as caught:
@@ -215,6 +229,7 @@ def test_settings_that_do_not_fit_the_chips_are_a_users_error(fake):
     [
         ("sys.exit('many\\nlines\\nstd::bad_alloc')", "std::bad_alloc"),
         ("raise MemoryError('Unable to allocate 4 TiB')", "Unable to allocate 4 TiB"),
+        ("raise MemoryError()", "MemoryError"),
         ("sys.stderr.write('LLVM ERROR: out of memory'); os.abort()", "LLVM ERROR"),
         ("os.kill(os.getpid(), 9)", "killed by the system"),
     ],

@@ -201,7 +201,10 @@ def test_what_cannot_be_states_is_refused_in_one_sentence(tmp_path, base_model):
             state_sources(states)
     with pytest.raises(ValueError, match=r"`config\.data\.path` must be empty where"):
         stack_settings(base_model, data__path="task:mapping")
-    with pytest.raises(ValueError, match="must be empty outside modes state and"):
+    with pytest.raises(
+        ValueError,
+        match=r"left out in mode .* \(modes that read it: state, upscaled_state\)",
+    ):
         stack_settings(base_model, "observer")
     with pytest.raises(ValueError, match=r"`config\.tuning\.states\.b`: .*nowhere"):
         train_here(

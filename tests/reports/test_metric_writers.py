@@ -36,6 +36,27 @@ def test_both_files_hold_every_number_as_soon_as_it_is_written(tmp_path):
     ]
 
 
+def test_a_header_that_could_not_be_written_is_written_with_the_next_row(
+    tmp_path, monkeypatch
+):
+    files = MetricFiles(tmp_path)
+    files.write(1, {"loss": 2.5})
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rwkv7_jax.reports.metric_writers.atomic_write", full)
+        with pytest.raises(OSError, match="No space"):
+            files.write(2, {"accuracy": 0.5})
+    files.write(3, {"accuracy": 0.75})
+    assert table(tmp_path) == [
+        {"step": "1", "loss": "2.5"},
+        {"step": "2", "accuracy": "0.5"},
+        {"step": "3", "accuracy": "0.75"},
+    ]
+
+
 def test_rows_are_one_a_step_and_the_last_number_counts(tmp_path):
     files = MetricFiles(tmp_path)
     for step, numbers in [

@@ -93,6 +93,43 @@ class _FailingStore:
         return getattr(self._store, name)
 
 
+def test_files_of_a_batch_that_failed_are_copied_with_the_next_one(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    for name in ("settings.json", "rate_search.json", "state.pth"):
+        (workdir / name).write_text(name)
+    copy = backup.Backup(f"file://{tmp_path / 'bucket'}", workdir)
+    opened = copy._store
+    copy._store = _FailingStore(opened, 1)
+    with pytest.raises(DiskError, match="the connection was lost"):
+        copy.copy_files()
+    copy._store = opened
+    copy.copy_files()
+    copy.release()
+    for name in ("settings.json", "rate_search.json", "state.pth"):
+        assert (tmp_path / "bucket" / name).read_text() == name
+
+
+def test_files_that_could_not_be_fetched_come_with_the_next_start(
+    tmp_path, monkeypatch
+):
+    bucket = tmp_path / "bucket"
+    _train(tmp_path / "one", bucket, [1])
+    download = backup.Backup._download
+
+    def failing(self, files):
+        if "state.pth" in files:
+            raise ValueError("UNAVAILABLE: the connection was lost")
+        download(self, files)
+
+    monkeypatch.setattr(backup.Backup, "_download", failing)
+    with pytest.raises(DiskError, match="the connection was lost"):
+        OwnedRunDirectory(tmp_path / "two", _settings(bucket))
+    monkeypatch.setattr(backup.Backup, "_download", download)
+    assert _restored(tmp_path / "two", bucket) == (1, [1])
+    assert (tmp_path / "two" / "state.pth").read_bytes() == b"result"
+
+
 @pytest.mark.slow
 def test_a_copy_that_ends_after_any_write_leaves_a_whole_step(tmp_path, monkeypatch):
     _train(tmp_path / "one", tmp_path / "before", [1])

@@ -25,7 +25,6 @@ from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint
 from rwkv7_jax.runs.resume import step_directories
-from rwkv7_jax.runs.resume.checkpoint_store import NullCheckpointer
 
 
 def restored_step(folder, **settings):
@@ -235,20 +234,6 @@ def test_orbax_still_changes_a_step_after_its_last_hook(tmp_path):
     assert seen and seen[0] != "7"
     changed = step_directories.verify_manifest(tmp_path / "7")
     assert sorted(changed) == ["_CHECKPOINT_METADATA", "commit_success.txt"]
-
-
-def test_a_process_without_checkpoints_saves_nothing_and_loads_nothing():
-    checkpoints = NullCheckpointer()
-    state = train_state(3)
-    checkpoints.save(state, PROGRESS, IDENTITY)
-    checkpoints.poll()
-    checkpoints.close()
-    restored, progress = checkpoints.restore(state, IDENTITY, lambda: state)
-    assert restored is state and progress == RunProgress()
-    with pytest.raises(
-        NoValidCheckpoint, match="step 3 can only be loaded by process 0"
-    ):
-        checkpoints.load(3, state, IDENTITY)
 
 
 def test_a_state_is_restored_from_its_shapes_alone_and_a_new_one_is_not_made(folder):

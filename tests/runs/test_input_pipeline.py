@@ -35,6 +35,17 @@ def test_batches_of_the_data_come_in_order_on_the_host_and_on_the_devices():
     feed.close()
 
 
+def test_a_batch_with_all_rows_stays_on_the_host_for_the_log():
+    mesh = make_mesh("auto", 2)
+    short = numbered(0).replace(anchor=np.zeros((1, 5), np.int32))
+    source = PrefetchedBatches(iter([short]), mesh, rows=2)
+    placed = source.batch(0, not_needed)
+    source.close()
+    assert placed.host is short
+    np.testing.assert_array_equal(placed.device.tokens, short.tokens)
+    assert placed.device.anchor.shape == (1, 5)
+
+
 class Drawn(StateBatchSource):
     """Batches of numbered rows; the first step has nothing to learn from."""
 

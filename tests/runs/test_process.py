@@ -15,7 +15,7 @@ from saved_steps import IDENTITY, new_state, open_checkpoints, save_steps, train
 
 from rwkv7_jax.checkpoints.orbax_import import is_abandoned_read
 from rwkv7_jax.runs.exit_codes import NoValidCheckpoint, Stopped
-from rwkv7_jax.runs.process import StopSignals
+from rwkv7_jax.runs.process import StopSignals, hold_interrupt
 
 
 def run_python(code: str, **options) -> subprocess.Popen:
@@ -66,6 +66,25 @@ def test_a_program_without_a_loop_has_the_shells_code_for_a_signal(name):
         os.kill(os.getpid(), number)
         time.sleep(5)
     assert ended.value.code == 128 + number
+
+
+def test_an_interrupt_that_is_held_ends_nothing_and_a_second_one_does():
+    stop = StopSignals(None)
+    with stop, pytest.raises(Stopped, match="SIGINT"), stop.interruptible():
+        for _ in range(2):
+            with hold_interrupt() as came:
+                assert not came()
+                signal.raise_signal(signal.SIGINT)
+                assert came() and not stop.requested
+        with hold_interrupt():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("the second one ends the block")
+    with pytest.raises(KeyboardInterrupt), hold_interrupt():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 DROPPED = """
@@ -164,14 +183,16 @@ def test_a_second_interrupt_ends_a_program_that_runs_no_python():
     assert child.returncode == 130 and "left at once" in error
 
 
-@pytest.mark.parametrize("code", [0, 75])
-def test_a_first_signal_ends_a_program_that_does_not_ask_and_has_nothing_to_save(code):
-    child = run_python(BUSY.format(code=code))
+@pytest.mark.parametrize(("asked", "code"), [(0, 0), (75, 75), (None, 143)])
+def test_a_first_signal_ends_a_program_that_does_not_ask_and_has_nothing_to_save(
+    asked, code
+):
+    child = run_python(BUSY.format(code=asked))
     assert child.stdout.readline() == "busy\n"
     child.send_signal(signal.SIGTERM)
     _, error = child.communicate(timeout=30)
     assert child.returncode == code
-    assert "stopped by" in error and "nothing was left to save" in error
+    assert "stopped by SIGTERM; nothing was left to save" in error
 
 
 def test_jax_still_notices_no_signal_in_a_run_of_one_process():

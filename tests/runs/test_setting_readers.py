@@ -48,6 +48,8 @@ def values_of(kind, changes):
         ("pretrain", "tuning.anchor", 1.0),
         ("pretrain", "tuning.anchor_path", "stdlib"),
         ("pretrain", "tuning.decorrelate", "dbp"),
+        ("pretrain", "tuning.states", {"a": "a.txt"}),
+        ("grpo", "tuning.states", {"a": "a.txt"}),
         ("pretrain", "tuning.leaves", "all"),
         ("pretrain", "upscaling.size", 64),
         ("pretrain", "observer.variance", 0.5),

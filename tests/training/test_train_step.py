@@ -13,6 +13,7 @@ from tolerances import SAME, assert_close, assert_trees_close
 
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.optim.decorrelation import decorrelate
 from rwkv7_jax.training.losses import pretrain_loss
 from rwkv7_jax.training.train_step import TrainState, make_eval_step, make_train_step
 from rwkv7_jax.tuning.state_tuning import state_loss
@@ -108,6 +109,46 @@ def test_a_number_among_the_arrays_of_a_batch_is_the_losss_own():
     assert_close(train.params["x"], np.zeros(3), SAME["micro-batches"])
     with pytest.raises(ValueError, match="the batch's scale must have rows"):
         make_train_step(scaled_by_batch, PLAIN, accumulate=2)(train, batch)
+
+
+@pytest.mark.parametrize("metrics", [(), (None,), ({"other": jnp.float32(3)},)])
+def test_a_loss_may_have_no_metrics(metrics):
+    def squared(params, batch):
+        value = jnp.sum(batch["mask"]) * jnp.sum(jnp.square(params["x"]))
+        return (value, *metrics) if metrics else value
+
+    train = TrainState.create({"x": jnp.ones(3)}, PLAIN)
+    _, found = make_train_step(squared, PLAIN)(train, BATCH)
+    assert found["loss"] == 30
+    evaluated = make_eval_step(squared)({"x": jnp.ones(3)}, BATCH)
+    assert evaluated == ({"other": 3} if metrics[:1] and metrics[0] else {"loss": 30})
+
+
+@pytest.mark.parametrize(
+    ("result", "sentence"),
+    [
+        (jnp.ones(2), "an array of shape \\(2,\\) and dict"),
+        ((1.0, 2.0), "float and float"),
+        (((1.0, {}), 2.0), "tuple and float"),
+    ],
+)
+def test_what_is_no_loss_is_said(result, sentence):
+    def wrong(params, batch):
+        return result
+
+    train = TrainState.create({"x": jnp.ones(3)}, PLAIN)
+    with pytest.raises(
+        TypeError, match=f"^`loss` must return a scalar.* got {sentence}"
+    ):
+        make_train_step(wrong, PLAIN)(train, BATCH)
+
+
+def test_an_optimizer_that_decorrelates_needs_statistics():
+    # Alone, and inside of others.
+    for tx in (decorrelate(PLAIN), optax.chain(optax.clip(1.0), decorrelate(PLAIN))):
+        train = TrainState.create(lively(CONFIG), tx)
+        with pytest.raises(ValueError, match=r"^`statistics` must be given where `tx`"):
+            make_train_step(LOSS, tx)(train, BATCH)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int8])

@@ -39,6 +39,16 @@ def test_an_interpolation_ends_at_its_states(empty):
     )
 
 
+def test_the_weights_of_a_mixture_can_be_learnt():
+    one, two = (random_state(seed=seed) for seed in range(2))
+
+    def total(weight):
+        return jnp.sum(weighted_sum([one, two], [weight, 1 - weight]).wkv)
+
+    slope = jax.jit(jax.grad(total))(0.25)
+    np.testing.assert_allclose(slope, jnp.sum(one.wkv - two.wkv), rtol=1e-4)
+
+
 def test_mixtures_are_linear():
     one, two, three = (random_state(seed=seed) for seed in range(3))
     at_once = weighted_sum([one, two, three], [0.5, -0.25, 2.0])

@@ -306,6 +306,13 @@ def test_tuning_a_memory_that_is_not_there_is_refused(shallow, batch):
         loss(init_state(SHALLOW), batch)
 
 
+def test_an_upscaled_state_is_not_tuned_without_its_memory(shallow, batch):
+    with pytest.raises(
+        ValueError, match=r"state_loss: `leaves` must have memory .* got \('wkv',\)"
+    ):
+        state_loss(*shallow)(widened(SHALLOW), batch)
+
+
 @pytest.mark.parametrize(
     ("leaves", "method", "decorrelated"),
     [

@@ -5,6 +5,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from rwkv7_jax.checks import first_line
+
 # What code raises that meets content of another kind than it expects.
 _UNEXPECTED = (
     LookupError,
@@ -42,13 +44,3 @@ def name_file(path: str | Path, function: str) -> Iterator[None]:
         raise ValueError(
             f"{function}: `{path}` is damaged: {first_line(error)}."
         ) from None
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of a message, or the error's kind where it has none."""
-    text = str(error).strip()
-    if not text:
-        return type(error).__name__
-    line = text.splitlines()[0][:200]
-    printable = [character if character.isprintable() else "?" for character in line]
-    return "".join(printable).rstrip(".")

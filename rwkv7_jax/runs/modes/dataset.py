@@ -27,10 +27,8 @@ class DatasetMode(TrainingMode):
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
         """Makes batches of the data ahead of their use; of several processes, each its own rows."""
         count = self.settings.data.batch_size
-        rows = own_rows(mesh, count)
-        batches = self.read_batches(start_step, rows)
-        has_all = rows == slice(None)
-        return PrefetchedBatches(batches, mesh, rows=None if has_all else count)
+        batches = self.read_batches(start_step, own_rows(mesh, count))
+        return PrefetchedBatches(batches, mesh, rows=count)
 
     def read_batches(self, start_step: int, rows: slice) -> Iterator[Batch]:
         """Makes some rows of each batch of the data.

@@ -275,10 +275,10 @@ class StackMode(TrainingMode):
         Of several processes, each makes its own rows.
         """
         count = len(self.names) * self.settings.data.batch_size
-        own = own_rows(mesh, count)
-        batches = self._joined_batches(start_step, range(count)[own])
-        has_all = own == slice(None)
-        return PrefetchedBatches(batches, mesh, rows=None if has_all else count)
+        own = range(count)[own_rows(mesh, count)]
+        return PrefetchedBatches(
+            self._joined_batches(start_step, own), mesh, rows=count
+        )
 
     def _joined_batches(self, start_step: int, own: range) -> Iterator[Batch]:
         """Makes some of the rows of all states.

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from jax.sharding import Mesh
 
+from rwkv7_jax.checks import first_line
 from rwkv7_jax.runs.exit_codes import OutOfMemory, is_out_of_memory
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.training.costs import Memory
@@ -55,10 +56,8 @@ def _advice(mode: TrainingMode, mesh: Mesh | None, error: Exception) -> str:
     changes.append(
         f"use a mesh of more devices (now {1 if mesh is None else mesh.size})"
     )
-    # An allocator's error can have pages; the first line says how much was asked for.
-    lines = str(error).strip().splitlines()
-    reason = (lines[0] if lines else type(error).__name__)[:200]
-    return f"out of memory: {estimate}; {', '.join(changes)} ({reason})"
+    # The first line says how much was asked for.
+    return f"out of memory: {estimate}; {', '.join(changes)} ({first_line(error)})"
 
 
 def _largest_part(memory: Memory) -> str:

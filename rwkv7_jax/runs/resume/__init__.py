@@ -1,6 +1,6 @@
 """Checkpoints of a run: their contents, their verification, and which are kept."""
 
-from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore, NullCheckpointer
+from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore
 from rwkv7_jax.runs.resume.checkpointer import Checkpointer
 from rwkv7_jax.runs.resume.run_identity import Identity, identity_of
 
@@ -8,6 +8,5 @@ __all__ = [
     "CheckpointStore",
     "Checkpointer",
     "Identity",
-    "NullCheckpointer",
     "identity_of",
 ]

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -20,19 +19,24 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.checks import first_line
 from rwkv7_jax.runs.exit_codes import DiskError, warn
 from rwkv7_jax.runs.resume import step_directories
+from rwkv7_jax.runs.run_lock import (
+    HEARTBEATS,
+    LOCK,
+    announce_wait,
+    describe_holder,
+    own_name,
+    parse_holder,
+)
 
-# The folder of steps in a run's folder, and the lock, which is of the store and not copied.
+# The folder of steps in a run's folder.
 STEPS = "checkpoints"
-LOCK = "run.lock"
 
 # Seconds between two signs of life of the process that holds the lock: stores take one write to a
 # key in a second, and ask money for it.
 HEARTBEAT_SECONDS = 10.0
-
-# Signs of life to wait for before a holder counts as gone.
-_HEARTBEATS = 3
 
 # Seconds after which a store that does not answer counts as absent.
 _TIMEOUT_SECONDS = 120.0
@@ -83,18 +87,15 @@ class Backup:
 
     def _take_lock(self) -> bytes:
         found = self._read_lock()
-        holder = _parse_holder(found.value)
+        holder = parse_holder(found.value)
         if holder:
-            who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-            seconds = _HEARTBEATS * HEARTBEAT_SECONDS
-            print(
-                f"waiting {seconds:.0f} s to see whether {who} still writes to {self.url}",
-                flush=True,
-            )
+            who = describe_holder(holder)
+            seconds = HEARTBEATS * HEARTBEAT_SECONDS
+            announce_wait(seconds, who, f"writes to {self.url}")
             time.sleep(seconds)
             generation = found.stamp.generation
             found = self._read_lock()
-            if found.stamp.generation != generation and _parse_holder(found.value):
+            if found.stamp.generation != generation and parse_holder(found.value):
                 raise ValueError(
                     f"`config.backup` {self.url} is in use by {who}; wait for it or name another "
                     "place."
@@ -112,7 +113,7 @@ class Backup:
 
     def _write_lock(self, expected: bytes) -> bytes:
         """Writes the lock if it still is as expected; returns its generation, empty if not."""
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
+        holder = {**own_name(), "time": time.time()}
         written = self._store.write(LOCK, json.dumps(holder), if_equal=expected)
         return written.result(timeout=_TIMEOUT_SECONDS).generation
 
@@ -159,10 +160,11 @@ class Backup:
                         "one is taken"
                     )
                     continue
-                os.rename(place, folder / str(step))
                 self._download(
                     {key: self._workdir / key for key in keys if _is_copied(key)}
                 )
+                # Last: once the step is there, nothing is fetched again.
+                os.rename(place, folder / str(step))
                 print(f"backup    step {step} was copied from {self.url}", flush=True)
                 return step
         return None
@@ -194,6 +196,7 @@ class Backup:
         with self._named_errors():
             self._require_lock()
             changed = {}
+            versions = {}
             for path in sorted(self._workdir.rglob("*")):
                 key = path.relative_to(self._workdir).as_posix()
                 if not _is_copied(key) or not path.is_file():
@@ -202,8 +205,10 @@ class Backup:
                 version = (status.st_size, status.st_mtime_ns)
                 if self._copied.get(key) != version:
                     changed[key] = path
-                    self._copied[key] = version
+                    versions[key] = version
             self._upload(changed)
+            # Only now: files of a batch that failed are copied with the next one.
+            self._copied |= versions
 
     def release(self) -> None:
         """Gives the store back; a process that takes it then need not wait."""
@@ -265,9 +270,9 @@ class Backup:
         except Exception as error:
             if str(error).startswith("`config.backup`"):
                 raise
-            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = first_line(error)
             raise DiskError(
-                f"`config.backup` {self.url} cannot be read or written: {lines[0][:200]}."
+                f"`config.backup` {self.url} cannot be read or written: {reason}."
             ) from None
 
 
@@ -290,15 +295,6 @@ def _refuse_inside(url: str, workdir: Path) -> None:
         )
 
 
-def _parse_holder(content: bytes) -> dict[str, Any]:
-    """Returns what the lock says about its holder; nothing of a free or damaged one."""
-    try:
-        holder = json.loads(content or b"{}")
-    except (ValueError, RecursionError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
 def _steps(keys: Iterable[str]) -> set[int]:
     """Returns the steps that were copied to the end."""
     matches = [_MANIFEST_KEY.fullmatch(key) for key in keys]
@@ -312,8 +308,8 @@ def _under(keys: Iterable[str], prefix: str) -> list[str]:
 def _is_copied(key: str) -> bool:
     """Tells whether a file of a run, by its path there, belongs to the copy."""
     path = PurePosixPath(key)
-    # Hidden files are those that are being written.
-    hidden = path.name.startswith(".") or path.name.startswith("run.lock")
+    # Hidden files are those that are being written. The lock is of this machine.
+    hidden = path.name.startswith((".", LOCK))
     return _is_safe(key) and not hidden and _NOT_COPIED.isdisjoint(path.parts)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
+from rwkv7_jax.checks import first_line
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, warn
 from rwkv7_jax.runs.process_group import ProcessGroup, SingleProcess
@@ -275,8 +276,7 @@ class Checkpointer(CheckpointStore):
         """Returns why a save failed, in whichever process; empty if it did not."""
         reason = ""
         if job.error is not None:
-            lines = str(job.error).strip().splitlines()
-            reason = lines[0] if lines else type(job.error).__name__
+            reason = first_line(job.error, limit=None)
         # The others only know that they waited in vain for the one that failed.
         waited = isinstance(job.error, TimeoutError) or "DEADLINE_EXCEEDED" in reason
         failures = [tuple(one) for one in self._group.allgather((waited, reason))]
@@ -309,11 +309,7 @@ class Checkpointer(CheckpointStore):
             warn(text)
 
     def close(self) -> None:
-        """Waits until everything is on disk.
-
-        Raises:
-            DiskError: the newest save failed.
-        """
+        """Waits until everything is on disk; see `CheckpointStore.close`."""
         self.wait()
         if self.failure:
             raise DiskError(self.failure)
@@ -321,17 +317,7 @@ class Checkpointer(CheckpointStore):
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
     ) -> tuple[TrainState, Progress]:
-        """Restores the newest intact step, or makes the first state where there is no step.
-
-        Args:
-            abstract: shapes and dtypes of the state.
-            identity: of the run, from `identity_of`.
-            init: makes the state of a new run; called only where there is nothing to restore.
-
-        Raises:
-            NoValidCheckpoint: there are steps, or have been, and all are damaged.
-            ValueError: the steps are of another run.
-        """
+        """Moves damaged steps away until one is intact; see `CheckpointStore.restore`."""
         from_process_0 = self._group.from_process_0
         for number in from_process_0(
             lambda: step_directories.step_numbers(self.folder)
@@ -375,16 +361,7 @@ class Checkpointer(CheckpointStore):
             )
 
     def load(self, number: int, train: TrainState, identity: Identity) -> TrainState:
-        """Loads one step of this run.
-
-        Args:
-            number: the step.
-            train: a state of the same shapes and dtypes; it may be abstract.
-            identity: of the run.
-
-        Raises:
-            NoValidCheckpoint: it is damaged.
-        """
+        """Loads one step of this run; see `CheckpointStore.load`."""
         try:
             return self._load(number, train, identity)[0]
         except _Damaged as error:

@@ -1,15 +1,17 @@
 """The state that a run begins with: restored from its newest checkpoint, or new."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from rwkv7_jax import sharding
-from rwkv7_jax.runs.early_stopping import Progress
+from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.multihost import restore
+from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.run_identity import Identity
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.training.train_step import TrainState
@@ -36,7 +38,9 @@ def restore_or_init(
 
     Raises:
         NoValidCheckpoint: there are checkpoints, or have been, and all are damaged.
-        ValueError: the checkpoints are of another run.
+        ValueError: the checkpoints are of another run; or shards over processes that do not all
+            see the directory.
+        EndedElsewhere: another process raised one of these.
     """
 
     def create(params: Any) -> TrainState:
@@ -56,7 +60,7 @@ def restore_or_init(
         # run differently compiled programs and end with other bits.
         return sharding.place(own, state)
 
-    state, progress = restore(folder, abstract, identity, init, mesh)
+    state, progress = _restore_in_all(folder, abstract, identity, init, mesh)
     mode.release_initial()
     state = sharding.place(mesh, state)
     step = int(state.step)
@@ -69,3 +73,34 @@ def restore_or_init(
             "step is looked for anew, and the result is not compared with the start"
         )
     return state, progress
+
+
+def _restore_in_all(
+    folder: RunDirectory,
+    abstract: TrainState,
+    identity: Identity,
+    init: Callable[[], TrainState],
+    mesh: Mesh | None,
+) -> tuple[TrainState, Progress]:
+    """Restores or makes the state in every process of the run.
+
+    Shards that lie over several processes are read by these processes. Otherwise process 0 reads
+    the state and sends it to the others, which need not see the directory.
+    """
+    if sharding.is_shared(mesh):
+        folder.share_checkpoints()
+        return folder.restore(abstract, identity, init)
+    group = group_of_run()
+
+    def restore_here() -> tuple[TrainState, Progress] | None:
+        return folder.restore(abstract, identity, init) if group.is_primary else None
+
+    restored = group.run_in_all(restore_here)
+    if restored is None:
+        # Of the other processes' arrays only the shapes and dtypes count.
+        state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+        progress = RunProgress()
+    else:
+        state, progress = restored
+    course = group.from_process_0(progress.to_json)
+    return group.broadcast_arrays(state), read_progress(course)

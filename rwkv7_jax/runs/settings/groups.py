@@ -299,7 +299,6 @@ class Settings:
                 "`config.evaluation.prompt_tokens` must be at least 1, or -1 for all; got 0."
             )
         self._check_lists()
-        self._check_states()
         # Elsewhere it would silently do nothing.
         if self.optimizer.decorrelate != "none" and self.mode != "pretrain":
             raise ValueError(
@@ -313,6 +312,7 @@ class Settings:
                 f'"{self.data.packing}"; got "cubic".'
             )
         refuse_unread_settings(self)
+        self._check_states()
         check_packing(self.data.packing, self.mode, self.upscaling.dynamics)
         rows = self.data.batch_size
         source = "`config.data.batch_size`"
@@ -364,15 +364,8 @@ class Settings:
         return tunes and self.optimizer.learning_rate is None
 
     def _check_states(self) -> None:
-        """Checks that several states are asked for where they can be tuned."""
-        if self.tuning.states is None:
-            return
-        if self.mode not in ("state", "upscaled_state"):
-            raise ValueError(
-                "`config.tuning.states` must be empty outside modes state and upscaled_state; "
-                f"the mode is {self.mode}."
-            )
-        if self.data.path:
+        """Checks that the texts of several states are named in one place."""
+        if self.tuning.states is not None and self.data.path:
             raise ValueError(
                 "`config.data.path` must be empty where `config.tuning.states` names the texts; "
                 f"got {self.data.path!r}."

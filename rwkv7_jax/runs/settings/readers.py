@@ -149,12 +149,18 @@ def is_read(name: str, mode: str, method: str) -> bool:
         method: `config.test_time.method`.
     """
     kind = method if mode == TEST_TIME else mode
+    readers = _readers_of(name)
+    return readers is None or kind in readers
+
+
+def _readers_of(name: str) -> tuple[str, ...] | None:
+    """Returns the kinds of runs that read a setting; None where all do."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         readers = _READERS.get(".".join(parts[:length]))
         if readers is not None:
-            return kind in readers
-    return True
+            return readers
+    return None
 
 
 def refuse_unread_settings(settings: Any) -> None:
@@ -170,9 +176,9 @@ def refuse_unread_settings(settings: Any) -> None:
     method = settings.test_time.method
     for name, value in _set_values(settings):
         if not is_read(name, mode, method):
+            where = _where(name, mode, method)
             raise ValueError(
-                f"`config.{name}` must be left out {_where(name, mode, method)}; got "
-                f"{shown(value)}."
+                f"`config.{name}` must be left out {where}; got {shown(value)}."
             )
     for names, when in unread_by_value(mode, lambda name: _value(settings, name)):
         _refuse(settings, names, when)
@@ -236,9 +242,12 @@ def lies_in(name: str, groups: Iterable[str]) -> bool:
 
 def _where(name: str, mode: str, method: str) -> str:
     """Returns the end of the sentence: the mode has no such setting, or its method has not."""
-    if mode == TEST_TIME and any(is_read(name, mode, one) for one in _METHODS):
+    readers = _readers_of(name) or ()
+    modes = dict.fromkeys(TEST_TIME if one in _METHODS else one for one in readers)
+    if mode == TEST_TIME and mode in modes:
         return f"where `config.test_time.method` is {method!r}"
-    return f"in mode {mode!r}, where it has no effect"
+    listed = ", ".join(modes)
+    return f"in mode {mode!r}, where it has no effect (modes that read it: {listed})"
 
 
 def _set_values(settings: Any) -> Iterator[tuple[str, Any]]:

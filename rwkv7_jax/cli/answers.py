@@ -1,0 +1,179 @@
+"""Answers of `generate` and `chat`: how they are drawn, when they end, and how they are shown."""
+
+import argparse
+import sys
+from typing import Any
+
+import jax
+
+from rwkv7_jax.cli.arguments import (
+    MOST_TOKENS,
+    integer,
+    integers,
+    number,
+    path,
+    stop_text,
+)
+from rwkv7_jax.cli.inputs import MODEL_HELP, add_dtype_option
+from rwkv7_jax.cli.output import name_output
+from rwkv7_jax.generation.sampling import exempt_ids
+from rwkv7_jax.model.int8_weights import INT8
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+# Seeds lie from minus this number to below it: JAX takes 64 bits.
+_SEEDS = 2**63
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that name the model and how it is held in memory."""
+    add = parser.add_argument
+    add("--model", required=True, type=path, help=MODEL_HELP)
+    add(
+        "--weights",
+        choices=(INT8,),
+        help="hold the model's matrices in 8 bits, in half or a quarter of the memory",
+    )
+    add_dtype_option(parser)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how many tokens are drawn, and how."""
+    add = parser.add_argument
+    add(
+        "--tokens",
+        type=integer(0, MOST_TOKENS),
+        default=256,
+        help="longest answer, in tokens (%(default)s)",
+    )
+    add("--temperature", type=number(0), default=0.8, help="0 is greedy (%(default)s)")
+    add(
+        "--top-p",
+        type=number(0, 1),
+        default=0.9,
+        help="probability mass to keep (%(default)s)",
+    )
+    add(
+        "--top-k",
+        type=integer(0),
+        default=0,
+        help="tokens to keep; 0 keeps all (%(default)s)",
+    )
+    add(
+        "--presence-penalty",
+        type=number(),
+        default=0.0,
+        help="on tokens used (%(default)s)",
+    )
+    add(
+        "--frequency-penalty",
+        type=number(),
+        default=0.0,
+        help="on each use (%(default)s)",
+    )
+    add(
+        "--penalty-decay",
+        type=number(0, 1),
+        default=0.996,
+        help="factor on the counts of uses at every token (%(default)s)",
+    )
+    add(
+        "--seed",
+        type=integer(-_SEEDS, _SEEDS - 1),
+        default=0,
+        help="the same seed gives the same text (%(default)s)",
+    )
+
+
+def add_stop_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that end an answer."""
+    add = parser.add_argument
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        type=stop_text,
+        help="end before TEXT; repeatable",
+    )
+    add(
+        "--stop-ids",
+        default=(),
+        metavar="IDS",
+        type=integers(0),
+        help="ids that end an answer besides the vocabulary's end of text, with commas between",
+    )
+
+
+def drawing(
+    options: argparse.Namespace, tokenizer: Tokenizer, *, answers: int = 0
+) -> dict[str, Any]:
+    """Returns the arguments of `generate` that say how tokens are drawn, and how many.
+
+    Args:
+        options: of `add_sampling_options` and `add_stop_options`.
+        tokenizer: of the model.
+        answers: drawn before this one; each has a seed of its own.
+    """
+    # The seed after the last one is the first.
+    seed = (options.seed + answers + _SEEDS) % (2 * _SEEDS) - _SEEDS
+    return {
+        "tokens": options.tokens,
+        "stop_ids": (*tokenizer.stop_ids, *options.stop_ids),
+        "tokenizer": tokenizer,
+        "key": jax.random.key(seed),
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "presence_penalty": options.presence_penalty,
+        "frequency_penalty": options.frequency_penalty,
+        "penalty_decay": options.penalty_decay,
+        "penalty_exempt": exempt_ids(tokenizer),
+    }
+
+
+class Stream:
+    """Text that is shown while it is made; a lost stream does not cost what is written later."""
+
+    def __init__(self, *, goes_on: bool):
+        """Starts with no text.
+
+        Args:
+            goes_on: whether an error of the stream waits until `close`.
+        """
+        self._goes_on = goes_on
+        self._error: OSError | None = None
+
+    def __call__(self, piece: str, row: int) -> None:
+        """Writes a piece of text at once; there is one row."""
+        del row
+        if self._error is not None:
+            return
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        try:
+            # A terminal of another encoding shows an escape rather than ending the run.
+            text = piece.encode(encoding, "backslashreplace").decode(encoding)
+            with name_output():
+                sys.stdout.write(text)
+                sys.stdout.flush()
+        except OSError as error:
+            if not self._goes_on:
+                raise
+            self._error = error
+
+    def close(self) -> None:
+        """Ends the last line, or raises the error that waited."""
+        if self._error is not None:
+            raise self._error
+        with name_output():
+            print(flush=True)
+
+
+def note_ids_without_entry(tokenizer: Tokenizer, ids: list[int]) -> None:
+    """Says on standard error that ids were generated that the vocabulary cannot spell."""
+    silent = [number for number in ids if not tokenizer.token_bytes(number)]
+    if silent:
+        print(
+            f"note: {len(silent)} of the {len(ids)} ids spell nothing in {tokenizer.name}; "
+            f"the first is {silent[0]}.",
+            file=sys.stderr,
+        )

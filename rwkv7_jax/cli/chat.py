@@ -1,0 +1,312 @@
+"""`rwkv7 chat`: a conversation in the terminal; the state is kept between its turns."""
+
+import argparse
+import collections
+import contextlib
+import importlib
+import os
+import sys
+from typing import NamedTuple
+
+from jaxtyping import Array, Float
+
+from rwkv7_jax.cli.answers import (
+    Stream,
+    add_model_options,
+    add_sampling_options,
+    add_stop_options,
+    drawing,
+    note_ids_without_entry,
+)
+from rwkv7_jax.cli.arguments import path, refuse_inputs, state_target
+from rwkv7_jax.cli.errors import reason
+from rwkv7_jax.cli.inputs import (
+    LoadedModel,
+    add_any_base_option,
+    add_vocabulary_option,
+    read_model,
+)
+from rwkv7_jax.cli.session import check_savable, is_chat, save_session
+from rwkv7_jax.cli.summary import COMMANDS
+from rwkv7_jax.generation.generate import generate
+from rwkv7_jax.local_paths import existing_path
+from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.runs.process import hold_interrupt
+from rwkv7_jax.text.chat_template import (
+    CHAT_STOP,
+    THINK_MODES,
+    TURN_END,
+    answer_opening,
+    chat_prompt,
+)
+
+# Exchanges that can be dropped: a state of the 7.2B model has 33 MB.
+_MOST_UNDOS = 8
+
+_HELP = """\
+/reset      go back to the start
+/undo       drop the last exchange
+/save FILE  write the memory of the conversation, to go on from with --state
+/help       list the commands
+/quit       end the conversation, as the end of the input does
+Ctrl-C stops an answer. A line that ends with \\ goes on in the next; // begins a message with /."""
+
+
+def add_chat_command(subparsers) -> None:
+    """Adds the parser of `chat` to those of `rwkv7`."""
+    parser = subparsers.add_parser("chat", help=COMMANDS["chat"])
+    add_model_options(parser)
+    add = parser.add_argument
+    add(
+        "--state",
+        type=path,
+        help="state to start from: a tuned one, or that of a chat that goes on",
+    )
+    add_any_base_option(parser)
+    add("--system", metavar="TEXT", help="what the system says at the start")
+    add(
+        "--think",
+        choices=tuple(THINK_MODES),
+        default="off",
+        help="whether answers think first; fast is an empty thought (%(default)s)",
+    )
+    add(
+        "--save-state",
+        metavar="FILE",
+        type=state_target,
+        help="write the memory at the end, to go on from with --state",
+    )
+    add_sampling_options(parser)
+    add_stop_options(parser)
+    add_vocabulary_option(parser, "the model's")
+    parser.set_defaults(run=run_chat, compiles=True)
+
+
+def run_chat(options: argparse.Namespace) -> None:
+    """Answers the lines of standard input until they end."""
+    _check_target("chat: `--save-state`", options.save_state, options)
+    if options.state:
+        existing_path(options.state, "chat: `--state`")
+    model = read_model(options.model, weights=options.weights, dtype=options.dtype)
+    conversation = _Conversation(options, model)
+    prompt = _prepare_input()
+    try:
+        _talk(conversation, prompt)
+    finally:
+        # However it ended: what was said is not lost.
+        conversation.close()
+
+
+def _check_target(
+    argument: str, target: str | None, options: argparse.Namespace
+) -> None:
+    """Raises where a state would be written over the model; over that of `--state` it may."""
+    refuse_inputs(argument, target, {"--model": [options.model]})
+
+
+class _Memory(NamedTuple):
+    """What the model has read.
+
+    Attributes:
+        state: None where it has read nothing.
+        logits: of the token that would come next; None before the first answer.
+        in_chat: whether it has read an answer but not the end of that turn.
+    """
+
+    state: RWKV7State | None
+    logits: Float[Array, "1 V"] | None
+    in_chat: bool
+
+
+class _Conversation:
+    """A model, and its memory after each of the last answers."""
+
+    def __init__(self, options: argparse.Namespace, model: LoadedModel):
+        """Starts from the state of `--state`.
+
+        Raises:
+            ValueError: another model's state, or a vocabulary that does not spell the template.
+        """
+        self._options = options
+        self._model = model
+        self._tokenizer = model.tokenizer(options.vocabulary)
+        self._start = _Memory(None, None, False)
+        if options.state:
+            state = model.load_state(options.state, any_base=options.any_base)
+            check_savable("chat: `--save-state`", options.save_state, state)
+            self._start = _Memory(state, None, is_chat(options.state))
+        self._memory = self._start
+        self._earlier: collections.deque[_Memory] = collections.deque(
+            maxlen=_MOST_UNDOS
+        )
+        self._answers = 0
+        try:
+            self.encode("")
+        except ValueError:
+            raise ValueError(
+                "chat: `--vocabulary` must spell the template of chats and `--system`; "
+                f"{self._tokenizer.name} does not."
+            ) from None
+
+    def encode(self, message: str) -> list[int]:
+        """Returns the ids of a message as the next turn, with what the system says at the start.
+
+        Raises:
+            ValueError: the vocabulary cannot spell it.
+        """
+        system = b""
+        if self._memory is self._start:
+            # The inverse of how Python decodes the command line.
+            system = os.fsencode(self._options.system or "")
+        text = message.encode("utf-8", "surrogateescape")
+        prompt = chat_prompt(text, system=system, think=self._options.think)
+        if self._memory.in_chat:
+            prompt = TURN_END.encode() + prompt
+        return self._tokenizer.encode(prompt)
+
+    def answer(self, ids: list[int]) -> None:
+        """Reads a turn and shows the answer; Ctrl-C ends it as `--tokens` would have."""
+        options = self._options
+        stream = Stream(goes_on=bool(options.save_state))
+        with hold_interrupt() as interrupted:
+            # The given beginning of an answer is part of it.
+            stream(answer_opening(options.think).lstrip(), 0)
+            out = generate(
+                self._model.module,
+                self._model.params,
+                ids,
+                self._memory.state,
+                stop_strings=[*options.stop, CHAT_STOP],
+                on_text=stream,
+                should_stop=interrupted,
+                **drawing(options, self._tokenizer, answers=self._answers),
+            )
+            self._answers += 1
+            self._earlier.append(self._memory)
+            self._memory = _Memory(out.state, out.logits, True)
+            stream.close()
+        note_ids_without_entry(self._tokenizer, out.tokens[0])
+
+    def obey(self, command: str) -> None:
+        """Does what a line that begins with / asks for.
+
+        Raises:
+            ValueError: no command, or one that cannot be obeyed now.
+            OSError: a file that cannot be written.
+        """
+        name, _, argument = command.partition(" ")
+        if name == "/save":
+            self._save(argument.strip())
+        elif command == "/undo":
+            if not self._earlier:
+                raise ValueError(
+                    f"`/undo` must follow an answer, and drops the last {_MOST_UNDOS} at most."
+                )
+            self._memory = self._earlier.pop()
+            _note("the last exchange is dropped")
+        elif command == "/reset":
+            self._memory = self._start
+            self._earlier.clear()
+            _note("the conversation is back at its start")
+        elif command == "/help":
+            _note(_HELP)
+        else:
+            raise ValueError(
+                f"`{command}` is no command: /help lists them, and a message with / begins with //."
+            )
+
+    def _save(self, file: str) -> None:
+        """Writes the memory to the file of `/save`."""
+        try:
+            target = state_target(file)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"`/save` {error}.") from None
+        _check_target("`/save`", target, self._options)
+        check_savable("`/save`", target, self._memory.state)
+        if not self._write(target):
+            raise ValueError("`/save` must follow an answer.")
+        _note(f"{target}: the memory of this conversation")
+
+    def close(self) -> None:
+        """Writes the file of `--save-state`."""
+        target = self._options.save_state
+        if target and not self._write(target):
+            _note(f"note: {target} is not written, because nothing was answered.")
+
+    def _write(self, target: str) -> bool:
+        """Writes the memory, unless no answer is in it; tells whether there was one."""
+        state, logits, in_chat = self._memory
+        if state is None or logits is None:
+            return False
+        save_session(target, self._model, state, logits=logits, is_chat=in_chat)
+        return True
+
+
+def _talk(conversation: _Conversation, prompt: str) -> None:
+    """Obeys and answers until the input ends or `/quit` ends it; what is refused changes nothing.
+
+    Args:
+        conversation: that goes on.
+        prompt: shown before each line.
+    """
+    while (message := _read_message(prompt)) is not None:
+        is_command = message.startswith("/") and not message.startswith("//")
+        if is_command and message.strip() == "/quit":
+            return
+        if not message.strip():
+            continue
+        try:
+            if is_command:
+                conversation.obey(message.strip())
+                continue
+            ids = conversation.encode(message.removeprefix("/"))
+        except (ValueError, OSError) as error:
+            _note(reason(error))
+            continue
+        conversation.answer(ids)
+
+
+def _read_message(prompt: str) -> str | None:
+    """Reads a line, and further ones where a backslash ends it; None where the input has ended."""
+    message = ""
+    while (line := _read_line(prompt)) is not None:
+        message += line
+        if not line.endswith("\\"):
+            return message
+        message = message[:-1] + "\n"
+    return message or None
+
+
+def _read_line(prompt: str) -> str | None:
+    """Reads a line of standard input, without its end; None where the input has ended."""
+    if prompt and sys.stdout.isatty():
+        try:
+            return input(prompt)
+        except EOFError:
+            # What the terminal shows next begins a line.
+            print()
+            return None
+    # The answers alone go to standard output.
+    print(prompt, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return line.removesuffix("\n") if line else None
+
+
+def _prepare_input() -> str:
+    """Prepares standard input and returns its prompt, which is empty where nobody types."""
+    reconfigure = getattr(sys.stdin, "reconfigure", None)
+    if reconfigure is not None:
+        # The model reads bytes that are not UTF-8 as they are.
+        reconfigure(errors="surrogateescape")
+    if not sys.stdin.isatty():
+        return ""
+    with contextlib.suppress(ImportError):
+        # Once it is imported, `input` has its editing and history.
+        importlib.import_module("readline")
+    _note("/help lists the commands")
+    return "> "
+
+
+def _note(text: str) -> None:
+    """Says something that is no answer."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,17 @@
+"""Errors that users can mend, as one sentence."""
+
+from rwkv7_jax.runs.exit_codes import is_out_of_memory, memory_sentence
+
+_LESS_MEMORY = (
+    "use a smaller model, a shorter prompt or text, or lower `--windows`, `--length` or `--show` "
+    "where the command has them"
+)
+
+
+def reason(error: Exception) -> str:
+    """Formats an error; those of the operating system name their file first."""
+    if is_out_of_memory(error):
+        return memory_sentence(error, _LESS_MEMORY)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"`{error.filename}`: {error.strerror}."
+    return str(error)

@@ -1,0 +1,58 @@
+"""What follows a step: an evaluation that a signal may end, but not its record."""
+
+import contextlib
+import os
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+
+from rwkv7_jax.evaluation.metric import Metric
+from rwkv7_jax.runs import after_step
+from rwkv7_jax.runs.process import StopSignals
+
+METRICS = {
+    "held_out_bits_per_byte": Metric(1.0, "bits_per_byte", higher_is_better=False)
+}
+SAMPLES = [("a prompt", "its text")]
+
+
+def evaluated(signalled):
+    """Evaluates with a signal at one place; returns what was recorded and whether it stops."""
+    recorded = []
+
+    def at(name, result=None):
+        if name == signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    def log_evaluation(step, metrics):
+        recorded.append("metrics")
+        at("log")
+
+    mode = SimpleNamespace(
+        mesh=None,
+        evaluate=lambda params: at("evaluate", METRICS),
+        sample_texts=lambda params: iter(SAMPLES),
+    )
+    run = SimpleNamespace(mode=mode, local_params=lambda state: None)
+    log = SimpleNamespace(paused=contextlib.nullcontext, log_evaluation=log_evaluation)
+    folder = SimpleNamespace(note_sample=lambda *_: recorded.append("sample"))
+    state = SimpleNamespace(step=np.asarray(3))
+    with StopSignals() as stop:
+        after_step._evaluate_unless_stopped(run, state, folder, log, stop)
+        stops = stop.should_stop()
+    return recorded, stops
+
+
+def test_an_evaluation_that_a_signal_ends_leaves_no_record():
+    assert evaluated("evaluate") == ([], True)
+
+
+def test_a_signal_while_an_evaluation_is_recorded_leaves_all_of_it(capsys):
+    assert evaluated("log") == (["metrics", "sample"], True)
+    assert "its text" in capsys.readouterr().out
+
+
+def test_without_a_signal_an_evaluation_is_recorded_once():
+    assert evaluated(None) == (["metrics", "sample"], False)
