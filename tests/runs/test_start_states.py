@@ -12,13 +12,14 @@ from tiny_models import lively, random_state
 
 from rwkv7_jax.checkpoints import param_tree
 from rwkv7_jax.checkpoints.model_files import save_model
-from rwkv7_jax.checkpoints.state_files import save_state
+from rwkv7_jax.checkpoints.state_files import load_state, save_state
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.runs.modes.registry import make_mode
 from rwkv7_jax.test_time.traces import read_traces
+from rwkv7_jax.tuning.upscaling import upscale
 
 
 @pytest.fixture(scope="module")
@@ -306,3 +307,62 @@ def test_the_reference_of_a_policy_is_the_state_that_tuning_starts_from(base, tm
     for leaf in jax.tree.leaves(first):
         leaf.delete()
     assert mode.loss(moved, batch)[1]["kl_nats"] > 1e-3
+
+
+@pytest.fixture(scope="module")
+def upscaled_start(base, tmp_path_factory):
+    """Returns the path of an upscaled state of the base model, and the state."""
+    folder = tmp_path_factory.mktemp("upscaled")
+    mode = made("state", base, folder)
+    rows = np.arange(64).reshape(2, 32) % mode.model.config.vocab_size
+    state = upscale(mode.model, mode.frozen, rows, size=8, prepare="none")
+    memory = jnp.full_like(state.upscaled.memory, 0.25)
+    state = state.replace(upscaled=state.upscaled.replace(memory=memory))
+    path = folder / "state.safetensors"
+    save_state(path, state, config=mode.model.config)
+    return str(path), state
+
+
+@pytest.mark.parametrize("mode", ["grpo", "expert", "distil", "context"])
+def test_the_memory_of_an_upscaled_start_is_tuned_at_test_time(
+    base, tmp_path, upscaled_start, mode
+):
+    start, state = upscaled_start
+    made_mode = made(mode, base, tmp_path, start=start)
+    params = made_mode.init_params()
+    batch = Batch(
+        tokens=np.arange(14).reshape(2, 7) % made_mode.model.config.vocab_size,
+        mask=np.ones((2, 6), np.float32),
+        advantages=np.ones(2, np.float32) if mode == "grpo" else None,
+    )
+    np.testing.assert_array_equal(params.upscaled.memory, state.upscaled.memory)
+    grads = jax.grad(lambda state: made_mode.loss(state, batch)[0])(params)
+    assert np.abs(grads.upscaled.memory).max() > 0
+    others = grads.replace(upscaled=grads.upscaled.replace(memory=0, write=0))
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(others))
+    assert made_mode.tuned_leaves() == ("memory",)
+    assert made_mode.trained_count(params) >= params.upscaled.memory.size
+    path = made_mode.save(tmp_path, params)
+    assert path.name == "state.safetensors" and made_mode.state_files(tmp_path) == {
+        "": path
+    }
+    loaded = load_state(path, config=made_mode.model.config)
+    np.testing.assert_array_equal(loaded.upscaled.memory, params.upscaled.memory)
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "sentence"),
+    [
+        ("state", {}, "upscaled state, which mode 'test_time' alone tunes further"),
+        (
+            "grpo",
+            {"tuning.leaves": "all"},
+            "`config.tuning.leaves` must be left out where `config.start` is an upscaled",
+        ),
+    ],
+)
+def test_an_upscaled_start_that_cannot_be_tuned_is_refused(
+    base, tmp_path, upscaled_start, mode, changes, sentence
+):
+    with pytest.raises(ValueError, match=sentence):
+        made(mode, base, tmp_path, start=upscaled_start[0], **changes)

@@ -62,6 +62,8 @@ _REWARD_ERROR = f"{_REWARD}_error"
 class ContextMode(DatasetMode, SingleStateMode):
     """Turns a long prompt into a state; its rows are the run's text."""
 
+    takes_upscaled_start = True
+
     def set_up(self) -> None:
         """Loads the model, reads the prompt and opens the data."""
         self.load_frozen_model()
@@ -73,11 +75,11 @@ class ContextMode(DatasetMode, SingleStateMode):
         self._context = context
         with prefix_errors("config.test_time.context"):
             prompt = self._read_prompt(context)
+        self.make_initial()
         # The state after the prompt: the loss compares with the model that starts from it.
         self.loss = context_distillation(
             self.model, self.frozen, prompt, leaves=self.tuned_leaves()
         )
-        self._initial = self.make_params()
         self.decorrelator = self.with_own_rates(self.decorrelator)
         self.open_data()
         self._held_out = self.prediction_evaluator("held_out")
@@ -111,6 +113,8 @@ class TestTimeMode(SingleStateMode):
     # The name begins with "Test"; pytest must not collect it.
     __test__ = False
 
+    takes_upscaled_start = True
+
     def set_up(self) -> None:
         """Loads the model and the questions; for "distil", lets the teacher answer."""
         settings = self.settings
@@ -118,7 +122,7 @@ class TestTimeMode(SingleStateMode):
         # Weights that are only described write nothing.
         if not sharding.is_abstract(self.frozen):
             self._open_questions()
-        self._initial = self.make_params()
+        self.make_initial()
         self.decorrelator = self.with_own_rates(self.decorrelator)
         self.updates_per_step = settings.test_time.updates
         if settings.test_time.method == "grpo":
