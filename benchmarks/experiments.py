@@ -299,7 +299,7 @@ def observing(steps: int = 1000, seed: int = 0, answers: float = 1.0) -> Numbers
     """Trains an observer, a third of the teacher's size: its states reach .85 of the teacher's."""
     teacher, weights = base("small")
     prompts = _observed_rows(0, seed, rows=256)
-    bias = state_moments(teacher, weights, prompts.tokens[:, :-1], prompts.split).mean
+    bias = state_moments(teacher, weights, prompts.inputs, prompts.split).mean
     key = jax.random.key(seed)
     observer, params = init_observer(_OBSERVER, teacher.config, key, bias=bias)
     tx = optax.chain(
@@ -312,7 +312,7 @@ def observing(steps: int = 1000, seed: int = 0, answers: float = 1.0) -> Numbers
     for number in range(steps):
         train, _ = step(train, _observed_rows(number, seed))
     held_out = _observed_rows(0, seed, rows=256, held_out=True)
-    proposed = propose(observer, train.params, held_out.tokens[:, :-1], held_out.split)
+    proposed = propose(observer, train.params, held_out.inputs, held_out.split)
     answers_by_start = evaluate_handover(teacher, weights, proposed, held_out)
     table = {name: found.accuracy for name, found in answers_by_start.items()}
     ratio = table["proposed"] / table["wkv"]

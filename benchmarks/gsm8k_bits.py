@@ -110,7 +110,7 @@ def state_method(kind: str, subject: Subject) -> Method:
         if kind == START:
             return rwkv.init_state(subject.config)
         prepare, widths, _ = text_table.UPSCALED[kind]
-        shown = subject.batch(subject.training[:SHOWN]).tokens[:, :-1]
+        shown = subject.batch(subject.training[:SHOWN]).inputs
         return rwkv.upscale(
             model, params, shown, prepare=prepare, widths=widths, seed=seed
         )

@@ -184,7 +184,7 @@ def start(
     return upscale(
         model,
         params,
-        shown.tokens[:, :-1],
+        shown.inputs,
         size=method.size,
         dynamics=method.dynamics,
         prepare=method.prepare,

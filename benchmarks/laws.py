@@ -23,7 +23,7 @@ Numbers = dict[str, Any]
 def identity() -> Numbers:
     """Checks that an empty memory leaves logits bit for bit as they are, in all additive forms."""
     model, params = base("small")
-    ids = batch("mixture", 0, rows=16).tokens[:, :-1]
+    ids = batch("mixture", 0, rows=16).inputs
     run = jax.jit(lambda params, state: model.apply({"params": params}, ids, state)[0])
     plain = run(params, rwkv.init_state(model.config, 16))
     found = {}
@@ -40,7 +40,7 @@ def identity() -> Numbers:
 def linearity() -> Numbers:
     """Checks that a start state is read linearly: y(S) - y(0) = S psi up to 1e-5."""
     model, params = base("small")
-    ids = batch("mixture", 0, rows=8).tokens[:, :-1]
+    ids = batch("mixture", 0, rows=8).inputs
     zero = rwkv.init_state(model.config, 8)
     *_, trace = model.apply({"params": params}, ids, zero, method="trace")
     parts = {name: part[0] for name, part in trace.items()}
@@ -104,7 +104,7 @@ def serving() -> Numbers:
         ).state
         for s in range(2)
     ]
-    ids = batch("sequence", 0, rows=8).tokens[:, :-1]
+    ids = batch("sequence", 0, rows=8).inputs
     state_of_row = np.arange(8) % 4
     run = jax.jit(
         lambda params, ids, state: model.apply({"params": params}, ids, state)[0]

@@ -105,7 +105,7 @@ def digits(model: rwkv.RWKV7, rows: int) -> Data:
 
     return Data(
         batch=lambda step, seed: copy_rows(1000 * seed + step, rows),
-        calibration=copy_rows(MEASURED + 1, WINDOWS).tokens[:, :-1],
+        calibration=copy_rows(MEASURED + 1, WINDOWS).inputs,
         measure=measure,
         guess=lambda count: frequency_nats(held_out.select_rows(slice(0, count))),
     )
@@ -144,7 +144,7 @@ def texts(
         bits = frequency_nats(read) * np.sum(np.asarray(read.mask)) / math.log(2)
         return float(bits / np.sum(target_bytes(read, tokenizer)))
 
-    calibration = windows(train, LENGTH, WINDOWS).tokens[:, :-1]
+    calibration = windows(train, LENGTH, WINDOWS).inputs
     return Data(batch, calibration, measure, guess)
 
 

@@ -94,7 +94,7 @@ def start(kind: str, style: str, seed: int):
         return rwkv.init_state(model.config)
     if kind in UPSCALED:
         prepare, widths, _ = UPSCALED[kind]
-        text = windows(stream(style, "train"), LENGTH, 48).tokens[:, :-1]
+        text = windows(stream(style, "train"), LENGTH, 48).inputs
         return rwkv.upscale(
             model,
             params,

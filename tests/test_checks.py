@@ -14,7 +14,7 @@ def message_of(error, call, *arguments):
     return str(raised.value)
 
 
-@pytest.mark.parametrize("error", [TypeError, ValueError])
+@pytest.mark.parametrize("error", [TypeError, ValueError, ImportError])
 def test_the_public_function_comes_first_in_the_message_and_the_type_stays(error):
     with pytest.raises(error) as raised, checks.prefix_errors("generate"):
         raise error("`tokens` must be integers; got float32.")

@@ -140,21 +140,21 @@ def _open(path: Path) -> gguf.GGUFReader:
     # What the package raises for headers that make no sense.
     except (ValueError, LookupError, TypeError, OverflowError) as error:
         raise ValueError(
-            f"load_model: `{path}` is not a GGUF file, or a damaged one: {first_line(error)}."
+            f"`{path}` is not a GGUF file, or a damaged one: {first_line(error)}."
         ) from None
     if reader.byte_order == "S":
         raise ValueError(
-            f"load_model: `{path}` is a GGUF file of the other byte order (big-endian)."
+            f"`{path}` is a GGUF file of the other byte order (big-endian)."
         )
     architecture = metadata(reader, gguf.Keys.General.ARCHITECTURE)
     if architecture != _ARCHITECTURE:
         raise ValueError(
-            f"load_model: `{path}` is a GGUF file of {architecture!r}, not of {_ARCHITECTURE!r}."
+            f"`{path}` is a GGUF file of {architecture!r}, not of {_ARCHITECTURE!r}."
         )
     parts = metadata(reader, gguf.Keys.Split.LLM_KV_SPLIT_COUNT)
     if parts is not None and parts > 1:
         raise ValueError(
-            f"load_model: `{path}` is one of {parts} parts of a GGUF file; "
+            f"`{path}` is one of {parts} parts of a GGUF file; "
             "join them with `llama-gguf-split --merge`."
         )
     return reader
@@ -172,7 +172,7 @@ def _refuse_unreadable(reader: gguf.GGUFReader, path: Path) -> None:
             gguf.dequantize(tensor.data[:1], kind)
         except NotImplementedError:
             raise ValueError(
-                f"load_model: `{path}` holds {tensor.name} as {kind.name}; floats and the "
+                f"`{path}` holds {tensor.name} as {kind.name}; floats and the "
                 "quantised types of the package gguf can be read."
             ) from None
         checked.add(kind)
@@ -187,9 +187,7 @@ def _number(reader: gguf.GGUFReader, key: str, path: Path) -> float:
     name = key.format(arch=_ARCHITECTURE)
     value = metadata(reader, name)
     if not isinstance(value, int | float) or not value > 0:
-        raise ValueError(
-            f"load_model: `{path}` must have a positive number {name}; got {value!r}."
-        )
+        raise ValueError(f"`{path}` must have a positive number {name}; got {value!r}.")
     return float(value)
 
 
@@ -219,7 +217,7 @@ def read_gguf(path: Path, *, verify: bool = False) -> TensorFile:
         digest = _digest(arrays, norm_eps, head_size)
         if metadata(reader, _DIGEST_KEY) not in (None, digest):
             raise ValueError(
-                f"load_model: `{path}` is damaged: its tensors or sizes are not those that were "
+                f"`{path}` is damaged: its tensors or sizes are not those that were "
                 "written (their digest differs); download or copy it again."
             )
     tensors: dict[str, Tensor] = {}
@@ -320,7 +318,7 @@ def _narrowed(wide: Tensor, dtype: np.dtype, name: str, path: Path) -> Tensor:
             narrowed = array.astype(dtype)
         if not np.array_equal(narrowed.astype(np.float32), array, equal_nan=True):
             raise ValueError(
-                f"load_model: `{path}` has numbers in {name} that {dtype} cannot hold, "
+                f"`{path}` has numbers in {name} that {dtype} cannot hold, "
                 "although its metadata says that they were of that type."
             )
         return narrowed
@@ -373,12 +371,12 @@ def _check_config(config: RWKV7Config) -> None:
     """Raises unless llama.cpp computes what the model does."""
     if not np.isclose(config.group_norm_eps, _GROUP_NORM_EPS):
         raise ValueError(
-            f"save_model: `config.group_norm_eps` of a .gguf file must be {_GROUP_NORM_EPS}, "
+            f"`config.group_norm_eps` of a .gguf file must be {_GROUP_NORM_EPS}, "
             f"llama.cpp's constant; got {config.group_norm_eps}."
         )
     if config.head_size % _HEAD_SIZE_STEP:
         raise ValueError(
-            f"save_model: `config.head_size` of a .gguf file must be a multiple of "
+            f"`config.head_size` of a .gguf file must be a multiple of "
             f"{_HEAD_SIZE_STEP}, as llama.cpp computes wrong numbers with others; "
             f"got {config.head_size}."
         )
@@ -409,7 +407,7 @@ def _add_tensors(
     for name, array in drop_unused_value_residual(tensors):
         if array.dtype not in _FILE_TYPES:
             raise ValueError(
-                "save_model: `params` of a .gguf file must be float32, float16 or bfloat16; "
+                "`params` of a .gguf file must be float32, float16 or bfloat16; "
                 f"got {array.dtype} in {name}."
             )
         if name == "emb.weight":

@@ -45,15 +45,15 @@ def writable_entries(tokenizer: Tokenizer | None, vocab_size: int) -> dict[int, 
     Raises:
         ValueError: no vocabulary is known, or one that is encoded otherwise.
     """
-    vocabulary = fitting_vocabulary(tokenizer, vocab_size, "save_model")
+    vocabulary = fitting_vocabulary(tokenizer, vocab_size)
     if vocabulary is None:
         raise ValueError(
-            f"save_model: `tokenizer` must be given for a .gguf file of {vocab_size} ids, as no "
+            f"`tokenizer` must be given for a .gguf file of {vocab_size} ids, as no "
             "built-in vocabulary has that size (`rwkv7 convert --vocabulary`)."
         )
     if isinstance(vocabulary, JsonTokenizer):
         raise ValueError(
-            "save_model: `tokenizer` of a .gguf file must take the longest entry at a place, as "
+            "`tokenizer` of a .gguf file must take the longest entry at a place, as "
             f"llama.cpp does for RWKV; got {vocabulary.name}."
         )
     return vocabulary_entries(vocabulary, vocab_size)
@@ -109,14 +109,14 @@ def read_vocabulary(
         return None
     if kind != _KIND:
         raise ValueError(
-            f"load_model: `{path}` must have a vocabulary of the kind {_KIND}; got {kind!r}."
+            f"`{path}` must have a vocabulary of the kind {_KIND}; got {kind!r}."
         )
     tokens = metadata(reader, gguf.Keys.Tokenizer.LIST) or []
     types = metadata(reader, gguf.Keys.Tokenizer.TOKEN_TYPE) or []
     are_texts = all(isinstance(token, str) for token in tokens)
     if len(tokens) != len(types) or not are_texts:
         raise ValueError(
-            f"load_model: `{path}` must have a text and a type for each token of its vocabulary; "
+            f"`{path}` must have a text and a type for each token of its vocabulary; "
             f"got {len(tokens):,} and {len(types):,}."
         )
     entries = {}

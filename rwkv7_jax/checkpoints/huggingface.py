@@ -48,7 +48,7 @@ def read_hf(folder: Path, *, verify: bool = False) -> TensorFile:
         twice = tensors.keys() & shard.tensors.keys()
         if twice:
             raise ValueError(
-                f"load_model: `{folder}` holds {min(twice)} in two files; one is {file.name}."
+                f"`{folder}` holds {min(twice)} in two files; one is {file.name}."
             )
         tensors |= shard.tensors
         if shard.low_rank is not None:
@@ -58,7 +58,7 @@ def read_hf(folder: Path, *, verify: bool = False) -> TensorFile:
     configured = read_norm_eps(folder)
     if configured is not None and norm_eps not in (None, configured):
         raise ValueError(
-            f"load_model: `{folder / CONFIG_FILE}` has norm_eps {configured!r}, but the weights "
+            f"`{folder / CONFIG_FILE}` has norm_eps {configured!r}, but the weights "
             f"next to it were saved with {norm_eps!r}."
         )
     return TensorFile(tensors, low_rank, norm_eps or configured)
@@ -76,7 +76,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not files:
         _refuse_shards_of_trainers(folder)
         raise ValueError(
-            f"load_model: `{folder}` is not a checkpoint: it holds neither rwkv7_jax.json nor a "
+            f"`{folder}` is not a checkpoint: it holds neither rwkv7_jax.json nor a "
             f"file of weights ({', '.join(_WEIGHT_SUFFIXES)})."
         )
     shards = [file for file in files if _SHARD.search(file.name)]
@@ -86,7 +86,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if len(files) > 1:
         names = " and ".join(file.name for file in files[:2])
         raise ValueError(
-            f"load_model: `{folder}` holds several checkpoints, {names} among them; name one."
+            f"`{folder}` holds several checkpoints, {names} among them; name one."
         )
     return files
 
@@ -99,12 +99,12 @@ def _refuse_shards_of_trainers(folder: Path) -> None:
     """
     if (folder / "zero_to_fp32.py").exists() or any(folder.glob("*_states.pt")):
         raise ValueError(
-            f"load_model: `{folder}` is a folder of DeepSpeed, whose parts its zero_to_fp32.py "
+            f"`{folder}` is a folder of DeepSpeed, whose parts its zero_to_fp32.py "
             "joins to one file of weights: run it, and name that file."
         )
     if any(folder.glob("*.distcp")):
         raise ValueError(
-            f"load_model: `{folder}` is a distributed checkpoint of PyTorch: join its parts with "
+            f"`{folder}` is a distributed checkpoint of PyTorch: join its parts with "
             "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth`."
         )
 
@@ -122,20 +122,18 @@ def _indexed_files(index: Path) -> list[Path]:
     """Lists the shards that an index names."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ValueError(f"load_model: `{index}` has no table `weight_map`.")
+        raise ValueError(f"`{index}` has no table `weight_map`.")
     folder = index.parent
     shards = set()
     for shard in weight_map.values():
         # An index that points elsewhere would make us read files that the user never named.
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(
-                f"load_model: `{index}` names {shard!r}, which is not next to it."
-            )
+            raise ValueError(f"`{index}` names {shard!r}, which is not next to it.")
         if not (folder / shard).exists():
-            raise ValueError(f"load_model: `{folder}` lacks the shard {shard}.")
+            raise ValueError(f"`{folder}` lacks the shard {shard}.")
         shards.add(shard)
     if not shards:
-        raise ValueError(f"load_model: `{index}` names no files.")
+        raise ValueError(f"`{index}` names no files.")
     return [folder / shard for shard in sorted(shards)]
 
 
@@ -146,7 +144,7 @@ def _require_all_shards(folder: Path, shards: list[Path]) -> None:
         assert match is not None
         if int(match[1]) != len(shards):
             raise ValueError(
-                f"load_model: `{folder}` holds {len(shards)} of the {int(match[1])} shards that "
+                f"`{folder}` holds {len(shards)} of the {int(match[1])} shards that "
                 f"{shard.name} is one of."
             )
 
@@ -168,6 +166,6 @@ def read_norm_eps(folder: Path) -> float | None:
     is_number = isinstance(norm_eps, int | float) and not isinstance(norm_eps, bool)
     if not is_number or not math.isfinite(norm_eps) or norm_eps <= 0:
         raise ValueError(
-            f"load_model: `{config}` has norm_eps {norm_eps!r}, which is not a positive number."
+            f"`{config}` has norm_eps {norm_eps!r}, which is not a positive number."
         )
     return norm_eps

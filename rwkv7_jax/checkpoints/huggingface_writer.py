@@ -93,7 +93,7 @@ def save_hf(
             model, or a folder with other files.
     """
     _check_epsilons(config, layout)
-    vocabulary = fitting_vocabulary(tokenizer, config.vocab_size, "save_model")
+    vocabulary = fitting_vocabulary(tokenizer, config.vocab_size)
     end_of_text = END_OF_TEXT if vocabulary is None else vocabulary.end_of_text
     texts = _vocabulary_files(vocabulary, config.vocab_size)
     texts[_GENERATION_FILE] = _pretty(_generation_config(end_of_text))
@@ -125,13 +125,13 @@ def _check_epsilons(config: RWKV7Config, layout: Layout) -> None:
     # Both compute the per-head epsilon, so a different one would be lost without a word.
     if not np.isclose(config.group_norm_eps, config.head_size * config.norm_eps):
         raise ValueError(
-            "save_model: an HF folder has one `norm_eps` for all norms, and the per-head norm's is "
+            "an HF folder has one `norm_eps` for all norms, and the per-head norm's is "
             f"head_size times it; got {config.norm_eps} and {config.group_norm_eps}."
         )
     is_official = np.isclose(config.group_norm_eps, _OFFICIAL_GROUP_NORM_EPS)
     if layout == "transformers" and not is_official:
         raise ValueError(
-            "save_model: `config.group_norm_eps` of a folder with official names must be "
+            "`config.group_norm_eps` of a folder with official names must be "
             f"{_OFFICIAL_GROUP_NORM_EPS}, which its readers take; got {config.group_norm_eps}."
         )
 

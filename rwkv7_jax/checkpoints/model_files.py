@@ -44,9 +44,9 @@ from rwkv7_jax.checkpoints.orbax_folder import (
 )
 from rwkv7_jax.checkpoints.param_tree import (
     check_names,
+    finite_tensors,
     infer_config,
     official_tensors,
-    require_finite_tensor,
     require_float_dtype,
     require_jax_dtype,
 )
@@ -145,8 +145,7 @@ def load_model(
             )
         tensors, config = open_model(path, verify=verify)
         if mesh is not None:
-            with prefix_errors("load_model"):
-                check_shared_heads(config, mesh.shape.get(TENSOR, 1), "`mesh`")
+            check_shared_heads(config, mesh.shape.get(TENSOR, 1), "`mesh`")
         convert = as_it_is
         if weights is not None:
             convert = _int8_conversion(tensors, config, path, dtype)
@@ -237,7 +236,7 @@ def open_model(
     tensors, state = tensor_names.split_states(named.tensors)
     # Tools of the RWKV world put states and models under the same suffixes.
     if state and not tensors:
-        raise ValueError(f"load_model: `{path}` {_describe_state(path)}.")
+        raise ValueError(f"`{path}` {_describe_state(path)}.")
     if state:
         warnings.warn(
             f"{path} holds a tuned state as well; load_state({str(path)!r}) gives it.",
@@ -275,20 +274,10 @@ def _to_half(name: str, array: np.ndarray) -> np.ndarray:
         half = np.asarray(array).astype(np.float16)
     if overflows(array, half):
         raise ValueError(
-            f"save_model: `params` of a .st file must be within {_LARGEST_HALF}; got larger ones "
+            f"`params` of a .st file must be within {_LARGEST_HALF}; got larger ones "
             f"in {name}."
         )
     return half
-
-
-def _finite(
-    tensors: Iterable[tuple[str, np.ndarray]],
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors; raises at the first one that the loader would refuse."""
-    for name, array in tensors:
-        with prefix_errors("save_model"):
-            require_finite_tensor(array, name)
-        yield name, array
 
 
 def _official_file_tensors(
@@ -342,18 +331,18 @@ def check_model_target(
     with prefix_errors("save_model"):
         path = local_path(path, "`path`", target=True)
         check_target(path, "`path`")
-    kind = format_of(path, format=format)
-    if kind == "gguf":
-        gguf_files("save_model")
-    if kind == "orbax":
-        require_unicode(path, "save_model: `path`")
-    content = _CONTENT_OF_FOLDERS.get(kind)
-    if content is None and path.is_dir():
-        raise ValueError(
-            f"save_model: `path` must name a file for .{kind}; `{path}` is a folder."
-        )
-    if content is not None and path.exists():
-        refuse_other_files(path, content, "save_model")
+        kind = format_of(path, format=format)
+        if kind == "gguf":
+            gguf_files()
+        if kind == "orbax":
+            require_unicode(path, "`path`")
+        content = _CONTENT_OF_FOLDERS.get(kind)
+        if content is None and path.is_dir():
+            raise ValueError(
+                f"`path` must name a file for .{kind}; `{path}` is a folder."
+            )
+        if content is not None and path.exists():
+            refuse_other_files(path, content)
     return path, kind
 
 
@@ -390,29 +379,30 @@ def save_model(
         TypeError: a leaf is not floating-point, or an argument is of the wrong kind.
     """
     path, kind = check_model_target(path, format=format)
+    # Around all of it: tensors are checked when their turn to be written comes.
     with prefix_errors("save_model"):
         check_instance(config, RWKV7Config, "`config`")
         check_instance(params, Mapping, "`params`")
-    together = any(map(is_spread, jax.tree.leaves(params)))
-    if kind == "orbax":
-        if together:
-            raise ValueError(
-                "save_model: `params` must lie on devices of one process for an Orbax folder; save "
-                "them as .pth or .safetensors."
-            )
-        save_orbax(path, params, config, tokenizer=tokenizer, allow_nan=allow_nan)
-        return
-    # Lazy: a tensor is copied to the host when its turn to be written comes.
-    tensors = official_tensors(params, config)
-    try:
-        if not together or jax.process_index() == 0:
-            total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-            taken = _count_bytes(tensors, total, progress)
-            _write(path, kind, taken, params, config, tokenizer, allow_nan)
-    finally:
-        if together:
-            # The others take part in gathering each tensor, and so does a writer that failed.
-            collections.deque(tensors, maxlen=0)
+        together = any(map(is_spread, jax.tree.leaves(params)))
+        if kind == "orbax":
+            if together:
+                raise ValueError(
+                    "`params` must lie on devices of one process for an Orbax folder; save "
+                    "them as .pth or .safetensors."
+                )
+            save_orbax(path, params, config, tokenizer=tokenizer, allow_nan=allow_nan)
+            return
+        # Lazy: a tensor is copied to the host when its turn to be written comes.
+        tensors = official_tensors(params, config)
+        try:
+            if not together or jax.process_index() == 0:
+                total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+                taken = _count_bytes(tensors, total, progress)
+                _write(path, kind, taken, params, config, tokenizer, allow_nan)
+        finally:
+            if together:
+                # The others take part in gathering each tensor, and so does a writer that failed.
+                collections.deque(tensors, maxlen=0)
 
 
 def _write(
@@ -426,13 +416,13 @@ def _write(
 ) -> None:
     """Writes tensors to a file or a folder of one of the formats but Orbax's."""
     if not allow_nan:
-        tensors = _finite(tensors)
+        tensors = finite_tensors(tensors)
     if kind == "hf" or kind == "transformers":
         save_hf(path, params, config, tensors, layout=kind, tokenizer=tokenizer)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "gguf":
-        gguf_files("save_model").save_gguf(path, config, tensors, tokenizer)
+        gguf_files().save_gguf(path, config, tensors, tokenizer)
         return
     tensors = add_unused_value_residual(tensors, config)
     low_rank: LowRank = "official"
@@ -457,8 +447,9 @@ def model_hash(params: Params, config: RWKV7Config) -> str:
     if origin:
         return origin
     # Sorted by name: the order must not depend on how a tree was made.
-    tensors = official_tensors(params, config)
-    return _hash_tensors(sorted(tensors, key=lambda item: item[0]))
+    with prefix_errors("model_hash"):
+        tensors = sorted(official_tensors(params, config), key=lambda item: item[0])
+    return _hash_tensors(tensors)
 
 
 def _hash_tensors(tensors: Iterable[tuple[str, np.ndarray]]) -> str:

@@ -26,32 +26,24 @@ _AT_FDCWD = -100
 _RENAME_SWAP = 2
 
 
-def read_json(path: Path, function: str = "load_model") -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Reads the object in a JSON file.
-
-    Args:
-        path: of the file.
-        function: the public function, for messages.
 
     Raises:
         ValueError: the file is not JSON, or holds no object.
     """
     content = path.read_bytes()
     if not content.strip():
-        raise ValueError(f"{function}: `{path}` is empty; it must hold a JSON object.")
+        raise ValueError(f"`{path}` is empty; it must hold a JSON object.")
     try:
         table = json.loads(content.decode("utf-8"))
     except RecursionError:
-        raise ValueError(
-            f"{function}: `{path}` is not JSON: it is nested too deeply."
-        ) from None
+        raise ValueError(f"`{path}` is not JSON: it is nested too deeply.") from None
     except ValueError as error:
-        raise ValueError(
-            f"{function}: `{path}` is not JSON, or was cut: {error}."
-        ) from None
+        raise ValueError(f"`{path}` is not JSON, or was cut: {error}.") from None
     if not isinstance(table, dict):
         kind = type(table).__name__
-        raise ValueError(f"{function}: `{path}` must hold a JSON object; got a {kind}.")
+        raise ValueError(f"`{path}` must hold a JSON object; got a {kind}.")
     return table
 
 
@@ -59,8 +51,6 @@ def replace_folder(
     path: Path,
     expected: set[str],
     fill: Callable[[Path], None],
-    *,
-    function: str = "save_model",
 ) -> None:
     """Writes a folder completely, or leaves what was there before.
 
@@ -68,7 +58,6 @@ def replace_folder(
         path: of the folder, which need not exist.
         expected: names that the folder may hold now; with any other file in it, it is not replaced.
         fill: called with a folder that does not exist yet; it makes and fills it.
-        function: the public function, for messages.
 
     Raises:
         ValueError: the folder at `path` holds other files.
@@ -77,7 +66,7 @@ def replace_folder(
     path = Path(os.path.realpath(path))
     restore_interrupted(path)
     if path.exists():
-        refuse_other_files(path, expected, function)
+        refuse_other_files(path, expected)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Next to the target: a rename is atomic only within one file system.
     workspace = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -144,25 +133,22 @@ def exchange_paths(first: Path, second: Path) -> bool:
         return False
 
 
-def refuse_other_files(path: Path, expected: set[str], function: str) -> None:
+def refuse_other_files(path: Path, expected: set[str]) -> None:
     """Refuses a place that holds anything but a model: it may be somebody's work.
 
     Args:
         path: of a folder or a file that is there.
         expected: names that the folder may hold.
-        function: the public function, for messages.
 
     Raises:
         ValueError: a file, or a folder with other files.
     """
     if not path.is_dir():
-        raise ValueError(
-            f"{function}: `{path}` is a file; give an empty or a new folder."
-        )
+        raise ValueError(f"`{path}` is a file; give an empty or a new folder.")
     present = {entry.name for entry in path.iterdir()}
     others = sorted(present - expected)
     if others:
         raise ValueError(
-            f"{function}: `{path}` holds other files, {others[0]} for one; "
+            f"`{path}` holds other files, {others[0]} for one; "
             "give an empty or a new folder."
         )

@@ -18,6 +18,7 @@ from rwkv7_jax.checkpoints.tensor_files import (
     gguf_files,
     read_metadata,
 )
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.text.json_tokenizer import KIND as JSON_KIND
 from rwkv7_jax.text.json_tokenizer import JsonTokenizer
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -55,6 +56,7 @@ def keep_vocabulary(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     return entry
 
 
+@prefix_errors("kept_vocabulary")
 def kept_vocabulary(path: str | Path, vocab_size: int) -> Tokenizer | None:
     """Reads the vocabulary that a folder or a GGUF file holds; None where it holds none.
 
@@ -76,7 +78,7 @@ def kept_vocabulary(path: str | Path, vocab_size: int) -> Tokenizer | None:
         if path.is_dir():
             return _vocabulary_of_hf(path, vocab_size)
         if path.is_file() and container_of(path) == "gguf":
-            return gguf_files("load_model").read_gguf_vocabulary(path, vocab_size)
+            return gguf_files().read_gguf_vocabulary(path, vocab_size)
     except (ValueError, ImportError) as error:
         raise type(error)(
             f"{str(error).rstrip('.')}; `--vocabulary` (`config.data.vocabulary`) names another."
@@ -93,7 +95,7 @@ def _vocabulary_of_hf(folder: Path, vocab_size: int) -> Tokenizer | None:
         # Without this, the vocabulary of the model's size would be taken for its own.
         if (folder / name).is_file():
             raise ValueError(
-                f"load_model: `{folder / name}` holds a vocabulary that is read from a {JSON_FILE} "
+                f"`{folder / name}` holds a vocabulary that is read from a {JSON_FILE} "
                 "alone, which transformers' save_pretrained writes of a fast tokenizer"
             )
     weights = folder / WEIGHTS_FILE
@@ -101,9 +103,7 @@ def _vocabulary_of_hf(folder: Path, vocab_size: int) -> Tokenizer | None:
     if kind is None:
         return None
     if kind not in NAMES:
-        raise ValueError(
-            f"load_model: `{weights}` has an unknown {VOCABULARY_KEY}: {kind!r}"
-        )
+        raise ValueError(f"`{weights}` has an unknown {VOCABULARY_KEY}: {kind!r}")
     return load_vocabulary(kind, vocab_size, argument=f"`{weights}`: {VOCABULARY_KEY}")
 
 
@@ -117,11 +117,11 @@ def _vocabulary_of_card(folder: Path, vocab_size: int) -> Tokenizer | None:
     if kind in NAMES:
         return load_vocabulary(kind, vocab_size, argument=f"`{card}`: {ENTRY}")
     if kind not in (FILE_KIND, JSON_KIND):
-        raise ValueError(f"load_model: `{card}` has an unknown {ENTRY}: {entry!r}.")
+        raise ValueError(f"`{card}` has an unknown {ENTRY}: {entry!r}.")
     file = folder / (JSON_FILE if kind == JSON_KIND else TEXT_FILE)
     if not file.is_file():
         raise ValueError(
-            f"load_model: `{folder}` is damaged or incomplete: {file.name} is missing; "
+            f"`{folder}` is damaged or incomplete: {file.name} is missing; "
             "copy it again."
         )
     content = file.read_bytes()
@@ -134,7 +134,7 @@ def _vocabulary_of_card(folder: Path, vocab_size: int) -> Tokenizer | None:
         tokenizer = vocabulary_of_text(content.decode(), str(file))
     if tokenizer.digest != entry.get("digest"):
         raise ValueError(
-            f"load_model: `{file}` was changed after it was written (its digest differs); "
+            f"`{file}` was changed after it was written (its digest differs); "
             f"`--vocabulary {file}` (`config.data.vocabulary`) takes it as it is."
         )
     return tokenizer.with_vocab_size(vocab_size)

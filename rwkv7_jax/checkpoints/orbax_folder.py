@@ -31,13 +31,13 @@ from rwkv7_jax.checkpoints.model_vocabulary import (
 from rwkv7_jax.checkpoints.orbax_import import hide_abandoned_reads, import_orbax
 from rwkv7_jax.checkpoints.param_tree import (
     astype_without_overflow,
-    check_params,
+    check_all_leaves,
     official_tensors,
     require_finite_leaves,
     require_finite_params,
     require_kept,
 )
-from rwkv7_jax.checks import first_line, prefix_errors
+from rwkv7_jax.checks import first_line
 from rwkv7_jax.local_paths import require_unicode
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.sharding import TENSOR, abstract_shards, check_shared_heads
@@ -87,15 +87,12 @@ def load_orbax(
     """
     path = folder / CARD_FILE
     if not path.exists():
-        raise ValueError(
-            f"load_model: `{folder}` is not a checkpoint: it has no {CARD_FILE}."
-        )
-    require_unicode(folder, "load_model: `path`")
+        raise ValueError(f"`{folder}` is not a checkpoint: it has no {CARD_FILE}.")
+    require_unicode(folder, "`path`")
     card = read_json(path)
     config = _config_of(card, path)
     if isinstance(device, Mesh):
-        with prefix_errors("load_model"):
-            check_shared_heads(config, device.shape.get(TENSOR, 1), "`mesh`")
+        check_shared_heads(config, device.shape.get(TENSOR, 1), "`mesh`")
     _check_files(card, folder)
     # The folder may come from a machine with another mesh: its own shardings do not count.
     params = _restore(
@@ -104,8 +101,7 @@ def load_orbax(
         folder,
         may_narrow=dtype is not None,
     )
-    with prefix_errors("load_model"):
-        check_params(params, config)
+    check_all_leaves(params, config)
     _check_card(card, path)
     if verify and _DIGEST in card:
         _check_arrays(params, config, card, folder)
@@ -126,7 +122,7 @@ def describe_orbax(folder: Path) -> tuple[RWKV7Config, str]:
         ValueError: a damaged folder.
     """
     path = folder / CARD_FILE
-    require_unicode(folder, "load_model: `path`")
+    require_unicode(folder, "`path`")
     card = read_json(path)
     config = _config_of(card, path)
     with _handler() as handler:
@@ -200,33 +196,25 @@ def _name_damage(read: Callable[[], Any], folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gc.collect()
-    raise ValueError(
-        f"load_model: `{folder}` is damaged or incomplete; copy it again ({reason})."
-    )
+    raise ValueError(f"`{folder}` is damaged or incomplete; copy it again ({reason}).")
 
 
 def _config_of(card: dict[str, Any], path: Path) -> RWKV7Config:
     """Returns the sizes that the folder's tree was saved with."""
     # Checked before the config, whose fields may differ in another layout.
     if card.get("layout") != _LAYOUT:
-        raise ValueError(
-            f"load_model: `{path}` has layout {card.get('layout')!r}, not {_LAYOUT}."
-        )
+        raise ValueError(f"`{path}` has layout {card.get('layout')!r}, not {_LAYOUT}.")
     try:
         return RWKV7Config(**card["config"])
     except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"load_model: `{path}` has an unknown config: {error}."
-        ) from None
+        raise ValueError(f"`{path}` has an unknown config: {error}.") from None
 
 
 def _check_files(card: dict[str, Any], folder: Path) -> None:
     """Raises unless all files that the card lists are there in their sizes."""
     sizes = card.get(_FILES, {})
     if not isinstance(sizes, dict):
-        raise ValueError(
-            f"load_model: `{folder / CARD_FILE}` must list {_FILES} by name."
-        )
+        raise ValueError(f"`{folder / CARD_FILE}` must list {_FILES} by name.")
     for name, size in sizes.items():
         file = folder / _ARRAYS / name
         actual = file.stat().st_size if file.is_file() else None
@@ -235,7 +223,7 @@ def _check_files(card: dict[str, Any], folder: Path) -> None:
                 "is missing" if actual is None else f"has {actual:,} bytes of {size}"
             )
             raise ValueError(
-                f"load_model: `{folder}` is damaged or incomplete: {_ARRAYS}/{name} {fault}; "
+                f"`{folder}` is damaged or incomplete: {_ARRAYS}/{name} {fault}; "
                 "copy it again."
             )
 
@@ -244,7 +232,7 @@ def _check_card(card: dict[str, Any], path: Path) -> None:
     """Raises if the card was changed after it was written."""
     if _CARD_DIGEST in card and card[_CARD_DIGEST] != _digest_of_card(card):
         raise ValueError(
-            f"load_model: `{path}` was changed after it was written (its digest differs); "
+            f"`{path}` was changed after it was written (its digest differs); "
             f"to use it as it is, delete its entry {_CARD_DIGEST!r}."
         )
 
@@ -261,7 +249,7 @@ def _check_arrays(
     """Raises unless the arrays are those that were written."""
     if digest_of_arrays(official_tensors(params, config)) != card[_DIGEST]:
         raise ValueError(
-            f"load_model: `{folder}` is damaged: its arrays are not those that were written "
+            f"`{folder}` is damaged: its arrays are not those that were written "
             "(their digest differs); copy it again."
         )
 
@@ -293,10 +281,9 @@ def save_orbax(
     Raises:
         ValueError: a leaf is missing, misshapen or not finite, or a folder with other files.
     """
-    with prefix_errors("save_model"):
-        check_params(params, config)
-        if not allow_nan:
-            require_finite_params(params, config)
+    check_all_leaves(params, config)
+    if not allow_nan:
+        require_finite_params(params, config)
 
     def fill(folder: Path) -> None:
         folder.mkdir()

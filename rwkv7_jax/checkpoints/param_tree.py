@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -55,14 +55,10 @@ def infer_config(
     """
     for name in _ESSENTIAL:
         if name not in tensors:
-            raise ValueError(
-                f"load_model: `{path}` is not an RWKV-7 checkpoint: it has no {name}."
-            )
+            raise ValueError(f"`{path}` is not an RWKV-7 checkpoint: it has no {name}.")
         shape = tensors[name].shape
         if len(shape) != 2 or 0 in shape:
-            raise ValueError(
-                f"load_model: `{path}` has {name} of shape {shape}, not a matrix."
-            )
+            raise ValueError(f"`{path}` has {name} of shape {shape}, not a matrix.")
     vocab_size, width = tensors["emb.weight"].shape
     config = RWKV7Config(
         vocab_size=vocab_size,
@@ -92,9 +88,7 @@ def _count_layers(tensors: Tensors, path: str) -> int:
             blocks.add(int(match[1]))
     # A single tensor named blocks.999999999 must not cost a table of a billion rows.
     if max(blocks) > 2 * len(blocks):
-        raise ValueError(
-            f"load_model: `{path}` has blocks.{max(blocks)} but {len(blocks)} blocks."
-        )
+        raise ValueError(f"`{path}` has blocks.{max(blocks)} but {len(blocks)} blocks.")
     return 1 + max(blocks)
 
 
@@ -134,7 +128,7 @@ def check_names(tensors: Tensors, config: RWKV7Config, path: str) -> None:
     for name, expected, fault in rows:
         lines.append(f"  {name:<40} {expected:<20} {fault}")
     raise ValueError(
-        f"load_model: `{path}` does not hold the tensors of its sizes "
+        f"`{path}` does not hold the tensors of its sizes "
         f"({len(rows)} differences):\n" + "\n".join(lines)
     )
 
@@ -176,8 +170,7 @@ def require_finite(array: np.ndarray, name: str, path: str) -> None:
 
 def _not_finite(name: str, path: str) -> ValueError:
     return ValueError(
-        f"load_model: `{path}` has NaN or Inf in {name}; "
-        "load it with allow_nan=True if you must."
+        f"`{path}` has NaN or Inf in {name}; load it with allow_nan=True if you must."
     )
 
 
@@ -222,7 +215,7 @@ def require_no_overflow(
 
 def _overflow(name: str, path: str, dtype: np.dtype) -> ValueError:
     return ValueError(
-        f"load_model: `{path}` has numbers in {name} that {dtype} cannot hold; "
+        f"`{path}` has numbers in {name} that {dtype} cannot hold; "
         "take bfloat16 or float32."
     )
 
@@ -307,7 +300,7 @@ def require_kept(dtype: np.dtype, name: str, path: str) -> None:
     """
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
-            f"load_model: `{path}` holds {dtype} ({name}), which JAX would narrow to float32; "
+            f"`{path}` holds {dtype} ({name}), which JAX would narrow to float32; "
             "ask for it with dtype='float32' (`rwkv7 convert --dtype float32`), or set "
             "jax_enable_x64."
         )
@@ -321,7 +314,7 @@ def _leaves(params: Params) -> dict[TreePath, jax.Array]:
     return leaves
 
 
-def check_params(params: Params, config: RWKV7Config) -> None:
+def check_all_leaves(params: Params, config: RWKV7Config) -> None:
     """Raises unless a tree holds exactly the model's leaves, each of its shape.
 
     Raises:
@@ -384,21 +377,25 @@ def require_finite_params(params: Params, config: RWKV7Config) -> None:
     Raises:
         ValueError: NaN or Inf; the message has the tensor's official name.
     """
-    for name, array in official_tensors(params, config):
-        require_finite_tensor(array, name)
+    for _ in finite_tensors(official_tensors(params, config)):
+        pass
 
 
-def require_finite_tensor(array: np.ndarray, name: str) -> None:
-    """Raises unless every number of a tensor that is to be written is finite.
+def finite_tensors(
+    tensors: Iterable[tuple[str, np.ndarray]],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors; raises at the first one that the loader would refuse.
 
     Raises:
-        ValueError: NaN or Inf; the message begins with `params`.
+        ValueError: NaN or Inf; the message has the tensor's official name.
     """
-    if not is_finite(array):
-        raise ValueError(
-            f"`params` must be finite; got NaN or Inf in {name} "
-            "(allow_nan=True writes them all the same)."
-        )
+    for name, array in tensors:
+        if not is_finite(array):
+            raise ValueError(
+                f"`params` must be finite; got NaN or Inf in {name} "
+                "(allow_nan=True writes them all the same)."
+            )
+        yield name, array
 
 
 def official_tensors(
@@ -414,8 +411,8 @@ def official_tensors(
         ValueError: the tree lacks a leaf, has an extra one, or one has the wrong shape.
         TypeError: a leaf is not floating-point.
     """
-    with prefix_errors("save_model"):
-        check_params(params, config)
+    with prefix_errors("official_tensors"):
+        check_all_leaves(params, config)
     leaves = _leaves(params)
     for name in tensor_names.accepted_shapes(config):
         path = tree_path(name)

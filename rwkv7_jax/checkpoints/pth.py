@@ -24,6 +24,7 @@ from rwkv7_jax.checkpoints.integrity import file_signatures
 from rwkv7_jax.checkpoints.integrity.digests import ContentDigest
 from rwkv7_jax.checkpoints.pickle_names import STORAGE_NAMES
 from rwkv7_jax.checkpoints.restricted_unpickler import RestrictedUnpickler
+from rwkv7_jax.checks import prefix_errors
 
 # A 13B model's pickle has some 200 kB; a much larger one is not a checkpoint.
 _PICKLE_LIMIT = 16 << 20
@@ -188,6 +189,7 @@ def _data_span(info: zipfile.ZipInfo, data: mmap.mmap) -> tuple[int, int]:
     return start, end
 
 
+@prefix_errors("read_pth")
 def read_pth(path: str | Path, *, verify: bool = False) -> Any:
     """Reads a PyTorch checkpoint: flat or nested dicts with read-only views of the mapped file.
 
@@ -217,7 +219,7 @@ def open_pth(path: Path, *, verify: bool = False) -> tuple[Any, StorageSums]:
         ValueError: see `read_pth`.
     """
     if not path.is_file():
-        raise ValueError(f"read_pth: `{path}` is not a file.")
+        raise ValueError(f"`{path}` is not a file.")
     _refuse_other_files(path)
     try:
         return _read(path, verify)
@@ -232,14 +234,12 @@ def open_pth(path: Path, *, verify: bool = False) -> tuple[Any, StorageSums]:
         RecursionError,
         struct.error,
     ):
-        raise ValueError(
-            f"read_pth: `{path}` is refused: its pickle is broken."
-        ) from None
+        raise ValueError(f"`{path}` is refused: its pickle is broken.") from None
 
 
 def _refusal(path: Path, reason: Exception) -> ValueError:
     """Makes the error for a file that is refused."""
-    return ValueError(f"read_pth: `{path}` is refused: {_printable(reason)}.")
+    return ValueError(f"`{path}` is refused: {_printable(reason)}.")
 
 
 def _refuse_other_files(path: Path) -> None:
@@ -256,7 +256,7 @@ def _refuse_other_files(path: Path) -> None:
         else:
             sentence = "is not a zip file, as PyTorch's files are; it may be damaged"
     if sentence is not None:
-        raise ValueError(f"read_pth: `{path}` {sentence}.")
+        raise ValueError(f"`{path}` {sentence}.")
 
 
 def _read(path: Path, verify: bool) -> tuple[Any, StorageSums]:

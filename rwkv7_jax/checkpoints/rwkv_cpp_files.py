@@ -62,7 +62,7 @@ def _check_header(data: mmap.mmap, path: Path) -> None:
     _, version, *_, kind = _HEADER.unpack_from(data)
     if version not in _VERSIONS:
         raise ValueError(
-            f"checkpoint: `{path}` is a file of rwkv.cpp of version {version}; "
+            f"`{path}` is a file of rwkv.cpp of version {version}; "
             f"versions {_VERSIONS[0]} and {_VERSIONS[1]} are read."
         )
     _dtype_of(kind, path)
@@ -74,7 +74,7 @@ def _dtype_of(kind: int, path: Path) -> np.dtype:
         return _DTYPES[kind]
     if kind in _QUANTIZED:
         raise ValueError(
-            f"checkpoint: `{path}` is a file of rwkv.cpp quantised to {_QUANTIZED[kind]}; take the "
+            f"`{path}` is a file of rwkv.cpp quantised to {_QUANTIZED[kind]}; take the "
             "FP32 or FP16 file that it was made from."
         )
     raise _damaged(path, f"it has tensors of the unknown type {kind}")
@@ -116,11 +116,11 @@ def _cut(path: Path, place: str) -> ValueError:
     """Makes the error of a file that ends too early."""
     size = path.stat().st_size
     return ValueError(
-        f"checkpoint: `{path}` is an incomplete download: the file ends {place} ({size:,} bytes); "
+        f"`{path}` is an incomplete download: the file ends {place} ({size:,} bytes); "
         "download it again."
     )
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
     """Makes the error of a file that is not what rwkv.cpp writes."""
-    return ValueError(f"checkpoint: `{path}` is a damaged file of rwkv.cpp: {reason}.")
+    return ValueError(f"`{path}` is a damaged file of rwkv.cpp: {reason}.")

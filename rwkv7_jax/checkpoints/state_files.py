@@ -169,7 +169,7 @@ def _check_writable(state: RWKV7State, path: Path, config: RWKV7Config | None) -
 def _finite_array(array: Any, dtype: np.dtype, name: str) -> np.ndarray:
     """Converts an array to the dtype of the file; raises unless every number arrives there."""
     wide = np.asarray(array)
-    if not is_finite(np.asarray(wide)):
+    if not is_finite(wide):
         raise ValueError(f"`state` must be finite; got NaN or Inf in {name}.")
     # NumPy warns of numbers that become Inf; the error below names the tensor as well.
     with np.errstate(over="ignore"):
@@ -276,8 +276,8 @@ def _check_sizes(wkv: np.ndarray, config: RWKV7Config, subject: str) -> None:
 
 def _require_finite(array: np.ndarray, name: str, path: Path) -> None:
     """Raises unless every number is finite."""
-    if not np.isfinite(array).all():
-        raise ValueError(f"load_state: `{path}` has NaN or Inf in a {name}.")
+    if not is_finite(array):
+        raise ValueError(f"`{path}` has NaN or Inf in {name}.")
 
 
 def _load_upscaled(
@@ -295,23 +295,18 @@ def _load_upscaled(
     for field in ("dynamics", "kind"):
         if field not in table:
             raise ValueError(
-                f"load_state: `{sidecar(path)}` must give the upscaled state's {field}; got none."
+                f"`{sidecar(path)}` must give the upscaled state's {field}; got none."
             )
-    with prefix_errors("load_state"), name_file(sidecar(path), "load_state"):
+    with name_file(sidecar(path), "load_state"):
         check_form(table["dynamics"], table["kind"])
     for name in _REQUIRED_LEAVES:
         if name not in tensors:
-            raise ValueError(f"load_state: `{path}` has no {UPSCALED}{name}.")
+            raise ValueError(f"`{path}` has no {UPSCALED}{name}.")
     leaves: dict[str, Any] = {}
     for name, array in tensors.items():
-        if not np.isfinite(array).all():
-            raise ValueError(
-                f"load_state: `{path}` has NaN or Inf in {UPSCALED}{name}."
-            )
+        _require_finite(array, UPSCALED + name, path)
         if not array.ndim:
-            raise ValueError(
-                f"load_state: `{path}` has {UPSCALED}{name} without an axis."
-            )
+            raise ValueError(f"`{path}` has {UPSCALED}{name} without an axis.")
         leaves[name] = jnp.asarray(array, jnp.float32)[:, None]
     features = Features(
         landmarks=leaves["landmarks"],
@@ -376,9 +371,8 @@ def _build_state(
     arrays, upscaled = read_state_arrays(tensors, path)
     wkv = _read_wkv(arrays, tensors, table, path)
     if config is not None:
-        with prefix_errors("load_state"):
-            _check_sizes(wkv, config, str(path))
-    _require_finite(wkv, "time_state", path)
+        _check_sizes(wkv, config, str(path))
+    _require_finite(wkv, "a time_state", path)
     att_shift = _read_shift(arrays, "att", wkv.shape, path)
     ffn_shift = _read_shift(arrays, "ffn", wkv.shape, path)
     # Files hold no batch axis; the state's is the second.
@@ -389,8 +383,7 @@ def _build_state(
         upscaled=_load_upscaled(upscaled, table, path),
     )
     if config is not None:
-        with prefix_errors("load_state"):
-            check_state(state, 1, config)
+        check_state(state, 1, config)
     return state
 
 
@@ -403,9 +396,7 @@ def _read_wkv(
     """Reads the matrices [L H Nv Nk], whichever of the last two axes the file has first."""
     wkv = stack_layers(arrays, "att.time_state", path)
     if wkv is None or wkv.ndim != 4:
-        raise ValueError(
-            f"load_state: `{path}` holds no blocks.0.att.time_state [H, value, key]."
-        )
+        raise ValueError(f"`{path}` holds no blocks.0.att.time_state [H, value, key].")
     axes = stored_axes(path, tensors, table)
     check_axes(table, axes, path)
     # Heads are square, so a forgotten swap would load, and only answer badly.
@@ -425,10 +416,10 @@ def _read_shift(
         return np.zeros((layers, heads * values), np.float32)
     if shift.ndim != 2 or len(shift) != layers:
         raise ValueError(
-            f"load_state: `{path}` must have a vector {part}.shift_state for each of {layers} "
+            f"`{path}` must have a vector {part}.shift_state for each of {layers} "
             f"layers; got shape {shift.shape}."
         )
-    _require_finite(shift, "shift_state", path)
+    _require_finite(shift, "a shift_state", path)
     return shift
 
 
@@ -462,6 +453,7 @@ def load_logits(
     return jnp.asarray(logits[None])
 
 
+@prefix_errors("has_merged_state")
 def has_merged_state(path: str | Path) -> bool:
     """Returns whether a model also holds a start state, as some trainers merge them."""
     path = Path(path)

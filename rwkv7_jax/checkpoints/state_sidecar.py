@@ -104,21 +104,19 @@ def read_table(path: Path) -> dict[str, Any]:
     file = sidecar(path)
     if not file.exists():
         return {}
-    table = read_json(file, "read_sidecar")
-    if PREVIOUS in table:
-        # A save was interrupted, and only the tensors tell before or after which step.
-        previous = table.pop(PREVIOUS)
-        if not isinstance(previous, dict):
-            raise ValueError(
-                f"read_sidecar: `{file}` must hold a table under {PREVIOUS!r}."
-            )
-        arrays = (
-            (name, tensor.read()) for name, tensor in open_state_tensors(path).items()
-        )
-        if table.get(DIGEST) != digest_of_arrays(arrays, _meaning(table)):
-            table = previous
-    with prefix_errors("read_sidecar"), name_file(file, "read_sidecar"):
-        _check_fields(table)
+    with prefix_errors("read_sidecar"):
+        table = read_json(file)
+        if PREVIOUS in table:
+            # A save was interrupted, and only the tensors tell before or after which step.
+            previous = table.pop(PREVIOUS)
+            if not isinstance(previous, dict):
+                raise ValueError(f"`{file}` must hold a table under {PREVIOUS!r}.")
+            tensors = open_state_tensors(path)
+            arrays = ((name, tensor.read()) for name, tensor in tensors.items())
+            if table.get(DIGEST) != digest_of_arrays(arrays, _meaning(table)):
+                table = previous
+        with name_file(file, "read_sidecar"):
+            _check_fields(table)
     return table
 
 
@@ -175,12 +173,10 @@ def check_axes(table: Mapping[str, Any], stored: str, path: Path) -> None:
     """
     axes = table.get("axes", stored)
     if axes not in (AXES, TRANSPOSED_AXES):
-        raise ValueError(
-            f"load_state: `{sidecar(path)}` says axes {axes!r}, which is unknown."
-        )
+        raise ValueError(f"`{sidecar(path)}` says axes {axes!r}, which is unknown.")
     if axes != stored:
         raise ValueError(
-            f"load_state: `{path}` is transposed: its sidecar says axes {axes!r}, "
+            f"`{path}` is transposed: its sidecar says axes {axes!r}, "
             f"but {path.suffix} files hold {stored!r}."
         )
 
@@ -197,7 +193,7 @@ def check_digests(
         arrays = ((name, tensor.read()) for name, tensor in tensors.items())
         if digest_of_arrays(arrays, _meaning(table)) != table[DIGEST]:
             raise ValueError(
-                f"load_state: `{sidecar(path)}` does not belong to the tensors in `{path}`: one of "
+                f"`{sidecar(path)}` does not belong to the tensors in `{path}`: one of "
                 "the two is damaged, or was changed or replaced without the other. Copy both "
                 "again; to use them as they are, delete the sidecar's entry "
                 f"{DIGEST!r}."
@@ -223,7 +219,7 @@ def refuse_other_weights(
         return
     # Also of the same weights in another dtype, which have another hash: only the caller knows.
     raise ValueError(
-        f"load_state: `{path}` was tuned for the model {stored}; got the model {base_model}. On "
+        f"`{path}` was tuned for the model {stored}; got the model {base_model}. On "
         "other weights a state means nothing; where they differ in dtype alone, insist: "
         "`any_base=True`, --any-base or --config.any_base."
     )

@@ -65,7 +65,7 @@ def stored_axes(
     axes = axes or table.get("axes")
     if axes is None:
         raise ValueError(
-            f"load_state: `{path}` holds safetensors, and only their suffix tells which way a head "
+            f"`{path}` holds safetensors, and only their suffix tells which way a head "
             "lies: .safetensors, or .st and .state for web-rwkv's and Ai00's; rename it."
         )
     return axes
@@ -105,7 +105,7 @@ def _session_tensors(content: list[Any], path: Path) -> dict[str, Tensor]:
     layers = len(content) // 3
     if not layers or dims != [1, 3, 1] * layers:
         raise ValueError(
-            f"load_state: `{path}` holds a list that is not a session's state of the rwkv package: "
+            f"`{path}` holds a list that is not a session's state of the rwkv package: "
             "a vector, a WKV state [H, value, key] and a vector for each layer."
         )
     names = ("att.shift_state", "att.time_state", "ffn.shift_state")
@@ -152,11 +152,9 @@ def stack_layers(
     # Layers count up from 0: with as many numbers as layers, the first gap is below their count.
     for layer in range(len(by_layer)):
         if layer not in by_layer:
-            raise ValueError(f"load_state: `{path}` has no blocks.{layer}.{name}.")
+            raise ValueError(f"`{path}` has no blocks.{layer}.{name}.")
     rows = [by_layer[layer] for layer in range(len(by_layer))]
     # `np.stack` would say so too, but without the file and the name.
     if len({row.shape for row in rows}) > 1:
-        raise ValueError(
-            f"load_state: `{path}` has blocks whose {name} differ in shape."
-        )
+        raise ValueError(f"`{path}` has blocks whose {name} differ in shape.")
     return np.stack(rows)

@@ -25,7 +25,7 @@ from rwkv7_jax.checkpoints.pth import StorageSums, open_pth
 from rwkv7_jax.checkpoints.restricted_unpickler import UnreadTensor
 from rwkv7_jax.checkpoints.rwkv_cpp_files import read_rwkv_cpp
 from rwkv7_jax.checkpoints.tensor_names import Tensor
-from rwkv7_jax.checks import first_line
+from rwkv7_jax.checks import first_line, prefix_errors
 
 Format = Literal["pth", "safetensors", "st", "gguf", "hf", "transformers", "orbax"]
 
@@ -102,7 +102,7 @@ def format_of(path: str | Path, *, format: str | None = None) -> Format:
             if format == known:
                 return known
         raise ValueError(
-            f"checkpoint: `format` must be one of {', '.join(FORMATS)}; got {format!r}."
+            f"`format` must be one of {', '.join(FORMATS)}; got {format!r}."
         )
     path = Path(path)
     # Before the suffix: the name of an HF folder may end in anything.
@@ -115,8 +115,7 @@ def format_of(path: str | Path, *, format: str | None = None) -> Format:
     has_suffix = path.suffix[1:2].isalpha()
     if path.is_file() or (has_suffix and not path.is_dir()):
         raise ValueError(
-            f"checkpoint: `{path}` must end in .pth, .safetensors, .st or .gguf, or be "
-            "a folder."
+            f"`{path}` must end in .pth, .safetensors, .st or .gguf, or be a folder."
         )
     return "orbax"
 
@@ -124,12 +123,12 @@ def format_of(path: str | Path, *, format: str | None = None) -> Format:
 def _open_header(path: Path) -> Any:
     """Opens a file; its header is checked, and no tensor is read."""
     if not path.is_file():
-        raise ValueError(f"checkpoint: `{path}` is not a file.")
+        raise ValueError(f"`{path}` is not a file.")
     sentence = file_signatures.describe_other_file(path)
     if sentence is None and file_signatures.is_zip(file_signatures.read_head(path)):
         sentence = "is a zip archive, as PyTorch's files are: rename it to .pth"
     if sentence is not None:
-        raise ValueError(f"checkpoint: `{path}` {sentence}.")
+        raise ValueError(f"`{path}` {sentence}.")
     try:
         return safetensors.safe_open(path, framework="numpy")
     # The package raises errors of other kinds for some headers.
@@ -137,9 +136,10 @@ def _open_header(path: Path) -> Any:
         sentence = file_signatures.describe_cut_safetensors(path)
         if sentence is None:
             sentence = f"is not a safetensors file: {first_line(error)}"
-        raise ValueError(f"checkpoint: `{path}` {sentence}.") from None
+        raise ValueError(f"`{path}` {sentence}.") from None
 
 
+@prefix_errors("read_safetensors")
 def read_safetensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
     """Opens a .safetensors file, whose tensors are views of the mapped file.
 
@@ -185,7 +185,7 @@ def _check_digest(
     arrays = ((name, tensor.read()) for name, tensor in tensors.items())
     if digest_of_arrays(arrays, metadata) != expected:
         raise ValueError(
-            f"checkpoint: `{path}` is damaged: its tensors or metadata are not those that were "
+            f"`{path}` is damaged: its tensors or metadata are not those that were "
             "written (their digest differs); download or copy it again."
         )
 
@@ -195,6 +195,7 @@ def has_safetensors_digest(path: Path) -> bool:
     return _DIGEST_KEY in (_open_header(path).metadata() or {})
 
 
+@prefix_errors("read_metadata")
 def read_metadata(path: Path) -> dict[str, str]:
     """Reads the strings that a .safetensors file holds besides its tensors and their digest.
 
@@ -219,11 +220,11 @@ def open_tensors(path: Path, *, verify: bool = False) -> TensorFile:
         ValueError: not such a file, or no flat dict of tensors in it.
     """
     if not path.is_file():
-        raise ValueError(f"checkpoint: `{path}` is not a file.")
+        raise ValueError(f"`{path}` is not a file.")
     container = container_of(path)
     opened = _OPENERS[container](path, verify)
     if not opened.tensors:
-        raise ValueError(f"checkpoint: `{path}` holds no tensors by name.")
+        raise ValueError(f"`{path}` holds no tensors by name.")
     return opened
 
 
@@ -245,7 +246,7 @@ def container_of(path: Path) -> Container:
             "as safetensors (.safetensors, .st), nor as rwkv.cpp's (.bin), nor as "
             "llama.cpp's (.gguf)"
         )
-    raise ValueError(f"checkpoint: `{path}` {sentence}.")
+    raise ValueError(f"`{path}` {sentence}.")
 
 
 def _open_pth(path: Path, verify: bool) -> TensorFile:
@@ -275,14 +276,11 @@ def _open_rwkv_cpp(path: Path, verify: bool) -> TensorFile:
 
 
 def _open_gguf(path: Path, verify: bool) -> TensorFile:
-    return gguf_files("load_model").read_gguf(path, verify=verify)
+    return gguf_files().read_gguf(path, verify=verify)
 
 
-def gguf_files(function: str) -> ModuleType:
+def gguf_files() -> ModuleType:
     """Imports the module that needs the package `gguf`.
-
-    Args:
-        function: the public function, for the message.
 
     Raises:
         ImportError: the package is not installed.
@@ -291,7 +289,7 @@ def gguf_files(function: str) -> ModuleType:
         return importlib.import_module("rwkv7_jax.checkpoints.gguf_files")
     except ImportError:
         raise ImportError(
-            f"{function}: a .gguf file needs the package gguf: pip install 'rwkv7_jax[gguf]'."
+            "a .gguf file needs the package gguf: pip install 'rwkv7_jax[gguf]'."
         ) from None
 
 
@@ -307,6 +305,7 @@ _OPENERS: dict[Container, Callable[[Path, bool], TensorFile]] = {
 }
 
 
+@prefix_errors("read_tensors")
 def read_tensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
     """Opens a file as `open_tensors` does, and returns its tensors by the names in it.
 
@@ -333,7 +332,7 @@ def _only_holder(content: dict[Any, Any], path: Path) -> dict[Any, Any]:
         first = repr(holders[0])
         second = repr(holders[1])
         raise ValueError(
-            f"checkpoint: `{path}` holds tensors under {first} and under {second}, and no name "
+            f"`{path}` holds tensors under {first} and under {second}, and no name "
             "tells which are the model's: load it with PyTorch and save one of them alone."
         )
     return content[holders[0]] if holders else content
@@ -388,7 +387,7 @@ def _unread(path: Path, name: str, kind: str) -> ValueError:
     """Makes the error for a tensor of a dtype that is not read."""
     *others, last = map(str, _DTYPE_NAMES)
     return ValueError(
-        f"checkpoint: `{path}` has {name!r} of dtype {kind}; {', '.join(others)} and {last} are "
+        f"`{path}` has {name!r} of dtype {kind}; {', '.join(others)} and {last} are "
         "read: save it in one of them."
     )
 

@@ -24,10 +24,13 @@ def prefix_errors(function: str) -> Iterator[None]:
     token = _inside.set(True)
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         # Subclasses such as UnicodeDecodeError make their message from other arguments.
-        if type(error) in (TypeError, ValueError):
-            error.args = (f"{function}: {error}", *error.args[1:])
+        if type(error) in (TypeError, ValueError, ImportError):
+            message = f"{function}: {error}"
+            error.args = (message, *error.args[1:])
+            if isinstance(error, ImportError):
+                error.msg = message
         raise
     finally:
         _inside.reset(token)

@@ -126,6 +126,16 @@ class Batch(Mapping[str, Any]):
         return Batch.of({**self, **fields}, packed=True)
 
     @property
+    def inputs(self) -> Int[ArrayOfEither, "B T"]:
+        """The ids that are read: of each row all but the last one."""
+        return self.tokens[..., :-1]
+
+    @property
+    def targets(self) -> Int[ArrayOfEither, "B T"]:
+        """The ids that are predicted: of each row all but the first one."""
+        return self.tokens[..., 1:]
+
+    @property
     def sequences(self) -> int:
         """The number of sequences: as many states as the rows start from."""
         if self.segments is None:

@@ -155,7 +155,7 @@ def _token_sizes(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
 
 def target_bytes(batch: Batch, tokenizer: Tokenizer) -> Float[np.ndarray, "B T"]:
     """Returns the bytes of each target of a batch with a mask, times the mask."""
-    targets = np.asarray(batch.tokens)[:, 1:]
+    targets = np.asarray(batch.targets)
     return _token_sizes(tokenizer)[targets] * np.asarray(batch.mask)
 
 
@@ -167,7 +167,7 @@ def frequency_nats(batch: Batch) -> float:
     Args:
         batch: with a mask that counts a target.
     """
-    targets = np.asarray(batch.tokens)[:, 1:]
+    targets = np.asarray(batch.targets)
     _, kinds = np.unique(targets, return_inverse=True)
     counts = np.bincount(kinds.ravel(), weights=np.asarray(batch.mask).ravel())
     shares = counts[counts > 0] / counts.sum()

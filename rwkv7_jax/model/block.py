@@ -7,7 +7,7 @@ names are the official checkpoint names and matrices keep their official orienta
 Source: arXiv 2503.14456, section 4; BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:260-372.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,8 +19,8 @@ from rwkv7_jax.array_types import Activations, Heads
 from rwkv7_jax.model import initializers as initial
 from rwkv7_jax.model import norms, pointwise, products, token_shift
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.layer_states import LayerMemories, LayerState
 from rwkv7_jax.model.recurrence import recurrence
-from rwkv7_jax.model.state import LayerState
 from rwkv7_jax.sharding import own_part, sum_over_heads
 
 # The vectors of the recurrence, which `method="trace"` returns for every block.
@@ -57,22 +57,6 @@ _BIASES = {
     "a": initial.icl_bias,
     "v": initial.value_bias,
 }
-
-
-class LayerMemories(NamedTuple):
-    """What one layer remembers after the last token; stacked over layers by the scan.
-
-    Attributes:
-        att_shift: the last token's input of the time mix, [B D].
-        wkv: the WKV state, [B H Nv Nk].
-        ffn_shift: the last token's input of the channel mix, [B D].
-        memory: the upscaled memory, or None where it is absent or never changes.
-    """
-
-    att_shift: Array
-    wkv: Array
-    ffn_shift: Array
-    memory: Array | None
 
 
 def _weight(module: Any, name: str, draw: initial.Initial, layer) -> Any:

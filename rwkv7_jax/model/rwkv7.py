@@ -29,14 +29,15 @@ from rwkv7_jax.model import initializers as initial
 from rwkv7_jax.model import inputs, products, time_shards
 from rwkv7_jax.model.block import BY_HEADS, TRACE, Block, Norm
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.layer_states import (
+    LayerState,
+    joined_state,
+    layer_states,
+    state_after,
+)
 from rwkv7_jax.model.remat import keep_for_backward
 from rwkv7_jax.model.segments import Segments, check_packed_state, find_segments
-from rwkv7_jax.model.state import (
-    LayerState,
-    RWKV7State,
-    check_state,
-    layer_states,
-)
+from rwkv7_jax.model.state import RWKV7State, check_state
 
 
 class RWKV7(nn.Module):
@@ -256,24 +257,12 @@ class RWKV7(nn.Module):
         config = self.config
         x = Embedding(config, name="emb")(tokens).astype(config.dtype)
         x = Norm(config, name="ln0")(x)
-        x, memories, trace = self._blocks(
-            x, layer_states(state), lengths, segments, names
-        )
+        states = layer_states(state)
+        x, memories, trace = self._blocks(x, states, lengths, segments, names)
         x = Norm(config, name="ln_out")(x)
         if project:
             x = _with_gathered_weights(Head, self, "head")(config, name="head")(x)
-
-        upscaled = state.upscaled
-        # A static memory comes back as None: it is handed on as it was, without a copy.
-        if upscaled is not None and memories.memory is not None:
-            upscaled = upscaled.replace(memory=memories.memory)
-        end = RWKV7State(
-            att_shift=memories.att_shift,
-            wkv=memories.wkv,
-            ffn_shift=memories.ffn_shift,
-            upscaled=upscaled,
-        )
-        return x, end, trace
+        return x, joined_state(state_after(states, memories)), trace
 
     @nn.nowrap
     def _checked(

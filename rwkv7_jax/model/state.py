@@ -7,7 +7,7 @@ B = 1 in a larger batch.
 import operator
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,34 +60,6 @@ class RWKV7State:
         return self.wkv.shape[1]
 
 
-class LayerState(NamedTuple):
-    """The part of a state that one layer reads: the same leaves without the axis L.
-
-    `RWKV7` scans over such a tuple whose leaves are all layers' and still have the axis L.
-
-    Attributes:
-        att_shift: [B D].
-        wkv: [B H Nv Nk].
-        ffn_shift: [B D].
-        upscaled: the upscaled memory, each leaf without the axis L; or None.
-    """
-
-    att_shift: Array
-    wkv: Array
-    ffn_shift: Array
-    upscaled: Upscaled | None
-
-
-def layer_states(state: RWKV7State) -> LayerState:
-    """Returns the leaves of a state in the form that layers read, still stacked over layers."""
-    return LayerState(
-        att_shift=state.att_shift,
-        wkv=state.wkv,
-        ffn_shift=state.ffn_shift,
-        upscaled=state.upscaled,
-    )
-
-
 def init_state(config: RWKV7Config, batch: int = 1) -> RWKV7State:
     """Makes the state of `batch` sequences that have read nothing: zeros.
 
@@ -98,19 +70,20 @@ def init_state(config: RWKV7Config, batch: int = 1) -> RWKV7State:
     with prefix_errors("init_state"):
         check_instance(config, RWKV7Config, "`config`")
         check_count(batch, 0, "`batch`")
-    shift = (config.num_layers, batch, config.width)
-    heads = (
-        config.num_layers,
-        batch,
-        config.num_heads,
-        config.head_size,
-        config.head_size,
-    )
+    shapes = _leaf_shapes(config, batch)
     return RWKV7State(
-        att_shift=jnp.zeros(shift, config.dtype),
-        wkv=jnp.zeros(heads, jnp.float32),
-        ffn_shift=jnp.zeros(shift, config.dtype),
+        att_shift=jnp.zeros(shapes["att_shift"], config.dtype),
+        wkv=jnp.zeros(shapes["wkv"], jnp.float32),
+        ffn_shift=jnp.zeros(shapes["ffn_shift"], config.dtype),
     )
+
+
+def _leaf_shapes(config: RWKV7Config, batch: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the leaves that every state has."""
+    shift = (config.num_layers, batch, config.width)
+    head = (config.head_size, config.head_size)
+    heads = (config.num_layers, batch, config.num_heads, *head)
+    return {"att_shift": shift, "wkv": heads, "ffn_shift": shift}
 
 
 def check_state(
@@ -141,15 +114,8 @@ def _check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
     check_instance(state, RWKV7State, "`state`")
     check_instance(config, RWKV7Config, "`config`")
     check_count(batch, 0, "`batch`")
-    shift = (config.num_layers, batch, config.width)
-    heads = (
-        config.num_layers,
-        batch,
-        config.num_heads,
-        config.head_size,
-        config.head_size,
-    )
-    for name, shape in (("att_shift", shift), ("wkv", heads), ("ffn_shift", shift)):
+    shapes = _leaf_shapes(config, batch)
+    for name, shape in shapes.items():
         leaf = getattr(state, name)
         if not hasattr(leaf, "shape"):
             raise TypeError(
@@ -165,7 +131,7 @@ def _check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
     if state.wkv.dtype != jnp.float32:
         raise TypeError(f"`state.wkv` must be float32; got {state.wkv.dtype}.")
     if state.upscaled is not None:
-        _check_upscaled(state.upscaled, heads)
+        _check_upscaled(state.upscaled, shapes["wkv"])
 
 
 def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...]) -> None:

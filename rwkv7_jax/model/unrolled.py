@@ -17,8 +17,14 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import is_traced
 from rwkv7_jax.model.block import Block, Norm
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.layer_states import (
+    LayerState,
+    joined_state,
+    layer_states,
+    state_after,
+)
 from rwkv7_jax.model.rwkv7 import Embedding, Head
-from rwkv7_jax.model.state import LayerState, RWKV7State, layer_states
+from rwkv7_jax.model.state import RWKV7State
 
 # One entry a layer.
 LayerStates = tuple[LayerState, ...]
@@ -83,7 +89,7 @@ def split_state(state: RWKV7State) -> LayerStates:
 def join_states(layers: LayerStates) -> RWKV7State:
     """Inverts `split_state`."""
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    return RWKV7State(**stacked._asdict())
+    return joined_state(stacked)
 
 
 def read_token(
@@ -120,17 +126,6 @@ def read_token(
         )
         if index == 0:
             v_first = values
-        upscaled = state.upscaled
-        # A static memory comes back as None.
-        if upscaled is not None and memories.memory is not None:
-            upscaled = upscaled.replace(memory=memories.memory)
-        after.append(
-            LayerState(
-                att_shift=memories.att_shift,
-                wkv=memories.wkv,
-                ffn_shift=memories.ffn_shift,
-                upscaled=upscaled,
-            )
-        )
+        after.append(state_after(state, memories))
     x = run(Norm(config), "ln_out", x)
     return run(Head(config), "head", x)[:, 0], tuple(after)

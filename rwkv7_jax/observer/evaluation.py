@@ -95,7 +95,7 @@ def evaluate_handover(
     # Other fields would be arguments of the compiled program, which compiles anew for each set.
     batch = Batch(tokens=batch.tokens, mask=batch.mask, split=batch.split)
     zero = init_state(teacher.config, rows)
-    _, own = read_prompts(teacher, teacher_params, batch.tokens[:, :-1], batch.split)
+    _, own = read_prompts(teacher, teacher_params, batch.inputs, batch.split)
     starts = {
         "zero": zero,
         "wkv": zero.replace(wkv=own.wkv),

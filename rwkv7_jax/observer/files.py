@@ -23,7 +23,7 @@ from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.model_folder import replace_folder, restore_interrupted
 from rwkv7_jax.checkpoints.param_tree import (
-    check_params,
+    check_all_leaves,
     require_finite_params,
 )
 from rwkv7_jax.checkpoints.tensor_files import (
@@ -101,7 +101,8 @@ def save_observer(
             for name in (MODEL, MAPS):
                 os.replace(Path(workspace) / name, folder / name)
     else:
-        replace_folder(folder, names, fill, function="save_observer")
+        with prefix_errors("save_observer"):
+            replace_folder(folder, names, fill)
 
 
 def _finish_interrupted(folder: Path) -> None:
@@ -119,7 +120,7 @@ def _check_writable(
 ) -> None:
     """Raises unless the loader would take an observer that is written."""
     config = observer.model.config
-    check_params(params["model"], config)
+    check_all_leaves(params["model"], config)
     require_finite_params(params["model"], config)
     for name in observer.shapes:
         array = np.asarray(params[name])
@@ -223,11 +224,10 @@ def _load(
     folder: Path, teacher_config: RWKV7Config, base_model: str | None
 ) -> tuple[Observer, Params]:
     """Loads an observer and its parameters."""
-    with prefix_errors("load_observer"):
-        card = _read_card(folder)
-        observer = _observer_of(card, folder)
-        check_teacher(observer, teacher_config)
-        _check_base(card, base_model, folder)
+    card = _read_card(folder)
+    observer = _observer_of(card, folder)
+    check_teacher(observer, teacher_config)
+    _check_base(card, base_model, folder)
     # The file has the teacher's sizes only; dtype and implementation are the caller's.
     observer = dataclasses.replace(observer, teacher=teacher_config)
     with warnings.catch_warnings():
@@ -235,15 +235,12 @@ def _load(
         warnings.filterwarnings("ignore", message="the low-rank matrices are square")
         model, _ = load_model(folder / MODEL)
     if model_hash(model, observer.model.config) != card["model_hash"]:
-        raise ValueError(f"load_observer: `{folder}` has {MODEL} of another {MAPS}.")
+        raise ValueError(f"`{folder}` has {MODEL} of another {MAPS}.")
     params: Params = {"model": without_unused_value_residual(model)}
     for name, tensor in read_safetensors(folder / MAPS, verify=True).items():
         array = tensor.read()
         if not is_finite(array):
-            raise ValueError(
-                f"load_observer: `{folder / MAPS}` has NaN or Inf in {name}."
-            )
+            raise ValueError(f"`{folder / MAPS}` has NaN or Inf in {name}.")
         params[name] = jnp.asarray(array)
-    with prefix_errors("load_observer"):
-        check_maps(observer, params)
+    check_maps(observer, params)
     return observer, params

@@ -109,7 +109,7 @@ class ObserverLoss:
                     check_answers(batch)
         # Gradients pass through the teacher's computation, never into its weights.
         teacher_params = jax.lax.stop_gradient(teacher_params)
-        inputs = jnp.asarray(batch.tokens)[:, :-1]
+        inputs = jnp.asarray(batch.inputs)
         split = jnp.asarray(batch.split)
         # x [B T D] of the small model, and the proposals [L B H Nv Nk].
         x, proposed = propose_wkv(self.observer, params, inputs, split)

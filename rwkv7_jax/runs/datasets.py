@@ -251,7 +251,7 @@ class TrainingData:
                 length=length,
                 seed=self._seed,
             )
-        return np.asarray(batch.tokens)[:, :-1]
+        return np.asarray(batch.inputs)
 
     def batches(
         self, *, start_step: int = 0, rows: slice = slice(None)

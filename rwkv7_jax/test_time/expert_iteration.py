@@ -139,7 +139,7 @@ class ExpertBatches(RewardedBatches):
         rewards = self._sampler.judge(
             drawn,
             self._reward,
-            name="expert_iteration: `reward`",
+            function="expert_iteration",
             # A negative weight would push the state away from a completion without any bound.
             least=0.0 if self._keep_reward is None else None,
         ).rewards

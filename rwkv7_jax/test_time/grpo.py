@@ -119,7 +119,7 @@ class PolicyBatches(RewardedBatches):
             if trainer is not None:
                 check_model(trainer, "`trainer`")
         self._anchor_at = anchor_at
-        self._rule = rule
+        self._rule = rule or AdvantageRule()
         self._redraws = redraws
         self._several_updates = several_updates
         self._importance_cap = importance_cap
@@ -206,15 +206,13 @@ class PolicyBatches(RewardedBatches):
         return made, drawn, found
 
     def _make(self, drawn: Rollouts) -> tuple[PolicyBatch, Judgement]:
-        found = self._sampler.judge(
-            drawn, self._reward, name="make_policy_batch: `reward`"
-        )
+        found = self._sampler.judge(drawn, self._reward, function="grpo")
         made = weigh(
             drawn,
             found.rewards,
             found.lengths,
             group=self._sampler.group,
-            rule=self._rule or AdvantageRule(),
+            rule=self._rule,
             tokens=self._sampler.tokens,
         )
         return made, found

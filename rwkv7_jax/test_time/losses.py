@@ -14,7 +14,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from rwkv7_jax.array_types import Activations, Params, Tokens
+from rwkv7_jax.array_types import Activations, Params
 from rwkv7_jax.checks import (
     check_instance,
     check_model,
@@ -84,7 +84,7 @@ class _DistillationLoss(StartStateLoss):
         else:
             assert teacher_params is not None and teacher_state is not None
             teacher_x = hidden_states_from(
-                self.teacher, teacher_params, teacher_state, _inputs(batch)
+                self.teacher, teacher_params, teacher_state, jnp.asarray(batch.inputs)
             )
             # Frozen like the student's weights; only the student's state is differentiated.
             teacher_x = jax.lax.stop_gradient(teacher_x)
@@ -99,9 +99,9 @@ class _DistillationLoss(StartStateLoss):
     ) -> tuple[Scalar, Metrics]:
         weights = target_shares(batch, self.model.config.vocab_size)
         nats, _ = weighted_loss(
-            hidden_states_from(self.model, params, state, _inputs(batch)),
+            hidden_states_from(self.model, params, state, jnp.asarray(batch.inputs)),
             params["head"]["weight"],
-            _targets(batch),
+            jnp.asarray(batch.targets),
             TermWeights(nats=weights),
         )
         return self.imitation * nats, {"loss_nats": nats}
@@ -116,9 +116,9 @@ class _DistillationLoss(StartStateLoss):
     ) -> tuple[Scalar, Metrics]:
         weights = target_shares(batch, self.model.config.vocab_size)
         value, tokenwise = weighted_loss(
-            hidden_states_from(self.model, params, state, _inputs(batch)),
+            hidden_states_from(self.model, params, state, jnp.asarray(batch.inputs)),
             params["head"]["weight"],
-            _targets(batch),
+            jnp.asarray(batch.targets),
             TermWeights(nats=self.imitation * weights, kl=self.kl * weights),
             reference=teacher_x,
             reference_head=teacher_head,
@@ -128,14 +128,6 @@ class _DistillationLoss(StartStateLoss):
             "kl_nats": weighted_sum(weights, tokenwise.kl),
         }
         return value, metrics
-
-
-def _inputs(batch: Batch) -> Tokens:
-    return jnp.asarray(batch.tokens)[:, :-1]
-
-
-def _targets(batch: Batch) -> Tokens:
-    return jnp.asarray(batch.tokens)[:, 1:]
 
 
 def distillation_loss(
@@ -354,7 +346,7 @@ class PolicyLoss(StartStateLoss):
         self, params: Params, reference: RWKV7State, state: RWKV7State, batch: Batch
     ) -> tuple[Scalar, Metrics]:
         """Computes the terms that all rows of completions have."""
-        inputs = _inputs(batch)
+        inputs = jnp.asarray(batch.inputs)
         x = hidden_states_from(self.model, params, state, inputs)
         # Measured even where it has no weight: how far the state has moved is the first thing to
         # look at when rewards fall. It has no backward pass then.
@@ -374,7 +366,7 @@ class PolicyLoss(StartStateLoss):
         value, tokenwise = weighted_loss(
             x,
             params["head"]["weight"],
-            _targets(batch),
+            jnp.asarray(batch.targets),
             terms,
             reference=jax.lax.stop_gradient(reference_x),
             reverse_kl=True,

@@ -12,14 +12,13 @@ END_OF_TEXT_NAME = "<|endoftext|>"
 
 
 def fitting_vocabulary(
-    tokenizer: Tokenizer | None, vocab_size: int, function: str
+    tokenizer: Tokenizer | None, vocab_size: int
 ) -> Tokenizer | None:
     """Returns the vocabulary of a model, which is that of its size if none is named.
 
     Args:
         tokenizer: the one that was named.
         vocab_size: of the model. It may be larger than the vocabulary: models have unused ids.
-        function: the public function, for messages.
 
     Returns:
         None where none was named, and the size tells none.
@@ -34,7 +33,7 @@ def fitting_vocabulary(
             return None
     if tokenizer.largest_id >= vocab_size:
         raise ValueError(
-            f"{function}: `tokenizer` must have ids below the model's {vocab_size}; got "
+            f"`tokenizer` must have ids below the model's {vocab_size}; got "
             f"{tokenizer.largest_id}."
         )
     return tokenizer

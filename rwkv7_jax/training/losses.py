@@ -34,6 +34,7 @@ from rwkv7_jax.training.head_loss import (
     weighted_loss,
     weighted_sum,
 )
+from rwkv7_jax.training.shared_pass import hidden_of_batch
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -195,6 +196,9 @@ def next_token_loss(
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:758-771.
     """
+    with prefix_errors("next_token_loss"):
+        batch = check_ids_and_shapes(batch, model.config.vocab_size, packed=True)
+        check_targets(batch)
     loss, (metrics, _) = next_token_loss_with_trace(
         model, params, state, batch, l2wrap=l2wrap
     )
@@ -205,27 +209,18 @@ def next_token_loss_with_trace(
     model: RWKV7,
     params: Params,
     state: RWKV7State,
-    batch: BatchLike,
+    batch: Batch,
     *,
     l2wrap: float = 0.0,
     names: tuple[str, ...] = (),
 ) -> tuple[Float[Array, ""], tuple[Metrics, dict[str, Array]]]:
-    """Computes `next_token_loss`, its metrics, and the arrays `names` of the model's trace."""
-    with prefix_errors("next_token_loss"):
-        batch = check_ids_and_shapes(batch, model.config.vocab_size, packed=True)
-        check_targets(batch)
-    tokens = jnp.asarray(batch.tokens)
-    inputs = tokens[:, :-1]
-    targets = tokens[:, 1:]
+    """Computes `next_token_loss`, its metrics, and the arrays `names` of the model's trace.
+
+    The callers have checked the batch.
+    """
+    targets = jnp.asarray(batch.targets)
     shares = target_shares(batch, model.config.vocab_size)
-    x, _, trace = model.apply(
-        {"params": params},
-        inputs,
-        state,
-        segment_ids=batch.segment_ids,
-        method="hidden_with_trace",
-        names=names,
-    )
+    x, trace = hidden_of_batch(model, params, state, batch, names)
     square = None
     is_pulled = is_traced(l2wrap) or l2wrap != 0
     if is_pulled:

@@ -16,6 +16,7 @@ from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, Method, decorrelate
+from rwkv7_jax.training.shared_pass import hidden_of_batch
 
 # For each projection of a block, the name in the model's trace of the vectors it multiplies.
 INPUTS = {
@@ -63,22 +64,14 @@ class _LayerStatistics:
         """Measures them in a forward pass of their own."""
         with prefix_errors("layer_statistics"):
             batch = Batch.of(batch, packed=True).select_rows(slice(self.rows))
-            tokens = jnp.asarray(batch.tokens)[:, :-1]
-            if not tokens.size:
+            if not batch.inputs.size:
                 raise ValueError(
                     "`batch.tokens` must hold a token to read; got shape "
                     f"{tuple(batch.tokens.shape)}."
                 )
         start = init_state(self.model.config, batch.sequences)
-        outputs: Any = self.model.apply(
-            {"params": params},
-            tokens,
-            start,
-            segment_ids=batch.segment_ids,
-            method="hidden_with_trace",
-            names=self.names,
-        )
-        return self.of_trace(params, batch, outputs[-1])
+        _, trace = hidden_of_batch(self.model, params, start, batch, self.names)
+        return self.of_trace(params, batch, trace)
 
     def of_trace(
         self, params: Params, batch: BatchLike, trace: dict[str, Array]

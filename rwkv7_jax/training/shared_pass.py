@@ -4,9 +4,14 @@ import operator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import Partial
+from jaxtyping import Array
 
+from rwkv7_jax.array_types import Activations, Params
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import RWKV7State
 
 
 @runtime_checkable
@@ -37,6 +42,37 @@ class StatisticsOfTrace(Protocol):
     def of_trace(self, *arguments: Any) -> Any:
         """Computes the statistics; the last argument has the arrays of the trace."""
         ...
+
+
+def hidden_of_batch(
+    model: RWKV7,
+    params: Params,
+    start: RWKV7State,
+    batch: Batch,
+    names: tuple[str, ...],
+) -> tuple[Activations, dict[str, Array]]:
+    """Runs the model on the inputs of a batch, whose rows may hold several sequences.
+
+    Args:
+        model: the shell around `params`.
+        params: all weights.
+        start: the start state of every sequence.
+        batch: the rows.
+        names: of the model's trace.
+
+    Returns:
+        The normed activations before the head, and the arrays `names` of the trace.
+    """
+    outputs: Any = model.apply(
+        {"params": params},
+        jnp.asarray(batch.inputs),
+        start,
+        segment_ids=batch.segment_ids,
+        method="hidden_with_trace",
+        names=names,
+    )
+    x, _, trace = outputs
+    return x, trace
 
 
 def can_share_pass(loss: Partial, statistics: Partial | None, accumulate: int) -> bool:

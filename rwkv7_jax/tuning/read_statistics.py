@@ -28,6 +28,7 @@ from rwkv7_jax.model.state import RWKV7State, check_whole_state, repeat
 from rwkv7_jax.model.upscaled_memory import RecurrentMemory, Upscaled
 from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, Method, decorrelate
 from rwkv7_jax.training.losses import loss_weights
+from rwkv7_jax.training.shared_pass import hidden_of_batch
 from rwkv7_jax.tuning.state_tuning import check_leaves, trainable_mask
 
 
@@ -129,16 +130,8 @@ class _StateStatistics:
         with prefix_errors("state_statistics"):
             batch = Batch.of(batch, packed=True)
         read = batch.select_rows(slice(self.rows))
-        tokens = jnp.asarray(read.tokens)[:, :-1]
         start = repeat(state, read.sequences)
-        *_, trace = self.model.apply(
-            {"params": params},
-            tokens,
-            start,
-            segment_ids=read.segment_ids,
-            method="hidden_with_trace",
-            names=self.names,
-        )
+        _, trace = hidden_of_batch(self.model, params, start, read, self.names)
         return self.of_trace(params, state, batch, trace)
 
     def of_trace(

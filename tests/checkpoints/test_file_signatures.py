@@ -61,10 +61,12 @@ def test_what_is_no_checkpoint_is_named_with_what_to_do(tmp_path, name, kind):
     data, sentence = OTHER_FILES[kind]
     path = tmp_path / name
     path.write_bytes(data)
-    for read in (load_model, load_state):
+    for read in (load_model, load_state, read_tensors, verify):
         with pytest.raises(ValueError, match=sentence) as caught:
             read(path)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        message = str(caught.value)
+        assert message.startswith(f"{read.__name__}: `{path}` ")
+        assert message.count(": `") == 1 and "\n" not in message
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a", "a.ckpt", "a.json"])

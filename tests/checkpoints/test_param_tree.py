@@ -16,8 +16,8 @@ from rwkv7_jax.checkpoints.integrity.finite_numbers import is_finite
 from rwkv7_jax.checkpoints.layouts.names import with_official_names
 from rwkv7_jax.checkpoints.loading.tree_reader import build_tree
 from rwkv7_jax.checkpoints.param_tree import (
+    check_all_leaves,
     check_names,
-    check_params,
     infer_config,
     official_tensors,
     tree_path,
@@ -202,13 +202,13 @@ def test_a_tree_of_integers_is_refused_as_a_file_of_integers_is(params):
     with pytest.raises(
         TypeError, match="`params` must be floating-point; got head/weight int32"
     ):
-        check_params(integers, CONFIG)
+        check_all_leaves(integers, CONFIG)
 
 
 def test_a_tree_with_a_further_leaf_is_refused(params):
     more = params | {"extra": {"weight": jnp.zeros(3)}}
     with pytest.raises(ValueError, match="leaves alone; got extra/weight too"):
-        check_params(more, CONFIG)
+        check_all_leaves(more, CONFIG)
 
 
 def test_a_tree_that_lacks_a_leaf_is_refused(params):
@@ -216,7 +216,7 @@ def test_a_tree_that_lacks_a_leaf_is_refused(params):
     with pytest.raises(
         ValueError, match=r"must hold ln_out/weight of shape \(64,\); got None"
     ):
-        check_params(less, CONFIG)
+        check_all_leaves(less, CONFIG)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

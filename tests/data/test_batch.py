@@ -26,6 +26,15 @@ def test_an_absent_field_is_no_key():
         BATCH["anchor"]
 
 
+def test_inputs_and_targets_are_views_of_the_tokens_and_no_fields():
+    assert isinstance(BATCH.inputs, np.ndarray)
+    np.testing.assert_array_equal(BATCH.inputs, TOKENS[:, :-1])
+    np.testing.assert_array_equal(BATCH.targets, TOKENS[:, 1:])
+    assert "inputs" not in BATCH
+    with pytest.raises(ValueError, match="no field 'targets'"):
+        Batch.of({"tokens": TOKENS, "targets": TOKENS[:, 1:]})
+
+
 def test_a_mapping_becomes_a_batch_and_a_batch_stays_itself():
     converted = Batch.of({"tokens": TOKENS, "mask": MASK})
     assert converted.tokens is TOKENS

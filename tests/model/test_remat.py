@@ -18,8 +18,9 @@ from rwkv7_jax import sharding
 from rwkv7_jax.model import remat
 from rwkv7_jax.model.block import Block
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.layer_states import layer_states
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import init_state, layer_states
+from rwkv7_jax.model.state import init_state
 
 SMALL = RWKV7Config(
     vocab_size=16, num_layers=2, width=16, head_size=8, implementation="chunked"

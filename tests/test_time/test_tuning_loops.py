@@ -338,7 +338,7 @@ def test_bad_arguments_of_the_loops_are_refused(params, unchecked):
         with pytest.raises(error, match=f"grpo: {message}"):
             grpo(**(loop_arguments(params) | change))
     with pytest.raises(
-        ValueError, match="`reward` of prompt 1 must be finite; got nan"
+        ValueError, match=r"^grpo: `reward` of prompt 1 must be finite; got nan"
     ):
         grpo(**loop_arguments(params, lambda p, c: 1.0 if len(p) == 2 else np.nan))
     with pytest.raises(

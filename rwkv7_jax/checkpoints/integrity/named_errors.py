@@ -5,7 +5,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from rwkv7_jax.checks import first_line
+from rwkv7_jax.checks import first_line, prefix_errors
 
 # What code raises that meets content of another kind than it expects.
 _UNEXPECTED = (
@@ -19,28 +19,26 @@ _UNEXPECTED = (
 
 @contextlib.contextmanager
 def name_file(path: str | Path, function: str) -> Iterator[None]:
-    """Puts the file's path into every error that its content causes in the block.
+    """Puts the function and the file's path into every error that the file causes in the block.
 
-    Checks of shapes and settings know nothing of files: their messages get the path at the end.
-    Errors that say nothing to a reader become a sentence.
+    Whatever reads a part of the file need not know the function (see `prefix_errors`). Checks of
+    shapes and settings know nothing of files either: their messages get the path at the end. Errors
+    that say nothing to a reader become a sentence.
 
     Args:
         path: of the file or folder that the block reads.
-        function: the public function, for messages that have no sentence of their own.
+        function: the public function.
     """
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        if str(path) in str(error):
+    with prefix_errors(function):
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            if str(path) in str(error):
+                raise
+            # Subclasses such as UnicodeDecodeError make their message from other arguments.
+            if type(error) not in (ValueError, TypeError):
+                raise ValueError(f"`{path}` is damaged: {first_line(error)}.") from None
+            error.args = (f"{str(error).rstrip('.')} (in `{path}`).",)
             raise
-        # Subclasses such as UnicodeDecodeError make their message from other arguments.
-        if type(error) not in (ValueError, TypeError):
-            raise ValueError(
-                f"{function}: `{path}` is damaged: {first_line(error)}."
-            ) from None
-        error.args = (f"{str(error).rstrip('.')} (in `{path}`).",)
-        raise
-    except _UNEXPECTED as error:
-        raise ValueError(
-            f"{function}: `{path}` is damaged: {first_line(error)}."
-        ) from None
+        except _UNEXPECTED as error:
+            raise ValueError(f"`{path}` is damaged: {first_line(error)}.") from None

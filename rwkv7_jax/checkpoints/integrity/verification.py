@@ -58,7 +58,7 @@ def _verify_file(path: Path) -> list[str]:
             lines.append(f"{path.name}: the digest of tensors and metadata agrees")
     else:
         open_tensors(path, verify=True)
-        if container == "gguf" and gguf_files("verify").has_gguf_digest(path):
+        if container == "gguf" and gguf_files().has_gguf_digest(path):
             lines.append(f"{path.name}: the digest of tensors and sizes agrees")
     if has_state_digest(path):
         load_state(path)

@@ -88,7 +88,7 @@ def with_official_names(tensors: Tensors, path: Path) -> NamedModel:
             new, is_layer = _official_name(part_name)
             if new in official:
                 raise ValueError(
-                    f"checkpoint: `{path}` holds {new} twice, as {former[new]} and as {name}."
+                    f"`{path}` holds {new} twice, as {former[new]} and as {name}."
                 )
             if is_layer:
                 part = transposed(part)

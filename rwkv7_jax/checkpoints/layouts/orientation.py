@@ -74,7 +74,7 @@ def low_rank_of(tensors: Tensors, said: LowRank | None, path: Path) -> LowRank:
     if _is_decided_by_dtype(tensors):
         return "official"
     raise ValueError(
-        f"load_model: `{path}` has low-rank matrices of the model's width, and nothing in it says "
+        f"`{path}` has low-rank matrices of the model's width, and nothing in it says "
         "whether they lie as in official files or transposed as in web-rwkv's; take the .pth that "
         "it was made from."
     )

@@ -43,7 +43,7 @@ def reject_adapters(tensors: Tensors, path: Path) -> None:
     for name in tensors:
         if _ADAPTER.search(name):
             raise ValueError(
-                f"load_model: `{path}` holds an adapter such as LoRA's (it has {name}): merge it "
+                f"`{path}` holds an adapter such as LoRA's (it has {name}): merge it "
                 "into its model first, for example with PEFT's `merge_and_unload` or RWKV-PEFT's "
                 "scripts in `merge`."
             )
@@ -63,7 +63,7 @@ def reject_other_architectures(tensors: Tensors, path: Path) -> None:
     if recognised is not None:
         architecture, name = recognised
         raise ValueError(
-            f"load_model: `{path}` is {architecture} checkpoint (it has {name}); "
+            f"`{path}` is {architecture} checkpoint (it has {name}); "
             "only plain RWKV-7 (x070) is supported."
         )
 

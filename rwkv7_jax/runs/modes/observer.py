@@ -162,7 +162,7 @@ class ObserverMode(DatasetMode):
 
     def held_out_metrics(self, params: Params) -> Metrics:
         """Measures what the teacher makes of held-out continuations, by where it starts from."""
-        prompts = np.asarray(self._held_out.tokens)[:, :-1]
+        prompts = np.asarray(self._held_out.inputs)
         proposal = propose(self._observer, params, prompts, self._held_out.split)
         handover = evaluate_handover(self.model, self.frozen, proposal, self._held_out)
         metrics: Metrics = {}
