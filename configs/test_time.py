@@ -15,8 +15,9 @@ that the model reads as a prompt. Methods (config.test_time.method):
 
     grpo     the model's own completions, by what they earn
     expert   the same, imitating those that earn something
-    distil   config.test_time.guide, a larger model, writes; verified traces are imitated
-             (a .jsonl file of traces in its place is imitated as it is)
+    distil   config.test_time.guide, a larger model, writes; verified traces are imitated, of
+             config.test_time.chains for each prompt (a .jsonl file of traces in its place is
+             imitated as it is)
     context  config.test_time.context, a long prompt, becomes a state; data is any text
 
 On the toy base, from a clone: a hidden instruction, learnt from rewards alone in 60 steps, with

@@ -24,6 +24,7 @@ from rwkv7_jax.test_time.tuning_loop import (
     start_tuning,
 )
 from rwkv7_jax.training.losses import Loss
+from rwkv7_jax.tuning.state_tuning import default_leaves
 
 
 class TraceBatches(StateBatchSource):
@@ -105,7 +106,7 @@ def distill(
         batch_size: rows of an update.
         length: inputs of a row; None takes the longest trace's.
         seed: of the traces' order.
-        state: where to start (batch 1); None is zeros.
+        state: where to start (batch 1); None is zeros. Of an upscaled state the memory is tuned.
         loss: of `test_time.losses`; None is `distillation_loss(model, params)`.
         learning_rate: of Adam with b2 = 0.99.
         tx: another optimizer.
@@ -127,7 +128,7 @@ def distill(
         )
         # Without a teacher in the loss: its completions are all that is left of it here.
         if loss is None:
-            loss = distillation_loss(model, params)
+            loss = distillation_loss(model, params, leaves=default_leaves(state))
         loop = start_tuning(
             model,
             loss,

@@ -36,6 +36,7 @@ from rwkv7_jax.test_time.tuning_loop import (
     start_tuning,
 )
 from rwkv7_jax.training.losses import Loss
+from rwkv7_jax.tuning.state_tuning import default_leaves
 
 
 class ExpertBatches(RewardedBatches):
@@ -219,7 +220,7 @@ def expert_iteration(
         prompts_at: the prompts of a round.
         reward: `(prompt, completion) -> number`; the completion holds its stop id.
         key: one random key.
-        state: where to start (batch 1); None is zeros.
+        state: where to start (batch 1); None is zeros. Of an upscaled state the memory is tuned.
         rounds: at most.
         updates: of each round.
         keep_reward: what a completion must earn to be kept, then with weight 1. None keeps
@@ -257,7 +258,9 @@ def expert_iteration(
             batch_size=batch_size,
         )
         if loss is None:
-            loss = distillation_loss(sampler.model, sampler.params)
+            loss = distillation_loss(
+                sampler.model, sampler.params, leaves=default_leaves(state)
+            )
         loop = start_tuning(
             sampler.model,
             loss,

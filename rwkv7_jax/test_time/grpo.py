@@ -49,6 +49,7 @@ from rwkv7_jax.test_time.tuning_loop import (
     start_tuning,
 )
 from rwkv7_jax.training.losses import Loss
+from rwkv7_jax.tuning.state_tuning import default_leaves
 
 
 class PolicyBatches(RewardedBatches):
@@ -252,7 +253,7 @@ def grpo(
         prompts_at: the prompts of a step; as many each time, or programs are compiled again.
         reward: `(prompt, completion) -> number`; the completion holds its stop id.
         key: one random key.
-        state: where to start (batch 1); None is zeros.
+        state: where to start (batch 1); None is zeros. Of an upscaled state the memory is tuned.
         steps: at most.
         updates: of each step's completions (num_iterations). From the second one on the ratio of
             probabilities counts, with the loss's bounds.
@@ -286,7 +287,10 @@ def grpo(
         check_instance(sampler, RolloutSampler, "`sampler`")
         if loss is None:
             loss = policy_loss(
-                sampler.model, sampler.params, temperature=sampler.temperature
+                sampler.model,
+                sampler.params,
+                temperature=sampler.temperature,
+                leaves=default_leaves(state),
             )
         model = _trained_model(loss, sampler, has_anchor=anchor_at is not None)
         # The step's random numbers come from the key alone, so evaluations do not shift them.

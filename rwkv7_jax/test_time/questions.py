@@ -6,7 +6,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,9 @@ from rwkv7_jax.checks import (
     check_number,
     prefix_errors,
 )
+from rwkv7_jax.data.documents import Document, Segment, held_out_threshold
 from rwkv7_jax.data.jsonl import read_jsonl
-from rwkv7_jax.data.records.record import parse_question
+from rwkv7_jax.data.records.record import AskedQuestion, parse_question, parse_record
 from rwkv7_jax.data.sources import TaskSource, TextSource, parse_source
 from rwkv7_jax.data.tasks.synthetic_tasks import question_batch
 from rwkv7_jax.local_paths import local_path
@@ -46,6 +47,27 @@ def read_questions(
     Raises:
         ValueError: a line without a question, as `file:line: reason`.
     """
+    return [
+        (question.prompt, question.answer) for question in _read_hashed(path, tokenizer)
+    ]
+
+
+class _Question(NamedTuple):
+    """A line of a file of questions.
+
+    Attributes:
+        prompt: its ids.
+        answer: the known one; "" where there is none.
+        content_hash: of the document that tuning on text reads in the line.
+    """
+
+    prompt: list[int]
+    answer: str
+    content_hash: int
+
+
+def _read_hashed(path: str | Path, tokenizer: Tokenizer) -> list[_Question]:
+    """Reads the lines of a file as `read_questions` does, with their hashes."""
     with prefix_errors("read_questions"):
         path = local_path(path, "`path`")
         _check_tokenizer(tokenizer)
@@ -62,12 +84,23 @@ def _check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def _parse_question(tokenizer: Tokenizer, record: Any) -> tuple[list[int], str]:
+def _parse_question(tokenizer: Tokenizer, record: Any) -> _Question:
     question = parse_question(record)
     ids = [id for part in question.parts for id in tokenizer.encode(part)]
     if not ids:
         raise ValueError('"prompt" must hold a token; got none')
-    return ids, question.answer
+    return _Question(ids, question.answer, _content_hash(record, question))
+
+
+def _content_hash(record: Any, question: AskedQuestion) -> int:
+    """Hashes a line as tuning on text hashes it; a line that it does not read, by its prompt."""
+    try:
+        document = parse_record(record)
+    except ValueError:
+        # A question without an answer, or one whose answer is a number.
+        segments = [Segment(part.encode()) for part in question.parts]
+        document = Document(tuple(segments))
+    return document.content_hash()
 
 
 class QuestionSet:
@@ -89,9 +122,11 @@ class QuestionSet:
             path: "task:name", or a .jsonl file of questions with their answers (see
                 `read_questions`); several with commas.
             tokenizer: of the model's vocabulary.
-            seed: of tasks, and of the order of a file's questions.
-            held_out: share of a file's questions that are used for evaluation only; equal prompts
-                stay together. A file of one prompt serves both parts.
+            seed: of tasks, and of the order in which a file's questions are trained on.
+            held_out: share of a file's questions that are used for evaluation only. They are those
+                that `data.token_stream` holds out of the same file; equal prompts stay together. At
+                least one prompt is held out and one is trained on; a file of one prompt serves both
+                parts.
             verifier: which answer a completion of a file's question gives, of
                 `verifiers.VERIFIERS`; None where another reward judges and the answers do not
                 count.
@@ -149,43 +184,43 @@ class QuestionSet:
         """The ids that end a completion: token 0 of a task, of text what the vocabulary has."""
         return (0,) if self._is_task else self._tokenizer.stop_ids
 
-    def _read(self, source: TextSource) -> list[list[int]]:
-        """Reads the prompts of files, and keeps their answers."""
+    def _read(self, source: TextSource) -> list[_Question]:
+        """Reads the questions of files, and keeps their answers."""
         if not source.paths:
             raise ValueError(
                 "QuestionSet: `path` must name a file of questions; got ''."
             )
-        prompts = []
+        questions = []
         for path in source.paths:
-            for prompt, answer in read_questions(path, self._tokenizer):
-                prompts.append(prompt)
-                before = self._answers.setdefault(tuple(prompt), answer)
+            for question in _read_hashed(path, self._tokenizer):
+                questions.append(question)
+                answer = question.answer
+                before = self._answers.setdefault(tuple(question.prompt), answer)
                 if self._answers_count and before != answer:
+                    text = self._tokenizer.decode(question.prompt)
                     raise ValueError(
                         f"QuestionSet: `{path}` must have one answer to a prompt; "
-                        f"{_shown(self._tokenizer.decode(prompt))} has {_shown(before)} and "
-                        f"{_shown(answer)}."
+                        f"{_shown(text)} has {_shown(before)} and {_shown(answer)}."
                     )
-        return prompts
+        return questions
 
-    def _split(self, questions: list[list[int]], held_out: float) -> None:
-        """Shuffles a file's questions and divides them into training and held-out ones."""
+    def _split(self, questions: list[_Question], held_out: float) -> None:
+        """Divides a file's questions into held-out ones and, in the seed's order, the others."""
+        measured = _held_out_prompts(questions, held_out)
+        self._held_out = [list(prompt) for prompt in measured]
         order = np.random.default_rng(self._seed).permutation(len(questions))
-        prompts = [questions[index] for index in order]
-        # By prompts and not by lines: what is measured must not be trained on.
-        different = list(dict.fromkeys(map(tuple, prompts)))
-        border = max(1, int(len(different) * held_out)) if held_out else 0
-        measured = set(different[:border])
-        self._held_out = [one for one in prompts if tuple(one) in measured]
+        prompts = [questions[index].prompt for index in order]
+        excluded = set(measured)
         # A file of one prompt serves both parts.
         self._training = [
-            one for one in prompts if tuple(one) not in measured
+            one for one in prompts if tuple(one) not in excluded
         ] or prompts
 
-    def _evaluate_on(self, questions: list[list[int]]) -> None:
+    def _evaluate_on(self, questions: list[_Question]) -> None:
         """Takes other held-out questions; none of them is trained on."""
-        self._held_out = questions
-        measured = {tuple(prompt) for prompt in questions}
+        measured = dict.fromkeys(tuple(question.prompt) for question in questions)
+        # Each once: the most probable answer to a prompt is always the same.
+        self._held_out = [list(prompt) for prompt in measured]
         kept = [one for one in self._training if tuple(one) not in measured]
         if not kept:
             raise ValueError(
@@ -208,6 +243,8 @@ class QuestionSet:
     ) -> list[list[int]]:
         """Returns `count` prompts of a step, a pure function of the arguments and the seed.
 
+        Of a file, held-out prompts are at most as many as there are: each comes once.
+
         Raises:
             TypeError: numbers that are not integers.
             ValueError: a negative step, or no prompts.
@@ -218,6 +255,8 @@ class QuestionSet:
         source = self._evaluation if held_out else self._source
         if not isinstance(source, TaskSource):
             part = self._held_out if held_out else self._training
+            if held_out:
+                count = min(count, len(part))
             first = step * count
             return [part[place % len(part)] for place in range(first, first + count)]
         prompts, answers = question_batch(
@@ -231,6 +270,15 @@ class QuestionSet:
         for prompt, answer in zip(prompts, answers, strict=True):
             self._answers[tuple(prompt)] = answer
         return prompts
+
+    def describe(self, measured: int) -> str:
+        """Names the numbers of questions, of which `measured` are measured in an evaluation."""
+        if self._is_task:
+            return f"made as it goes, {measured:,} measured"
+        return (
+            f"{len(self._training):,} questions, and {len(self._held_out):,} held out, of which "
+            f"{measured:,} are measured"
+        )
 
     @property
     def can_be_answered(self) -> bool:
@@ -280,6 +328,29 @@ class QuestionSet:
         # What follows thoughts: of a prompt that ends inside them the completion has their end.
         *_, said = self._tokenizer.decode(ids).rpartition(THOUGHT_END.strip())
         return self._verifier(said)
+
+
+def _held_out_prompts(
+    questions: list[_Question], share: float
+) -> list[tuple[int, ...]]:
+    """Returns the different prompts that a share holds out, in the order of their hashes.
+
+    That order is the same for every seed, and has nothing to do with the order of a file.
+    """
+    if not share:
+        return []
+    # By prompts and not by lines: what is measured must not be trained on.
+    hashes: dict[tuple[int, ...], int] = {}
+    for question in questions:
+        prompt = tuple(question.prompt)
+        content_hash = question.content_hash
+        hashes[prompt] = min(hashes.get(prompt, content_hash), content_hash)
+    threshold = held_out_threshold(share)
+    below = sum(content_hash < threshold for content_hash in hashes.values())
+    # Of few questions a share may hold out none or all: a larger or a smaller one then counts.
+    most = max(len(hashes) - 1, 1)
+    count = min(max(below, 1), most)
+    return sorted(hashes, key=hashes.__getitem__)[:count]
 
 
 def _shown(text: Any) -> str:

@@ -320,13 +320,13 @@ class RolloutSampler:
         by_id = bool(completion) and completion[-1] in self.stop_ids
         return is_full and not by_id and self.judged(completion) == completion
 
-    def mean_reward(
+    def greedy_rewards(
         self,
         state: RWKV7State | None,
         prompts: Sequence[Sequence[int]],
         reward: RewardFunction,
-    ) -> tuple[float, TokenBudget]:
-        """Returns the mean reward of the greedy completions, and the tokens it cost.
+    ) -> tuple[Float[np.ndarray, " P"], TokenBudget]:
+        """Returns the reward of each prompt's greedy completion, and the tokens they cost.
 
         Args:
             state: where every row starts (batch 1).
@@ -337,7 +337,7 @@ class RolloutSampler:
             TypeError: an argument of the wrong kind.
             ValueError: as `draw`; or a reward that is not a finite number.
         """
-        with prefix_errors("RolloutSampler.mean_reward"):
+        with prefix_errors("RolloutSampler.greedy_rewards"):
             check_function(reward, "`reward`")
         # Greedy: the noise of sampling would hide small improvements.
         greedy = dataclasses.replace(self, group=1, temperature=0, length=None)
@@ -345,8 +345,30 @@ class RolloutSampler:
             # Some processes would have none: each answers all of these few.
             greedy = dataclasses.replace(greedy, share=ALONE)
         drawn = greedy.draw(state, prompts, None)
-        found = greedy.judge(drawn, reward, function="RolloutSampler.mean_reward")
-        return float(found.rewards.mean()), drawn.budget
+        found = greedy.judge(drawn, reward, function="RolloutSampler.greedy_rewards")
+        return found.rewards, drawn.budget
+
+    def mean_reward(
+        self,
+        state: RWKV7State | None,
+        prompts: Sequence[Sequence[int]],
+        reward: RewardFunction,
+    ) -> tuple[float, TokenBudget]:
+        """Returns the mean of `greedy_rewards`, and the tokens it cost.
+
+        Args:
+            state: where every row starts (batch 1).
+            prompts: lists of ids that no update sees.
+            reward: of a prompt and a completion.
+
+        Raises:
+            TypeError: an argument of the wrong kind.
+            ValueError: as `greedy_rewards`.
+        """
+        with prefix_errors("RolloutSampler.mean_reward"):
+            check_function(reward, "`reward`")
+        rewards, budget = self.greedy_rewards(state, prompts, reward)
+        return float(rewards.mean()), budget
 
 
 class RewardedBatches(StateBatchSource):

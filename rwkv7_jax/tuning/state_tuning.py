@@ -58,6 +58,17 @@ def check_leaves(leaves: tuple[str, ...]) -> None:
             )
 
 
+def default_leaves(state: RWKV7State | None) -> tuple[str, ...]:
+    """Names what is tuned by default: an upscaled state's memory, else the WKV state.
+
+    Args:
+        state: where tuning starts; None is zeros.
+    """
+    if isinstance(state, RWKV7State) and state.upscaled is not None:
+        return ("memory",)
+    return ("wkv",)
+
+
 def tuned_parts(state: RWKV7State, leaves: tuple[str, ...]) -> dict[str, Any]:
     """Collects the tuned arrays, or what stands for them in a tree, by their names in the state."""
     if "memory" in leaves and state.upscaled is None:

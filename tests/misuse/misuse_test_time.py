@@ -168,6 +168,11 @@ FUNCTIONS = {
             "key": {TypeError: [1, "key"], ValueError: [None]},
         },
     ),
+    "RolloutSampler.greedy_rewards": PublicFunction(
+        SAMPLER.greedy_rewards,
+        {"state": None, "prompts": PROMPTS, "reward": reward},
+        {"reward": NO_FUNCTIONS},
+    ),
     "RolloutSampler.mean_reward": PublicFunction(
         SAMPLER.mean_reward,
         {"state": None, "prompts": PROMPTS, "reward": reward},

@@ -96,6 +96,7 @@ def test_a_setting_that_a_run_does_not_read_is_refused_by_name(kind, name, value
         ("distil", "test_time.hint", "Think.", {"test_time.guide": "traces.jsonl"}),
         ("distil", "test_time.traces", 8, {"test_time.guide": "traces.jsonl"}),
         ("distil", "test_time.at_once", 8, {"test_time.guide": "traces.jsonl"}),
+        ("distil", "test_time.chains", 2, {"test_time.guide": "traces.jsonl"}),
         ("distil", "test_time.substitute", ("a", "b"), {"test_time.guide": "t.jsonl"}),
         ("distil", "test_time.vote_margin", 0.5, {"test_time.keep": "verified"}),
         ("grpo", "test_time.epsilon_low", 0.1, {"test_time.updates": 1}),

@@ -1,20 +1,25 @@
 """What tuning starts from, and which settings of tuning count at test time."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from run_programs import MODEL
-from smallest_runs import mode_settings, save_base_model
-from tiny_models import lively
+from smallest_runs import mode_settings, odd_sum, save_base_model
+from tiny_models import lively, random_state
 
 from rwkv7_jax.checkpoints import param_tree
 from rwkv7_jax.checkpoints.model_files import save_model
-from rwkv7_jax.checkpoints.state_files import save_state
+from rwkv7_jax.checkpoints.state_files import load_state, save_state
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.runs.modes.registry import make_mode
+from rwkv7_jax.test_time.traces import read_traces
+from rwkv7_jax.tuning.upscaling import upscale
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +179,16 @@ def test_leaves_and_layers_have_rates_of_their_own_in_every_mode_that_tunes_a_st
             "`config.test_time.updates` must be left out",
         ),
         (
+            "distil",
+            {"test_time.group": 4},
+            "`config.test_time.group` must be left out",
+        ),
+        (
+            "grpo",
+            {"test_time.chains": 4},
+            "`config.test_time.chains` must be left out",
+        ),
+        (
             "expert",
             {"test_time.importance_cap": 2.0},
             "importance_cap` must be left out",
@@ -221,3 +236,133 @@ def test_sampling_in_another_dtype_trains_in_the_models(base, tmp_path):
     assert mode.model.config.dtype == "float32"
     assert mode._source._sampler.model.config.dtype == "bfloat16"
     assert mode._source._trainer is mode.model
+
+
+def test_the_held_out_reward_is_logged_with_its_standard_error(base, tmp_path):
+    lines = [{"prompt": f"{number}", "answer": "1"} for number in range(40)]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    changes = {"data.path": str(path), "data.held_out": 0.5}
+    changes["test_time.verifier"] = "smallest_runs:odd_sum"
+    changes["evaluation.windows"] = 64
+    mode = made("grpo", base, tmp_path, **changes)
+    found = mode.evaluate(mode.init_params())
+    rewards, _ = mode._sampler(mode.model, mode.frozen).greedy_rewards(
+        mode.init_params(), mode._held_out, odd_sum
+    )
+    share = found["held_out_reward"].value
+    count = len(rewards)
+    assert share == rewards.mean()
+    assert count == len(set(map(tuple, mode._held_out))) < 40
+    assert f"{count} are measured" in mode.describe_data()
+    error = found["held_out_reward_error"].value
+    np.testing.assert_allclose(error, (share * (1 - share) / count) ** 0.5)
+    assert mode.held_out_names() == ("held_out_reward",)
+
+
+@pytest.mark.parametrize(
+    ("keep", "chains", "least", "most"),
+    [
+        ("all", None, 8, 8),
+        ("all", 4, 32, 32),
+        ("verified", None, 1, 7),
+        ("verified", 4, 9, 31),
+        ("majority", None, 16, 64),
+        ("majority", 2, 1, 16),
+    ],
+)
+def test_a_guide_writes_as_many_chains_as_are_set(
+    base, tmp_path, keep, chains, least, most
+):
+    changes = {"test_time.keep": keep, "test_time.chains": chains}
+    changes["test_time.verifier"] = "smallest_runs:odd_sum"
+    if keep == "majority":
+        changes["test_time.vote_margin"] = 0.0
+    # Few tokens: some answers must agree.
+    changes["test_time.tokens"] = 1
+    changes["test_time.temperature"] = 0.3
+    made("distil", base, tmp_path, **changes)
+    traces = read_traces(tmp_path / "kept_traces.jsonl")
+    assert least <= len(traces) <= most
+    assert len({trace.prompt for trace in traces}) <= 8
+    if keep == "verified":
+        assert all(odd_sum(trace.prompt, trace.completion) for trace in traces)
+
+
+def test_the_reference_of_a_policy_is_the_state_that_tuning_starts_from(base, tmp_path):
+    config = made("state", base, tmp_path).model.config
+    state = random_state(config)
+    save_state(tmp_path / "poet.safetensors", state, config=config)
+    start = str(tmp_path / "poet.safetensors")
+    mode = made("grpo", base, tmp_path, start=start, **{"test_time.kl": 0.5})
+    batch = Batch(
+        tokens=np.arange(14).reshape(2, 7) % config.vocab_size,
+        mask=np.ones((2, 6), np.float32),
+        advantages=np.zeros(2, np.float32),
+    )
+    first = mode.init_params()
+    moved = jax.tree.map(jnp.zeros_like, first)
+    assert mode.loss(first, batch)[1]["kl_nats"] < 1e-6
+    # As an update does that is given its memory.
+    for leaf in jax.tree.leaves(first):
+        leaf.delete()
+    assert mode.loss(moved, batch)[1]["kl_nats"] > 1e-3
+
+
+@pytest.fixture(scope="module")
+def upscaled_start(base, tmp_path_factory):
+    """Returns the path of an upscaled state of the base model, and the state."""
+    folder = tmp_path_factory.mktemp("upscaled")
+    mode = made("state", base, folder)
+    rows = np.arange(64).reshape(2, 32) % mode.model.config.vocab_size
+    state = upscale(mode.model, mode.frozen, rows, size=8, prepare="none")
+    memory = jnp.full_like(state.upscaled.memory, 0.25)
+    state = state.replace(upscaled=state.upscaled.replace(memory=memory))
+    path = folder / "state.safetensors"
+    save_state(path, state, config=mode.model.config)
+    return str(path), state
+
+
+@pytest.mark.parametrize("mode", ["grpo", "expert", "distil", "context"])
+def test_the_memory_of_an_upscaled_start_is_tuned_at_test_time(
+    base, tmp_path, upscaled_start, mode
+):
+    start, state = upscaled_start
+    made_mode = made(mode, base, tmp_path, start=start)
+    params = made_mode.init_params()
+    batch = Batch(
+        tokens=np.arange(14).reshape(2, 7) % made_mode.model.config.vocab_size,
+        mask=np.ones((2, 6), np.float32),
+        advantages=np.ones(2, np.float32) if mode == "grpo" else None,
+    )
+    np.testing.assert_array_equal(params.upscaled.memory, state.upscaled.memory)
+    grads = jax.grad(lambda state: made_mode.loss(state, batch)[0])(params)
+    assert np.abs(grads.upscaled.memory).max() > 0
+    others = grads.replace(upscaled=grads.upscaled.replace(memory=0, write=0))
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(others))
+    assert made_mode.tuned_leaves() == ("memory",)
+    assert made_mode.trained_count(params) >= params.upscaled.memory.size
+    path = made_mode.save(tmp_path, params)
+    assert path.name == "state.safetensors" and made_mode.state_files(tmp_path) == {
+        "": path
+    }
+    loaded = load_state(path, config=made_mode.model.config)
+    np.testing.assert_array_equal(loaded.upscaled.memory, params.upscaled.memory)
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "sentence"),
+    [
+        ("state", {}, "upscaled state, which mode 'test_time' alone tunes further"),
+        (
+            "grpo",
+            {"tuning.leaves": "all"},
+            "`config.tuning.leaves` must be left out where `config.start` is an upscaled",
+        ),
+    ],
+)
+def test_an_upscaled_start_that_cannot_be_tuned_is_refused(
+    base, tmp_path, upscaled_start, mode, changes, sentence
+):
+    with pytest.raises(ValueError, match=sentence):
+        made(mode, base, tmp_path, start=upscaled_start[0], **changes)

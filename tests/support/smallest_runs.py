@@ -14,10 +14,9 @@ TASK = {"data.path": "task:mapping", "data.length": 24, "data.batch_size": 2}
 STEER = {
     "data.path": "task:steer",
     "test_time.tokens": 6,
-    "test_time.group": 4,
     "evaluation.length": 40,
 }
-DRAWN = STEER | {"test_time.prompts": 2}
+DRAWN = STEER | {"test_time.prompts": 2, "test_time.group": 4}
 TEST_TIME_METHODS = ("grpo", "expert", "distil", "context")
 # By mode, or by method of mode "test_time".
 MODES = {

@@ -57,9 +57,9 @@ def settings_of(base: Path, **test_time):
     flat |= {"mode": "test_time", "init": str(base), "seed": SEED, "steps": STEPS}
     flat |= {"data.path": "task:steer", "evaluation.length": 40, "evaluation.every": 0}
     flat |= {"optimizer.learning_rate": LEARNING_RATE, "optimizer.warmup_steps": 0}
-    sizes = {"tokens": 6, "group": 4}
+    sizes = {"tokens": 6}
     if test_time.get("method") != "distil":
-        sizes["prompts"] = 2
+        sizes |= {"group": 4, "prompts": 2}
     flat |= {f"test_time.{name}": value for name, value in (sizes | test_time).items()}
     nested: dict = {}
     for name, value in flat.items():

@@ -243,6 +243,21 @@ def test_an_anchor_keeps_the_state_near_the_base_and_is_counted(params):
     assert drift[1] < 0.5 * drift[0]
 
 
+@pytest.mark.parametrize("method", ["distil", "grpo", "expert"])
+def test_the_memory_of_an_upscaled_state_is_what_loops_tune_by_default(params, method):
+    text = np.arange(66).reshape(2, 33) % CONFIG.vocab_size
+    start = upscale(MODEL, params, text, size=8)
+    arguments = loop_arguments(params, reward=lambda prompt, drawn: 1.0 + drawn[0])
+    if method == "distil":
+        traces = [Trace((1, 2), (7, 3, 7, 0))]
+        out = distill(MODEL, params, traces, steps=1, batch_size=1, state=start)
+    elif method == "grpo":
+        out = grpo(**arguments, steps=1, state=start)
+    else:
+        out = expert_iteration(**arguments, rounds=1, updates=1, state=start)
+    assert np.any(out.state.upscaled.memory) and not np.any(out.state.wkv)
+
+
 @pytest.mark.slow
 def test_an_upscaled_memory_earns_a_reward_while_its_features_stand_still(params):
     text = (

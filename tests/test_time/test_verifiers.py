@@ -137,7 +137,8 @@ def test_equal_prompts_stay_on_one_side(tmp_path, seed):
     questions = QuestionSet(path, Tokenizer.bytes(), seed=seed, held_out=0.5)
     measured = texts(questions, 40, held_out=True)
     trained = texts(questions, 40, held_out=False)
-    assert len(measured) == len(trained) == 2 and not measured & trained
+    assert measured and trained and not measured & trained
+    assert measured | trained == {"q0", "q1", "q2", "q3"}
 
 
 @pytest.mark.parametrize(("held_out", "part"), [(0, "held_out"), (1.0, "train")])

@@ -20,16 +20,23 @@ from rwkv7_jax.tuning.state_arithmetic import scaled
 from rwkv7_jax.tuning.state_tuning import LEAVES, trainable_mask
 from rwkv7_jax.tuning.upscaling import fold_feature_map
 
+# Of an upscaled state.
+UPSCALED_RESULT = "state.safetensors"
+
 
 class SingleStateMode(TrainingMode):
     """A mode that tunes one start state of a frozen model.
 
     Attributes:
         result_name: of the file with the tuned state.
+        takes_upscaled_start: whether `config.start` may name an upscaled state.
     """
 
-    result_name: ClassVar[str] = "state.pth"
+    result_name: str = "state.pth"
+    takes_upscaled_start: ClassVar[bool] = False
     tunes_state = True
+    # Whether the memory of an upscaled state is tuned, which `config.start` decides.
+    _tunes_memory = False
 
     frozen: Params
 
@@ -60,13 +67,37 @@ class SingleStateMode(TrainingMode):
                 self.frozen,
                 self.tokenizer,
                 any_base=settings.any_base,
+                may_be_upscaled=self.takes_upscaled_start,
             )
         # Its token shifts have the model's dtype, in which small updates would be rounded away.
         zeros = init_state(self.model.config)
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), zeros)
 
+    def make_initial(self) -> None:
+        """Makes the first parameters, whose form decides what is tuned and how it is saved.
+
+        Raises:
+            ValueError: leaves are asked for that are not tuned.
+        """
+        self._initial = self.make_params()
+        if self._initial.upscaled is None:
+            return
+        if self.settings.tuning.leaves == "all":
+            raise ValueError(
+                "`config.tuning.leaves` must be left out where `config.start` is an upscaled "
+                "state: its memory is tuned alone; got all."
+            )
+        self._tunes_memory = True
+        # The other formats have no place for features.
+        self.result_name = UPSCALED_RESULT
+
     def tuned_leaves(self) -> tuple[str, ...]:
-        """Names the tuned leaves: the WKV state, and the token-shift states where asked for."""
+        """Names the tuned leaves: the WKV state, and the token-shift states where asked for.
+
+        Of an upscaled start state it is the memory alone; `make_initial` comes before.
+        """
+        if self._tunes_memory:
+            return ("memory",)
         # The rest of `LEAVES` belongs to upscaled states.
         return LEAVES[:3] if self.settings.tuning.leaves == "all" else ("wkv",)
 

@@ -25,6 +25,7 @@ def read_start_state(
     tokenizer: Tokenizer,
     *,
     any_base: bool,
+    may_be_upscaled: bool,
 ) -> RWKV7State:
     """Reads the state that a run starts from, in float32 whatever the model computes in.
 
@@ -34,9 +35,11 @@ def read_start_state(
         params: its weights.
         tokenizer: of the prompt.
         any_base: take a state of other weights.
+        may_be_upscaled: whether the mode tunes the memory of an upscaled state further.
 
     Raises:
-        ValueError: a file that holds neither, an upscaled state, or a state of another model.
+        ValueError: a file that holds neither, an upscaled state where it may not be one, or a state
+            of another model.
     """
     with prefix_errors("config.start"):
         if container_of(Path(path)) is None:
@@ -48,9 +51,9 @@ def read_start_state(
                 base_model=model_hash(params, model.config),
                 any_base=any_base,
             )
-        if state.upscaled is not None:
+        if state.upscaled is not None and not may_be_upscaled:
             raise ValueError(
-                f"`{path}` holds an upscaled state; only a start state can be tuned further."
+                f"`{path}` holds an upscaled state, which mode 'test_time' alone tunes further."
             )
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state)
 

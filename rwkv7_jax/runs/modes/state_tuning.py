@@ -10,7 +10,7 @@ from rwkv7_jax import sharding
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.modes.dataset import DatasetMode
-from rwkv7_jax.runs.modes.single_state import SingleStateMode
+from rwkv7_jax.runs.modes.single_state import UPSCALED_RESULT, SingleStateMode
 from rwkv7_jax.training.costs import Memory
 from rwkv7_jax.tuning.calibration import resolve_features
 from rwkv7_jax.tuning.read_statistics import state_decorrelator
@@ -73,7 +73,7 @@ class StateTuningMode(DatasetMode, SingleStateMode):
 class UpscaledStateMode(StateTuningMode):
     """Tunes a memory read through kernel features; the start state itself remains zero."""
 
-    result_name = "state.safetensors"
+    result_name = UPSCALED_RESULT
 
     def tuned_leaves(self) -> tuple[str, ...]:
         """Names the memory, the only tuned leaf."""

@@ -1,10 +1,12 @@
 """The mode that tunes a state by rewards, by a larger model's traces or by a prompt."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -53,9 +55,14 @@ from rwkv7_jax.training.train_step import TrainState, TrainStep
 
 _REWARD = log_name("held_out", "reward")
 
+# The standard error of that mean, which decides nothing: it is not among the names of a mode.
+_REWARD_ERROR = f"{_REWARD}_error"
+
 
 class ContextMode(DatasetMode, SingleStateMode):
     """Turns a long prompt into a state; its rows are the run's text."""
+
+    takes_upscaled_start = True
 
     def set_up(self) -> None:
         """Loads the model, reads the prompt and opens the data."""
@@ -68,11 +75,11 @@ class ContextMode(DatasetMode, SingleStateMode):
         self._context = context
         with prefix_errors("config.test_time.context"):
             prompt = self._read_prompt(context)
+        self.make_initial()
         # The state after the prompt: the loss compares with the model that starts from it.
         self.loss = context_distillation(
             self.model, self.frozen, prompt, leaves=self.tuned_leaves()
         )
-        self._initial = self.make_params()
         self.decorrelator = self.with_own_rates(self.decorrelator)
         self.open_data()
         self._held_out = self.prediction_evaluator("held_out")
@@ -106,6 +113,8 @@ class TestTimeMode(SingleStateMode):
     # The name begins with "Test"; pytest must not collect it.
     __test__ = False
 
+    takes_upscaled_start = True
+
     def set_up(self) -> None:
         """Loads the model and the questions; for "distil", lets the teacher answer."""
         settings = self.settings
@@ -113,7 +122,7 @@ class TestTimeMode(SingleStateMode):
         # Weights that are only described write nothing.
         if not sharding.is_abstract(self.frozen):
             self._open_questions()
-        self._initial = self.make_params()
+        self.make_initial()
         self.decorrelator = self.with_own_rates(self.decorrelator)
         self.updates_per_step = settings.test_time.updates
         if settings.test_time.method == "grpo":
@@ -122,6 +131,9 @@ class TestTimeMode(SingleStateMode):
                 self.frozen,
                 temperature=settings.test_time.temperature,
                 kl=settings.test_time.kl,
+                # Where tuning starts: of a distilled state the rewards keep what it learnt. Copied,
+                # for the first step consumes the state itself.
+                reference=jax.tree.map(jnp.copy, self._initial),
                 leaves=self.tuned_leaves(),
                 epsilon_low=settings.test_time.epsilon_low,
                 epsilon_high=settings.test_time.epsilon_high,
@@ -315,11 +327,18 @@ class TestTimeMode(SingleStateMode):
         return (_REWARD,)
 
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
-        """Measures the mean reward of the most probable answers to held-out questions."""
+        """Measures the mean reward of the most probable answers to held-out questions.
+
+        With its standard error, sqrt(p (1 - p) / n) where a share p of n answers is right.
+        """
         # The tuned model itself, whatever dtype draws the completions.
         sampler = self._sampler(self.model, self.frozen)
-        reward, _ = sampler.mean_reward(params, self._held_out, self._reward)
-        return {_REWARD: Metric.of(reward, "reward")}
+        rewards, _ = sampler.greedy_rewards(params, self._held_out, self._reward)
+        error = rewards.std() / math.sqrt(len(rewards))
+        return {
+            _REWARD: Metric.of(rewards.mean(), "reward"),
+            _REWARD_ERROR: Metric(float(error), "reward", higher_is_better=False),
+        }
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the questions."""
@@ -329,8 +348,9 @@ class TestTimeMode(SingleStateMode):
         return {"data": digest_of(path, None), **content_digests(contents)}
 
     def describe_data(self) -> str:
-        """Names the questions."""
-        return f"{self.settings.data.path}: made as it goes"
+        """Names the questions, and how many of them are measured."""
+        described = self._questions.describe(len(self._held_out))
+        return f"{self.settings.data.path}: {described}"
 
     def _traces(self) -> list[Trace]:
         """Lets the teacher answer, or reads what it has answered elsewhere."""
@@ -361,13 +381,13 @@ class TestTimeMode(SingleStateMode):
             guide, allow_nan=self.settings.allow_nan, mesh=self.mesh
         )
         _require_same_vocabulary(guide, config.vocab_size, self.model, self.tokenizer)
-        teacher = self._sampler(RWKV7(config), params)
+        chains = settings.chains_of_prompt
+        sampler = self._sampler(RWKV7(config), params)
+        teacher = dataclasses.replace(sampler, group=chains)
         vote = None
         if settings.keep == "majority":
             # Two completions agree where they give the same answer, in whatever words.
             vote = (self._questions.given_answer, settings.vote_margin)
-        else:
-            teacher = dataclasses.replace(teacher, group=1)
         self.folder.mkdir(parents=True, exist_ok=True)
         bar = ProgressBar(settings.traces, "teacher")
         traces, budget = collect_traces(
@@ -384,8 +404,9 @@ class TestTimeMode(SingleStateMode):
             on_progress=lambda done, total: bar.update(done, "prompts"),
         )
         bar.close()
+        of_each = f" x {chains}" if chains > 1 else ""
         print(
-            f"teacher   kept {len(traces)} traces of {settings.traces} prompts; {budget}"
+            f"teacher   kept {len(traces)} traces of {settings.traces} prompts{of_each}; {budget}"
         )
         return traces
 

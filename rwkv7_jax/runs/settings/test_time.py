@@ -14,6 +14,9 @@ from rwkv7_jax.runs.settings.fields import (
 
 SAMPLING_DTYPES = ("float32", "bfloat16")
 
+# Completions of a prompt that vote where no other number is set.
+_VOTES = 8
+
 TestTimeMethod = Literal["grpo", "distil", "expert", "context"]
 
 
@@ -34,10 +37,11 @@ class TestTimeSettings:
         substitute: (what, with what) in the guide's prompts, so that it sees more than the model.
         hint: text before the guide's prompts.
         prompts: prompts a step.
-        group: completions of each.
+        group: completions of each that the model itself writes.
         tokens: of a completion at most.
         temperature: of sampling.
-        kl: weight of KL(tuned || base) on what was drawn.
+        kl: weight of KL(tuned || start) on what was drawn; the start is the state of
+            `config.start`, without one the untuned model.
         baseline: of "grpo", what a reward is compared with: "mean" of its group, or of the others
             alone ("leave_one_out").
         scale: of "grpo", "std" divides by the group's standard deviation, "none" does not.
@@ -55,7 +59,9 @@ class TestTimeSettings:
         stop: texts that end a completion, such as ("Question:",), and are not judged as a part of
             it. What is learnt from still has their tokens, or nothing would learn to end there.
         traces: prompts that the guide answers in all.
-        at_once: prompts that it answers at the same time.
+        chains: completions of each of them that it writes, of which those are learnt that `keep`
+            leaves; by default 8 for a "majority", and else one.
+        at_once: prompts that it answers at the same time, each `chains` times.
         vote_margin: share of a prompt's completions by which the "majority" answer must lead.
     """
 
@@ -84,8 +90,18 @@ class TestTimeSettings:
     )
     stop: tuple[str, ...] = ()
     traces: int = number(256, 1, MOST_COUNT)
+    chains: int | None = number(
+        None, 1, MOST_COUNT, note=', or None for 8 of a "majority" and else 1'
+    )
     at_once: int = number(64, 1, MOST_COUNT)
     vote_margin: float = number(0.25, 0, 1)
+
+    @property
+    def chains_of_prompt(self) -> int:
+        """The completions of each prompt that the guide writes."""
+        if self.chains is not None:
+            return self.chains
+        return _VOTES if self.keep == "majority" else 1
 
     def __post_init__(self):
         """Checks the stop strings.
