@@ -119,8 +119,9 @@ class AskedQuestions:
             # Filled up to the same number, so that one program answers all.
             filled = part + part[-1:] * (rows - len(part))
             drawn = sampler.draw(start, filled, None)
-            name = "`config.test_time.verifier`"
-            found = sampler.judge(drawn, self.reward, name=name)
+            found = sampler.judge(
+                drawn, self.reward, name="`config.test_time.verifier`"
+            )
             rewards.append(found.rewards[: len(part)])
             cut.append(found.cut[: len(part)])
         return {

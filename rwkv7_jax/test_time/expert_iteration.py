@@ -139,7 +139,7 @@ class ExpertBatches(RewardedBatches):
         rewards = self._sampler.judge(
             drawn,
             self._reward,
-            function="expert_iteration",
+            name="expert_iteration: `reward`",
             # A negative weight would push the state away from a completion without any bound.
             least=0.0 if self._keep_reward is None else None,
         ).rewards

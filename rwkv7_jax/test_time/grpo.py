@@ -206,7 +206,7 @@ class PolicyBatches(RewardedBatches):
         return made, drawn, found
 
     def _make(self, drawn: Rollouts) -> tuple[PolicyBatch, Judgement]:
-        found = self._sampler.judge(drawn, self._reward, function="grpo")
+        found = self._sampler.judge(drawn, self._reward, name="grpo: `reward`")
         made = weigh(
             drawn,
             found.rewards,

@@ -235,7 +235,7 @@ class RolloutSampler:
         drawn: Rollouts,
         reward: RewardFunction,
         *,
-        function: str,
+        name: str,
         least: float | None = None,
     ) -> Judgement:
         """Judges completions that `draw` returned; of several processes, each judges its own.
@@ -243,7 +243,7 @@ class RolloutSampler:
         Args:
             drawn: groups of completions.
             reward: of a prompt and a completion.
-            function: the public function, for messages.
+            name: of the reward's argument, for messages.
             least: the smallest reward that is allowed; None allows every finite one.
 
         Raises:
@@ -257,7 +257,7 @@ class RolloutSampler:
                 reward,
                 drawn.prompts[rows],
                 drawn.judged[rows],
-                name=f"{function}: `reward`",
+                name=name,
                 group=self.group,
                 first=drawn.first + rows.start // self.group,
                 least=least,
@@ -345,7 +345,9 @@ class RolloutSampler:
             # Some processes would have none: each answers all of these few.
             greedy = dataclasses.replace(greedy, share=ALONE)
         drawn = greedy.draw(state, prompts, None)
-        found = greedy.judge(drawn, reward, function="RolloutSampler.greedy_rewards")
+        found = greedy.judge(
+            drawn, reward, name="RolloutSampler.greedy_rewards: `reward`"
+        )
         return found.rewards, drawn.budget
 
     def mean_reward(

@@ -151,7 +151,7 @@ def test_inside_of_a_program_it_says_what_to_do(params):
 
     for transformed in (jax.jit(logits), jax.jacrev(logits)):
         with pytest.raises(
-            TypeError, match="^generate: it must be called outside of jit"
+            TypeError, match=r"^generate: it must be called outside of jit"
         ):
             transformed(params)
 
