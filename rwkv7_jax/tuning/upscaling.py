@@ -40,6 +40,9 @@ from rwkv7_jax.tuning.calibration import (
 # Rows of calibration text that the model reads at once.
 _ROWS = 8
 
+# Of a state with a smaller decay a millionth is left after 20 tokens.
+_SHORTEST_DECAY = 0.5
+
 
 def stability_ratio(upscaled: Upscaled, parts: LayerTrace) -> Float[Array, ""]:
     """Measures the removal under "replace" in units of the stable limit; above 1 it can diverge.
@@ -232,7 +235,9 @@ def upscale(
     )
     upscaled = empty_memory(features, dynamics=dynamics, seed=seed)
     if form.replaces_wkv:
-        _warn_of_growth(upscaled, _recurrence_inputs(model, params, tokens[:_ROWS]))
+        parts = _recurrence_inputs(model, params, tokens[:_ROWS])
+        _warn_of_growth(upscaled, parts)
+        _warn_of_fading(upscaled, parts)
     return init_state(model.config).replace(upscaled=upscaled)
 
 
@@ -240,6 +245,32 @@ def upscale(
 def _ratios(upscaled: Upscaled, parts: dict[str, Array]) -> Array:
     """Computes the stability ratios of all layers, one layer after the other."""
     return jax.lax.map(lambda layer: stability_ratio(*layer), (upscaled, parts))
+
+
+@compiled_when_eager
+def _decays(upscaled: Upscaled, parts: dict[str, Array]) -> Array:
+    """Computes the median decay of each layer, one layer after the other."""
+
+    def median_decay(layer):
+        own, inputs = layer
+        assert isinstance(own.form, RecurrentMemory)
+        found = own.form.wkv_inputs(own, wkv_inputs_of(inputs), inputs["icl_rate"])
+        return jnp.exp(jnp.median(found.log_w))
+
+    return jax.lax.map(median_decay, (upscaled, parts))
+
+
+def _warn_of_fading(upscaled: Upscaled, parts: dict[str, Array]) -> None:
+    """Warns if a start state is gone before anything could be learnt of it."""
+    decays = np.asarray(_decays(upscaled, parts))
+    layer = int(np.argmin(decays))
+    if decays[layer] < _SHORTEST_DECAY:
+        warnings.warn(
+            f"upscale: `dynamics` {upscaled.dynamics} keeps {decays[layer]:.2g} of a state at each "
+            f"token (median of layer {layer}): a start state is gone after a few, and so are its "
+            "gradients. Smaller `widths` keep more.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_growth(upscaled: Upscaled, parts: dict[str, Array]) -> None:

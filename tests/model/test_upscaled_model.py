@@ -1,6 +1,7 @@
 """A model with an upscaled memory: what an empty one leaves alone, what a full one reads."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +114,21 @@ def test_upscaling_in_the_papers_form_warns_that_it_may_diverge(model, params):
             widths=(0.01,),
         )
     assert state.upscaled.memory.shape == (3, 1, 2, 64, 64)
+
+
+def test_upscaling_in_the_papers_form_warns_where_a_start_state_is_gone_at_once(
+    model, params
+):
+    def made(widths):
+        return upscale(
+            model, params, tokens(2, 30), size=64, dynamics="replace", widths=widths
+        )
+
+    with pytest.warns(UserWarning, match=r"keeps 0\.\d+ of a state at each token"):
+        made((3.0,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made((0.01,))
 
 
 @depths

@@ -140,7 +140,7 @@ _UNREAD = (
 )
 
 # Numbers of the online rule, which whitening once does not follow.
-_ONLINE = ("rate", "balance", "iterations", "average")
+_ONLINE = ("rate", "balance", "iterations", "average", "clip")
 
 # Groups and the setting that switches them on, by the kind of the run.
 _SWITCHES = {

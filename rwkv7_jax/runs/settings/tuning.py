@@ -114,12 +114,17 @@ class UpscalingSettings:
 class DecorrelationSettings:
     """Numbers of `tuning.decorrelate` and `optimizer.decorrelate`; see `optim.decorrelation`.
 
+    The rule as published is iterations=1, damping=0, average=0, clip=None, normalise=False.
+
     Attributes:
         rate: step of the online rule.
         balance: between decorrelation (0) and unit variances (1).
         iterations: steps of the rule per update.
         damping: added to the covariance, in units of its mean eigenvalue.
         average: share of the old covariance in its running average.
+        clip: largest norm of the online rule's relative step; None for no limit.
+        normalise: whiten the covariance in units of its mean, which keeps learning rates
+            comparable.
         rows: rows of a batch that statistics are taken from.
     """
 
@@ -128,4 +133,8 @@ class DecorrelationSettings:
     iterations: int = number(12, 0, MOST_COUNT)
     damping: float = number(1e-4, 0, MOST_RATE)
     average: float = number(0.7, 0, 1, below=True)
+    clip: float | None = number(
+        0.5, 0, MOST_WEIGHT, above=True, note=", or None for no limit"
+    )
+    normalise: bool = True
     rows: int = number(4, 1, MOST_COUNT)
