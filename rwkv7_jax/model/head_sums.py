@@ -25,7 +25,7 @@ def view_heads(x: HeadView, head_size: int) -> HeadView:
     width = math.prod(x.shape[2:])
     shape = (width // head_size, head_size)
     # Single tokens, which decoding reads, need no copies.
-    if x.shape[1] > 1 and platforms.target_platform() == "tpu":
+    if platforms.target_platform() == "tpu" and x.shape[1] != 1:
         shape = (width,)
     return x.reshape(*x.shape[:2], *shape)
 

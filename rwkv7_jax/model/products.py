@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -107,7 +108,11 @@ def _rows(x: Array) -> int:
 
 def _is_step(x: Array) -> bool:
     """Tells whether x [... T I] is one token of each of a few rows, as decoding reads it."""
-    return x.ndim > 1 and x.shape[-2] == 1 and _rows(x) <= _MOST_ROWS
+    if x.ndim < 2 or x.shape[-2] != 1:
+        return False
+    rows = _rows(x)
+    # A dimension of `jax.export` may be any number.
+    return not jax.export.is_symbolic_dim(rows) and rows <= _MOST_ROWS
 
 
 def share_buffer_of_one_token(

@@ -4,12 +4,14 @@ Every leaf is [L B ...]. Leaves that all sequences share, such as a static upsca
 B = 1 in a larger batch.
 """
 
+import json
 import operator
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -25,6 +27,7 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.kernel_features import Features
 from rwkv7_jax.model.upscaled_memory import Upscaled, check_form
 
 
@@ -69,13 +72,19 @@ def init_state(config: RWKV7Config, batch: int = 1) -> RWKV7State:
     """
     with prefix_errors("init_state"):
         check_instance(config, RWKV7Config, "`config`")
-        check_count(batch, 0, "`batch`")
+        _check_batch(batch)
     shapes = _leaf_shapes(config, batch)
     return RWKV7State(
         att_shift=jnp.zeros(shapes["att_shift"], config.dtype),
         wkv=jnp.zeros(shapes["wkv"], jnp.float32),
         ffn_shift=jnp.zeros(shapes["ffn_shift"], config.dtype),
     )
+
+
+def _check_batch(batch: Any) -> None:
+    """Checks a number of sequences, which may be a dimension of `jax.export`."""
+    if not jax.export.is_symbolic_dim(batch):
+        check_count(batch, 0, "`batch`")
 
 
 def _leaf_shapes(config: RWKV7Config, batch: int) -> dict[str, tuple[int, ...]]:
@@ -113,7 +122,7 @@ def check_state(
 def _check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
     check_instance(state, RWKV7State, "`state`")
     check_instance(config, RWKV7Config, "`config`")
-    check_count(batch, 0, "`batch`")
+    _check_batch(batch)
     shapes = _leaf_shapes(config, batch)
     for name, shape in shapes.items():
         leaf = getattr(state, name)
@@ -228,7 +237,7 @@ def repeat(state: RWKV7State, batch: int) -> RWKV7State:
     """
     with prefix_errors("repeat"):
         check_whole_state(state, "`state`")
-        check_count(batch, 0, "`batch`")
+        _check_batch(batch)
         if state.batch != 1:
             raise ValueError(f"`state` must hold one sequence; got {state.batch}.")
     return _map_batch(
@@ -451,3 +460,23 @@ def _description(upscaled: Upscaled) -> str:
     width = upscaled.memory.shape[-1]
     mapped = "no map" if upscaled.features.map is None else "a map"
     return f"{upscaled.dynamics} {kind} with {width} features and {mapped}"
+
+
+def _write_words(words: Any) -> bytes:
+    """Writes the fields of a state that are no arrays, such as the kind of features."""
+    return json.dumps(words).encode()
+
+
+def _read_words(data: bytes | bytearray) -> Any:
+    return tuple(json.loads(bytes(data)))
+
+
+# So that programs of `jax.export` which take or return states can be serialised.
+for _node in (RWKV7State, Upscaled, Features):
+    jax.export.register_pytree_node_serialization(
+        _node,
+        # It stands in users' files.
+        serialized_name=f"rwkv7_jax.{_node.__name__}",
+        serialize_auxdata=_write_words,
+        deserialize_auxdata=_read_words,
+    )
