@@ -7,8 +7,10 @@ op itself has no forward mode, since a transposed rule would take the place of t
 backward pass.
 """
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +38,20 @@ FORWARD_MODE = (
     "wkv7: forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) is not defined; use "
     "reverse mode (jax.grad, jax.vjp, jax.jacrev), to whose results forward mode may be applied."
 )
+
+
+@contextlib.contextmanager
+def explain_forward_mode() -> Iterator[None]:
+    """Says what to do where forward mode meets the op, of which JAX only tells that it cannot.
+
+    Inside of `jax.jit`, and in what `jax.linearize` returns, JAX fails after the block has ended.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" not in str(error) or str(error) == FORWARD_MODE:
+            raise
+        raise TypeError(FORWARD_MODE) from None
 
 
 class _Options(NamedTuple):
@@ -430,12 +446,8 @@ def wkv7(
         )
     state = platforms.varying_as(state, inputs)
     options = _Options(implementation, chunk, interpret)
-    try:
+    with explain_forward_mode():
         y, end = _call_wkv7(options, inputs, state, places and places.owners)
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise TypeError(FORWARD_MODE) from None
     if places is not None:
         y = packed_rows.move(y, places.slots)
     # The padding's y is zero already. Selected, it also hands no gradient on.

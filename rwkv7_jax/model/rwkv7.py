@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from pallas_kernels.eager import is_eager
+from pallas_kernels.wkv7 import explain_forward_mode
 from rwkv7_jax import sharding
 from rwkv7_jax.array_types import Activations, Lengths, Logits, SegmentIds, Tokens
 from rwkv7_jax.checks import (
@@ -86,9 +87,10 @@ class RWKV7(nn.Module):
             sizes = sharding.mesh_sizes()
             parts = sizes.get(sharding.TENSOR, 1)
             sharding.check_shared_heads(self.config, parts, "the mesh of the program")
-        if sizes:
-            return self._apply_on_each(variables, *arguments, **named)
-        return super().apply(variables, *arguments, **named)
+        with explain_forward_mode():
+            if sizes:
+                return self._apply_on_each(variables, *arguments, **named)
+            return super().apply(variables, *arguments, **named)
 
     @nn.nowrap
     def init(self, rngs: Any, *arguments: Any, **named: Any) -> Any:

@@ -201,6 +201,17 @@ def test_modules_around_the_model_are_called_outside_of_programs_too():
     assert_close(hidden, run(lively(), IDS, STATE, method="hidden")[0], SAME["model"])
 
 
+def test_forward_mode_through_the_model_ends_in_one_sentence():
+    def logits(state):
+        return RWKV7(CONFIG).apply({"params": lively()}, IDS, state)[0]
+
+    with pytest.raises(TypeError, match=r"^wkv7: forward-mode differentiation"):
+        jax.jvp(logits, (STATE,), (STATE,))
+    # Of a gradient it is defined.
+    push_gradient = functools.partial(jax.jvp, jax.grad(lambda s: jnp.sum(logits(s))))
+    assert jax.tree.leaves(jax.eval_shape(push_gradient, (STATE,), (STATE,)))
+
+
 def test_what_is_captured_of_a_call_is_that_of_all_its_modules():
     _, kept = RWKV7(CONFIG).apply(
         {"params": lively()},
