@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -54,7 +55,14 @@ def run(clone, *words: str) -> str:
     """The output of a command that must succeed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
     done = subprocess.run(
-        words, cwd=clone, capture_output=True, text=True, check=False, env=environment
+        words,
+        # What is said in a chat.
+        input="Hello.\n",
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -80,7 +88,7 @@ def test_the_commands_of_the_guide_run_one_after_the_other(clone):
     for command in commands("docs/guide.md"):
         if "--config.tasks" in command and not importlib.util.find_spec("lm_eval"):
             continue
-        words = command.split()
+        words = shlex.split(command)
         assert words[0] in ("python", "rwkv7"), command
         start = (
             [sys.executable, "-m", "rwkv7_jax.cli"]
