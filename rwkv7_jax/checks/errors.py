@@ -43,7 +43,7 @@ def first_line(error: BaseException, *, limit: int | None = 200) -> str:
 
     Args:
         error: of a library.
-        limit: the most characters; None for the whole line.
+        limit: the largest number of characters; None for no limit.
     """
     text = str(error).strip()
     if not text:

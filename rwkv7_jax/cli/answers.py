@@ -132,7 +132,7 @@ def drawing(
 
 
 class Stream:
-    """Text that is shown while it is made; a lost stream does not cost what is written later."""
+    """Printer of text while it is generated; an output error can wait until results are saved."""
 
     def __init__(self, *, goes_on: bool):
         """Starts with no text.

@@ -243,7 +243,9 @@ class _Conversation:
 
 
 def _talk(conversation: _Conversation, prompt: str) -> None:
-    """Obeys and answers until the input ends or `/quit` ends it; what is refused changes nothing.
+    """Runs commands and answers messages until the input ends, or `/quit` ends it.
+
+    A line that is refused changes nothing.
 
     Args:
         conversation: that goes on.
@@ -293,7 +295,7 @@ def _read_line(prompt: str) -> str | None:
 
 
 def _prepare_input() -> str:
-    """Prepares standard input and returns its prompt, which is empty where nobody types."""
+    """Prepares standard input and returns its prompt, "" where it is not a terminal."""
     reconfigure = getattr(sys.stdin, "reconfigure", None)
     if reconfigure is not None:
         # The model reads bytes that are not UTF-8 as they are.

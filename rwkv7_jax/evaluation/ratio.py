@@ -37,7 +37,7 @@ class Ratio:
     def difference(self, base: "Ratio") -> tuple[float, float]:
         """Returns this value less that of `base`, and the standard error over pairs of parts.
 
-        What is hard for both changes neither number, which two separate errors would not tell.
+        A part that is hard for both adds nothing to the error of a paired difference.
 
         Raises:
             ValueError: the two are not of the same parts.

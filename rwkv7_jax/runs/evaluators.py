@@ -16,7 +16,7 @@ class PredictionEvaluator:
     """Measures how well rows are predicted: bits per byte of text, accuracy of a task's answers."""
 
     def __init__(self, name: str, model: RWKV7, rows: HeldOutRows):
-        """Takes what is measured.
+        """Stores the model and the rows.
 
         Args:
             name: the first part of the metric's name, such as "held_out".

@@ -4,7 +4,6 @@ A run's folder holds its settings next to its states. They name the files that i
 these were divided, so the questions that it learnt from can be found again.
 """
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from rwkv7_jax.data.documents import held_out_threshold
 from rwkv7_jax.data.jsonl import read_jsonl
 from rwkv7_jax.data.records.record import parse_record
 from rwkv7_jax.data.sources import TextSource, parse_source
+from rwkv7_jax.json_files import read_object
 from rwkv7_jax.runs.settings import Settings, as_config
 from rwkv7_jax.test_time.questions import Prompt, QuestionSet, read_questions
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -120,12 +120,9 @@ def _record_of_state(path: Path) -> TuningRecord | None:
 
 def _read_settings(path: Path) -> dict[str, Any] | None:
     """Reads the settings of a run's folder, with defaults for those that an older run has not."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    values = read_object(path)
     # Other programs have files of this name, too.
-    if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
+    if values is None or not isinstance(values.get("data"), dict):
         return None
     defaults = as_config(Settings())
     groups = {}

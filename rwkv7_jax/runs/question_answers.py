@@ -31,7 +31,7 @@ class AskedQuestions:
         prompts: of the questions.
         stop_ids: ids that end an answer.
         reward: of a prompt and a completion.
-        notes: sentences about what is asked and what is left out.
+        notes: sentences for the user: which questions are asked and which are left out.
     """
 
     settings: Settings

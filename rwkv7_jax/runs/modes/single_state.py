@@ -74,7 +74,7 @@ class SingleStateMode(TrainingMode):
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), zeros)
 
     def make_initial(self) -> None:
-        """Makes the first parameters, whose form decides what is tuned and how it is saved.
+        """Makes the first parameters; of an upscaled state the memory is tuned.
 
         Raises:
             ValueError: leaves are asked for that are not tuned.
