@@ -51,10 +51,9 @@ from rwkv7_jax.runs.results import check_stopped, save_result
 from rwkv7_jax.runs.resume.first_state import restore_or_init
 from rwkv7_jax.runs.resume.run_identity import flat_settings
 from rwkv7_jax.runs.run_directory import RunDirectory
-from rwkv7_jax.runs.settings import Settings, profiled, read_settings
+from rwkv7_jax.runs.settings import profiled, read_settings
 from rwkv7_jax.runs.settings.fields import refuse_remote_target
 from rwkv7_jax.runs.settings.readers import refuse_settings_of_evaluation
-from rwkv7_jax.runs.settled_settings import keep_packing_of_run, settle_dtype
 from rwkv7_jax.runs.training_run import TrainingRun, set_up
 from rwkv7_jax.training.train_step import TrainState
 
@@ -158,13 +157,13 @@ def search_rates(run: TrainingRun, folder: RunDirectory, stop: StopSignals) -> b
     return rate_record.find_rates(run.mode, folder, run.identity, search)
 
 
-def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
+def train(folder: RunDirectory, stop: StopSignals) -> None:
     """Trains from the newest checkpoint to the last step, and saves the result."""
     with stop.interruptible():
-        run = set_up(settings, folder)
-    if settings.finds_rate and not search_rates(run, folder, stop):
+        run = set_up(folder)
+    if folder.settings.finds_rate and not search_rates(run, folder, stop):
         multihost.shutdown()
-        reason = f"no learning rate is better than {settings.untuned}"
+        reason = f"no learning rate is better than {folder.settings.untuned}"
         folder.note_event(0, "finished", reason)
         return
     state, progress = train_steps(run, folder, stop)
@@ -197,19 +196,15 @@ def main(arguments: list[str]) -> None:
         code = check_stopped_code(_STOPPED_CODE.value)
         settings = read_settings(config_flags.config_values())
         refuse_settings_of_evaluation(settings)
-        settings = rate_record.keep_rate_of_run(settings, workdir)
-        settings = keep_packing_of_run(settings, workdir)
         multihost.join(
             _COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value
         )
-        # After the processes have found each other: it asks for the devices.
-        settings = settle_dtype(settings, workdir)
         with (
             StopSignals(code) as stop,
             open_run_directory(workdir, settings) as folder,
         ):
             compilation_cache.enable_compilation_cache(compilation_cache.user_folder())
-            train(settings, folder, stop)
+            train(folder, stop)
 
 
 if __name__ == "__main__":

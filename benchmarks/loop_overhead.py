@@ -81,7 +81,7 @@ def in_loop(program: dict, settings: Settings) -> Mark:
         StopSignals() as stop,
         OwnedRunDirectory(folder, settings) as place,
     ):
-        program["train"](settings, place, stop)
+        program["train"](place, stop)
     return marks[WARM - 1].per_step(marks[-1], len(marks) - WARM)
 
 
@@ -91,7 +91,7 @@ def bare(program: dict, settings: Settings) -> Mark:
         tempfile.TemporaryDirectory() as folder,
         OwnedRunDirectory(folder, settings) as place,
     ):
-        run = program["set_up"](settings, place)
+        run = program["set_up"](place)
     _, tx = run.mode.optimizer()
     step = make_train_step(run.mode.loss, tx)
     feed = InputPipeline(run.mode.batches(0, None))

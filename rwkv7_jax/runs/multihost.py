@@ -128,6 +128,8 @@ def open_run_directory(
 
         # All processes meet here, so none goes on where process 0 cannot open the directory.
         owned = group.run_in_all(open_owned)
+        # Of process 0: another machine need not have the folder, or the copy that it came from.
+        began = group.from_process_0(lambda: owned.began if owned else {})
         if owned is not None:
             yield owned
             return
@@ -135,7 +137,7 @@ def open_run_directory(
         nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         directory = NullRunDirectory(
-            Path(temporary), Path(workdir).absolute(), settings
+            Path(temporary), Path(workdir).absolute(), settings, began
         )
         # Process 0 waits for what this one still writes.
         stack.callback(lambda: directory.checkpoints.leave())

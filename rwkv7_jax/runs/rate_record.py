@@ -5,7 +5,6 @@ with checkpoints: one that was killed goes on as any other run does. What it fou
 to the run's other files, and counts from then on.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,48 +18,11 @@ from rwkv7_jax.runs.modes.stack import if_named
 from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
 from rwkv7_jax.runs.run_directory import RunDirectory
-from rwkv7_jax.runs.settings import Settings
-from rwkv7_jax.runs.settings.groups import default_final_rate
-from rwkv7_jax.runs.settled_settings import settings_of_run
 from rwkv7_jax.tuning.rate_search import choose_rate
 
 # In the run's folder: the folder of the search, and what it found.
 FOLDER = "rate_search"
 RECORD = "rate_search.json"
-
-# The default rate of the last step in earlier versions, whatever the highest one was.
-_FINAL_RATE_BEFORE = 6e-5
-
-
-def keep_rate_of_run(settings: Settings, workdir: Path) -> Settings:
-    """Returns the settings with the learning rates that the run in a folder began with.
-
-    Configs that named a rate in an earlier version may leave it to the search now, and the last
-    rate had another default; a run that goes on keeps its own.
-
-    Args:
-        settings: of the command.
-        workdir: of the run; it may be absent.
-    """
-    was = settings_of_run(workdir).get("optimizer")
-    if not isinstance(was, dict):
-        return settings
-    rate = was.get("learning_rate")
-    final = was.get("final_learning_rate")
-    if not isinstance(rate, int | float):
-        return settings
-    if not settings.finds_rate:
-        now = settings.optimizer
-        is_default = now.final_learning_rate == default_final_rate(now.learning_rate)
-        if final != _FINAL_RATE_BEFORE or not is_default:
-            return settings
-        optimizer = dataclasses.replace(now, final_learning_rate=final)
-        return dataclasses.replace(settings, optimizer=optimizer)
-    print(f"rate      {rate:g}, with which the run in {workdir} began")
-    optimizer = dataclasses.replace(
-        settings.optimizer, learning_rate=rate, final_learning_rate=final
-    )
-    return dataclasses.replace(settings, optimizer=optimizer)
 
 
 def find_rates(

@@ -33,6 +33,7 @@ from rwkv7_jax.runs.resume.run_identity import (
 from rwkv7_jax.runs.resume.step_directories import step_numbers
 from rwkv7_jax.runs.run_lock import LOCK, RunLock
 from rwkv7_jax.runs.settings import Settings, as_config
+from rwkv7_jax.runs.settled_settings import settings_of_run, settle
 from rwkv7_jax.training.train_step import TrainState
 
 _BAD_BATCHES = "bad_batches.jsonl"
@@ -50,11 +51,15 @@ class RunDirectory:
     Attributes:
         path: a directory to work in.
         workdir: the run's directory as this process would name it.
+        settings: of the run; what the command leaves open is settled as the run began.
+        began: the settings that the run began with, from `settings_of_run`.
         checkpoints: of the run.
     """
 
     path: Path
     workdir: Path
+    settings: Settings
+    began: Mapping[str, Any]
     checkpoints: CheckpointStore
 
     def share_checkpoints(self) -> None:
@@ -139,7 +144,7 @@ class OwnedRunDirectory(RunDirectory):
 
         Args:
             path: of the directory.
-            settings: of the run.
+            settings: of the command.
 
         Raises:
             ValueError: it holds a run with other settings, or another process works in it, or a
@@ -174,15 +179,20 @@ class OwnedRunDirectory(RunDirectory):
                 self._backup = Backup(settings.backup, self.path)
                 on_failure.callback(self._backup.release)
                 self._backup.fetch()
+            self.began = settings_of_run(self.path)
+            self.settings = settle(settings, self.began)
+            if settings.finds_rate and not self.settings.finds_rate:
+                rate = self.settings.optimizer.learning_rate
+                print(f"rate      {rate:g}, with which the run in {self.path} began")
             places = self.path / STEPS
             before = self._read_settings()
-            self._require_same_settings(places, before, flat_settings(settings))
-            values = as_config(settings)
+            self._require_same_settings(places, before, flat_settings(self.settings))
+            values = as_config(self.settings)
             protected = self._protect_steps(places, before, values)
             write_json(self.path / "settings.json", values)
             self._metrics = MetricFiles(self.path, also=settings.trackers)
             self.checkpoints = Checkpointer(
-                places, settings, protected=protected, backup=self._backup
+                places, self.settings, protected=protected, backup=self._backup
             )
             # Nothing failed: the lock is ours until `__exit__`.
             on_failure.pop_all()
@@ -371,23 +381,27 @@ class NullRunDirectory(RunDirectory):
     Of checkpoints whose shards lie over several processes it writes its own.
     """
 
-    def __init__(self, path: Path, workdir: Path, settings: Settings):
+    def __init__(
+        self, path: Path, workdir: Path, settings: Settings, began: Mapping[str, Any]
+    ):
         """Takes a directory for temporary files.
 
         Args:
             path: of that directory.
             workdir: the run's directory, which this machine need not have.
-            settings: of the run.
+            settings: of the command.
+            began: what the run began with, as process 0 found it.
         """
         self.path = path
         self.workdir = workdir
+        self.began = began
+        self.settings = settle(settings, began)
         self.checkpoints = CheckpointStore()
-        self._settings = settings
 
     def share_checkpoints(self) -> None:
         """Opens the checkpoints of process 0; see `RunDirectory.share_checkpoints`."""
         self.checkpoints = Checkpointer(
-            self.workdir / STEPS, self._settings, group=self._group_that_shares()
+            self.workdir / STEPS, self.settings, group=self._group_that_shares()
         )
 
 

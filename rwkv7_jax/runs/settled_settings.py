@@ -16,9 +16,13 @@ from rwkv7_jax.json_files import read_object
 from rwkv7_jax.runs.resume.backup import STEPS
 from rwkv7_jax.runs.resume.step_directories import step_numbers
 from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.runs.settings.groups import default_final_rate
 
 # What configs leave to the machine (`config.model.dtype`) or to the data (`config.data.packing`).
 AUTO = "auto"
+
+# The default rate of the last step in earlier versions, whatever the highest one was.
+_FINAL_RATE_BEFORE = 6e-5
 
 
 def settings_of_run(workdir: Path) -> Mapping[str, Any]:
@@ -33,39 +37,67 @@ def settings_of_run(workdir: Path) -> Mapping[str, Any]:
     return read_object(workdir / "settings.json") or {}
 
 
-def keep_packing_of_run(settings: Settings, workdir: Path) -> Settings:
-    """Returns the settings with the packing that the run in a folder began with.
+def settle(settings: Settings, began: Mapping[str, Any]) -> Settings:
+    """Returns the settings with what they leave open as the run began, or for this machine.
 
-    Earlier versions cut rows of all data as "stream" where none was named.
+    All processes of a run must be given the same `began`.
 
     Args:
         settings: of the command.
-        workdir: of the run; it may be absent.
+        began: what the run began with, from `settings_of_run`.
     """
-    if settings.data.packing != AUTO:
-        return settings
-    data = settings_of_run(workdir).get("data")
-    packing = data.get("packing") if isinstance(data, dict) else None
-    if packing not in PACKINGS:
-        return settings
-    return dataclasses.replace(
-        settings, data=dataclasses.replace(settings.data, packing=packing)
-    )
+    settings = _keep_rate(settings, _group(began, "optimizer"))
+    settings = _keep_packing(settings, _group(began, "data"))
+    return _settle_dtype(settings, _group(began, "model"))
 
 
-def settle_dtype(settings: Settings, workdir: Path) -> Settings:
+def _group(began: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Returns a group of settings; an empty one where a damaged file has something else there."""
+    group = began.get(name)
+    return group if isinstance(group, dict) else {}
+
+
+def _keep_rate(settings: Settings, was: Mapping[str, Any]) -> Settings:
+    """Returns the settings with the learning rates of the run.
+
+    Configs that named a rate in an earlier version may leave it to the search now, and the last
+    rate had another default.
+    """
+    rate = was.get("learning_rate")
+    final = was.get("final_learning_rate")
+    if not isinstance(rate, int | float):
+        return settings
+    now = settings.optimizer
+    if settings.finds_rate:
+        kept = dataclasses.replace(now, learning_rate=rate, final_learning_rate=final)
+        return dataclasses.replace(settings, optimizer=kept)
+    is_default = now.final_learning_rate == default_final_rate(now.learning_rate)
+    if final != _FINAL_RATE_BEFORE or not is_default:
+        return settings
+    kept = dataclasses.replace(now, final_learning_rate=final)
+    return dataclasses.replace(settings, optimizer=kept)
+
+
+def _keep_packing(settings: Settings, was: Mapping[str, Any]) -> Settings:
+    """Returns the settings with the packing of the run.
+
+    Earlier versions cut rows of all data as "stream" where none was named.
+    """
+    packing = was.get("packing")
+    if settings.data.packing != AUTO or packing not in PACKINGS:
+        return settings
+    data = dataclasses.replace(settings.data, packing=packing)
+    return dataclasses.replace(settings, data=data)
+
+
+def _settle_dtype(settings: Settings, was: Mapping[str, Any]) -> Settings:
     """Returns the settings with a dtype of activations in place of "auto".
 
     Float32 on CPUs, where 16-bit arithmetic is slower; bfloat16 elsewhere.
-
-    Args:
-        settings: of the command.
-        workdir: of the run; it may be absent.
     """
     if settings.model.get("dtype") != AUTO:
         return settings
-    model = settings_of_run(workdir).get("model")
-    dtype = model.get("dtype") if isinstance(model, dict) else None
+    dtype = was.get("dtype")
     if not isinstance(dtype, str):
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return dataclasses.replace(settings, model={**settings.model, "dtype": dtype})

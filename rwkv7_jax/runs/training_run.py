@@ -45,14 +45,18 @@ class TrainingRun:
         return sharding.place(self.mode.mesh, params)
 
 
-def set_up(settings: Settings, folder: RunDirectory) -> TrainingRun:
+def set_up(folder: RunDirectory) -> TrainingRun:
     """Loads the model and the data of a run.
+
+    Args:
+        folder: of the run, with its settings.
 
     Raises:
         ValueError: a setting does not fit the model, the data or the devices.
     """
     # The mesh first: rows that the devices cannot share end all processes at the same moment, where
     # one that still loads its model would be aborted without a reason.
+    settings = folder.settings
     mesh = make_mesh_of(settings)
     own = sharding.local_mesh(mesh)
     with sharding.use_mesh(own):

@@ -247,10 +247,10 @@ def invoke(tmp_path, monkeypatch, capfd):
     def invoke(words, *, accepted=False):
         taken = []
 
-        def train(settings, folder, stop):
-            taken.append(settings)
+        def train(folder, stop):
+            taken.append(folder.settings)
             if not accepted:
-                inside["set_up"](settings, folder)
+                inside["set_up"](folder)
 
         monkeypatch.setitem(inside, "train", train)
         flags.FLAGS.unparse_flags()

@@ -9,7 +9,7 @@ from saved_steps import IDENTITY, PROGRESS, new_state, train_state
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.resume import backup
 from rwkv7_jax.runs.run_directory import OwnedRunDirectory
-from rwkv7_jax.runs.settings import Settings, read_settings
+from rwkv7_jax.runs.settings import DataSettings, Settings, read_settings
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,16 @@ def test_a_fresh_machine_continues_from_the_store_alone(tmp_path):
     _train(tmp_path / "one", tmp_path / "bucket", [1, 2, 3])
     assert _restored(tmp_path / "two", tmp_path / "bucket") == (3, [1, 2, 3])
     assert (tmp_path / "two" / "state.pth").read_bytes() == b"result"
+
+
+def test_a_fresh_machine_settles_what_is_left_open_as_the_run_began(tmp_path):
+    bucket = tmp_path / "bucket"
+    began = _settings(bucket, data=DataSettings(packing="stream"))
+    with OwnedRunDirectory(tmp_path / "one", began) as folder:
+        folder.checkpoints.save(train_state(1), PROGRESS, IDENTITY)
+    left_open = _settings(bucket, data=DataSettings(packing="auto"))
+    with OwnedRunDirectory(tmp_path / "two", left_open) as folder:
+        assert folder.settings == began
 
 
 def test_the_store_keeps_the_steps_that_the_run_keeps(tmp_path):

@@ -6,7 +6,6 @@ import typing
 import pytest
 
 from rwkv7_jax.runs.modes.registry import MODES
-from rwkv7_jax.runs.rate_record import keep_rate_of_run
 from rwkv7_jax.runs.settings import Mode, Settings, as_config, read_settings
 
 
@@ -177,21 +176,6 @@ def test_the_last_rate_cannot_be_named_where_the_highest_is_found():
         read_settings(values)
     values["optimizer"]["learning_rate"] = 0.3
     assert read_settings(values).optimizer.final_learning_rate == 0.01
-
-
-def test_a_run_that_goes_on_keeps_the_last_rate_that_it_began_with(tmp_path):
-    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
-    settings = read_settings({"optimizer": {"learning_rate": 1e-5}})
-    before = as_config(settings)
-    before["optimizer"]["final_learning_rate"] = 6e-5
-    (tmp_path / "settings.json").write_text(json.dumps(before))
-    kept = keep_rate_of_run(settings, tmp_path)
-    assert kept.optimizer.final_learning_rate == 6e-5
-    assert keep_rate_of_run(settings, tmp_path / "new") == settings
-    named = read_settings(
-        {"optimizer": {"learning_rate": 1e-5, "final_learning_rate": 0}}
-    )
-    assert keep_rate_of_run(named, tmp_path) == named
 
 
 def test_what_a_state_is_tuned_from_has_its_name():

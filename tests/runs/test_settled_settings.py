@@ -5,59 +5,112 @@ import json
 import jax
 import pytest
 
-from rwkv7_jax.runs.settings import read_settings
-from rwkv7_jax.runs.settled_settings import keep_packing_of_run, settle_dtype
+from rwkv7_jax.runs import multihost
+from rwkv7_jax.runs.process_group import SingleProcess
+from rwkv7_jax.runs.run_directory import OwnedRunDirectory
+from rwkv7_jax.runs.settings import as_config, read_settings
+from rwkv7_jax.runs.settled_settings import settings_of_run, settle
 
 
 def settings(dtype):
     return read_settings({"model": {"dtype": dtype, "remat": "block"}})
 
 
-@pytest.mark.parametrize(
-    ("platform", "dtype"),
-    [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")],
-)
-def test_a_new_run_takes_the_dtype_of_its_machine(
-    monkeypatch, tmp_path, platform, dtype
-):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    assert settle_dtype(settings("auto"), tmp_path / "new") == settings(dtype)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_dtype_that_is_named_stays(tmp_path, dtype):
-    assert settle_dtype(settings(dtype), tmp_path) == settings(dtype)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_a_run_that_goes_on_keeps_its_own(monkeypatch, tmp_path, platform, dtype):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
-    before = {"model": {"dtype": dtype}}
-    (tmp_path / "settings.json").write_text(json.dumps(before))
-    assert settle_dtype(settings("auto"), tmp_path) == settings(dtype)
-
-
 def packing(name):
     return read_settings({"mode": "state", "data": {"packing": name}})
 
 
+@pytest.mark.parametrize(
+    ("platform", "dtype"),
+    [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")],
+)
+def test_a_new_run_takes_the_dtype_of_its_machine(monkeypatch, platform, dtype):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert settle(settings("auto"), {}) == settings(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dtype_that_is_named_stays(dtype):
+    began = {"model": {"dtype": "float16"}}
+    assert settle(settings(dtype), began) == settings(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_run_that_goes_on_keeps_its_dtype(monkeypatch, platform, dtype):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert settle(settings("auto"), {"model": {"dtype": dtype}}) == settings(dtype)
+
+
 @pytest.mark.parametrize("began", ["auto", "stream", "packed"])
-def test_a_run_that_goes_on_keeps_the_packing_that_it_began_with(tmp_path, began):
+def test_a_run_that_goes_on_keeps_its_packing(began):
     # A new run leaves it to its data.
-    assert keep_packing_of_run(packing("auto"), tmp_path) == packing("auto")
-    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    assert settle(packing("auto"), {}) == packing("auto")
     before = {"data": {"packing": began}}
-    (tmp_path / "settings.json").write_text(json.dumps(before))
-    assert keep_packing_of_run(packing("auto"), tmp_path) == packing(began)
+    assert settle(packing("auto"), before) == packing(began)
     # What is named is not changed in silence.
-    assert keep_packing_of_run(packing("documents"), tmp_path) == packing("documents")
+    assert settle(packing("documents"), before) == packing("documents")
+
+
+def test_a_run_that_goes_on_keeps_its_last_rate():
+    now = read_settings({"optimizer": {"learning_rate": 1e-5}})
+    before = as_config(now)
+    before["optimizer"]["final_learning_rate"] = 6e-5
+    assert settle(now, before).optimizer.final_learning_rate == 6e-5
+    assert settle(now, {}) == now
+    named = read_settings(
+        {"optimizer": {"learning_rate": 1e-5, "final_learning_rate": 0}}
+    )
+    assert settle(named, before) == named
+
+
+def test_a_run_that_named_its_rate_keeps_it_where_none_is_named():
+    named = read_settings({"mode": "state", "optimizer": {"learning_rate": 0.1}})
+    kept = settle(read_settings({"mode": "state"}), as_config(named))
+    assert kept == named and not kept.finds_rate
 
 
 @pytest.mark.parametrize("text", ["", "3", "[]", '{"model": 3}', '{"model": {}}'])
 def test_a_damaged_record_settles_nothing(tmp_path, text):
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     (tmp_path / "settings.json").write_text(text)
-    assert settle_dtype(settings("auto"), tmp_path) == settings("float32")
-    assert keep_packing_of_run(packing("auto"), tmp_path) == packing("auto")
+    began = settings_of_run(tmp_path)
+    assert settle(settings("auto"), began) == settings("float32")
+    assert settle(packing("auto"), began) == packing("auto")
+
+
+def test_a_folder_without_a_checkpoint_has_begun_nothing(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps(as_config(packing("stream"))))
+    assert settings_of_run(tmp_path) == {}
+
+
+def test_a_directory_settles_what_its_command_leaves_open(tmp_path, capsys):
+    named = read_settings({"mode": "state", "optimizer": {"learning_rate": 0.1}})
+    with OwnedRunDirectory(tmp_path, named) as folder:
+        assert folder.settings == named
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    with OwnedRunDirectory(tmp_path, read_settings({"mode": "state"})) as folder:
+        assert folder.settings == named
+    assert f"rate      0.1, with which the run in {tmp_path}" in capsys.readouterr().out
+    recorded = json.loads((tmp_path / "settings.json").read_text())
+    assert recorded["optimizer"]["learning_rate"] == 0.1
+
+
+class SecondProcess(SingleProcess):
+    """A process whose process 0 sends one value."""
+
+    is_primary = False
+
+    def __init__(self, sent):
+        self.sent = sent
+
+    def from_process_0(self, call):
+        return self.sent
+
+
+def test_all_processes_settle_as_process_0(tmp_path, monkeypatch):
+    before = {"data": {"packing": "stream"}}
+    monkeypatch.setattr(multihost, "group_of_run", lambda: SecondProcess(before))
+    with multihost.open_run_directory(tmp_path / "none", packing("auto")) as folder:
+        assert folder.settings == packing("stream")
+    assert not (tmp_path / "none").exists()

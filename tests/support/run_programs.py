@@ -175,7 +175,7 @@ def load_train() -> dict:
 def train_here(settings: Settings, workdir: Path) -> None:
     """Runs train.py's functions in this process."""
     with StopSignals() as stop, OwnedRunDirectory(workdir, settings) as folder:
-        load_train()["train"](settings, folder, stop)
+        load_train()["train"](folder, stop)
 
 
 @contextlib.contextmanager
