@@ -1,4 +1,4 @@
-"""Atomic writing: a file appears complete or not at all."""
+"""Writing that a full disk cannot spoil: whole files, or lines at the end of one."""
 
 import contextlib
 import errno
@@ -49,3 +49,22 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise OSError(number, error.strerror or str(error), str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line to a file, on a line of its own even where an earlier one was cut off.
+
+    Args:
+        path: of the file; it is made where it does not exist.
+        line: without its end.
+
+    Raises:
+        OSError: it cannot be written, or only a part of it.
+    """
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                # A full disk cut the last one: glued to its rest, this one would be lost as well.
+                file.write(b"\n")
+        file.write(f"{line}\n".encode())

@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.atomic_write import append_line, atomic_write
 
 
 def write(path, content: bytes = b"new"):
@@ -105,3 +105,15 @@ def test_an_error_of_what_is_read_meanwhile_stays_its_own(tmp_path, error):
     with pytest.raises(OSError) as caught, atomic_write(tmp_path / "x"):
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(None, "é\n"), ("", "é\n"), ("a\n", "a\né\n"), ('{"st', '{"st\né\n')],
+)
+def test_a_line_is_one_of_its_own_also_where_the_last_was_cut(tmp_path, before, after):
+    path = tmp_path / "log"
+    if before is not None:
+        path.write_text(before)
+    append_line(path, "é")
+    assert path.read_bytes().decode() == after

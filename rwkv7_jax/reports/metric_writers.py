@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.atomic_write import append_line, atomic_write
 from rwkv7_jax.data.jsonl import read_log
 
 JSONL = "metrics.jsonl"
@@ -74,8 +74,7 @@ class MetricFiles:
         """Appends the numbers of a step; a step may be written more than once."""
         row = {"step": step, **numbers}
         self._rows.append(row)
-        with self._jsonl.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(self._jsonl, json.dumps(row))
         new_columns = [name for name in row if name not in self._columns]
         if new_columns:
             # The header is the file's first line: a new column means writing all of it again.
@@ -84,8 +83,7 @@ class MetricFiles:
             # Only now: later rows are appended below the header that is there.
             self._columns = columns
         else:
-            with (self._folder / CSV).open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self._columns).writerow(row)
+            append_line(self._folder / CSV, _csv_text(self._columns, [row]))
         self._track(step, numbers)
 
     def _track(self, step: int, numbers: Mapping[str, Any]) -> None:
@@ -126,18 +124,23 @@ class MetricFiles:
         self._write_csv(self._columns)
 
     def _write_csv(self, columns: Sequence[str]) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns)
-        writer.writeheader()
-        writer.writerows(self._rows)
+        header = dict(zip(columns, columns, strict=True))
+        text = _csv_text(columns, [header, *self._rows])
         with atomic_write(self._folder / CSV) as file:
-            file.write(text.getvalue().encode())
+            file.write(f"{text}\n".encode())
 
     def close(self) -> None:
         """Sends everything to the trackers; another write opens them again."""
         for tracker in self._trackers:
             tracker.close()
         self._trackers = []
+
+
+def _csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Returns lines of a CSV file, without the end of the last one."""
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
+    return text.getvalue().removesuffix("\n")
 
 
 def has_step(row: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.atomic_write import append_line, atomic_write
 from rwkv7_jax.data.jsonl import read_log
 from rwkv7_jax.json_files import read_json, read_object, write_json
 from rwkv7_jax.local_paths import require_unicode
@@ -358,7 +358,7 @@ class OwnedRunDirectory(RunDirectory):
         self.note_event(step, "skipped", detail)
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        self._try(name, _append_line, self.path / name, json.dumps(row) + "\n")
+        self._try(name, append_line, self.path / name, json.dumps(row))
 
     def _try(self, name: str, write: Callable[..., None], *arguments: Any) -> None:
         """Calls `write`; warns once about a full disk, which must not end a run for a log line."""
@@ -420,8 +420,3 @@ def _retention(values: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _append_line(path: Path, line: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)

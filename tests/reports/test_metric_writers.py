@@ -95,6 +95,21 @@ def test_a_line_that_a_kill_cut_short_is_dropped_and_the_next_one_whole(tmp_path
     assert [row["step"] for row in table(tmp_path)] == ["1", "3"]
 
 
+def test_a_row_that_a_full_disk_cut_does_not_take_the_next_one_with_it(tmp_path):
+    files = MetricFiles(tmp_path)
+    files.write(1, {"loss": 2.5})
+    for name, rest in (("metrics.jsonl", '{"step": 2, "lo'), ("metrics.csv", "2,")):
+        with (tmp_path / name).open("a") as file:
+            file.write(rest)
+    files.write(3, {"loss": 2.0})
+    assert table(tmp_path)[-1] == {"step": "3", "loss": "2.0"}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {
+        "step": 3,
+        "loss": 2.0,
+    }
+    assert [row["step"] for row in MetricFiles(tmp_path).rows()] == [1, 3]
+
+
 def test_an_unknown_tracker_is_refused(tmp_path):
     with pytest.raises(ValueError) as caught:
         MetricFiles(tmp_path, also=("tensorbord",))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 
 import pytest
 from saved_steps import IDENTITY, PROGRESS, new_state, train_state
@@ -213,6 +215,23 @@ def test_a_process_that_was_displaced_copies_nothing_any_more(tmp_path):
         copy.copy_files()
     assert not (bucket / "metrics.jsonl").exists()
     other.release()
+
+
+def test_a_beat_whose_answer_is_late_displaces_nobody(tmp_path):
+    copy = backup.Backup(f"file://{tmp_path / 'bucket'}", tmp_path / "one")
+    copy._released.set()
+    copy._heart.join()
+    # Written by the store, but its generation never came back.
+    assert copy._write_lock(copy._generation)
+    copy._released.clear()
+    beats = threading.Thread(target=copy._beat, daemon=True)
+    beats.start()
+    time.sleep(3 * backup.HEARTBEAT_SECONDS)
+    copy.copy_files()
+    copy._released.set()
+    beats.join()
+    assert copy._generation == copy._read_lock().stamp.generation
+    copy.release()
 
 
 def test_keys_that_leave_the_folder_are_not_fetched(tmp_path):

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import threading
 import time
@@ -79,6 +80,8 @@ class Backup:
         self._copied: dict[str, tuple[int, int]] = {}
         self._released = threading.Event()
         self._displaced = False
+        # Tells this holder from every other, one of the same process and machine included.
+        self._token = secrets.token_hex(8)
         with self._named_errors():
             self._store = _open(url)
             self._generation = self._take_lock()
@@ -113,7 +116,7 @@ class Backup:
 
     def _write_lock(self, expected: bytes) -> bytes:
         """Writes the lock if it still is as expected; returns its generation, empty if not."""
-        holder = {**own_name(), "time": time.time()}
+        holder = {**own_name(), "time": time.time(), "token": self._token}
         written = self._store.write(LOCK, json.dumps(holder), if_equal=expected)
         return written.result(timeout=_TIMEOUT_SECONDS).generation
 
@@ -123,8 +126,12 @@ class Backup:
             with contextlib.suppress(Exception):
                 generation = self._write_lock(self._generation)
                 if not generation:
-                    self._displaced = True
-                    return
+                    found = self._read_lock()
+                    if parse_holder(found.value).get("token") != self._token:
+                        self._displaced = True
+                        return
+                    # An earlier beat, whose answer did not come in time, was written after all.
+                    generation = found.stamp.generation
                 self._generation = generation
 
     def fetch(self) -> int | None:
