@@ -164,7 +164,10 @@ def describe_weights(config: RWKV7Config, dtype: str, form: str | None) -> Any:
 
 
 def _with_any_data(settings: Settings, config: RWKV7Config) -> Settings:
-    """Returns the settings with a task in place of all data, and without what reads files."""
+    """Returns the settings with a task in place of all data.
+
+    A start state is read all the same: an upscaled one has other arrays.
+    """
     states = settings.tuning.states
     if states is not None:
         states = dict.fromkeys(state_sources(states), _DATA)
@@ -179,7 +182,6 @@ def _with_any_data(settings: Settings, config: RWKV7Config) -> Settings:
         # Weights that are trained are float32 whatever the checkpoint holds.
         init=None if is_new else "the planned model",
         model=dataclasses.asdict(config) if is_new else settings.model,
-        start=None,
         optimizer=optimizer,
         data=dataclasses.replace(
             settings.data,

@@ -1,6 +1,7 @@
 """Distillation of collected completions into a start state."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import optax
 
@@ -94,6 +95,7 @@ def distill(
     loss: Loss | None = None,
     learning_rate: float = 0.3,
     tx: optax.GradientTransformation | None = None,
+    statistics: Callable[[Any, Any], Any] | None = None,
     on_step: OnStep | None = None,
 ) -> Result:
     """Tunes a start state on the traces; the weights never move.
@@ -110,6 +112,7 @@ def distill(
         loss: of `test_time.losses`; None is `distillation_loss(model, params)`.
         learning_rate: of Adam with b2 = 0.99.
         tx: another optimizer.
+        statistics: `state_statistics` where `tx` decorrelates, of the tuned leaves.
         on_step: called with a step's numbers and the state, which the next update consumes.
 
     Raises:
@@ -134,6 +137,7 @@ def distill(
             loss,
             state,
             tx=tx,
+            statistics=statistics,
             learning_rate=learning_rate,
             on_step=on_step,
         )

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import optax
@@ -204,6 +205,7 @@ def expert_iteration(
     loss: Loss | None = None,
     learning_rate: float = 0.3,
     tx: optax.GradientTransformation | None = None,
+    statistics: Callable[[Any, Any], Any] | None = None,
     held_out: Sequence[Sequence[int]] = (),
     stop_reward: float = 0.97,
     on_step: OnStep | None = None,
@@ -232,6 +234,7 @@ def expert_iteration(
             entropy alone.
         learning_rate: of Adam with b2 = 0.99.
         tx: another optimizer.
+        statistics: `state_statistics` where `tx` decorrelates, of the tuned leaves.
         held_out: prompts that no update sees.
         stop_reward: mean reward that is enough.
         on_step: called with a round's numbers and the state, which the next update consumes.
@@ -266,6 +269,7 @@ def expert_iteration(
             loss,
             state,
             tx=tx,
+            statistics=statistics,
             learning_rate=learning_rate,
             on_step=on_step,
         )

@@ -9,6 +9,7 @@ at test time are `teacher.collect_traces` with `distillation.distill`, and
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -230,6 +231,7 @@ def grpo(
     loss: Loss | None = None,
     learning_rate: float = 0.1,
     tx: optax.GradientTransformation | None = None,
+    statistics: Callable[[Any, Any], Any] | None = None,
     anchor_at: Callable[[int], np.ndarray] | None = None,
     rule: AdvantageRule | None = None,
     redraws: int = 0,
@@ -262,6 +264,7 @@ def grpo(
             weights: of another dtype or implementation.
         learning_rate: of Adam with b2 = 0.99.
         tx: another optimizer.
+        statistics: `state_statistics` where `tx` decorrelates, of the tuned leaves.
         anchor_at: unlabelled text of a step, ids [B T+1], if the loss has an anchor.
         rule: how rewards become advantages.
         redraws: how many times at most uniform groups are drawn again; see `PolicyBatches`.
@@ -311,6 +314,7 @@ def grpo(
             loss,
             state,
             tx=tx,
+            statistics=statistics,
             learning_rate=learning_rate,
             on_step=on_step,
         )

@@ -243,6 +243,7 @@ def start_tuning(
     state: RWKV7State | None,
     *,
     tx: optax.GradientTransformation | None,
+    statistics: Callable[[Any, Any], Any] | None,
     learning_rate: float,
     on_step: OnStep | None,
 ) -> TuningLoop:
@@ -254,6 +255,7 @@ def start_tuning(
         state: where to start (batch 1), zeros by default; it is tuned in float32.
         tx: the optimizer. None is Adam with a short second-moment memory (b2 = 0.99), because a
             state takes large steps and few of them.
+        statistics: as of `make_train_step`.
         learning_rate: of that Adam.
         on_step: called with every entry and the state, which the next update consumes.
 
@@ -280,5 +282,5 @@ def start_tuning(
     # The optimizer is checked by both.
     with prefix_errors("start_tuning"):
         train = TrainState.create(start, tx)
-        step = make_train_step(loss, tx)
+        step = make_train_step(loss, tx, statistics=statistics)
     return TuningLoop(step, train, on_step)

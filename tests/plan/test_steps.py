@@ -4,15 +4,20 @@ import dataclasses
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from smallest_runs import mode_settings, save_base_model
 
+from rwkv7_jax.checkpoints.model_files import load_model
 from rwkv7_jax.checkpoints.model_shapes import describe_model
+from rwkv7_jax.checkpoints.state_files import save_state
+from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.plan.child import compile_step
 from rwkv7_jax.plan.chips import find_target
 from rwkv7_jax.plan.steps import describe_step
 from rwkv7_jax.plan.table import describe
 from rwkv7_jax.runs.modes.registry import make_mode
+from rwkv7_jax.tuning.upscaling import upscale
 
 CHANGES = {
     "plain": {},
@@ -127,6 +132,26 @@ def test_a_step_at_test_time_is_described_with_rows_of_the_length_that_is_named(
     # It can be traced: the shapes fit.
     new, _ = jax.eval_shape(step.program, *step.arguments)
     assert arrays_of(new.params) == arrays_of(state.params)
+
+
+def test_a_step_that_goes_on_from_an_upscaled_state_is_described_with_its_memory(
+    tmp_path,
+):
+    base = tmp_path / "base.pth"
+    save_base_model(base)
+    params, config = load_model(base)
+    text = np.arange(64).reshape(2, 32) % config.vocab_size
+    state = upscale(RWKV7(config), params, text, size=8, prepare="none")
+    save_state(tmp_path / "wide.safetensors", state, config=config)
+    start = {"start": str(tmp_path / "wide.safetensors")}
+    settings = mode_settings("distil", base, **start)
+    run = make_mode(settings, tmp_path)
+    _, tx = run.optimizer()
+    step = describe_step(settings, config, "float32", jax.devices()[:1])
+    assert arrays_of(step.state) == arrays_of(run.train_state(run.init_params(), tx))
+    (tmp_path / "wide.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"^config\.start: .* does not exist\."):
+        describe_step(settings, config, "float32", jax.devices()[:1])
 
 
 @pytest.mark.parametrize("method", ["expert", "distil"])

@@ -64,6 +64,9 @@ def values_of(kind, changes):
         ("upscaled_state", "optimizer.kind", "muon"),
         ("observer", "upscaling.size", 64),
         ("observer", "decorrelation.rate", 0.5),
+        ("observer", "tuning.decorrelate", "dbp"),
+        ("grpo", "decorrelation.rate", 0.5),
+        ("context", "decorrelation.damping", 0.5),
         ("observer", "optimizer.l2wrap", 1e-4),
         ("grpo", "test_time.guide", "model.pth"),
         ("grpo", "test_time.hint", "Think."),
@@ -103,6 +106,7 @@ def test_a_setting_that_a_run_does_not_read_is_refused_by_name(kind, name, value
         ("grpo", "test_time.epsilon_high", 0.3, {"test_time.updates": 1}),
         ("state", "decorrelation.rate", 0.5, {"tuning.decorrelate": "whiten"}),
         ("pretrain", "decorrelation.average", 0.5, {"optimizer.decorrelate": "whiten"}),
+        ("distil", "decorrelation.rate", 0.5, {"tuning.decorrelate": "whiten"}),
     ],
 )
 def test_a_setting_that_another_ones_value_leaves_unread_is_refused(
@@ -125,6 +129,8 @@ def test_a_setting_that_another_ones_value_leaves_unread_is_refused(
         ("grpo", "test_time.epsilon_high", 0.3, {"test_time.updates": 2}),
         ("state", "decorrelation.damping", 0.5, {"tuning.decorrelate": "whiten"}),
         ("state", "decorrelation.rate", 0.5, {"tuning.decorrelate": "dbp"}),
+        ("grpo", "decorrelation.rate", 0.5, {"tuning.decorrelate": "dbp"}),
+        ("context", "decorrelation.damping", 0.5, {"tuning.decorrelate": "whiten"}),
     ],
 )
 def test_a_setting_that_another_ones_value_makes_read_is_taken(

@@ -19,6 +19,8 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.runs.modes.registry import make_mode
 from rwkv7_jax.test_time.traces import read_traces
+from rwkv7_jax.training.train_step import TrainState
+from rwkv7_jax.tuning.state_tuning import trainable_mask
 from rwkv7_jax.tuning.upscaling import upscale
 
 
@@ -87,10 +89,9 @@ def test_a_run_starts_from_what_a_model_has_read(base, tmp_path):
             {"tuning.anchor": 1.0, "tuning.anchor_path": "task:mapping"},
             "anchor",
         ),
-        ("grpo", {"tuning.decorrelate": "dbp"}, "decorrelate"),
+        ("observer", {"tuning.decorrelate": "dbp"}, "tuning.decorrelate"),
         ("distil", {"upscaling.size": 64}, "upscaling"),
         ("expert", {"decorrelation.rate": 0.5}, "decorrelation"),
-        ("context", {"tuning.decorrelate": "whiten"}, "decorrelate"),
         ("pretrain", {"start": "state.pth"}, "start"),
         ("observer", {"start": "state.pth"}, "start"),
     ],
@@ -359,6 +360,11 @@ def test_the_memory_of_an_upscaled_start_is_tuned_at_test_time(
             {"tuning.leaves": "all"},
             "`config.tuning.leaves` must be left out where `config.start` is an upscaled",
         ),
+        (
+            "context",
+            {"tuning.decorrelate": "whiten"},
+            '`config.tuning.decorrelate` must be "none" or "dbp" where `config.start`',
+        ),
     ],
 )
 def test_an_upscaled_start_that_cannot_be_tuned_is_refused(
@@ -366,3 +372,33 @@ def test_an_upscaled_start_that_cannot_be_tuned_is_refused(
 ):
     with pytest.raises(ValueError, match=sentence):
         made(mode, base, tmp_path, start=upscaled_start[0], **changes)
+
+
+@pytest.mark.parametrize("mode", ["grpo", "distil", "context"])
+@pytest.mark.parametrize("is_upscaled", [False, True])
+def test_tuning_at_test_time_can_be_decorrelated(
+    base, tmp_path, upscaled_start, mode, is_upscaled
+):
+    changes = {"start": upscaled_start[0]} if is_upscaled else {}
+    plain = made(mode, base, tmp_path, **changes)
+    mode = made(mode, base, tmp_path, **changes, **{"tuning.decorrelate": "dbp"})
+    rows = 2
+    batch = Batch(
+        tokens=np.arange(7 * rows).reshape(rows, 7) % mode.model.config.vocab_size,
+        mask=np.ones((rows, 6), np.float32),
+        advantages=np.arange(rows, dtype=np.float32),
+    )
+    tuned = []
+    for each in (plain, mode):
+        _, tx = each.optimizer()
+        train = TrainState.create(each.init_params(), tx)
+        after, _ = each.update_step(tx, None)(train, batch)
+        tuned.append(after.params)
+    before = mode.make_params()
+    mask = trainable_mask(before, mode.tuned_leaves())
+    same = jax.tree.map(
+        lambda *x: x[2] or not np.any(x[0] != x[1]), before, tuned[1], mask
+    )
+    assert all(jax.tree.leaves(same))
+    leaves = [state.upscaled.memory if is_upscaled else state.wkv for state in tuned]
+    assert np.isfinite(leaves[1]).all() and np.any(leaves[0] != leaves[1])

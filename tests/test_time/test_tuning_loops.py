@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from reward_tasks import prompts_at, sevens
 from tiny_models import TINIEST, lively, random_state
@@ -10,6 +11,7 @@ from rwkv7_jax.generation import decode_loop as decoding
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
+from rwkv7_jax.optim.decorrelation import decorrelate
 from rwkv7_jax.test_time.distillation import distill
 from rwkv7_jax.test_time.expert_iteration import expert_iteration
 from rwkv7_jax.test_time.grpo import grpo
@@ -18,6 +20,8 @@ from rwkv7_jax.test_time.rewarded_rollouts import make_policy_batch
 from rwkv7_jax.test_time.rewards import advantages
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.traces import TokenBudget, Trace
+from rwkv7_jax.tuning.read_statistics import state_statistics
+from rwkv7_jax.tuning.state_tuning import trainable_mask
 from rwkv7_jax.tuning.upscaling import upscale
 
 CONFIG = TINIEST
@@ -256,6 +260,28 @@ def test_the_memory_of_an_upscaled_state_is_what_loops_tune_by_default(params, m
     else:
         out = expert_iteration(**arguments, rounds=1, updates=1, state=start)
     assert np.any(out.state.upscaled.memory) and not np.any(out.state.wkv)
+
+
+@pytest.mark.parametrize("method", ["distil", "grpo", "expert"])
+def test_loops_tune_with_an_optimizer_that_decorrelates(params, method):
+    mask = trainable_mask(init_state(CONFIG), ("wkv",))
+    arguments = loop_arguments(params, reward=lambda prompt, drawn: 1.0 + drawn[0])
+
+    def tuned(**choices):
+        if method == "distil":
+            traces = [Trace((1, 2), (7, 3, 7, 0))]
+            return distill(MODEL, params, traces, steps=1, batch_size=1, **choices)
+        if method == "grpo":
+            return grpo(**arguments, steps=1, **choices)
+        return expert_iteration(**arguments, rounds=1, updates=1, **choices)
+
+    tx = optax.masked(decorrelate(optax.sgd(0.1)), mask)
+    with pytest.raises(ValueError, match="`statistics` must be given"):
+        tuned(tx=tx)
+    out = tuned(tx=tx, statistics=state_statistics(MODEL, params))
+    plain = tuned(tx=optax.masked(optax.sgd(0.1), mask))
+    assert np.isfinite(out.state.wkv).all()
+    assert np.any(out.state.wkv != plain.state.wkv)
 
 
 @pytest.mark.slow

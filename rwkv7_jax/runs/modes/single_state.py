@@ -1,12 +1,12 @@
 """What the modes share that tune one state of a frozen model."""
 
+import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from rwkv7_jax import sharding
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.checkpoints.state_files import save_state
@@ -15,7 +15,9 @@ from rwkv7_jax.optim.decorrelation import Decorrelator
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.model_setup import load_frozen, tokenizer_of
 from rwkv7_jax.runs.modes.start_state import read_start_state
+from rwkv7_jax.runs.settings.readers import TEST_TIME
 from rwkv7_jax.tuning.rate_factors import rate_factors, with_rate_factors
+from rwkv7_jax.tuning.read_statistics import state_decorrelator
 from rwkv7_jax.tuning.state_arithmetic import scaled
 from rwkv7_jax.tuning.state_tuning import LEAVES, trainable_mask
 from rwkv7_jax.tuning.upscaling import fold_feature_map
@@ -59,8 +61,7 @@ class SingleStateMode(TrainingMode):
     def make_params(self) -> RWKV7State:
         """Makes a state of zeros or reads that of `config.start`, in float32 always."""
         settings = self.settings
-        # Weights that are only described read no prompt.
-        if settings.start is not None and not sharding.is_abstract(self.frozen):
+        if settings.start is not None:
             return read_start_state(
                 settings.start,
                 self.model,
@@ -77,7 +78,7 @@ class SingleStateMode(TrainingMode):
         """Makes the first parameters; of an upscaled state the memory is tuned.
 
         Raises:
-            ValueError: leaves are asked for that are not tuned.
+            ValueError: leaves are asked for that are not tuned, or features to be calibrated again.
         """
         self._initial = self.make_params()
         if self._initial.upscaled is None:
@@ -86,6 +87,11 @@ class SingleStateMode(TrainingMode):
             raise ValueError(
                 "`config.tuning.leaves` must be left out where `config.start` is an upscaled "
                 "state: its memory is tuned alone; got all."
+            )
+        if self.settings.tuning.decorrelate == "whiten":
+            raise ValueError(
+                '`config.tuning.decorrelate` must be "none" or "dbp" where `config.start` is an '
+                "upscaled state, whose features were calibrated before; got whiten."
             )
         self._tunes_memory = True
         # The other formats have no place for features.
@@ -101,14 +107,31 @@ class SingleStateMode(TrainingMode):
         # The rest of `LEAVES` belongs to upscaled states.
         return LEAVES[:3] if self.settings.tuning.leaves == "all" else ("wkv",)
 
-    def with_own_rates(self, decorrelator: Decorrelator) -> Decorrelator:
-        """Adds the learning rates that the settings give to leaves and layers.
+    def make_decorrelator(self) -> Decorrelator:
+        """Prepares the optimizer of the tuned leaves as the settings say.
 
         The first parameters have been made: reading those of `config.start` cannot be traced.
 
         Raises:
             ValueError: a leaf that is not tuned, or another number of layers than the model's.
         """
+        settings = self.settings
+        method = settings.tuning.decorrelate
+        if settings.mode == TEST_TIME and method == "none":
+            # With moments of all leaves, as in runs of earlier versions, which go on.
+            return self._with_own_rates(self.decorrelator)
+        decorrelator = state_decorrelator(
+            self.model,
+            self.frozen,
+            self._initial,
+            leaves=self.tuned_leaves(),
+            method=method,
+            **dataclasses.asdict(settings.decorrelation),
+        )
+        return self._with_own_rates(decorrelator)
+
+    def _with_own_rates(self, decorrelator: Decorrelator) -> Decorrelator:
+        """Adds the learning rates that the settings give to leaves and layers."""
         tuning = self.settings.tuning
         if not tuning.leaf_rates and not tuning.layer_rates:
             # Without them the optimizer's state is that of runs before there were any.

@@ -13,7 +13,6 @@ from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.runs.modes.single_state import UPSCALED_RESULT, SingleStateMode
 from rwkv7_jax.training.costs import Memory
 from rwkv7_jax.tuning.calibration import resolve_features
-from rwkv7_jax.tuning.read_statistics import state_decorrelator
 from rwkv7_jax.tuning.state_tuning import state_loss
 from rwkv7_jax.tuning.upscaling import describe_upscaled, upscale
 
@@ -40,15 +39,7 @@ class StateTuningMode(DatasetMode, SingleStateMode):
             l2wrap=settings.optimizer.l2wrap,
         )
         self._initial = self.make_params()
-        decorrelator = state_decorrelator(
-            self.model,
-            self.frozen,
-            self._initial,
-            leaves=self.tuned_leaves(),
-            method=settings.tuning.decorrelate,
-            **dataclasses.asdict(settings.decorrelation),
-        )
-        self.decorrelator = self.with_own_rates(decorrelator)
+        self.decorrelator = self.make_decorrelator()
 
     def held_out_names(self) -> tuple[str, ...]:
         """Names the metric of the held-out rows."""

@@ -19,7 +19,7 @@ from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State, init_state
+from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.datasets import digest_of
 from rwkv7_jax.runs.input_pipeline import BatchSource, DrawnBatches
 from rwkv7_jax.runs.modes.dataset import DatasetMode
@@ -74,20 +74,15 @@ class ContextMode(DatasetMode, SingleStateMode):
             )
         self._context = context
         with prefix_errors("config.test_time.context"):
-            prompt = self._read_prompt(context)
+            prompt = read_prompt(context, self.model, self.frozen, self.tokenizer)
         self.make_initial()
         # The state after the prompt: the loss compares with the model that starts from it.
         self.loss = context_distillation(
             self.model, self.frozen, prompt, leaves=self.tuned_leaves()
         )
-        self.decorrelator = self.with_own_rates(self.decorrelator)
+        self.decorrelator = self.make_decorrelator()
         self.open_data()
         self._held_out = self.prediction_evaluator("held_out")
-
-    def _read_prompt(self, path: str) -> RWKV7State:
-        if sharding.is_abstract(self.frozen):
-            return jax.eval_shape(lambda: init_state(self.model.config))
-        return read_prompt(path, self.model, self.frozen, self.tokenizer)
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the data and the prompt."""
@@ -123,7 +118,7 @@ class TestTimeMode(SingleStateMode):
         if not sharding.is_abstract(self.frozen):
             self._open_questions()
         self.make_initial()
-        self.decorrelator = self.with_own_rates(self.decorrelator)
+        self.decorrelator = self.make_decorrelator()
         self.updates_per_step = settings.test_time.updates
         if settings.test_time.method == "grpo":
             self.loss = policy_loss(

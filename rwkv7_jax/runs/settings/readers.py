@@ -35,7 +35,6 @@ _READERS: dict[str, tuple[str, ...]] = {
     "optimizer.l2wrap": ("pretrain", *_TEXT_STATES),
     "tuning": _STATES,
     "tuning.leaves": ("state", *_METHODS),
-    "tuning.decorrelate": _TEXT_STATES,
     "tuning.anchor": _TEXT_STATES,
     "tuning.anchor_path": _TEXT_STATES,
     "tuning.rates": _TEXT_STATES,
@@ -44,7 +43,7 @@ _READERS: dict[str, tuple[str, ...]] = {
     "upscaling": ("upscaled_state",),
     # The observer's first proposal is fitted to as many rows.
     "upscaling.rows": ("upscaled_state", "observer"),
-    "decorrelation": ("pretrain", *_TEXT_STATES),
+    "decorrelation": ("pretrain", *_STATES),
     "observer": ("observer",),
     "test_time": ("grpo",),
     "test_time.method": _METHODS,
@@ -147,6 +146,7 @@ _SWITCHES = {
     "pretrain": "optimizer.decorrelate",
     "state": "tuning.decorrelate",
     "upscaled_state": "tuning.decorrelate",
+    TEST_TIME: "tuning.decorrelate",
 }
 
 
