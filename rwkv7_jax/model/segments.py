@@ -135,7 +135,6 @@ def last_tokens(
     x: Activations, before: Float[Array, "S D"], segments: Segments
 ) -> Float[Array, "S D"]:
     """Takes the last token of every sequence; its row of `before` where it has none."""
-
     if not x.shape[1]:
         return before.astype(x.dtype)
 
