@@ -4,7 +4,13 @@ A check knows the argument and not the function that the user called: its messag
 argument in backticks. The public function adds its own name, once, with `prefix_errors`.
 """
 
-from rwkv7_jax.checks.arrays import as_array, check_indices, is_known, is_traced
+from rwkv7_jax.checks.arrays import (
+    as_array,
+    check_indices,
+    check_placed,
+    is_known,
+    is_traced,
+)
 from rwkv7_jax.checks.errors import first_line, prefix_errors
 from rwkv7_jax.checks.models import check_model, check_params, leaf_at
 from rwkv7_jax.checks.tokens import (
@@ -38,6 +44,7 @@ __all__ = [
     "check_model",
     "check_number",
     "check_params",
+    "check_placed",
     "check_prompts",
     "check_seed",
     "check_size",

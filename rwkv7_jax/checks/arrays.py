@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AxisType
+
+from pallas_kernels.eager import is_eager
 
 
 def is_traced(value: Any) -> bool:
@@ -51,6 +54,40 @@ def as_array(value: Any, argument: str) -> Any:
     if array.dtype == np.float64:
         return array.astype(np.float32)
     return array
+
+
+def check_placed(arrays: Any, argument: str, mesh: Any = None) -> None:
+    """Checks that arrays lie on the devices of a mesh, of which a program knows the number alone.
+
+    Without any array there the program would be compiled for one device, and XLA fail.
+
+    Args:
+        arrays: a tree; where it has some that are traced or described, nothing is known.
+        argument: the argument in backticks; the message begins with it.
+        mesh: None is that of `sharding.use_mesh`.
+
+    Raises:
+        ValueError: all arrays lie on one device, or on the host, and the mesh has several.
+    """
+    if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        if AxisType.Manual in mesh.axis_types:
+            return
+    # Without a mesh there are 0 devices in it.
+    if mesh.size <= 1 or not is_eager():
+        return
+    # Of one from `jax.set_mesh` JAX knows the devices, and places arrays there.
+    if not jax.sharding.get_mesh().empty:
+        return
+    for leaf in jax.tree.leaves(arrays):
+        if is_traced(leaf) or not isinstance(leaf, jax.Array | np.ndarray):
+            return
+        if isinstance(leaf, jax.Array) and leaf.sharding.num_devices > 1:
+            return
+    raise ValueError(
+        f"{argument} must lie on the {mesh.size} devices of the mesh, as sharding.place puts "
+        "them; they lie on one device."
+    )
 
 
 def check_indices(indices: Any, count: int, argument: str) -> None:

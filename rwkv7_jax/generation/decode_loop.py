@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rwkv7_jax.array_types import Lengths, Params, Tokens
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.state import RWKV7State, where_rows
+from rwkv7_jax.model.state import RWKV7State, restore_rows
 from rwkv7_jax.model.unrolled import join_states, read_token, split_params, split_state
 
 # Values of `DecodeState.status`.
@@ -138,7 +138,7 @@ class DecodeState(NamedTuple):
     ) -> "DecodeState":
         """Stops `rows` with the state and the logits of `earlier`."""
         return self._replace(
-            state=where_rows(rows, earlier.state, self.state),
+            state=restore_rows(rows, earlier.state, self.state),
             logits=jnp.where(rows[:, None], earlier.logits, self.logits),
             status=jnp.where(rows, STOPPED, self.status),
             # A stop string cut these rows before any stop id that they may have drawn later.

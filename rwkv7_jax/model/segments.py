@@ -119,6 +119,9 @@ def shift(
     x: Activations, before: Float[Array, "S D"], segments: Segments
 ) -> Activations:
     """Shifts by one token; each sequence's first one is preceded by its row of `before`."""
+    # Scatters into rows of no tokens, and gathers from them, have no gradient in JAX.
+    if not x.shape[1]:
+        return x
 
     def one_row(x, firsts, before):
         shifted = jnp.pad(x, ((1, 0), (0, 0)))[:-1]
@@ -132,6 +135,8 @@ def last_tokens(
     x: Activations, before: Float[Array, "S D"], segments: Segments
 ) -> Float[Array, "S D"]:
     """Takes the last token of every sequence; its row of `before` where it has none."""
+    if not x.shape[1]:
+        return before.astype(x.dtype)
 
     def one_row(x, lasts):
         return x.at[lasts].get(mode="fill", fill_value=0)

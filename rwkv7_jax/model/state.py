@@ -4,6 +4,7 @@ Every leaf is [L B ...]. Leaves that all sequences share, such as a static upsca
 B = 1 in a larger batch.
 """
 
+import functools
 import json
 import operator
 import typing
@@ -352,13 +353,25 @@ def where_rows(
 
     def pick(new, old):
         # What all sequences of both share stays shared.
-        if new is old:
-            return new
-        # Leaves are [L B ...], or [L 1 ...] where a state's sequences share them.
-        mask = rows.reshape(1, -1, *[1] * (old.ndim - 2))
-        return jnp.where(mask, new, old)
+        return new if new is old else _choose(rows, new, old)
 
     return jax.tree.map(pick, state, other)
+
+
+def restore_rows(
+    rows: Bool[Array, " B"], earlier: RWKV7State, state: RWKV7State
+) -> RWKV7State:
+    """Sets the sequences where `rows` is true back to what they were some tokens ago.
+
+    What all sequences share has not changed since, and stays shared.
+    """
+    return _map_batch(functools.partial(_choose, rows), earlier, state)
+
+
+def _choose(rows: Bool[Array, " B"], new: Array, old: Array) -> Array:
+    # Leaves are [L B ...], or [L 1 ...] where a state's sequences share them.
+    mask = rows.reshape(1, -1, *[1] * (old.ndim - 2))
+    return jnp.where(mask, new, old)
 
 
 def map_linear_leaves(

@@ -14,6 +14,7 @@ from rwkv7_jax.checks import (
     check_count,
     check_function,
     check_instance,
+    check_placed,
     prefix_errors,
 )
 from rwkv7_jax.optim.decorrelation import DecorrelationState
@@ -128,7 +129,12 @@ class CheckedProgram:
     """
 
     def __init__(
-        self, func: jax.stages.Wrapped, *args: Any, caller: str, needs_shares: bool
+        self,
+        func: jax.stages.Wrapped,
+        *args: Any,
+        caller: str,
+        needs_shares: bool,
+        mesh: Mesh | None = None,
     ):
         """Binds the frozen arguments.
 
@@ -137,11 +143,13 @@ class CheckedProgram:
             *args: the frozen arguments; the first is the loss.
             caller: the public function's name, for messages.
             needs_shares: whether a batch must tell how much each target counts.
+            mesh: devices that share the program; None is that of `use_mesh`.
         """
         self.func = func
         self.args = args
         self._caller = caller
         self._needs_shares = needs_shares
+        self._mesh = mesh
         # Shapes and dtypes of batches that were looked at.
         self._seen: set[Any] = set()
 
@@ -175,6 +183,8 @@ class CheckedProgram:
         check = getattr(self.args[0].func, "check_batch", None)
         with prefix_errors(self._caller):
             _check_fields(batch, needs_shares=self._needs_shares)
+            given = (self.args, arguments, named)
+            check_placed(given, "the arguments", self._mesh)
             if check is not None:
                 check(batch)
         # The ids of a batch that is only described have not been looked at.

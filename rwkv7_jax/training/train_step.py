@@ -256,6 +256,7 @@ def make_train_step(
         statistics,
         caller="make_train_step",
         needs_shares=True,
+        mesh=mesh,
     )
 
 

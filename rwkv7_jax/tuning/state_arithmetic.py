@@ -16,6 +16,7 @@ from rwkv7_jax.checks import (
     as_array,
     check_instance,
     check_number,
+    is_known,
     is_traced,
     prefix_errors,
 )
@@ -88,7 +89,8 @@ def weighted_sum(
     of two states may lose abilities of both.
 
     Args:
-        states: batch 1; upscaled ones only together, with the same features and dynamics.
+        states: batch 1; upscaled ones only together, with the same features and dynamics. Traced
+            features cannot be compared: those of the first state are taken.
         weights: one for each state.
 
     Raises:
@@ -196,8 +198,11 @@ def _check_factor(factor: ArrayLike, state: RWKV7State, argument: str) -> None:
 
 
 def _equal(first: jax.Array | None, second: jax.Array | None) -> bool:
+    """Tells whether two arrays are equal; in a program, where they are not known, they may be."""
     if first is None or second is None:
         return first is second
+    if not (is_known(first) and is_known(second)):
+        return True
     return np.array_equal(np.asarray(first), np.asarray(second))
 
 

@@ -20,6 +20,7 @@ from rwkv7_jax.checks import (
     check_params,
     check_seed,
     check_tokens,
+    is_traced,
     prefix_errors,
 )
 from rwkv7_jax.model.block import RECURRENCE
@@ -92,11 +93,17 @@ def fold_feature_map(upscaled: Upscaled) -> Upscaled:
     """Multiplies the feature map into the memory, so that reads are the same without it.
 
     Raises:
-        ValueError: a memory that changes in context, where keys need the map themselves.
+        ValueError: a memory that changes in context, where keys need the map themselves; or one
+            with writes that are traced, which may not be 0.
     """
     if upscaled.features.map is None:
         return upscaled
-    if upscaled.form.erases or np.any(upscaled.write):
+    form = upscaled.form
+    # A static memory is never written, whatever its strength of writes.
+    may_write = form.has_own_rows and (
+        is_traced(upscaled.write) or np.any(upscaled.write)
+    )
+    if form.erases or may_write:
         raise ValueError(
             "fold_feature_map: `upscaled` must be static, or decay without writes; "
             f"got {upscaled.dynamics}, whose keys are mapped features."

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_checkpoints import random_params
+from upscaled_states import empty_state
 
 from rwkv7_jax.generation import decode_loop as decoding
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import init_state, select
+from rwkv7_jax.model.state import init_state, repeat, select
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 CONFIG = RWKV7Config(
@@ -232,6 +233,14 @@ class _Ascii(Pairs):
 def _as_text(params, **choices):
     key = jax.random.key(3)
     return run(params, PROMPTS[0], tokens=12, key=key, tokenizer=_Ascii(), **choices)
+
+
+def test_a_memory_that_rows_share_stays_shared_where_one_of_them_stops():
+    state = repeat(empty_state(CONFIG, "static"), 3)
+    start = decoding.DecodeState.create(state, jnp.zeros((3, CONFIG.vocab_size)))
+    stopped = start.stop_rows(jnp.array([True, False, True]), start)
+    # Other shapes would compile the loop once more.
+    assert jax.tree.map(jnp.shape, stopped) == jax.tree.map(jnp.shape, start)
 
 
 def test_a_token_that_a_stop_string_cuts_is_replaced_by_the_bytes_before_the_stop_string(

@@ -117,6 +117,22 @@ def test_a_static_memory_is_shared_by_packed_sequences():
     assert_trees_close({"logits": found}, {"logits": expected}, BAR)
 
 
+def test_rows_of_no_tokens_hand_on_every_state_and_its_gradient():
+    params = lively(QUICK)
+    state = random_state(QUICK, ROWS * K)
+    nothing = jnp.zeros((ROWS, 0), jnp.int32)
+
+    def read(state):
+        model = RWKV7(QUICK)
+        return model.apply({"params": params}, nothing, state, segment_ids=nothing)
+
+    (logits, end), pull = jax.vjp(read, state)
+    assert logits.shape == (ROWS, 0, QUICK.vocab_size)
+    jax.tree.map(np.testing.assert_array_equal, end, state)
+    (gradient,) = pull((logits, state))
+    jax.tree.map(np.testing.assert_array_equal, gradient, state)
+
+
 def test_a_memory_that_changes_is_refused(unchecked):
     model = RWKV7(QUICK)
     params = lively(QUICK)

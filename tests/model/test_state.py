@@ -17,6 +17,7 @@ from rwkv7_jax.model.state import (
     init_state,
     map_linear_leaves,
     repeat,
+    restore_rows,
     select,
     stack,
     where_rows,
@@ -142,6 +143,23 @@ def test_where_rows_gives_each_row_its_own_of_two_shared_memories():
     )
     for row, one in enumerate((theirs, ours, theirs)):
         assert_same(select(mixed, row), one)
+
+
+@kinds
+def test_rows_are_restored_and_what_all_share_stays_shared(kind):
+    start = repeat(one_state(kind, seed=1), ROWS)
+    # As two tokens later: only what has a row for each sequence differs.
+    now = select(start, [0] * ROWS)
+    if kind is not None and MEMORY_FORMS[kind].has_own_rows:
+        memory = 2 * now.upscaled.memory
+        now = now.replace(upscaled=now.upscaled.replace(memory=memory))
+    now = now.replace(wkv=2 * now.wkv)
+    rows = jnp.array([True, False, False, True])
+    # In a program, as generation calls it: no array there is known to be another one.
+    mixed = jax.jit(restore_rows)(rows, start, now)
+    assert jax.tree.map(jnp.shape, mixed) == jax.tree.map(jnp.shape, start)
+    for row, is_restored in enumerate(rows):
+        assert_same(select(mixed, row), select(start if is_restored else now, row))
 
 
 def test_where_rows_refuses_memories_that_do_not_fit_each_other():

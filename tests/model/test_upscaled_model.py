@@ -158,6 +158,20 @@ def test_folding_the_map_into_the_memory_changes_nothing(run, states, dynamics):
     np.testing.assert_allclose(run(ids, folded)[0], run(ids, state)[0], atol=2e-4)
 
 
+def test_a_static_memory_is_folded_whatever_its_strength_of_writes(states):
+    expected = fold_feature_map(filled(states["static"]).upscaled)
+    written = filled(states["static"], write=0.5).upscaled
+    for fold in (fold_feature_map, jax.jit(fold_feature_map)):
+        folded = fold(written)
+        assert folded.features.map is None
+        np.testing.assert_allclose(folded.memory, expected.memory, rtol=1e-5)
+
+
+def test_a_decay_memory_whose_writes_are_not_known_cannot_be_folded(states):
+    with pytest.raises(ValueError, match=r"fold_feature_map: `upscaled` must be"):
+        jax.jit(fold_feature_map)(states["decay"].upscaled)
+
+
 def test_a_delta_memory_cannot_be_folded(states):
     with pytest.raises(
         ValueError, match=r"fold_feature_map: `upscaled` must be static.*got delta"

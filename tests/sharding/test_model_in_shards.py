@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny_models import SCANNED, SHALLOW, lively, random_state, tokens
 from tolerances import SAME, assert_close, assert_trees_close
@@ -15,6 +16,12 @@ from rwkv7_jax.evaluation.scoring import token_nats
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state, repeat
+from rwkv7_jax.training.losses import pretrain_loss
+from rwkv7_jax.training.train_step import (
+    TrainState,
+    make_eval_step,
+    make_train_step,
+)
 from rwkv7_jax.tuning.upscaling import upscale
 
 ROWS, LENGTH = 4, 7
@@ -139,6 +146,36 @@ def draw(params):
 def test_generation_draws_the_tokens_of_one_device(mesh):
     for left, right in zip(in_shards(mesh, draw), alone(draw), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def unplaced(mesh):
+    """Calls of programs on a mesh, of weights that lie on one device, by the caller's name."""
+    params = lively(SCANNED)
+    state = init_state(SCANNED)
+    ids = np.asarray(tokens(ROWS, LENGTH, SCANNED))
+    batch = {"tokens": ids, "mask": np.ones((ROWS, LENGTH - 1), np.float32)}
+    tx = optax.sgd(0.1)
+    step = make_train_step(pretrain_loss(MODEL), tx, mesh=mesh)
+    train = TrainState.create(params, tx)
+    host = jax.tree.map(np.asarray, params)
+    return {
+        "RWKV7": lambda: MODEL.apply({"params": host}, ids, repeat(state, ROWS)),
+        "generate": lambda: generate(MODEL, params, [1], tokens=1, temperature=0),
+        "token_nats": lambda: token_nats(MODEL, params, state, ids),
+        "make_eval_step": lambda: make_eval_step(pretrain_loss(MODEL))(params, batch),
+        "make_train_step": lambda: step(train, batch),
+    }
+
+
+def test_weights_that_lie_on_no_mesh_are_refused_before_anything_is_compiled():
+    mesh = sharding.make_mesh({"data": 2}, ROWS)
+    for caller, call in unplaced(mesh).items():
+        # The mesh of a step is its own.
+        outside = caller == "make_train_step"
+        sentence = f"^{caller}: .* must lie on the 2 devices of the mesh, as sharding"
+        with sharding.use_mesh(None if outside else mesh):
+            with pytest.raises(ValueError, match=sentence):
+                call()
 
 
 def score(params):

@@ -49,6 +49,12 @@ def test_the_weights_of_a_mixture_can_be_learnt():
     np.testing.assert_allclose(slope, jnp.sum(one.wkv - two.wkv), rtol=1e-4)
 
 
+def test_upscaled_states_are_mixed_inside_of_a_program_too(empty):
+    states = [filled(empty, 1), filled(empty, 2)]
+    weights = [0.25, 0.75]
+    assert equal(jax.jit(weighted_sum)(states, weights), weighted_sum(states, weights))
+
+
 def test_mixtures_are_linear():
     one, two, three = (random_state(seed=seed) for seed in range(3))
     at_once = weighted_sum([one, two, three], [0.5, -0.25, 2.0])
