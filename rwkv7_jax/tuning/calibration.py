@@ -37,6 +37,9 @@ _MAX_POINTS = 4096
 _DISTANCE_POINTS = 512
 _DISTANCE_LANDMARKS = 64
 
+# Of a head's features, the least variance as a share of their mean square; less is rounding.
+_LEAST_VARIANCE = 1e-6
+
 
 class FeatureSettings(NamedTuple):
     """How features are made, without anything left open.
@@ -184,7 +187,8 @@ def calibrate(
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: an unknown choice, a number out of its range, or reads that are not finite.
+        ValueError: an unknown choice, a number out of its range, reads that are not finite, or too
+            small a damping where the reads are too few to tell all features apart.
     """
     with prefix_errors("calibrate"):
         kind, prepare, widths = resolve_features(
@@ -287,14 +291,19 @@ def _prepare(
         covariances.append(covariance)
     mean = jnp.stack(means)
     covariance = jnp.stack(covariances)
-    # The mean variance of a head's features, with which both preparations end at 1.
-    scale = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None] / mean.shape[-1]
-    # Features that never vary stay zero and do not become NaN.
-    scale = jnp.maximum(scale, 1e-20)
+    # [L 1 H 1 1], of a head's features; both preparations end at a mean variance of 1.
+    size = mean.shape[-1]
+    variance = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None] / size
+    mean_square = variance + jnp.mean(jnp.square(mean), axis=-1)[..., None, None]
+    # Where nothing varies in `reads`, a variance of 1 would be enormous in other text.
+    varies = variance > _LEAST_VARIANCE * mean_square
+    scale = jnp.where(varies, variance, jnp.where(mean_square > 0, mean_square, 1.0))
+    turn = jnp.broadcast_to(jnp.eye(size, dtype=jnp.float32), covariance.shape)
     if prepare == "whiten":
-        turn = whitening(covariance, damping)
-    else:
-        turn = jnp.broadcast_to(
-            jnp.eye(mean.shape[-1], dtype=jnp.float32), covariance.shape
-        )
+        turn = jnp.where(varies, whitening(covariance, damping), turn)
+        if not np.isfinite(turn).all():
+            raise ValueError(
+                f"calibrate: `damping` must be larger where {reads.shape[1]} reads of a head do "
+                f"not tell {size} features apart; got {damping:g}."
+            )
     return features.replace(mean=mean, map=turn / jnp.sqrt(scale))

@@ -96,10 +96,12 @@ def _read_vectors(
 def second_moment(
     psi: Float[Array, "B T H M"], weights: Float[Array, "B T"]
 ) -> Float[Array, "1 H M M"]:
-    """Averages psi psi^T per head over tokens, weighted by `weights`; not centred.
+    """Averages psi psi^T per head over tokens, weighted by the sizes of `weights`; not centred.
 
     The average over nothing, where all weights are 0, is 0; `decorrelate` passes over it.
     """
+    # A target of negative weight, as one with a reward below the mean, is read like any other.
+    weights = jnp.abs(weights)
     # Full precision: DBP inverts these matrices, and their small eigenvalues matter most.
     psi = psi.astype(jnp.float32)
     # Not centred: the constant part of psi conditions the tuning as any other direction does.
