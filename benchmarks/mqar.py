@@ -4,7 +4,8 @@ A row shows pairs of a key and a value and then asks for each key once, between 
 value is the label at the key's place and is not fed back. `benchmarks.recall` makes the table.
 
 Source: the protocol of Arora et al. 2024 (arXiv 2402.18668), as HazyResearch/zoology generates it
-in zoology/data/multiquery_ar.py.
+in zoology/data/multiquery_ar.py. There pairs that are shown first tend to be asked first; here the
+order of the questions is drawn apart.
 """
 
 import abc
