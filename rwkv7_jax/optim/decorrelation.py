@@ -223,10 +223,10 @@ class _Rule(NamedTuple):
             return online_update(
                 whitener,
                 target,
-                rate=self.rate,
-                balance=self.balance,
-                iterations=self.iterations,
-                clip=self.clip,
+                self.rate,
+                self.balance,
+                self.iterations,
+                self.clip,
             )
         if self.mode == "whiten":
             due = usable & (count == 0)
