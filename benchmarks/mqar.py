@@ -198,8 +198,9 @@ class Contestant(abc.ABC):
 class Trainer:
     """The one recipe of all models, and one compiled program for all rates and seeds of a model.
 
-    AdamW with gradients clipped at a norm of 1, weight decay of 0.1 on all that is not a vector, a
-    warm-up over a tenth of the run and a cosine to a fiftieth. Parameters have a leading axis of
+    AdamW with gradients clipped at a norm of 1, weight decay of 0.1 on leaves of two axes or more
+    (of a memory also its phases and strengths), a warm-up over a tenth of the run and a cosine to a
+    fiftieth. Parameters have a leading axis of
     rates, which read the same rows: models so small fill a GPU only together.
     """
 
