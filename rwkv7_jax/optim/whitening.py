@@ -155,6 +155,8 @@ def online_update(
     diagonal = _eye(whitener) > 0
     rate = jnp.asarray(rate, jnp.float32)
     balance = jnp.asarray(balance, jnp.float32)
+    # A whole number may come as a float, which no loop counts to.
+    iterations = jnp.asarray(iterations).astype(jnp.int32)
 
     def step(_, whitener):
         moment = _matmul(_matmul(whitener, target), whitener.mT)

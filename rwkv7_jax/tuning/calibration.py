@@ -79,8 +79,7 @@ def resolve_features(
     """
     with prefix_errors("upscale"):
         check_choice(dynamics, DYNAMICS, "`dynamics`")
-        if widths is not None:
-            _check_widths(widths)
+        widths = () if widths is None else _check_widths(widths)
     replaces = MEMORY_FORMS[dynamics].replaces_wkv
     if not kind:
         kind = "gaussian_raw" if replaces else "gaussian"
@@ -89,7 +88,7 @@ def resolve_features(
     if not widths:
         # Features of very different widths only work together once they are centred and scaled.
         widths = (1.0,) if prepare == "none" else (1.0, 4.0, 16.0)
-    return FeatureSettings(kind, prepare, tuple(widths))
+    return FeatureSettings(kind, prepare, widths)
 
 
 def _kmeans(points: np.ndarray, centres: np.ndarray, rounds: int = 8) -> np.ndarray:
@@ -151,13 +150,16 @@ def _fit_head(
     return frequencies, rng.uniform(0, 2 * np.pi, size)
 
 
-def _check_widths(widths: Any) -> None:
+def _check_widths(widths: Any) -> tuple[float, ...]:
+    """Returns widths as a tuple: an array of several is neither true nor false."""
     if isinstance(widths, str) or not isinstance(widths, Iterable):
         raise TypeError(
             f"`widths` must be a tuple of numbers; got {type(widths).__name__}."
         )
+    widths = tuple(widths)
     for width in widths:
         check_number(width, 0, math.inf, "`widths`", above=True, bounds="positive")
+    return widths
 
 
 def calibrate(

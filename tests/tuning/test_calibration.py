@@ -122,3 +122,9 @@ def test_settings_that_are_left_open_get_their_defaults_in_one_place(
     # Config files, and the records of old runs, spell an open setting "" or ().
     written = {"kind": "", "prepare": "", "widths": ()} | given
     assert resolve_features(dynamics, whiten=whiten, **written) == expected
+
+
+def test_widths_may_be_an_array(unchecked):
+    for given in (np.array([2.0, 3.0]), [2.0, 3.0]):
+        assert resolve_features("static", widths=given).widths == (2.0, 3.0)
+    assert resolve_features("static", widths=np.array([])).widths == (1.0, 4.0, 16.0)
