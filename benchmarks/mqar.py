@@ -4,7 +4,8 @@ A row shows pairs of a key and a value and then asks for each key once, between 
 value is the label at the key's place and is not fed back. `benchmarks.recall` makes the table.
 
 Source: the protocol of Arora et al. 2024 (arXiv 2402.18668), as HazyResearch/zoology generates it
-in zoology/data/multiquery_ar.py.
+in zoology/data/multiquery_ar.py. There pairs that are shown first tend to be asked first; here the
+order of the questions is drawn apart.
 """
 
 import abc
@@ -197,8 +198,9 @@ class Contestant(abc.ABC):
 class Trainer:
     """The one recipe of all models, and one compiled program for all rates and seeds of a model.
 
-    AdamW with gradients clipped at a norm of 1, weight decay of 0.1 on all that is not a vector, a
-    warm-up over a tenth of the run and a cosine to a fiftieth. Parameters have a leading axis of
+    AdamW with gradients clipped at a norm of 1, weight decay of 0.1 on leaves of two axes or more
+    (of a memory also its phases and strengths), a warm-up over a tenth of the run and a cosine to a
+    fiftieth. Parameters have a leading axis of
     rates, which read the same rows: models so small fill a GPU only together.
     """
 

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import wkv_inputs
 from tiny_models import TINIEST, lively, random_state, tokens
@@ -24,8 +25,10 @@ from rwkv7_jax.based import (
     linear_attention,
 )
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.observer import init_observer
+from rwkv7_jax.observer import init_observer, observer_loss, propose
 from rwkv7_jax.training.losses import next_token_loss
+from rwkv7_jax.training.projection_statistics import layer_statistics
+from rwkv7_jax.tuning import calibrate, state_statistics
 
 MODEL = rwkv.RWKV7(TINIEST)
 IDS = tokens(2, 7, TINIEST)
@@ -104,6 +107,36 @@ def based_gradient():
     return gradient(lambda weights: model.apply(weights, IDS, state)[0], variables)
 
 
+@functools.cache
+def observer():
+    return init_observer(TINIEST, TINIEST, KEY)
+
+
+def observer_gradient():
+    shells, own = observer()
+    loss = observer_loss(shells, MODEL, params())
+    split = np.array([2, 3], np.int32)
+    return gradient(lambda own: loss(own, batch().replace(split=split))[0], own)
+
+
+@functools.cache
+def upscaled():
+    return rwkv.upscale(MODEL, params(), IDS, size=8, dynamics="delta")
+
+
+def moments(start, leaf):
+    statistics = state_statistics(MODEL, params(), leaves=(leaf,))
+    return jax.tree.leaves(statistics(start, batch()))
+
+
+def decorrelated(mode):
+    """Moves a matrix once, with a new optimizer."""
+    tx = rwkv.decorrelate(optax.sgd(1.0), mode=mode)
+    leaf = jnp.ones((2, 3, 4))
+    statistics = jnp.broadcast_to(jnp.diag(jnp.arange(1.0, 5.0)), (2, 4, 4))
+    return tx.update(leaf, tx.init(leaf), leaf, stats=statistics)[0]
+
+
 CALLS = {
     "scan": lambda: op(wkv_inputs.STATE, "scan"),
     "scan's gradient": lambda: gradient(lambda s: op(s, "scan"), wkv_inputs.STATE),
@@ -124,6 +157,14 @@ CALLS = {
     "next_token_loss": lambda: next_token_loss(MODEL, params(), two_states(), batch()),
     "upscale": lambda: rwkv.upscale(MODEL, params(), IDS, dynamics="delta"),
     "init_observer": lambda: init_observer(TINIEST, TINIEST, KEY)[1],
+    "propose": lambda: propose(*observer(), IDS),
+    "observer_loss": observer_gradient,
+    "state_statistics": lambda: moments(rwkv.init_state(TINIEST), "wkv"),
+    "state_statistics of a memory": lambda: moments(upscaled(), "memory"),
+    "layer_statistics": lambda: layer_statistics(MODEL)(params(), batch()),
+    "calibrate": lambda: calibrate(jnp.ones((2, 9, 2, 4)), size=5),
+    "decorrelate online": lambda: decorrelated("online"),
+    "decorrelate exact": lambda: decorrelated("exact"),
     "linear_attention": linear_gradient,
     "Based": based_gradient,
 }

@@ -12,6 +12,9 @@ DTYPES = ("float32", "bfloat16", "float64")
 # Source: HazyResearch/based train/configs/experiment/reference/based-1b.yaml.
 _LINEAR_LAYERS = (1, 6, 11, 16, 21, 27, 33)
 _NUM_LAYERS = 36
+# The published `window_size` of 256 is halved there into the tokens before the current one.
+# Source: HazyResearch/based based/models/mixers/slide_attention.py.
+_WINDOW = 256 // 2 + 1
 
 
 def published_order() -> tuple[str, ...]:
@@ -101,8 +104,10 @@ class BasedConfig:
     def published(cls, **changes: Any) -> "BasedConfig":
         """Makes a config with the published model's sizes and order of layers.
 
-        Its MLP here is RWKV-7's squared ReLU of the published hidden width, not SwiGLU, and its
-        convolutions do not expand: mixers are compared, and the rest is the same everywhere.
+        The rest is what all models here share, so that mixers are compared. The MLP is RWKV-7's
+        squared ReLU of the published hidden width, not SwiGLU; convolutions are those of the
+        published recall table, which do not expand and have neither SiLU nor an output matrix;
+        windows have no rotary positions; and the head is not the embedding.
 
         Args:
             **changes: fields that differ from the published model.
@@ -112,7 +117,7 @@ class BasedConfig:
             "width": 1792,
             "layers": published_order(),
             "num_heads": 16,
-            "window": 256,
+            "window": _WINDOW,
             "mlp_width": 2 * 1792,
             "dtype": "bfloat16",
         }

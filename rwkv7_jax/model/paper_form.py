@@ -1,5 +1,10 @@
 """The paper's kernel method, which replaces the WKV state: every vector becomes its features.
 
+    S_t = S_{t-1} (diag(phi(w)) - phi(k) (phi(a) phi(k))^T) + phi(v) phi(k)^T,   y_t = Q S_t phi(r)
+
+S is [M M], a the in-context learning rate and Q a fixed map. The removal key is that of the write,
+as printed, where RWKV-7 has one of its own.
+
 The additive forms in `upscaled_memory` leave the model as it was while their memory is empty. This
 form does not: it is kept for comparison with the paper.
 

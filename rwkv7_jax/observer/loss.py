@@ -267,8 +267,8 @@ def observer_loss(
 
     The metrics are `fvu`, `divergence_nats` and `answer_nats`. `loss_nats` is the answers' loss
     again, under the name that all language model losses have; without answers there is none. The
-    first term alone says little: an observer that explains half the variance may have lost
-    everything that the teacher reads.
+    first term alone says little: of observers that explain half the variance one may have kept what
+    the teacher reads, and another lost it.
 
     Args:
         observer: the shells of both models.

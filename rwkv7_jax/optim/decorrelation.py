@@ -90,8 +90,10 @@ def decorrelate(
     [..., N, M] (leading axes of size 1 are shared; any floating dtype), or None if there are no new
     ones. R moves first, then the gradient is turned by the new R. Without `stats` R stays as it is
     and remains in use. Matrices whose statistics are not finite, or zero, keep C and R for that
-    update. Other extra arguments go to `inner`. R and C are float32; gradients reach `inner`, and
-    its updates are returned, in their own dtypes. With R = I the result is `inner`'s, bit for bit.
+    update; those whose C float32 cannot whiten, as one of deficient rank without damping, keep R.
+    Neither are counted in the state's `count`. Other extra arguments go to `inner`. R and C are
+    float32; gradients reach `inner`, and its updates are returned, in their own dtypes. With R = I
+    the result is `inner`'s, bit for bit.
 
     The defaults let R follow within a few updates: tuning one layer's memory changes the inputs of
     the next one.
@@ -223,10 +225,10 @@ class _Rule(NamedTuple):
             return online_update(
                 whitener,
                 target,
-                rate=self.rate,
-                balance=self.balance,
-                iterations=self.iterations,
-                clip=self.clip,
+                self.rate,
+                self.balance,
+                self.iterations,
+                self.clip,
             )
         if self.mode == "whiten":
             due = usable & (count == 0)

@@ -11,6 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.eager import compiled_when_eager
+
 Covariance = Float[Array | np.ndarray, "*heads M M"]
 
 Square = Float[Array, "*heads M M"]
@@ -124,6 +126,7 @@ def inverse_root(matrix: Square) -> Square:
     return jnp.where(_norm(residual) <= _NEAR, inverse, jnp.nan)
 
 
+@compiled_when_eager
 def recompute(whitener: Square, target: Square, due: Flags) -> Square:
     """Recomputes R for the matrices that are due; if none is, nothing is computed."""
     due = per_matrix(due)
@@ -136,10 +139,10 @@ def recompute(whitener: Square, target: Square, due: Flags) -> Square:
     )
 
 
+@compiled_when_eager
 def online_update(
     whitener: Square,
     target: Square,
-    *,
     rate: ArrayLike,
     balance: ArrayLike,
     iterations: ArrayLike,
@@ -152,6 +155,8 @@ def online_update(
     diagonal = _eye(whitener) > 0
     rate = jnp.asarray(rate, jnp.float32)
     balance = jnp.asarray(balance, jnp.float32)
+    # A whole number may come as a float, which no loop counts to.
+    iterations = jnp.asarray(iterations).astype(jnp.int32)
 
     def step(_, whitener):
         moment = _matmul(_matmul(whitener, target), whitener.mT)

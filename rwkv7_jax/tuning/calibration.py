@@ -37,6 +37,9 @@ _MAX_POINTS = 4096
 _DISTANCE_POINTS = 512
 _DISTANCE_LANDMARKS = 64
 
+# Of a head's features, the least variance as a share of their mean square; less is rounding.
+_LEAST_VARIANCE = 1e-6
+
 
 class FeatureSettings(NamedTuple):
     """How features are made, without anything left open.
@@ -76,8 +79,7 @@ def resolve_features(
     """
     with prefix_errors("upscale"):
         check_choice(dynamics, DYNAMICS, "`dynamics`")
-        if widths is not None:
-            _check_widths(widths)
+        widths = () if widths is None else _check_widths(widths)
     replaces = MEMORY_FORMS[dynamics].replaces_wkv
     if not kind:
         kind = "gaussian_raw" if replaces else "gaussian"
@@ -86,7 +88,7 @@ def resolve_features(
     if not widths:
         # Features of very different widths only work together once they are centred and scaled.
         widths = (1.0,) if prepare == "none" else (1.0, 4.0, 16.0)
-    return FeatureSettings(kind, prepare, tuple(widths))
+    return FeatureSettings(kind, prepare, widths)
 
 
 def _kmeans(points: np.ndarray, centres: np.ndarray, rounds: int = 8) -> np.ndarray:
@@ -148,13 +150,16 @@ def _fit_head(
     return frequencies, rng.uniform(0, 2 * np.pi, size)
 
 
-def _check_widths(widths: Any) -> None:
+def _check_widths(widths: Any) -> tuple[float, ...]:
+    """Returns widths as a tuple: an array of several is neither true nor false."""
     if isinstance(widths, str) or not isinstance(widths, Iterable):
         raise TypeError(
             f"`widths` must be a tuple of numbers; got {type(widths).__name__}."
         )
+    widths = tuple(widths)
     for width in widths:
         check_number(width, 0, math.inf, "`widths`", above=True, bounds="positive")
+    return widths
 
 
 def calibrate(
@@ -184,7 +189,8 @@ def calibrate(
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: an unknown choice, a number out of its range, or reads that are not finite.
+        ValueError: an unknown choice, a number out of its range, reads that are not finite, or too
+            small a damping where the reads are too few to tell all features apart.
     """
     with prefix_errors("calibrate"):
         kind, prepare, widths = resolve_features(
@@ -287,14 +293,19 @@ def _prepare(
         covariances.append(covariance)
     mean = jnp.stack(means)
     covariance = jnp.stack(covariances)
-    # The mean variance of a head's features, with which both preparations end at 1.
-    scale = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None] / mean.shape[-1]
-    # Features that never vary stay zero and do not become NaN.
-    scale = jnp.maximum(scale, 1e-20)
+    # [L 1 H 1 1], of a head's features; both preparations end at a mean variance of 1.
+    size = mean.shape[-1]
+    variance = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None] / size
+    mean_square = variance + jnp.mean(jnp.square(mean), axis=-1)[..., None, None]
+    # Where nothing varies in `reads`, a variance of 1 would be enormous in other text.
+    varies = variance > _LEAST_VARIANCE * mean_square
+    scale = jnp.where(varies, variance, jnp.where(mean_square > 0, mean_square, 1.0))
+    turn = jnp.broadcast_to(jnp.eye(size, dtype=jnp.float32), covariance.shape)
     if prepare == "whiten":
-        turn = whitening(covariance, damping)
-    else:
-        turn = jnp.broadcast_to(
-            jnp.eye(mean.shape[-1], dtype=jnp.float32), covariance.shape
-        )
+        turn = jnp.where(varies, whitening(covariance, damping), turn)
+        if not np.isfinite(turn).all():
+            raise ValueError(
+                f"calibrate: `damping` must be larger where {reads.shape[1]} reads of a head do "
+                f"not tell {size} features apart; got {damping:g}."
+            )
     return features.replace(mean=mean, map=turn / jnp.sqrt(scale))

@@ -56,7 +56,9 @@ def rate_factors(
             )
         for factor in layer_rates:
             check_number(factor, 0, math.inf, "`layer_rates`")
-    of_layers = np.asarray(layer_rates or [1.0] * layers, np.float32)
+    # By its length: an array of several numbers is neither true nor false.
+    of_layers = np.asarray(layer_rates if len(layer_rates) else 1.0, np.float32)
+    of_layers = np.broadcast_to(of_layers, layers)
 
     def spread(leaf: Any, factor: float = 1.0) -> np.ndarray:
         return factor * of_layers.reshape(-1, *[1] * (leaf.ndim - 1))

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from rwkv7_jax.checks import check_number, prefix_errors
+from rwkv7_jax.checks import check_count, check_number, prefix_errors
 from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.stacked_step import (
     create_stack,
@@ -183,9 +183,11 @@ def find_rate(
         guess: as in `choose_rate`.
 
     Raises:
-        ValueError: no rates, or one that is not above 0.
+        ValueError: no rates, one that is not above 0, or no steps.
     """
     with prefix_errors("find_rate"):
+        check_count(steps, 1, "`steps`")
+        rates = tuple(rates)
         if not rates:
             raise ValueError("`rates` must hold a number; got none.")
         for rate in rates:

@@ -1,6 +1,7 @@
 """Statistics of how tuned memories are read: effective read vectors and their second moments."""
 
 import dataclasses
+import functools
 import typing
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from pallas_kernels import WKVInputs
+from pallas_kernels.eager import compiled_when_eager
 from rwkv7_jax.array_types import Params, SegmentIds
 from rwkv7_jax.checks import (
     check_choice,
@@ -96,10 +98,12 @@ def _read_vectors(
 def second_moment(
     psi: Float[Array, "B T H M"], weights: Float[Array, "B T"]
 ) -> Float[Array, "1 H M M"]:
-    """Averages psi psi^T per head over tokens, weighted by `weights`; not centred.
+    """Averages psi psi^T per head over tokens, weighted by the sizes of `weights`; not centred.
 
     The average over nothing, where all weights are 0, is 0; `decorrelate` passes over it.
     """
+    # A target of negative weight, as one with a reward below the mean, is read like any other.
+    weights = jnp.abs(weights)
     # Full precision: DBP inverts these matrices, and their small eigenvalues matter most.
     psi = psi.astype(jnp.float32)
     # Not centred: the constant part of psi conditions the tuning as any other direction does.
@@ -143,39 +147,60 @@ class _StateStatistics:
     ) -> RWKV7State:
         """Measures them in the trace of a batch."""
         del params  # How a memory is read is in the trace.
-        implementation = self.model.config.implementation
         trace = jax.tree.map(lambda array: array[:, : self.rows], trace)
         batch = Batch.of(batch, packed=True)
         # Of all rows, then cut: so they are shares of the batch.
         weights = loss_weights(batch)[: self.rows]
         batch = batch.select_rows(slice(self.rows))
-
-        def wkv_moments(layer):
-            parts, _ = layer
-            reads = initial_state_read_vectors(
-                parts,
-                implementation=implementation,
-                segment_ids=batch.segment_ids,
-                sequences=batch.sequences,
-            )
-            return second_moment(reads, weights)
-
-        def memory_moments(layer):
-            parts, upscaled = layer
-            reads = memory_read_vectors(upscaled, parts, implementation=implementation)
-            return second_moment(reads, weights)
-
-        # `lax.map` takes one layer at a time: the read vectors of all layers would need too much
-        # memory next to the model.
-        layers = (trace, state.upscaled)
+        found = _moments(
+            self.leaves,
+            self.model.config.implementation,
+            (trace, state.upscaled),
+            batch,
+            weights,
+        )
         moments = jax.tree.map(lambda _: None, state)
-        if "wkv" in self.leaves:
-            moments = moments.replace(wkv=jax.lax.map(wkv_moments, layers))
-        if "memory" in self.leaves:
-            memory = jax.lax.map(memory_moments, layers)
-            moments = moments.replace(upscaled=moments.upscaled.replace(memory=memory))
+        if "wkv" in found:
+            moments = moments.replace(wkv=found["wkv"])
+        if "memory" in found:
+            upscaled = moments.upscaled.replace(memory=found["memory"])
+            moments = moments.replace(upscaled=upscaled)
         # They shape the update and are no part of the loss.
         return jax.lax.stop_gradient(moments)
+
+
+@functools.partial(compiled_when_eager, static_argnums=(0, 1))
+def _moments(
+    leaves: tuple[str, ...],
+    implementation: str | None,
+    layers: tuple[dict[str, Array], Upscaled | None],
+    batch: Batch,
+    weights: Float[Array, "B T"],
+) -> dict[str, Array]:
+    """Computes the moments of the tuned memories that are read linearly, by their names."""
+
+    def of_wkv(layer):
+        reads = initial_state_read_vectors(
+            layer[0],
+            implementation=implementation,
+            segment_ids=batch.segment_ids,
+            sequences=batch.sequences,
+        )
+        return second_moment(reads, weights)
+
+    def of_memory(layer):
+        parts, upscaled = layer
+        reads = memory_read_vectors(upscaled, parts, implementation=implementation)
+        return second_moment(reads, weights)
+
+    # `lax.map` takes one layer at a time: the read vectors of all layers would need too much memory
+    # next to the model.
+    functions = {"wkv": of_wkv, "memory": of_memory}
+    return {
+        name: jax.lax.map(function, layers)
+        for name, function in functions.items()
+        if name in leaves
+    }
 
 
 def state_statistics(

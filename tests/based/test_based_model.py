@@ -166,6 +166,11 @@ def test_the_published_order_has_a_window_after_each_linear_attention():
     assert layers.count("conv") == 22
 
 
+def test_the_published_window_is_half_of_its_setting_and_the_token():
+    """FlashAttention's window (256 // 2, 0): from 128 tokens before the current one to itself."""
+    assert BasedConfig.published().window == len(range(-128, 0 + 1))
+
+
 def test_the_published_order_runs():
     config = BasedConfig.published(
         vocab_size=V, width=32, mlp_width=None, dtype="float32"

@@ -70,6 +70,13 @@ def test_iterations_are_steps_of_the_rule_with_one_covariance():
     assert np.max(np.abs(learn(c, count=1, iterations=1) - thrice)) > 1e-2
 
 
+@pytest.mark.parametrize("three", [3.0, np.float32(3), jnp.float32(3)])
+def test_a_whole_number_of_iterations_may_be_a_float(three):
+    c = covariance(0)
+    wanted = learn(c, count=1, iterations=3)
+    np.testing.assert_array_equal(learn(c, count=1, iterations=three), wanted)
+
+
 def test_one_step_of_the_online_rule_is_no_longer_than_the_clip():
     settings = {"iterations": 1, "normalise": False, "damping": 0.0}
     move = EYE - learn(100 * covariance(0), clip=0.5, **settings)

@@ -71,6 +71,33 @@ def test_more_features_than_distinct_reads_get_landmarks_of_their_own():
     assert len(np.unique(centres, axis=0)) == 16 and np.isfinite(centres).all()
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "fourier", "gaussian_raw"])
+@pytest.mark.parametrize("prepare", ["centre", "whiten"])
+@pytest.mark.parametrize("count", [1, 50])
+def test_a_head_whose_reads_never_vary_gets_features_of_their_own_size(
+    kind, prepare, count
+):
+    reads = noise((1, count, 2, N), 7)
+    # The second head varies where there is more than one vector.
+    reads = reads.at[:, :, 0].set(reads[:, :1, 0])
+    features = calibrate(reads, size=16, kind=kind, prepare=prepare)
+    layer = jax.tree.map(lambda x: x[0], features)
+    other = np.asarray(kernel_features(layer, noise((1, 100, 2, N), 8)))
+    assert np.abs(other[:, :, 0]).max() < 10
+    own = np.asarray(kernel_features(layer, reads))
+    assert np.abs(own[:, :, 0]).max() < 1e-5
+    if count > 1:
+        assert np.mean(own[:, :, 1] ** 2) == pytest.approx(1.0, rel=0.7)
+
+
+def test_too_small_a_damping_for_the_reads_is_refused():
+    reads = noise((1, 5, 2, N), 7)
+    sentence = "calibrate: `damping` must be larger where 5 reads of a head do not tell"
+    with pytest.raises(ValueError, match=sentence):
+        calibrate(reads, size=16, damping=0.0)
+    assert np.isfinite(calibrate(reads, size=16).map).all()
+
+
 @pytest.mark.parametrize(
     ("dynamics", "whiten", "given", "expected"),
     [
@@ -95,3 +122,9 @@ def test_settings_that_are_left_open_get_their_defaults_in_one_place(
     # Config files, and the records of old runs, spell an open setting "" or ().
     written = {"kind": "", "prepare": "", "widths": ()} | given
     assert resolve_features(dynamics, whiten=whiten, **written) == expected
+
+
+def test_widths_may_be_an_array(unchecked):
+    for given in (np.array([2.0, 3.0]), [2.0, 3.0]):
+        assert resolve_features("static", widths=given).widths == (2.0, 3.0)
+    assert resolve_features("static", widths=np.array([])).widths == (1.0, 4.0, 16.0)

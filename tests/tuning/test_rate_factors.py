@@ -50,6 +50,14 @@ def test_each_layer_and_leaf_moves_as_in_a_run_at_its_own_rate():
             )
 
 
+def test_factors_of_layers_may_be_an_array():
+    layers = [0.5] * LAYERS
+    wanted = rate_factors(STATE, layer_rates=layers)
+    for given in (np.array(layers), jnp.array(layers)):
+        found = rate_factors(STATE, layer_rates=given)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 def test_factors_of_one_change_nothing_bit_for_bit():
     factors = rate_factors(STATE, layer_rates=[1.0] * LAYERS)
     plain = moved(optax.adam(0.1), STATE)

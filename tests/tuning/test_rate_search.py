@@ -145,3 +145,18 @@ def test_rates_that_are_none_are_refused():
                 steps=1,
                 rates=rates,
             )
+
+
+def test_a_search_without_steps_is_refused():
+    start = {"x": jnp.zeros(3)}
+    sentence = "find_rate: `steps` must be at least 1; got 0"
+    with pytest.raises(ValueError, match=sentence):
+        find_rate(
+            square,
+            optax.sgd(1.0),
+            start,
+            batches(),
+            lambda _: 0.0,
+            steps=0,
+            rates=np.array([0.1, 0.3]),
+        )

@@ -18,6 +18,7 @@ from rwkv7_jax.training.train_step import TrainState, make_train_step
 from rwkv7_jax.tuning.read_statistics import (
     initial_state_read_vectors,
     memory_read_vectors,
+    second_moment,
     state_decorrelator,
     state_statistics,
 )
@@ -296,6 +297,15 @@ def test_statistics_are_the_second_moments_of_what_memories_are_read_with(
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+def test_targets_of_negative_weight_are_read_like_any_others():
+    """As those of rewards below the mean: a moment with negative eigenvalues has no whitener."""
+    psi = jax.random.normal(jax.random.key(0), (2, 5, 3, 4))
+    weights = jax.random.normal(jax.random.key(1), (2, 5))
+    signed = second_moment(psi, weights)
+    np.testing.assert_array_equal(signed, second_moment(psi, jnp.abs(weights)))
+    assert np.linalg.eigvalsh(np.asarray(signed)).min() > 0
 
 
 def test_tuning_a_memory_that_is_not_there_is_refused(shallow, batch):
