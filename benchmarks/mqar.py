@@ -200,8 +200,8 @@ class Trainer:
 
     AdamW with gradients clipped at a norm of 1, weight decay of 0.1 on leaves of two axes or more
     (of a memory also its phases and strengths), a warm-up over a tenth of the run and a cosine to a
-    fiftieth. Parameters have a leading axis of
-    rates, which read the same rows: models so small fill a GPU only together.
+    fiftieth. Parameters have a leading axis of rates, which read the same rows: models so small
+    fill a GPU only together.
     """
 
     def __init__(self, contestant: Contestant, setting: Setting):
