@@ -93,7 +93,7 @@ def bare(program: dict, settings: Settings) -> Mark:
     ):
         run = program["set_up"](settings, place)
     _, tx = run.mode.optimizer()
-    step = make_train_step(run.mode.loss, tx)
+    step = make_train_step(run.mode.loss, tx, donate=True)
     feed = InputPipeline(run.mode.batches(0, None))
     first = feed(0, run.mode.init_params)
     feed.close()

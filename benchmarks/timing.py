@@ -40,7 +40,7 @@ class RepeatedStep:
     metrics: Any = None
 
     def __init__(self, step: Callable, train: Any, batch: Any):
-        """Takes the step, the state before it, which is donated, and the batch."""
+        """Takes the step, the state before it, which may be donated, and the batch."""
         self._step = step
         self._train = train
         self._batch = batch

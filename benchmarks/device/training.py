@@ -89,11 +89,12 @@ def _make_step(sizes: Sizes, choice: Choice):
         # A copy: a step takes what it is given.
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), weights)
         loss = rwkv.pretrain_loss(model)
-        return rwkv.make_train_step(loss, tx), rwkv.TrainState.create(wide, tx)
+        step = rwkv.make_train_step(loss, tx, donate=True)
+        return step, rwkv.TrainState.create(wide, tx)
     if choice.trained == "state":
         loss = rwkv.state_loss(model, weights)
         train = rwkv.TrainState.create(rwkv.init_state(model.config), tx)
-        return rwkv.make_train_step(loss, tx), train
+        return rwkv.make_train_step(loss, tx, donate=True), train
     size = 2 * model.config.head_size if sizes.interpret else FEATURES
     start = rwkv.upscale(model, weights, _ids(sizes, 1), size=size)
     leaves = ("memory",)
@@ -107,7 +108,9 @@ def _make_step(sizes: Sizes, choice: Choice):
     )
     tx = decorrelator.wrap(tx)
     loss = rwkv.state_loss(model, weights, leaves=leaves)
-    step = rwkv.make_train_step(loss, tx, statistics=decorrelator.statistics)
+    step = rwkv.make_train_step(
+        loss, tx, statistics=decorrelator.statistics, donate=True
+    )
     return step, rwkv.TrainState.create(start, tx)
 
 

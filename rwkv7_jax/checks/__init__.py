@@ -4,7 +4,13 @@ A check knows the argument and not the function that the user called: its messag
 argument in backticks. The public function adds its own name, once, with `prefix_errors`.
 """
 
-from rwkv7_jax.checks.arrays import as_array, check_indices, is_known, is_traced
+from rwkv7_jax.checks.arrays import (
+    as_array,
+    check_indices,
+    check_not_donated,
+    is_known,
+    is_traced,
+)
 from rwkv7_jax.checks.errors import first_line, prefix_errors
 from rwkv7_jax.checks.models import check_model, check_params, leaf_at
 from rwkv7_jax.checks.tokens import (
@@ -36,6 +42,7 @@ __all__ = [
     "check_key",
     "check_lengths",
     "check_model",
+    "check_not_donated",
     "check_number",
     "check_params",
     "check_prompts",

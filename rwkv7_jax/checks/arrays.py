@@ -53,6 +53,25 @@ def as_array(value: Any, argument: str) -> Any:
     return array
 
 
+def check_not_donated(tree: Any, argument: str) -> None:
+    """Checks that the arrays of a tree are still there.
+
+    Args:
+        tree: of arrays, tracers or shapes.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        ValueError: the memory of an array was given away.
+    """
+    for leaf in jax.tree.leaves(tree):
+        is_concrete = isinstance(leaf, jax.Array) and not is_traced(leaf)
+        if is_concrete and leaf.is_deleted():
+            raise ValueError(
+                f"{argument} must hold arrays that are still there; they were donated to an "
+                "earlier call, as to a step of `make_train_step(..., donate=True)`, or deleted."
+            )
+
+
 def check_indices(indices: Any, count: int, argument: str) -> None:
     """Checks that integer indices lie inside an axis, counted from its end where negative.
 

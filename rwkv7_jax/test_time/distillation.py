@@ -110,7 +110,7 @@ def distill(
         loss: of `test_time.losses`; None is `distillation_loss(model, params)`.
         learning_rate: of Adam with b2 = 0.99.
         tx: another optimizer.
-        on_step: called with a step's numbers and the state, which the next update consumes.
+        on_step: called with a step's numbers and the state.
 
     Raises:
         ValueError: no traces, ids outside the vocabulary, or a trace longer than `length`.

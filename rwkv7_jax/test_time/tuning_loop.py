@@ -28,7 +28,6 @@ from rwkv7_jax.training.train_step import TrainState, make_train_step
 # One line of a history: metrics by name.
 Entry = dict[str, float | int]
 
-# Its state is a donated buffer after the next update; to keep it, copy it.
 OnStep = Callable[[Entry, RWKV7State], Any]
 
 
@@ -93,9 +92,9 @@ class TuningLoop:
         """Starts before the first update.
 
         Args:
-            step: `(train, batch) -> (train, metrics)`; consumes its input.
+            step: `(train, batch) -> (train, metrics)`.
             train: the training state of a start state.
-            on_step: called with every entry and the state, which the next update consumes.
+            on_step: called with every entry and the state.
         """
         self.history: list[Entry] = []
         self.budget = TokenBudget()
@@ -105,7 +104,7 @@ class TuningLoop:
 
     @property
     def state(self) -> RWKV7State:
-        """The current state; the next update consumes it."""
+        """The current state."""
         return self._train.params
 
     def run(
@@ -255,7 +254,7 @@ def start_tuning(
         tx: the optimizer. None is Adam with a short second-moment memory (b2 = 0.99), because a
             state takes large steps and few of them.
         learning_rate: of that Adam.
-        on_step: called with every entry and the state, which the next update consumes.
+        on_step: called with every entry and the state.
 
     Raises:
         TypeError: an argument of the wrong kind.

@@ -228,6 +228,7 @@ class TrainingMode(abc.ABC):
             statistics=self.decorrelator.statistics,
             accumulate=self.settings.optimizer.accumulate,
             mesh=mesh,
+            donate=True,
         )
 
     def new_progress(self) -> Progress:

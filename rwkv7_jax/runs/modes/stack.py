@@ -231,6 +231,7 @@ class StackMode(TrainingMode):
             accumulate=self.settings.optimizer.accumulate,
             at_once=self.at_once,
             mesh=mesh,
+            donate=True,
         )
 
     def new_progress(self) -> Progress:
