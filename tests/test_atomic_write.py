@@ -105,3 +105,18 @@ def test_an_error_of_what_is_read_meanwhile_stays_its_own(tmp_path, error):
     with pytest.raises(OSError) as caught, atomic_write(tmp_path / "x"):
         raise error
     assert caught.value is error
+
+
+def test_an_interrupt_between_making_and_opening_a_file_leaves_none(
+    tmp_path, monkeypatch
+):
+    create = os.open
+
+    def interrupted(*arguments):
+        os.close(create(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "file"):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -249,7 +249,9 @@ def test_an_engine_begins_once(engine):
     engine.start()
     assert engine._thread is thread
     for call in (engine.tick, engine.warm_up):
-        with pytest.raises(RuntimeError, match=r"^Engine: `tick` and .* before `start`"):
+        with pytest.raises(
+            RuntimeError, match=r"^Engine: `tick` and .* before `start`"
+        ):
             call()
     assert not engine.has_work
     engine.close()
