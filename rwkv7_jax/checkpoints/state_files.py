@@ -144,8 +144,7 @@ def save_state(
 
 def _check_writable(state: RWKV7State, path: Path, config: RWKV7Config | None) -> None:
     """Raises unless a state is one that the loader would take."""
-    if not isinstance(state, RWKV7State):
-        raise TypeError(f"`state` must be an RWKV7State; got {type(state).__name__}.")
+    check_instance(state, RWKV7State, "`state`")
     check_not_donated(state, "`state`")
     if np.ndim(state.wkv) != 5 or 0 in np.shape(state.wkv):
         raise ValueError(
