@@ -4,6 +4,7 @@ A name is loaded when it is first used: importing this package imports neither J
 """
 
 import importlib
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -136,5 +137,6 @@ if not TYPE_CHECKING:
 
 
 def __dir__() -> list[str]:
-    """Lists the public names too, loaded or not."""
-    return sorted({*globals(), *__all__})
+    """Lists the public names and the rooms too, loaded or not."""
+    rooms = [module.name for module in pkgutil.iter_modules(__path__) if module.ispkg]
+    return sorted({*globals(), *__all__, *rooms})

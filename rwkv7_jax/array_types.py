@@ -37,10 +37,12 @@ class _ArraySummary:
 
     def __init__(self, array: Any):
         """Describes an array by dtype and shape, and any other value by its own `repr`."""
-        self._text = repr(array)
-        if hasattr(array, "shape") and hasattr(array, "dtype"):
-            sizes = ",".join(map(str, array.shape))
-            self._text = f"{array.dtype}[{sizes}]"
+        if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+            self._text = repr(array)
+            return
+        # Its `repr` would bring the numbers from the device.
+        sizes = ",".join(map(str, array.shape))
+        self._text = f"{array.dtype}[{sizes}]"
 
     def __repr__(self) -> str:
         """Returns the description."""
@@ -50,10 +52,13 @@ class _ArraySummary:
 def describe_fields(self: Any) -> str:
     """Describes a dataclass of trees with dtypes and shapes in place of numbers.
 
-    For `__repr__`: the numbers of a state fill screens, and say nothing.
+    For `__repr__`: the numbers of a state fill screens, and say nothing. Fields with `repr=False`
+    are left out.
     """
     parts = []
     for field in dataclasses.fields(self):
+        if not field.repr:
+            continue
         tree = jax.tree.map(_ArraySummary, getattr(self, field.name))
         parts.append(f"{field.name}={tree!r}")
     return f"{type(self).__name__}({', '.join(parts)})"

@@ -24,15 +24,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     # In the same folder: `os.replace` is atomic only within one file system.
     partial = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
-        # Not `tempfile`, whose files are readable by their owner alone: the system applies the
-        # umask.
-        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except OSError as error:
-        # The hidden file's name would tell a user nothing.
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    try:
         # Closed before the replacement, so that everything is written by then.
-        with os.fdopen(handle, "wb") as file:
+        with _create(partial, path) as file:
             yield file
         if path.exists():
             # Who may read the file stays as it was.
@@ -68,3 +61,15 @@ def append_line(path: Path, line: str) -> None:
                 # A full disk cut the last one: glued to its rest, this one would be lost as well.
                 file.write(b"\n")
         file.write(f"{line}\n".encode())
+
+
+def _create(partial: Path, path: Path) -> BinaryIO:
+    """Opens a new file; an error names the one that it is to replace."""
+    try:
+        # Not `tempfile`, whose files are readable by their owner alone: the system applies the
+        # umask.
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except OSError as error:
+        # The hidden file's name would tell a user nothing.
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return os.fdopen(handle, "wb")

@@ -117,3 +117,18 @@ def test_a_line_is_one_of_its_own_also_where_the_last_was_cut(tmp_path, before, 
         path.write_text(before)
     append_line(path, "é")
     assert path.read_bytes().decode() == after
+
+
+def test_an_interrupt_between_making_and_opening_a_file_leaves_none(
+    tmp_path, monkeypatch
+):
+    create = os.open
+
+    def interrupted(*arguments):
+        os.close(create(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "file"):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -179,3 +179,12 @@ def test_the_first_line_of_any_error_is_one_short_line(error, line):
 
 def test_the_first_line_is_whole_where_no_limit_is_named():
     assert checks.first_line(ValueError(300 * "x"), limit=None) == 300 * "x"
+
+
+def test_an_object_of_a_class_that_was_loaded_again_is_refused_as_such():
+    first = type("State", (), {})
+    again = type("State", (), {})
+    message = message_of(TypeError, checks.check_instance, first(), again, "`state`")
+    assert message == (
+        "`state` must be a State; got one of a module that was loaded again since: restart Python."
+    )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from rwkv7_jax.array_types import describe_fields
 from rwkv7_jax.based.config import BasedConfig
 from rwkv7_jax.based.taylor import feature_count, wide_dtype
 from rwkv7_jax.checks import check_count, check_instance, prefix_errors
@@ -54,6 +55,7 @@ class BasedState:
     """The memory of a batch of sequences: one entry for each layer."""
 
     layers: tuple[Memory, ...]
+    __repr__ = describe_fields
 
     @property
     def batch(self) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import glob
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,16 @@ def replace_folder(
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)
-        shutil.rmtree(workspace, ignore_errors=True)
+        run_to_end(functools.partial(shutil.rmtree, workspace, ignore_errors=True))
+
+
+def run_to_end(function: Callable[[], None]) -> None:
+    """Calls a function in a thread of its own, so that Ctrl-C counts when it is done.
+
+    Signal handlers run in the main thread alone. A second Ctrl-C does not wait.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pool.submit(function).result()
 
 
 def restore_interrupted(path: Path) -> None:

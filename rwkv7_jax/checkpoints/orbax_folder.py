@@ -20,7 +20,11 @@ from jax.sharding import Mesh
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
-from rwkv7_jax.checkpoints.model_folder import read_json, replace_folder
+from rwkv7_jax.checkpoints.model_folder import (
+    read_json,
+    replace_folder,
+    run_to_end,
+)
 from rwkv7_jax.checkpoints.model_vocabulary import (
     CARD_FILE,
     ENTRY,
@@ -287,9 +291,9 @@ def save_orbax(
 
     def fill(folder: Path) -> None:
         folder.mkdir()
-        with import_orbax().StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder / _ARRAYS, jax.tree.map(jnp.asarray, params))
-            checkpointer.wait_until_finished()
+        arrays = jax.tree.map(jnp.asarray, params)
+        # Orbax's threads go on after an interrupt, and write to what is being removed.
+        run_to_end(functools.partial(_write_arrays, folder / _ARRAYS, arrays))
         card: dict[str, Any] = {
             "layout": _LAYOUT,
             "config": dataclasses.asdict(config),
@@ -308,6 +312,13 @@ def save_orbax(
 
     # Orbax refuses relative paths.
     replace_folder(path.absolute(), ORBAX_CONTENT, fill)
+
+
+def _write_arrays(folder: Path, arrays: Params) -> None:
+    """Writes a tree of arrays, completely when this returns."""
+    with import_orbax().StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, arrays)
+        checkpointer.wait_until_finished()
 
 
 def _sizes(folder: Path) -> dict[str, int]:

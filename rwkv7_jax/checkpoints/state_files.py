@@ -52,7 +52,12 @@ from rwkv7_jax.checkpoints.state_tensors import (
 )
 from rwkv7_jax.checkpoints.tensor_files import dump_safetensors, read_tensors
 from rwkv7_jax.checkpoints.tensor_names import LOGITS, UPSCALED, Tensor
-from rwkv7_jax.checks import as_array, check_instance, prefix_errors
+from rwkv7_jax.checks import (
+    as_array,
+    check_instance,
+    check_not_donated,
+    prefix_errors,
+)
 from rwkv7_jax.local_paths import check_target, existing_path, local_path
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.kernel_features import Features
@@ -139,8 +144,8 @@ def save_state(
 
 def _check_writable(state: RWKV7State, path: Path, config: RWKV7Config | None) -> None:
     """Raises unless a state is one that the loader would take."""
-    if not isinstance(state, RWKV7State):
-        raise TypeError(f"`state` must be an RWKV7State; got {type(state).__name__}.")
+    check_instance(state, RWKV7State, "`state`")
+    check_not_donated(state, "`state`")
     if np.ndim(state.wkv) != 5 or 0 in np.shape(state.wkv):
         raise ValueError(
             "`state` must have wkv of [layers, batch, heads, value, key], none of them 0; "

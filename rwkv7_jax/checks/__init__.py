@@ -7,6 +7,7 @@ argument in backticks. The public function adds its own name, once, with `prefix
 from rwkv7_jax.checks.arrays import (
     as_array,
     check_indices,
+    check_not_donated,
     check_placed,
     is_known,
     is_traced,
@@ -42,6 +43,7 @@ __all__ = [
     "check_key",
     "check_lengths",
     "check_model",
+    "check_not_donated",
     "check_number",
     "check_params",
     "check_placed",

@@ -90,6 +90,26 @@ def check_placed(arrays: Any, argument: str, mesh: Any = None) -> None:
     )
 
 
+def check_not_donated(tree: Any, argument: str) -> None:
+    """Checks that the arrays of a tree are still there.
+
+    Args:
+        tree: of arrays, tracers or shapes.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        ValueError: the memory of an array was given away.
+    """
+    for leaf in jax.tree.leaves(tree):
+        is_concrete = isinstance(leaf, jax.Array) and not is_traced(leaf)
+        if is_concrete and leaf.is_deleted():
+            raise ValueError(
+                f"{argument} must hold arrays that are still there; they were donated to an "
+                "earlier call, as to a step that `make_train_step` makes without `donate=False`, "
+                "or deleted."
+            )
+
+
 def check_indices(indices: Any, count: int, argument: str) -> None:
     """Checks that integer indices lie inside an axis, counted from its end where negative.
 

@@ -31,9 +31,10 @@ def check_instance(value: Any, kind: type, argument: str) -> None:
     if isinstance(value, kind):
         return
     article = "an" if kind.__name__[0] in "AEIOR" else "a"
-    raise TypeError(
-        f"{argument} must be {article} {kind.__name__}; got {type(value).__name__}."
-    )
+    came = type(value).__name__
+    if came == kind.__name__:
+        came = "one of a module that was loaded again since: restart Python"
+    raise TypeError(f"{argument} must be {article} {kind.__name__}; got {came}.")
 
 
 def check_number(

@@ -11,6 +11,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Float, Int
 
+from rwkv7_jax.array_types import describe_fields
 from rwkv7_jax.checks import as_array, prefix_errors
 
 # A batch is NumPy's on the host and JAX's on the device and under `jit`.
@@ -52,6 +53,7 @@ class Batch(Mapping[str, Any]):
     segments: Int[ArrayOfEither, "B K"] | None = None
     old_logp: Float[ArrayOfEither, "B T"] | None = None
     importance: Float[ArrayOfEither, "B T"] | None = None
+    __repr__ = describe_fields
 
     # `struct.dataclass` adds `replace` where type checkers cannot see it.
     if typing.TYPE_CHECKING:

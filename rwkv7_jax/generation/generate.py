@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
-from rwkv7_jax.array_types import Params
+from rwkv7_jax.array_types import Params, describe_fields
 from rwkv7_jax.checks import (
     as_array,
     check_count,
@@ -65,8 +65,9 @@ class Generation:
     texts: list[str] | None
     ended: list[Ending]
     stop_tokens: list[int | None]
-    drawn: list[list[int]]
-    logps: list[list[float]]
+    drawn: list[list[int]] = dataclasses.field(repr=False)
+    logps: list[list[float]] = dataclasses.field(repr=False)
+    __repr__ = describe_fields
 
 
 def generate(

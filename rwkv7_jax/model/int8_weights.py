@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int8
 
-from rwkv7_jax.array_types import Params
+from rwkv7_jax.array_types import Params, describe_fields
 
 # The name of this form of weights in settings and arguments.
 INT8 = "int8"
@@ -46,6 +46,7 @@ class Int8Matrix:
     values: Int8[Array, "... O I"]
     scale: Float[Array, "... O"]
     origin: str = struct.field(pytree_node=False, default="")
+    __repr__ = describe_fields
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from rwkv7_jax.array_types import Heads
+from rwkv7_jax.array_types import Heads, describe_fields
 from rwkv7_jax.model.remat import name_product
 
 KINDS = ("gaussian", "fourier", "gaussian_raw")
@@ -39,6 +39,7 @@ class Features:
     mean: Float[Array, "L B H M"]
     map: Float[Array, "L B H M M"] | None
     kind: str = struct.field(pytree_node=False, default="gaussian")
+    __repr__ = describe_fields
 
     # `struct.dataclass` adds this method at run time, where type checkers do not see it.
     if typing.TYPE_CHECKING:

@@ -24,6 +24,7 @@ from rwkv7_jax.checks import (
     check_count,
     check_indices,
     check_instance,
+    check_not_donated,
     is_traced,
     prefix_errors,
 )
@@ -122,12 +123,14 @@ def check_state(
 
 def _check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
     check_instance(state, RWKV7State, "`state`")
+    check_not_donated(state, "`state`")
     check_instance(config, RWKV7Config, "`config`")
     _check_batch(batch)
     shapes = _leaf_shapes(config, batch)
     for name, shape in shapes.items():
         leaf = getattr(state, name)
-        if not hasattr(leaf, "shape"):
+        # Tensors of PyTorch have dtypes of another kind.
+        if not isinstance(getattr(leaf, "dtype", None), np.dtype):
             raise TypeError(
                 f"`state.{name}` must be an array; got {type(leaf).__name__}."
             )
@@ -265,7 +268,8 @@ def check_whole_state(state: Any, argument: str) -> None:
         ("ffn_shift", "[L B D]"),
     ):
         leaf = getattr(state, field)
-        if not hasattr(leaf, "shape"):
+        # Tensors of PyTorch have dtypes of another kind.
+        if not isinstance(getattr(leaf, "dtype", None), np.dtype):
             raise TypeError(
                 f"`{name}.{field}` must be an array; got {type(leaf).__name__}."
             )

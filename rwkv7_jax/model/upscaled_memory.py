@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from pallas_kernels import WKVInputs
-from rwkv7_jax.array_types import Heads
+from rwkv7_jax.array_types import Heads, describe_fields
 from rwkv7_jax.model.kernel_features import (
     KINDS,
     Features,
@@ -244,6 +244,7 @@ class Upscaled:
     features: Features
     readout: Float[Array, "L B H Nv M"] | None = None
     dynamics: str = struct.field(pytree_node=False, default="static")
+    __repr__ = describe_fields
 
     if typing.TYPE_CHECKING:
 

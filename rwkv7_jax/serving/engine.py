@@ -5,7 +5,7 @@ how long the other requests wait, and decodes a block of tokens in every row. A 
 makes this simple: admitting a request writes one row, whose size does not grow with the text.
 """
 
-import dataclasses
+import atexit
 import logging
 import threading
 from collections import deque
@@ -24,7 +24,7 @@ from rwkv7_jax.checks import (
     first_line,
     prefix_errors,
 )
-from rwkv7_jax.generation.sampling import SamplingParams, exempt_ids, make_options
+from rwkv7_jax.generation.sampling import SamplingParams, make_options
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.serving.prefix_cache import PrefixCache
@@ -36,9 +36,9 @@ from rwkv7_jax.serving.requests import (
     TooBusy,
     UnknownState,
 )
-from rwkv7_jax.serving.slots import BLOCK, CHUNK, Slots
+from rwkv7_jax.serving.slots import BLOCK, CHUNK, Slots, free_options
 from rwkv7_jax.serving.start_states import Start, StartStates
-from rwkv7_jax.serving.ticket import OnEnd, OnPiece, Ticket
+from rwkv7_jax.serving.ticket import OnEnd, OnPiece, Reader, Ticket
 from rwkv7_jax.text.detokenizer import check_stop_strings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -115,13 +115,13 @@ class Engine:
         self.longest_prompt = longest_prompt
         self.longest_answer = longest_answer
         self.most_waiting = queue
-        self._free = _free_options(model, tokenizer)
+        self._free = free_options(model, tokenizer)
         nothing = self._start(None).state
         self._slots = Slots(model, params, nothing, slots=slots, free=self._free)
         self._cache = PrefixCache(cache_bytes)
         self._taken: list[Ticket | None] = [None] * slots
         # Those whose prompts are being read, of which each will get a row that is free now.
-        self._readers: list[_Reader] = []
+        self._readers: list[Reader] = []
         # Guards what other threads touch: the queue and whether the engine goes on.
         self._lock = threading.Condition()
         self._waiting: deque[Ticket] = deque()
@@ -255,9 +255,22 @@ class Engine:
         return len(self._waiting) + len(self._readers)
 
     def start(self) -> None:
-        """Begins the thread that answers."""
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        """Begins the thread that answers, if it has not begun; `close` ends it.
+
+        Raises:
+            Closed: the engine was closed.
+        """
+        with self._lock:
+            if self.is_closed:
+                raise Closed("the engine was closed; make another one.")
+            if self._thread is not None:
+                return
+            self._thread = threading.Thread(
+                target=self._run, name="engine", daemon=True
+            )
+            self._thread.start()
+        # A thread that still computes while the interpreter ends would abort the process.
+        atexit.register(self.close)
 
     def refuse_more(self) -> None:
         """Takes no more requests; those that are open go on."""
@@ -271,10 +284,16 @@ class Engine:
             self._lock.notify()
         if self._thread is not None:
             self._thread.join()
+            atexit.unregister(self.close)
         self._end_all("cancelled", None)
 
     def warm_up(self) -> None:
-        """Compiles every program that requests need, before the thread begins."""
+        """Compiles every program that requests need, before the thread begins.
+
+        Raises:
+            RuntimeError: the thread has begun.
+        """
+        self._check_no_thread()
         # The longest first: a longer prompt would find the shorter one in the cache.
         for width in sorted(self._slots.widths(), reverse=True):
             prompt = (0,) * min(width + 1, self.longest_prompt)
@@ -290,7 +309,7 @@ class Engine:
         try:
             while self._wait_for_work():
                 try:
-                    self.tick()
+                    self._tick()
                 except Exception as error:
                     _LOG.exception("the requests that are open fail")
                     reason = f"{type(error).__name__}: {first_line(error)}"
@@ -325,11 +344,22 @@ class Engine:
     def tick(self) -> bool:
         """Reads a chunk of every prompt that will get a row, and draws at most one block.
 
-        Only for a caller that has begun no thread.
-
         Returns:
             Whether there is more to do.
+
+        Raises:
+            RuntimeError: the engine's thread does it.
         """
+        self._check_no_thread()
+        return self._tick()
+
+    def _check_no_thread(self) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            raise RuntimeError(
+                "Engine: `tick` and `warm_up` must be called before `start`, whose thread ticks."
+            )
+
+    def _tick(self) -> bool:
         self._end_cancelled()
         self._begin_reading()
         for reader in tuple(self._readers):
@@ -359,9 +389,9 @@ class Engine:
         """Takes the oldest requests from the queue, one for each row that is free."""
         with self._lock:
             while self._waiting and len(self._readers) < self._taken.count(None):
-                self._readers.append(_Reader(self._waiting.popleft()))
+                self._readers.append(Reader(self._waiting.popleft()))
 
-    def _read_chunk(self, reader: "_Reader") -> None:
+    def _read_chunk(self, reader: Reader) -> None:
         """Reads a chunk of a prompt; after its last chunk the request gets a row."""
         ticket = reader.ticket
         if reader.state is None:
@@ -391,7 +421,7 @@ class Engine:
         self._taken[slot] = ticket
         self._readers.remove(reader)
 
-    def _begin_from_cache(self, reader: "_Reader") -> RWKV7State:
+    def _begin_from_cache(self, reader: Reader) -> RWKV7State:
         """Finds what reading begins from: the start state, or what the cache has after it."""
         ticket = reader.ticket
         match = self._cache.find(ticket.start.key, ticket.request.prompt[:-1])
@@ -448,34 +478,6 @@ class Engine:
         self._taken = [None] * len(self._taken)
         for ticket in tickets:
             ticket.end(ending, error)
-
-
-@dataclasses.dataclass(eq=False)
-class _Reader:
-    """A prompt that is being read.
-
-    Attributes:
-        ticket: whose prompt.
-        state: of one row; None before reading begins.
-        position: ids of the prompt that it has read.
-        fork: ids that it has in common with an earlier prompt; 0 where that is of no use.
-    """
-
-    ticket: Ticket
-    state: RWKV7State | None = None
-    position: int = 0
-    fork: int = 0
-
-
-def _free_options(model: RWKV7, tokenizer: Tokenizer) -> SamplingParams:
-    """Makes the options of a row that nobody has taken, whose masks are those of all rows."""
-    # Greedy, so that it costs no draws.
-    return make_options(
-        model.config.vocab_size,
-        temperature=0.0,
-        penalty_exempt=exempt_ids(tokenizer),
-        stop_ids=tokenizer.stop_ids,
-    )
 
 
 def _ignore(result: object) -> None:

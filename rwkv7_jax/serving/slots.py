@@ -33,6 +33,7 @@ from rwkv7_jax.model.state import RWKV7State, select
 from rwkv7_jax.model.unrolled import split_params
 from rwkv7_jax.serving.requests import MOST_ALTERNATIVES, TokenScore
 from rwkv7_jax.sharding import to_host
+from rwkv7_jax.text.tokenizer import Tokenizer
 
 # Tokens that a row draws between two looks of the host.
 BLOCK = 8
@@ -56,6 +57,17 @@ class Drawn(NamedTuple):
     stopped: bool
     broken: bool
     scores: list[TokenScore]
+
+
+def free_options(model: RWKV7, tokenizer: Tokenizer) -> sampling.SamplingParams:
+    """Makes the options of a row that nobody has taken, whose masks are those of all rows."""
+    # Greedy, so that it costs no draws.
+    return sampling.make_options(
+        model.config.vocab_size,
+        temperature=0.0,
+        penalty_exempt=sampling.exempt_ids(tokenizer),
+        stop_ids=tokenizer.stop_ids,
+    )
 
 
 class Slots:

@@ -1,10 +1,12 @@
 """A request in the engine: the host's side of its answer."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 
 from rwkv7_jax.generation.sampling import SamplingParams
 from rwkv7_jax.generation.streaming import RowText
+from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.serving.requests import Answer, Ending, Piece, Request, TokenScore
 from rwkv7_jax.serving.slots import Drawn
 from rwkv7_jax.serving.start_states import Start
@@ -121,3 +123,20 @@ class Ticket:
         except Exception:
             _LOG.warning("a receiver failed; its request is cancelled", exc_info=True)
             self.cancelled = True
+
+
+@dataclasses.dataclass(eq=False)
+class Reader:
+    """A prompt that is being read.
+
+    Attributes:
+        ticket: whose prompt.
+        state: of one row; None before reading begins.
+        position: ids of the prompt that it has read.
+        fork: ids that it has in common with an earlier prompt; 0 where that is of no use.
+    """
+
+    ticket: Ticket
+    state: RWKV7State | None = None
+    position: int = 0
+    fork: int = 0

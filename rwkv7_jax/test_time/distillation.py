@@ -113,7 +113,7 @@ def distill(
         learning_rate: of Adam with b2 = 0.99.
         tx: another optimizer.
         statistics: `state_statistics` where `tx` decorrelates, of the tuned leaves.
-        on_step: called with a step's numbers and the state, which the next update consumes.
+        on_step: called with a step's numbers and the state.
 
     Raises:
         ValueError: no traces, ids outside the vocabulary, or a trace longer than `length`.

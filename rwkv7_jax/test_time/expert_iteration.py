@@ -237,7 +237,7 @@ def expert_iteration(
         statistics: `state_statistics` where `tx` decorrelates, of the tuned leaves.
         held_out: prompts that no update sees.
         stop_reward: mean reward that is enough.
-        on_step: called with a round's numbers and the state, which the next update consumes.
+        on_step: called with a round's numbers and the state.
 
     Returns:
         A history of `step` (the round), `reward`, `kept` (so far, with `replay`), the last update's

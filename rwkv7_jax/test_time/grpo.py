@@ -272,7 +272,7 @@ def grpo(
         held_out: prompts that no update sees.
         evaluate_every: steps.
         stop_reward: mean reward that is enough.
-        on_step: called with a step's numbers and the state, which the next update consumes.
+        on_step: called with a step's numbers and the state.
 
     Returns:
         A history of `step`, `reward` and `updated` (0 or 1), with the update's metrics, and

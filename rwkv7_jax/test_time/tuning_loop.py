@@ -28,7 +28,6 @@ from rwkv7_jax.training.train_step import TrainState, make_train_step
 # One line of a history: metrics by name.
 Entry = dict[str, float | int]
 
-# Its state is a donated buffer after the next update; to keep it, copy it.
 OnStep = Callable[[Entry, RWKV7State], Any]
 
 
@@ -93,9 +92,9 @@ class TuningLoop:
         """Starts before the first update.
 
         Args:
-            step: `(train, batch) -> (train, metrics)`; consumes its input.
+            step: `(train, batch) -> (train, metrics)`.
             train: the training state of a start state.
-            on_step: called with every entry and the state, which the next update consumes.
+            on_step: called with every entry and the state.
         """
         self.history: list[Entry] = []
         self.budget = TokenBudget()
@@ -105,7 +104,7 @@ class TuningLoop:
 
     @property
     def state(self) -> RWKV7State:
-        """The current state; the next update consumes it."""
+        """The current state."""
         return self._train.params
 
     def run(
@@ -257,7 +256,7 @@ def start_tuning(
             state takes large steps and few of them.
         statistics: as of `make_train_step`.
         learning_rate: of that Adam.
-        on_step: called with every entry and the state, which the next update consumes.
+        on_step: called with every entry and the state.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -282,5 +281,6 @@ def start_tuning(
     # The optimizer is checked by both.
     with prefix_errors("start_tuning"):
         train = TrainState.create(start, tx)
-        step = make_train_step(loss, tx, statistics=statistics)
+        # A state is small, and whoever is told of a step may keep it.
+        step = make_train_step(loss, tx, statistics=statistics, donate=False)
     return TuningLoop(step, train, on_step)

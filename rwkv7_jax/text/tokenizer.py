@@ -87,6 +87,10 @@ class Tokenizer:
         self._first_byte = _id_of_first_byte(spelled)
         self._tables = _prefix_tables(self._ids) if self._first_byte is None else []
 
+    def __repr__(self) -> str:
+        """Returns the kind, the name and the number of ids."""
+        return f"{type(self).__name__}({self.name!r}, vocab_size={self.vocab_size})"
+
     @classmethod
     @functools.cache
     def world(cls) -> "Tokenizer":

@@ -184,6 +184,7 @@ def make_stacked_step(
     accumulate: int = 1,
     at_once: int | None = None,
     mesh: Mesh | None = None,
+    donate: bool = True,
 ) -> CheckedProgram:
     """Compiles `step(train, batch) -> (train, metrics)` for a stack; see `make_train_step`.
 
@@ -200,6 +201,7 @@ def make_stacked_step(
         at_once: sets that are computed at the same time, if memory is short; None for all.
         mesh: devices that share the sets; the arrays of `loss` and `statistics` are placed there,
             without one on the default device.
+        donate: as in `make_train_step`.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -222,7 +224,7 @@ def make_stacked_step(
     if mesh is not None:
         update = _on_each_device(update, mesh, rates.size)
 
-    @functools.partial(jax.jit, donate_argnums=3)
+    @functools.partial(jax.jit, donate_argnums=(3,) if donate else ())
     def step(
         loss: Partial,
         statistics: Partial | None,
@@ -244,6 +246,7 @@ def make_stacked_step(
         statistics,
         rates,
         caller="make_stacked_step",
+        trained="train",
         needs_shares=True,
     )
 

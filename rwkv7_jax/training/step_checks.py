@@ -14,6 +14,7 @@ from rwkv7_jax.checks import (
     check_count,
     check_function,
     check_instance,
+    check_not_donated,
     check_placed,
     prefix_errors,
 )
@@ -27,6 +28,7 @@ def check_parameters(params: Any) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError(f"`params` must hold an array; got {params!r}.")
+    check_not_donated(params, "`params`")
     for path, leaf in leaves:
         # Python's numbers become arrays; strings, functions and integers cannot be trained.
         kind = getattr(leaf, "dtype", type(leaf))
@@ -133,6 +135,7 @@ class CheckedProgram:
         func: jax.stages.Wrapped,
         *args: Any,
         caller: str,
+        trained: str,
         needs_shares: bool,
         mesh: Mesh | None = None,
     ):
@@ -142,34 +145,39 @@ class CheckedProgram:
             func: from `jax.jit`.
             *args: the frozen arguments; the first is the loss.
             caller: the public function's name, for messages.
+            trained: the name of a call's first argument, which holds the trainable parameters.
             needs_shares: whether a batch must tell how much each target counts.
             mesh: devices that share the program; None is that of `use_mesh`.
         """
         self.func = func
         self.args = args
         self._caller = caller
+        self._trained = trained
         self._needs_shares = needs_shares
         self._mesh = mesh
         # Shapes and dtypes of batches that were looked at.
         self._seen: set[Any] = set()
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Checks the batch, then runs the program."""
+        """Checks parameters and batch, then runs the program."""
         self._check(arguments, named)
         return self.func(*self.args, *arguments, **named)
 
     def lower(self, *arguments: Any, **named: Any) -> jax.stages.Lowered:
-        """Checks the batch, then lowers the program for these arguments without running it."""
+        """Checks parameters and batch, then lowers the program for these arguments."""
         self._check(arguments, named)
         return self.func.lower(*self.args, *arguments, **named)
 
     def trace(self, *arguments: Any, **named: Any) -> jax.stages.Traced:
-        """Checks the batch, then traces the program for these arguments without running it."""
+        """Checks parameters and batch, then traces the program for these arguments."""
         self._check(arguments, named)
         return self.func.trace(*self.args, *arguments, **named)
 
     def _check(self, arguments: tuple, named: Mapping[str, Any]) -> None:
-        """Raises unless the program can take a call's batch."""
+        """Raises unless the program can take a call's parameters and batch."""
+        trained = arguments[0] if arguments else named.get(self._trained)
+        with prefix_errors(self._caller):
+            check_not_donated(trained, f"`{self._trained}`")
         batch = arguments[1] if len(arguments) > 1 else named.get("batch")
         leaves = jax.tree.leaves(batch)
         described = tuple(

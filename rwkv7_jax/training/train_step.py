@@ -195,6 +195,7 @@ def make_train_step(
     statistics: Callable[[Any, Any], Any] | None = None,
     accumulate: int = 1,
     mesh: Mesh | None = None,
+    donate: bool = True,
 ) -> CheckedProgram:
     """Compiles `step(train, batch) -> (train, metrics)`; the old `train` must not be used again.
 
@@ -221,20 +222,23 @@ def make_train_step(
         accumulate: pieces into which a batch is cut; K pieces give the gradient of the full batch.
         mesh: devices that share the rows of `batch`; `train`, and the arrays of `loss` and
             `statistics`, lie on them as `sharding.place` puts them.
+        donate: whether the memory of the old `train` is reused for the new one, so that there is
+            one set of parameters and moments at a time. The old one is gone then, also where an
+            interrupt ends the call and there is no new one; False keeps it.
 
     Raises:
         TypeError: an argument of the wrong kind; from the step: an optimizer that needs more than
             gradients, parameters and the loss's value.
         ValueError: pieces below 1; from the step: a batch whose arrays do not fit each other or
-            whose ids are out of range, rows that `accumulate` does not divide, or a loss that
-            divides by the mask of a piece.
+            whose ids are out of range, rows that `accumulate` does not divide, a loss that divides
+            by the mask of a piece, or a `train` that was donated.
     """
     with prefix_errors("make_train_step"):
         loss, statistics = check_step_arguments(loss, tx, statistics, accumulate, mesh)
 
     share_pass = can_share_pass(loss, statistics, accumulate)
 
-    @functools.partial(jax.jit, donate_argnums=2)
+    @functools.partial(jax.jit, donate_argnums=(2,) if donate else ())
     def step(loss: Partial, statistics: Partial | None, train: TrainState, batch: Any):
         with use_mesh(mesh):
             moved = apply_update(
@@ -255,6 +259,7 @@ def make_train_step(
         loss,
         statistics,
         caller="make_train_step",
+        trained="train",
         needs_shares=True,
         mesh=mesh,
     )
@@ -283,5 +288,6 @@ def make_eval_step(loss: Loss) -> CheckedProgram:
         jax.jit(evaluate),
         loss,
         caller="make_eval_step",
+        trained="params",
         needs_shares=False,
     )

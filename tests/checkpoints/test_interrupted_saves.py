@@ -1,8 +1,10 @@
 """Saves that are killed at any moment leave the old or the new pair or folder, and it loads."""
 
+import _thread
 import dataclasses
 import os
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -272,3 +274,42 @@ def test_an_orbax_folder_that_does_not_read_back_never_replaces_a_good_one(
         patch.setattr(orbax_folder, "_restore", damaged)
         save_model(tmp_path / "m", random_params(seed=2), CONFIG)
     assert differing(load_model(tmp_path / "m")[0], old) == []
+
+
+def test_ctrl_c_counts_when_a_thread_is_done():
+    done = []
+
+    def work():
+        # By then the main thread waits.
+        time.sleep(0.2)
+        _thread.interrupt_main()
+        time.sleep(0.2)
+        done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        model_folder.run_to_end(work)
+    assert done
+
+
+def test_ctrl_c_in_an_orbax_save_leaves_nothing_beside_the_model(tmp_path, monkeypatch):
+    """Orbax's threads went on, and wrote to the folder that was being removed."""
+    path = tmp_path / "m"
+    params = random_params()
+    save_model(path, params, CONFIG)
+    checkpointer = orbax_folder.import_orbax().StandardCheckpointer
+    save = checkpointer.save
+
+    def interrupted(*arguments, **named):
+        save(*arguments, **named)
+        _thread.interrupt_main()
+        # Where this is the main thread, the interrupt is raised here.
+        time.sleep(0.1)
+
+    monkeypatch.setattr(checkpointer, "save", interrupted)
+    for _ in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            save_model(path, params, CONFIG)
+    time.sleep(0.5)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
+    loaded, _ = load_model(path)
+    assert differing(loaded, params) == []

@@ -299,6 +299,19 @@ def test_a_state_is_shown_by_its_shapes():
     assert "wkv='a'" in repr(jax.tree.map(lambda _: "a", state))
 
 
+def test_an_array_of_another_library_is_refused_as_such():
+    class Tensor:
+        """What tells PyTorch's tensors apart: its dtypes are its own."""
+
+        def __init__(self, array):
+            self.shape = array.shape
+            self.dtype = "torch.float32"
+
+    state = jax.tree.map(Tensor, init_state(CONFIG))
+    message = message_of(state, TypeError)
+    assert message == "check_state: `state.att_shift` must be an array; got Tensor."
+
+
 def test_an_unknown_form_or_kind_is_named_with_those_that_exist():
     message = message_of(with_upscaled("static", dynamics="still"), ValueError)
     assert f"must be one of {', '.join(DYNAMICS)}; got 'still'." in message

@@ -1,8 +1,13 @@
 """Laws of the engine: an answer is that of `generate` alone, whoever else is served."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
+import engine_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,6 +240,52 @@ def test_an_engine_that_cannot_go_on_ends_all_requests(engine, monkeypatch):
     assert engine.is_closed and isinstance(engine.failure, IndexError)
     with pytest.raises(Closed):
         ask(engine, Request((65,)))
+
+
+def test_an_engine_begins_once(engine):
+    """Two threads would take the rows from each other."""
+    engine.start()
+    thread = engine._thread
+    engine.start()
+    assert engine._thread is thread
+    for call in (engine.tick, engine.warm_up):
+        with pytest.raises(
+            RuntimeError, match=r"^Engine: `tick` and .* before `start`"
+        ):
+            call()
+    assert not engine.has_work
+    engine.close()
+    with pytest.raises(Closed, match="make another one"):
+        engine.start()
+
+
+def test_an_engine_that_was_not_closed_ends_with_its_process(tmp_path):
+    """As a script or a notebook does that is over while requests decode."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import threading\n"
+        "import engine_cases as cases\n"
+        "from tiny_models import lively\n"
+        "from rwkv7_jax.serving import Engine, Request\n"
+        "engine = Engine(cases.MODEL, lively(cases.CONFIG), cases.BYTES, {}, slots=1)\n"
+        "engine.start()\n"
+        "begun = threading.Event()\n"
+        "request = Request((65,), tokens=8000, temperature=1.0)\n"
+        "engine.submit(\n"
+        "    request, on_piece=lambda _: begun.set(), on_end=lambda end: print(end.ended)\n"
+        ")\n"
+        "assert begun.wait(120)\n"
+    )
+    support = Path(engine_cases.__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{support.parent.parent}:{support}"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (0, "cancelled\n"), done.stderr
 
 
 def test_threads_are_answered_and_what_is_open_at_the_end_is_cancelled(params, engine):
