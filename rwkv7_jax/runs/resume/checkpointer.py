@@ -28,7 +28,7 @@ from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.checks import first_line
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, warn
-from rwkv7_jax.runs.process_group import ProcessGroup, SingleProcess
+from rwkv7_jax.runs.process_group import ProcessGroup
 from rwkv7_jax.runs.resume import step_directories
 from rwkv7_jax.runs.resume.backup import Backup
 from rwkv7_jax.runs.resume.checkpoint_record import (
@@ -116,7 +116,7 @@ class Checkpointer(CheckpointStore):
         self._job: SaveJob | None = None
         self._orbax: Any = None
         self._failures = 0
-        self._group = group or SingleProcess()
+        self._group = group or ProcessGroup()
         if self._group.is_primary:
             self._clean()
 
