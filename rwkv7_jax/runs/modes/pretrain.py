@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import save_model
-from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.runs.modes.dataset import DatasetMode
@@ -49,7 +48,6 @@ class PretrainMode(DatasetMode):
             **dataclasses.asdict(settings.decorrelation),
         )
         self.open_data()
-        self._held_out = self.prediction_evaluator("held_out")
 
     def _load(self) -> tuple[RWKV7, Params]:
         settings = self.settings
@@ -78,14 +76,6 @@ class PretrainMode(DatasetMode):
     def start_state(self, params: Params) -> RWKV7State:
         """Returns a state of zeros."""
         return init_state(self.model.config)
-
-    def held_out_names(self) -> tuple[str, ...]:
-        """Names the metric of the held-out rows."""
-        return (self._held_out.metric_name,)
-
-    def held_out_metrics(self, params: Params) -> Metrics:
-        """Measures how well the held-out rows are predicted."""
-        return self._held_out(params, self.start_state(params))
 
     def save(self, folder: Path, params: Params) -> Path:
         """Writes the model and returns the file's path."""

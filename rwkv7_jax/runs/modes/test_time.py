@@ -82,7 +82,6 @@ class ContextMode(DatasetMode, SingleStateMode):
         )
         self.decorrelator = self.with_own_rates(self.decorrelator)
         self.open_data()
-        self._held_out = self.prediction_evaluator("held_out")
 
     def _read_prompt(self, path: str) -> RWKV7State:
         if sharding.is_abstract(self.frozen):
@@ -97,14 +96,6 @@ class ContextMode(DatasetMode, SingleStateMode):
             "context": digest_of(self._context, None),
             **content_digests({"context": self._context}),
         }
-
-    def held_out_names(self) -> tuple[str, ...]:
-        """Names the metric of the held-out rows."""
-        return (self._held_out.metric_name,)
-
-    def held_out_metrics(self, params: RWKV7State) -> Metrics:
-        """Measures how well the held-out rows are predicted from the tuned state."""
-        return self._held_out(self.frozen, params)
 
 
 class TestTimeMode(SingleStateMode):
