@@ -236,7 +236,7 @@ def _write_result(
 
     def save() -> str:
         try:
-            return str(mode.save_without(without, folder.path, params))
+            return str(mode.save(folder.path, params, without=without))
         except OSError as error:
             raise DiskError(f"the result cannot be written: {error}.") from None
 

@@ -1,6 +1,6 @@
 """The mode that trains an observer of a frozen teacher."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -174,7 +174,9 @@ class ObserverMode(DatasetMode):
             metrics[log_name(subject, "nats")] = Metric.of(answers.nats, "nats")
         return metrics
 
-    def save(self, folder: Path, params: Params) -> Path:
+    def save(
+        self, folder: Path, params: Params, *, without: Sequence[str] = ()
+    ) -> Path:
         """Writes the observer and returns the path of its folder."""
         path = folder / "observer"
         info = {"base_model": model_hash(self.frozen, self.model.config)}

@@ -1,6 +1,7 @@
 """The mode that trains all weights."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -77,7 +78,9 @@ class PretrainMode(DatasetMode):
         """Returns a state of zeros."""
         return init_state(self.model.config)
 
-    def save(self, folder: Path, params: Params) -> Path:
+    def save(
+        self, folder: Path, params: Params, *, without: Sequence[str] = ()
+    ) -> Path:
         """Writes the model and returns the file's path."""
         path = folder / "model.pth"
         save_model(path, params, self.model.config, allow_nan=self.settings.allow_nan)
