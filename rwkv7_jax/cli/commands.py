@@ -6,7 +6,6 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -51,7 +50,7 @@ from rwkv7_jax.runs.exit_codes import (
     Stopped,
     exit_code,
 )
-from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
+from rwkv7_jax.runs.monitoring.progress_bar import byte_progress
 from rwkv7_jax.runs.process import (
     StopSignals,
     escape_unencodable,
@@ -86,14 +85,15 @@ def _convert(options: argparse.Namespace) -> str:
     _, kind = check_model_target(options.target, format=options.format)
     if options.vocabulary is not None:
         load_vocabulary(options.vocabulary, argument=_VOCABULARY)
-    params, config = load_model(
-        options.source,
-        dtype=options.dtype,
-        allow_nan=options.allow_nan,
-        # Damage that is passed on has digests that agree.
-        verify=True,
-        progress=_progress("reading"),
-    )
+    with byte_progress("reading") as progress:
+        params, config = load_model(
+            options.source,
+            dtype=options.dtype,
+            allow_nan=options.allow_nan,
+            # Damage that is passed on has digests that agree.
+            verify=True,
+            progress=progress,
+        )
     # Before anything is written: source and target may be one file.
     state = None
     state_path = _state_place(Path(options.target))
@@ -101,15 +101,16 @@ def _convert(options: argparse.Namespace) -> str:
         state = load_state(options.source, config=config)
         _refuse_replacing(state_path, options.source)
     tokenizer = _vocabulary_of(options, kind, config)
-    save_model(
-        options.target,
-        params,
-        config,
-        format=options.format,
-        tokenizer=tokenizer,
-        allow_nan=options.allow_nan,
-        progress=_progress("writing"),
-    )
+    with byte_progress("writing") as progress:
+        save_model(
+            options.target,
+            params,
+            config,
+            format=options.format,
+            tokenizer=tokenizer,
+            allow_nan=options.allow_nan,
+            progress=progress,
+        )
     lines = [f"{options.target}: {_sizes(config)}"]
     if options.vocabulary is not None and kind in _WITHOUT_VOCABULARY:
         lines.append(
@@ -160,22 +161,6 @@ def _refuse_replacing(state_path: Path, source: str) -> None:
                 f"convert: `{file}` must not be there, because the tuned state in `{source}` goes "
                 "to that place; move it away, or name another target."
             )
-
-
-def _progress(label: str) -> Callable[[int, int], None]:
-    """Returns a function that draws a bar, from its first call on: only that call has the total."""
-    bar: ProgressBar | None = None
-
-    def report(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = ProgressBar(total, label)
-        bar.update(done, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
-        # A reader that raises leaves the bar open, and the error follows on its own line.
-        if done == total:
-            bar.close()
-
-    return report
 
 
 def _memory(params: Params) -> str:

@@ -1,5 +1,6 @@
 """The mode that tunes a state by rewards, by a larger model's traces or by a prompt."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -380,21 +381,20 @@ class TestTimeMode(SingleStateMode):
             # Two completions agree where they give the same answer, in whatever words.
             vote = (self._questions.given_answer, settings.vote_margin)
         self.folder.mkdir(parents=True, exist_ok=True)
-        bar = ProgressBar(settings.traces, "teacher")
-        traces, budget = collect_traces(
-            teacher,
-            self._questions.prompts(0, settings.traces),
-            key=jax.random.key(self.settings.seed),
-            template=_teacher_template(settings, self.tokenizer),
-            verify=self._reward if settings.keep == "verified" else None,
-            vote=vote,
-            source=guide,
-            cache=self.folder / "traces.jsonl",
-            teacher_hash=model_hash(params, config),
-            at_once=settings.at_once,
-            on_progress=lambda done, total: bar.update(done, "prompts"),
-        )
-        bar.close()
+        with contextlib.closing(ProgressBar(settings.traces, "teacher")) as bar:
+            traces, budget = collect_traces(
+                teacher,
+                self._questions.prompts(0, settings.traces),
+                key=jax.random.key(self.settings.seed),
+                template=_teacher_template(settings, self.tokenizer),
+                verify=self._reward if settings.keep == "verified" else None,
+                vote=vote,
+                source=guide,
+                cache=self.folder / "traces.jsonl",
+                teacher_hash=model_hash(params, config),
+                at_once=settings.at_once,
+                on_progress=lambda done, total: bar.update(done, "prompts"),
+            )
         of_each = f" x {chains}" if chains > 1 else ""
         print(
             f"teacher   kept {len(traces)} traces of {settings.traces} prompts{of_each}; {budget}"
