@@ -60,7 +60,7 @@ from rwkv7_jax.runs.process import (
 )
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.text.vocabularies import load_vocabulary
-from rwkv7_jax.training.costs import parameter_count
+from rwkv7_jax.training.costs import parameter_count, tree_bytes
 
 # Files of which a run's folder has at least one.
 _FILES_OF_RUNS = ("metrics.jsonl", "settings.json", "events.jsonl")
@@ -168,8 +168,7 @@ def _memory(params: Params) -> str:
     in_int8 = jax.eval_shape(quantize, params)
     sizes = []
     for tree in (params, in_int8):
-        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        sizes.append(f"{held / 2**20:,.1f} MiB")
+        sizes.append(f"{tree_bytes(tree) / 2**20:,.1f} MiB")
     return f"{sizes[0]} of weights, {sizes[1]} with int8 ones"
 
 
