@@ -126,12 +126,12 @@ def train_steps(
                 if batch is None:
                     # Nothing to learn from: an update would only carry on with old momentum.
                     state = dataclasses.replace(state, step=state.step + 1)
-                    stop.updated()
+                    stop.has_unsaved_updates = True
                     log.log_step(step, {"updated": 0.0, **batches.metrics}, None)
                 else:
                     state, metrics = update(state, batch.device)
                     # Not before: a signal while the first step compiles has nothing to wait for.
-                    stop.updated()
+                    stop.has_unsaved_updates = True
                     log.log_step(step, metrics, batch.host)
             profile.after(step, state)
             folder.checkpoints.poll()
