@@ -74,11 +74,6 @@ _VOCABULARY = "convert: `--vocabulary`"
 _WITHOUT_VOCABULARY = ("pth", "safetensors", "st")
 
 
-def _exit_code(error: Exception) -> int | None:
-    """Returns the exit code of an error; None for a bug, which should show its traceback."""
-    return 2 if isinstance(error, _USER_ERRORS) else exit_code(error)
-
-
 def _convert(options: argparse.Namespace) -> str:
     """Reads a checkpoint and writes it in another format."""
     # Before the source is read, which may take minutes.
@@ -193,18 +188,13 @@ def _tensor_row(name: str, array: np.ndarray) -> str:
 def _inspect(options: argparse.Namespace) -> str:
     """Makes a table of the tensors in a file, or compares the file with its digests."""
     if options.verify:
-        return _verify(options.path)
+        compared = verify(options.path)
+        if not compared:
+            return f"{options.path} can be read, but carries no digest to compare with"
+        return "\n".join(compared)
     head = f"{'tensor':<38}{'shape':>18}  {'dtype':<10}{'rms':>12}{'max':>12}"
     rows = _state_rows if options.state else _model_rows
     return "\n".join([head, *rows(options.path)])
-
-
-def _verify(file: str) -> str:
-    """Says what agrees with its checksum or digest; what does not agree is an error."""
-    compared = verify(file)
-    if not compared:
-        return f"{file} can be read, but carries no digest to compare with"
-    return "\n".join(compared)
 
 
 def _state_rows(file: str) -> list[str]:
@@ -360,7 +350,8 @@ def _run(words: list[str], *, caches: bool = False) -> int:
         # As shells count a process that SIGINT ended.
         return 130
     except Exception as error:
-        code = _exit_code(error)
+        code = 2 if isinstance(error, _USER_ERRORS) else exit_code(error)
+        # A bug, which should show its traceback.
         if code is None:
             raise
         # A reader that has gone, or a full disk, must not change the code.

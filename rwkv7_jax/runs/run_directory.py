@@ -324,7 +324,8 @@ class OwnedRunDirectory(RunDirectory):
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Writes the numbers of a step to the metrics files."""
         seconds = round(time.monotonic() - self._began, 3)
-        self._try(JSONL, self._metrics.write, step, {"seconds": seconds, **numbers})
+        row = {"seconds": seconds, **numbers}
+        self._try(JSONL, lambda: self._metrics.write(step, row))
 
     def note_event(self, step: int, event: str, detail: str = "") -> None:
         """Notes what happened at a step: start, resume, skipped, stopped or finished."""
@@ -348,12 +349,16 @@ class OwnedRunDirectory(RunDirectory):
         self.note_event(step, "skipped", detail)
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        self._try(name, _append_line, self.path / name, json.dumps(row) + "\n")
+        def write() -> None:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
-    def _try(self, name: str, write: Callable[..., None], *arguments: Any) -> None:
+        self._try(name, write)
+
+    def _try(self, name: str, write: Callable[[], None]) -> None:
         """Calls `write`; warns once about a full disk, which must not end a run for a log line."""
         try:
-            write(*arguments)
+            write()
         # `atomic_write` says ValueError where the folder has been deleted.
         except (OSError, ValueError) as error:
             if not self._warned:
@@ -406,8 +411,3 @@ def _retention(values: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _append_line(path: Path, line: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)

@@ -74,8 +74,11 @@ class ContextMode(DatasetMode, SingleStateMode):
                 "`config.test_time.context` must name the file that becomes a state."
             )
         self._context = context
-        with prefix_errors("config.test_time.context"):
-            prompt = self._read_prompt(context)
+        if sharding.is_abstract(self.frozen):
+            prompt = jax.eval_shape(lambda: init_state(self.model.config))
+        else:
+            with prefix_errors("config.test_time.context"):
+                prompt = read_prompt(context, self.model, self.frozen, self.tokenizer)
         self.make_initial()
         # The state after the prompt: the loss compares with the model that starts from it.
         self.loss = context_distillation(
@@ -83,11 +86,6 @@ class ContextMode(DatasetMode, SingleStateMode):
         )
         self.decorrelator = self.with_own_rates(self.decorrelator)
         self.open_data()
-
-    def _read_prompt(self, path: str) -> RWKV7State:
-        if sharding.is_abstract(self.frozen):
-            return jax.eval_shape(lambda: init_state(self.model.config))
-        return read_prompt(path, self.model, self.frozen, self.tokenizer)
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the data and the prompt."""
@@ -138,7 +136,13 @@ class TestTimeMode(SingleStateMode):
     def _open_questions(self) -> None:
         """Opens the questions and what makes batches of their answers."""
         settings = self.settings
-        self._share = self._share_of_prompts()
+        processes = group_of_run()
+        self._share = PromptShare(
+            index=jax.process_index(),
+            count=processes.size,
+            drawn_together=sharding.is_shared(self.mesh),
+            gather=processes.allgather_results,
+        )
         verifier = settings.test_time.verifier
         is_own = verifier not in VERIFIERS
         self._questions = QuestionSet(
@@ -150,38 +154,20 @@ class TestTimeMode(SingleStateMode):
             evaluation=settings.data.evaluation,
         )
         self._reward = find_verifier(verifier) if is_own else self._questions.reward
-        if not is_own and self._learns_from_rewards:
-            self._require_answers()
+        learns_from_rewards = (
+            settings.test_time.method != "distil"
+            or settings.test_time.keep == "verified"
+        )
+        if learns_from_rewards and not (is_own or self._questions.can_be_answered):
+            raise ValueError(
+                f"`config.test_time.verifier` {verifier!r} must find the answer of a question of "
+                f"`{settings.data.path}`; it finds none, and no completion could earn a reward."
+            )
         self._held_out = self._questions.prompts(
             0, settings.evaluation.windows, held_out=True
         )
         # "distil" lets the teacher answer here, which takes long: before the first step, not in it.
         self._source = self._make_source()
-
-    @property
-    def _learns_from_rewards(self) -> bool:
-        """Whether a completion must earn something to be learnt from."""
-        settings = self.settings.test_time
-        return settings.method != "distil" or settings.keep == "verified"
-
-    def _require_answers(self) -> None:
-        """Raises unless a completion could earn a reward."""
-        if not self._questions.can_be_answered:
-            raise ValueError(
-                f"`config.test_time.verifier` {self.settings.test_time.verifier!r} must find the "
-                f"answer of a question of `{self.settings.data.path}`; it finds none, and no "
-                "completion could earn a reward."
-            )
-
-    def _share_of_prompts(self) -> PromptShare:
-        """Divides prompts among the processes of the run."""
-        group = group_of_run()
-        return PromptShare(
-            index=jax.process_index(),
-            count=group.size,
-            drawn_together=sharding.is_shared(self.mesh),
-            gather=group.allgather_results,
-        )
 
     @property
     def tokens_per_step(self) -> int | None:
@@ -196,7 +182,9 @@ class TestTimeMode(SingleStateMode):
         Raises:
             ValueError: rows or prompts that the processes do not divide evenly.
         """
-        if self.settings.test_time.method == "distil" or self._draws_all_rows:
+        # All rows are known here, in a single process or because all of them draw every row.
+        draws_all = self._share.count == 1 or self._share.drawn_together
+        if self.settings.test_time.method == "distil" or draws_all:
             return DrawnBatches(self._source, mesh)
         prompts = self.settings.test_time.prompts
         group = self.settings.test_time.group
@@ -210,11 +198,6 @@ class TestTimeMode(SingleStateMode):
                 f"{group} rows."
             )
         return DrawnBatches(self._source, mesh, rows=rows)
-
-    @property
-    def _draws_all_rows(self) -> bool:
-        """Whether the completions of all rows are known here: in one process, or to all of them."""
-        return self._share.count == 1 or self._share.drawn_together
 
     def example_batch(self) -> Batch:
         """Returns a batch of zeros, of rows as long as `config.data.length` says."""

@@ -279,8 +279,8 @@ class Checkpointer(CheckpointStore):
             reason = first_line(job.error, limit=None)
         # The others only know that they waited in vain for the one that failed.
         waited = isinstance(job.error, TimeoutError) or "DEADLINE_EXCEEDED" in reason
-        failures = [tuple(one) for one in self._group.allgather((waited, reason))]
-        return min(filter(_has_reason, failures), default=(False, ""))[1]
+        failures = self._group.allgather((waited, reason))
+        return min((one for one in failures if one[1]), default=(False, ""))[1]
 
     def _give_up(self, job: SaveJob, reason: str) -> None:
         """Cleans up after a failed save and prints why it failed."""
@@ -449,10 +449,6 @@ class Checkpointer(CheckpointStore):
 
     def _acts_for_others(self) -> bool:
         return jax.process_count() > self._group.size
-
-
-def _has_reason(failure: tuple[bool, str]) -> bool:
-    return bool(failure[1])
 
 
 def _shortened(reason: str) -> str:
