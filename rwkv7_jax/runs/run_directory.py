@@ -92,18 +92,17 @@ class RunDirectory:
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
     ) -> tuple[TrainState, Progress]:
-        """Restores the newest intact checkpoint, or makes the first state where there is none.
+        """Restores a checkpoint, as `CheckpointStore.restore`, and cuts the logs back to it."""
+        train, progress = self.checkpoints.restore(abstract, identity, init)
+        self.resume_at(int(train.step))
+        return train, progress
+
+    def resume_at(self, step: int) -> None:
+        """Cuts the logs back to a step, from which the run goes on.
 
         Args:
-            abstract: shapes and dtypes of the state.
-            identity: of the run, from `identity_of`.
-            init: makes the state of a new run; called only where there is nothing to restore.
-
-        Raises:
-            NoValidCheckpoint: there are checkpoints, or have been, and all are damaged.
-            ValueError: the checkpoints are of another run.
+            step: the restored one; 0 starts anew.
         """
-        return self.checkpoints.restore(abstract, identity, init)
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Writes the numbers of a step to the metrics files."""
@@ -279,20 +278,8 @@ class OwnedRunDirectory(RunDirectory):
         """Lets the checkpointer act with the others; see `RunDirectory.share_checkpoints`."""
         self.checkpoints.share_with(self._group_that_shares())
 
-    def restore(
-        self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
-    ) -> tuple[TrainState, Progress]:
-        """Restores a checkpoint and cuts the logs back to it; see `RunDirectory.restore`."""
-        train, progress = super().restore(abstract, identity, init)
-        self.resume_at(int(train.step))
-        return train, progress
-
     def resume_at(self, step: int) -> None:
-        """Cuts the logs back to a step, from which the run goes on.
-
-        Args:
-            step: the restored one; 0 starts anew.
-        """
+        """Cuts the logs back to a step; see `RunDirectory.resume_at`."""
         # Events are a diary: unlike metrics and samples they are never cut back.
         self.note_event(step, "resume" if step else "start")
         # A run without a checkpoint repeats step 0, too.

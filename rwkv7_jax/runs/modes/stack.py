@@ -137,11 +137,11 @@ class StackMode(TrainingMode):
                 raise ValueError(f"`config.tuning.states.{name}`: {error}") from None
             base = LoadedModel(member.model, member.frozen)
             self.members[name] = member
-        self.adopt(self.members)
+        self.adopt()
 
-    def adopt(self, members: Mapping[str, StateTuningMode]) -> None:
+    def adopt(self) -> None:
         """Takes what all members share from the first of them."""
-        first = next(iter(members.values()))
+        first = next(iter(self.members.values()))
         self.model = first.model
         self.frozen = first.frozen
         self.tokenizer = first.tokenizer
