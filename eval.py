@@ -75,7 +75,10 @@ def evaluate(settings: Settings) -> None:
         # All is opened before anything is measured: a slip in a name should not cost an hour.
         tasks = None
         if settings.tasks:
-            tasks = open_tasks(settings, folder)
+            # The package takes seconds to import, and many have it not.
+            from rwkv7_jax.evaluation.harness_tasks import load_tasks
+
+            tasks = load_tasks(settings.task_names, settings.task_files, folder)
             models = task_models(settings, comparison)
         questions = None
         if settings.questions:
@@ -115,14 +118,6 @@ def evaluate_questions(
         print(f"wrote {workdir / 'questions.json'}")
 
 
-def open_tasks(settings: Settings, folder: Path) -> Any:
-    """Loads the tasks of lm-evaluation-harness that the settings name."""
-    # The package takes seconds to import, and many have it not.
-    from rwkv7_jax.evaluation.harness_tasks import load_tasks
-
-    return load_tasks(settings.task_names, settings.task_files, folder)
-
-
 def task_models(settings: Settings, comparison: Comparison) -> dict[str, Any]:
     """Makes a model of the harness for each row."""
     from rwkv7_jax.evaluation.harness import StateLM
@@ -146,7 +141,7 @@ def evaluate_tasks(
 
     Args:
         settings: of the run.
-        tasks: from `open_tasks`.
+        tasks: from `load_tasks`.
         models: by the rows' names; the first is the base.
         workdir: for `tasks.json`; None where nothing is written.
     """

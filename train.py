@@ -38,7 +38,6 @@ from rwkv7_jax.runs import (
 from rwkv7_jax.runs.after_step import evaluate_and_save
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import Stopped, check_stopped_code, warn
-from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.modes.rate_stack import RateStackMode
 from rwkv7_jax.runs.monitoring.memory_advice import explain_out_of_memory
 from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
@@ -90,7 +89,7 @@ def train_steps(
             state, progress = restore_or_init(mode, tx, folder, run.identity, mesh)
         first = int(state.step)
         print_summary(mode, state, progress, identity=run.identity, mesh=mesh)
-        batches = InputPipeline(mode.batches(first, mesh))
+        batches = mode.batches(first, mesh)
         stop.agree_with(multihost.AnyProcess(mesh))
     update = mode.train_step(tx, mesh)
     log = MetricsLogger(
@@ -126,12 +125,12 @@ def train_steps(
                 if batch is None:
                     # Nothing to learn from: an update would only carry on with old momentum.
                     state = dataclasses.replace(state, step=state.step + 1)
-                    stop.updated()
+                    stop.has_unsaved_updates = True
                     log.log_step(step, {"updated": 0.0, **batches.metrics}, None)
                 else:
                     state, metrics = update(state, batch.device)
                     # Not before: a signal while the first step compiles has nothing to wait for.
-                    stop.updated()
+                    stop.has_unsaved_updates = True
                     log.log_step(step, metrics, batch.host)
             profile.after(step, state)
             folder.checkpoints.poll()

@@ -18,7 +18,7 @@ import jax
 
 from benchmarks import record
 from rwkv7_jax.runs import compilation_cache as compile_cache
-from rwkv7_jax.runs.input_pipeline import InputPipeline
+from rwkv7_jax.runs.input_pipeline import BatchSource
 from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.run_directory import OwnedRunDirectory
 from rwkv7_jax.runs.settings import Settings, read_settings
@@ -69,14 +69,14 @@ def settings_of(steps: int) -> Settings:
 def in_loop(program: dict, settings: Settings) -> Mark:
     """Measures a step inside train.py's loop: marks are set where it asks for batches."""
     marks = []
-    original = InputPipeline.__call__
+    original = BatchSource.__call__
 
     def ask(feed, step, params):
         marks.append(Mark.now())
         return original(feed, step, params)
 
     with (
-        mock.patch.object(InputPipeline, "__call__", ask),
+        mock.patch.object(BatchSource, "__call__", ask),
         tempfile.TemporaryDirectory() as folder,
         StopSignals() as stop,
         OwnedRunDirectory(folder, settings) as place,
@@ -94,7 +94,7 @@ def bare(program: dict, settings: Settings) -> Mark:
         run = program["set_up"](place)
     _, tx = run.mode.optimizer()
     step = make_train_step(run.mode.loss, tx)
-    feed = InputPipeline(run.mode.batches(0, None))
+    feed = run.mode.batches(0, None)
     first = feed(0, run.mode.init_params)
     feed.close()
     assert first is not None

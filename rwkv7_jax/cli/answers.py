@@ -11,29 +11,14 @@ from rwkv7_jax.cli.arguments import (
     integer,
     integers,
     number,
-    path,
     stop_text,
 )
-from rwkv7_jax.cli.inputs import MODEL_HELP, add_dtype_option
 from rwkv7_jax.cli.output import name_output
 from rwkv7_jax.generation.sampling import exempt_ids
-from rwkv7_jax.model.int8_weights import INT8
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 # Seeds lie from minus this number to below it: JAX takes 64 bits.
 _SEEDS = 2**63
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that name the model and how it is held in memory."""
-    add = parser.add_argument
-    add("--model", required=True, type=path, help=MODEL_HELP)
-    add(
-        "--weights",
-        choices=(INT8,),
-        help="hold the model's matrices in 8 bits, in half or a quarter of the memory",
-    )
-    add_dtype_option(parser)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -82,13 +82,7 @@ def _read_integer(text: str, *, least: int | None, most: int | None) -> int:
 
 def integers(least: int | None = None) -> Callable[[str], tuple[int, ...]]:
     """Makes the type of an option that takes whole numbers with commas between them."""
-    return functools.partial(_read_integers, least=least)
-
-
-def _read_integers(text: str, *, least: int | None) -> tuple[int, ...]:
-    return tuple(
-        _read_integer(part, least=least, most=None) for part in text.split(",")
-    )
+    return lambda text: tuple(map(integer(least), text.split(",")))
 
 
 def number(

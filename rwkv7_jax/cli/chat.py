@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 
 from rwkv7_jax.cli.answers import (
     Stream,
-    add_model_options,
     add_sampling_options,
     add_stop_options,
     drawing,
@@ -23,6 +22,7 @@ from rwkv7_jax.cli.errors import reason
 from rwkv7_jax.cli.inputs import (
     LoadedModel,
     add_any_base_option,
+    add_model_options,
     add_vocabulary_option,
     read_model,
 )

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -51,7 +50,7 @@ from rwkv7_jax.runs.exit_codes import (
     Stopped,
     exit_code,
 )
-from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
+from rwkv7_jax.runs.monitoring.progress_bar import byte_progress
 from rwkv7_jax.runs.process import (
     StopSignals,
     escape_unencodable,
@@ -61,7 +60,7 @@ from rwkv7_jax.runs.process import (
 )
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.text.vocabularies import load_vocabulary
-from rwkv7_jax.training.costs import parameter_count
+from rwkv7_jax.training.costs import parameter_count, tree_bytes
 
 # Files of which a run's folder has at least one.
 _FILES_OF_RUNS = ("metrics.jsonl", "settings.json", "events.jsonl")
@@ -75,25 +74,21 @@ _VOCABULARY = "convert: `--vocabulary`"
 _WITHOUT_VOCABULARY = ("pth", "safetensors", "st")
 
 
-def _exit_code(error: Exception) -> int | None:
-    """Returns the exit code of an error; None for a bug, which should show its traceback."""
-    return 2 if isinstance(error, _USER_ERRORS) else exit_code(error)
-
-
 def _convert(options: argparse.Namespace) -> str:
     """Reads a checkpoint and writes it in another format."""
     # Before the source is read, which may take minutes.
     _, kind = check_model_target(options.target, format=options.format)
     if options.vocabulary is not None:
         load_vocabulary(options.vocabulary, argument=_VOCABULARY)
-    params, config = load_model(
-        options.source,
-        dtype=options.dtype,
-        allow_nan=options.allow_nan,
-        # Damage that is passed on has digests that agree.
-        verify=True,
-        progress=_progress("reading"),
-    )
+    with byte_progress("reading") as progress:
+        params, config = load_model(
+            options.source,
+            dtype=options.dtype,
+            allow_nan=options.allow_nan,
+            # Damage that is passed on has digests that agree.
+            verify=True,
+            progress=progress,
+        )
     # Before anything is written: source and target may be one file.
     state = None
     state_path = _state_place(Path(options.target))
@@ -101,15 +96,16 @@ def _convert(options: argparse.Namespace) -> str:
         state = load_state(options.source, config=config)
         _refuse_replacing(state_path, options.source)
     tokenizer = _vocabulary_of(options, kind, config)
-    save_model(
-        options.target,
-        params,
-        config,
-        format=options.format,
-        tokenizer=tokenizer,
-        allow_nan=options.allow_nan,
-        progress=_progress("writing"),
-    )
+    with byte_progress("writing") as progress:
+        save_model(
+            options.target,
+            params,
+            config,
+            format=options.format,
+            tokenizer=tokenizer,
+            allow_nan=options.allow_nan,
+            progress=progress,
+        )
     lines = [f"{options.target}: {_sizes(config)}"]
     if options.vocabulary is not None and kind in _WITHOUT_VOCABULARY:
         lines.append(
@@ -162,29 +158,12 @@ def _refuse_replacing(state_path: Path, source: str) -> None:
             )
 
 
-def _progress(label: str) -> Callable[[int, int], None]:
-    """Returns a function that draws a bar, from its first call on: only that call has the total."""
-    bar: ProgressBar | None = None
-
-    def report(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = ProgressBar(total, label)
-        bar.update(done, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
-        # A reader that raises leaves the bar open, and the error follows on its own line.
-        if done == total:
-            bar.close()
-
-    return report
-
-
 def _memory(params: Params) -> str:
     """Describes the memory of a model's weights, as they are and with their matrices in int8."""
     in_int8 = jax.eval_shape(quantize, params)
     sizes = []
     for tree in (params, in_int8):
-        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        sizes.append(f"{held / 2**20:,.1f} MiB")
+        sizes.append(f"{tree_bytes(tree) / 2**20:,.1f} MiB")
     return f"{sizes[0]} of weights, {sizes[1]} with int8 ones"
 
 
@@ -209,18 +188,13 @@ def _tensor_row(name: str, array: np.ndarray) -> str:
 def _inspect(options: argparse.Namespace) -> str:
     """Makes a table of the tensors in a file, or compares the file with its digests."""
     if options.verify:
-        return _verify(options.path)
+        compared = verify(options.path)
+        if not compared:
+            return f"{options.path} can be read, but carries no digest to compare with"
+        return "\n".join(compared)
     head = f"{'tensor':<38}{'shape':>18}  {'dtype':<10}{'rms':>12}{'max':>12}"
     rows = _state_rows if options.state else _model_rows
     return "\n".join([head, *rows(options.path)])
-
-
-def _verify(file: str) -> str:
-    """Says what agrees with its checksum or digest; what does not agree is an error."""
-    compared = verify(file)
-    if not compared:
-        return f"{file} can be read, but carries no digest to compare with"
-    return "\n".join(compared)
 
 
 def _state_rows(file: str) -> list[str]:
@@ -376,7 +350,8 @@ def _run(words: list[str], *, caches: bool = False) -> int:
         # As shells count a process that SIGINT ended.
         return 130
     except Exception as error:
-        code = _exit_code(error)
+        code = 2 if isinstance(error, _USER_ERRORS) else exit_code(error)
+        # A bug, which should show its traceback.
         if code is None:
             raise
         # A reader that has gone, or a full disk, must not change the code.

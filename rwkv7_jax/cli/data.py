@@ -17,7 +17,7 @@ from rwkv7_jax.cli.summary import COMMANDS
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
 from rwkv7_jax.data.choices import ON_BAD, PACKINGS
 from rwkv7_jax.data.loading import batch_at, data_hash, token_stream
-from rwkv7_jax.data.readers import ReadStats, size_of
+from rwkv7_jax.data.readers import ReadStats
 from rwkv7_jax.data.row_preview import preview_row
 from rwkv7_jax.data.token_cache import (
     SUFFIXES,
@@ -27,7 +27,7 @@ from rwkv7_jax.data.token_cache import (
     write_cache,
 )
 from rwkv7_jax.local_paths import local_path, split_paths
-from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
+from rwkv7_jax.runs.monitoring.progress_bar import byte_progress
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.text.vocabularies import NAMES, load_vocabulary
 
@@ -127,13 +127,7 @@ def _write(
     target = _cache_target(options.target, sources)
     target.parent.mkdir(parents=True, exist_ok=True)
     # In bytes of text: how many tokens there will be is not known yet.
-    bar = ProgressBar(sum(map(size_of, sources)), "tokenizing")
-
-    def report(done: int, total: int) -> None:
-        bar.update(done, f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
-
-    # The bar is closed before an error is printed, so that the error has a line of its own.
-    try:
+    with byte_progress("tokenizing") as progress:
         card, stats = write_cache(
             sources,
             target,
@@ -141,10 +135,8 @@ def _write(
             on_bad=options.on_bad,
             as_bytes=options.as_bytes,
             encoding=options.encoding,
-            progress=report,
+            progress=progress,
         )
-    finally:
-        bar.close()
     return _describe_cache(target, card, stats, tokenizer.name)
 
 

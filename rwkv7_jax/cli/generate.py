@@ -11,7 +11,6 @@ import numpy as np
 
 from rwkv7_jax.cli.answers import (
     Stream,
-    add_model_options,
     add_sampling_options,
     add_stop_options,
     drawing,
@@ -27,6 +26,7 @@ from rwkv7_jax.cli.inputs import (
     PROMPT_HELP,
     LoadedModel,
     add_any_base_option,
+    add_model_options,
     add_vocabulary_option,
     read_model,
     read_prompt,

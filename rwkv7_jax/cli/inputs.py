@@ -16,7 +16,7 @@ from rwkv7_jax.checkpoints import (
 )
 from rwkv7_jax.cli.arguments import path
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.int8_weights import is_int8
+from rwkv7_jax.model.int8_weights import INT8, is_int8
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -52,9 +52,16 @@ def add_any_base_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_dtype_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--dtype` to a command that runs a model."""
-    parser.add_argument(
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that name the model and how it is held in memory."""
+    add = parser.add_argument
+    add("--model", required=True, type=path, help=MODEL_HELP)
+    add(
+        "--weights",
+        choices=(INT8,),
+        help="hold the model's matrices in 8 bits, in half or a quarter of the memory",
+    )
+    add(
         "--dtype",
         choices=("float32", "bfloat16"),
         help="of activations and weights (float32 activations and the weights of the file)",

@@ -9,14 +9,12 @@ from typing import Any
 
 from rwkv7_jax.cli.arguments import MOST_TOKENS, STATE_SUFFIXES, integer, path
 from rwkv7_jax.cli.inputs import (
-    MODEL_HELP,
     add_any_base_option,
-    add_dtype_option,
+    add_model_options,
     add_vocabulary_option,
     read_model,
 )
 from rwkv7_jax.cli.summary import COMMANDS
-from rwkv7_jax.model.int8_weights import INT8
 from rwkv7_jax.serving.engine import Engine
 from rwkv7_jax.serving.state_files import NAME, StateFiles
 
@@ -31,10 +29,8 @@ _HIGHEST_PORT = 2**16 - 1
 def add_serve_command(subparsers) -> None:
     """Adds the parser of `serve` to those of `rwkv7`."""
     parser = subparsers.add_parser("serve", help=COMMANDS["serve"])
+    add_model_options(parser)
     add = parser.add_argument
-    add("--model", required=True, type=path, help=MODEL_HELP)
-    add_dtype_option(parser)
-    add("--weights", choices=(INT8,), help="hold the model's matrices in 8 bits")
     add(
         "--state",
         action="append",

@@ -7,8 +7,7 @@ import sys
 import time
 from typing import Any
 
-import jax
-
+from rwkv7_jax import sharding
 from rwkv7_jax.checks import first_line
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.plan.buffers import largest_arrays
@@ -19,7 +18,7 @@ from rwkv7_jax.plan.hlo import parse
 from rwkv7_jax.plan.steps import Step, describe_step
 from rwkv7_jax.runs.exit_codes import is_out_of_host_memory, is_out_of_memory
 from rwkv7_jax.runs.settings import read_settings
-from rwkv7_jax.sharding.layout import TENSOR
+from rwkv7_jax.training.costs import tree_bytes
 
 _GIB = 2**30
 
@@ -57,7 +56,7 @@ def compile_step(step: Step, target: Target) -> dict[str, Any]:
         "hosts": len({device.process_index for device in devices}),
         "device_kind": step.device.device_kind,
         "mesh": step.sizes,
-        "weights_gib": _gib(_bytes(step.arguments[0])),
+        "weights_gib": _gib(tree_bytes(step.arguments[0])),
         "estimated_gib": None if need is None else _gib(need.total),
     }
     try:
@@ -97,7 +96,7 @@ def _expected_wire_gb(step: Step) -> float | None:
         trained=step.state.params,
         dtype=mode.model.config.dtype,
         # Devices that share heads have the same tokens.
-        tokens=step.sizes.get(TENSOR, 1)
+        tokens=step.sizes.get(sharding.TENSOR, 1)
         * (data.batch_size * data.length // len(step.devices)),
         recomputed=mode.model.config.remat == "block",
     )
@@ -108,13 +107,9 @@ def _gib(count: int | float) -> float:
     return round(count / _GIB, 3)
 
 
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def _refused(error: Exception, step: Step) -> dict[str, Any]:
     """Describes a step that the compiler refuses: its peak is what it says, or a lower bound."""
-    arguments = sum(map(_bytes_on_one, jax.tree.leaves(step.arguments)))
+    arguments = sharding.bytes_on_a_device(step.arguments)
     text = first_line(error, limit=None)
     used = _USED.search(text)
     temporary = float(used[2]) if used and used[2] else None
@@ -132,14 +127,6 @@ def _refused(error: Exception, step: Step) -> dict[str, Any]:
         "collectives": [],
         "wire_gb": None,
     }
-
-
-def _bytes_on_one(leaf: Any) -> int:
-    shape = leaf.sharding.shard_shape(leaf.shape)
-    size = leaf.dtype.itemsize
-    for length in shape:
-        size *= length
-    return size
 
 
 def _ending(began: float) -> dict[str, Any]:

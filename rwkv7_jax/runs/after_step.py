@@ -55,7 +55,7 @@ def evaluate_and_save(
             folder.checkpoints.save(local, log.progress, run.identity)
     if ends:
         folder.checkpoints.close()
-        stop.saved()
+        stop.has_unsaved_updates = False
     return ends
 
 

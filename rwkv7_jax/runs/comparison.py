@@ -63,12 +63,7 @@ def load_comparison(settings: Settings) -> Comparison:
     Raises:
         ValueError: a file cannot be read, or is of another model.
     """
-    model, params = load_or_init(
-        settings.init,
-        settings.model,
-        seed=settings.seed,
-        allow_nan=settings.allow_nan,
-    )
+    model, params = load_or_init(settings)
     tokenizer = tokenizer_of(settings, model.config)
     starts = {"base": init_state(model.config)}
     starts |= _tuned_states(settings, model, params)

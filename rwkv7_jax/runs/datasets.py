@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.batching import fewest_windows
-from rwkv7_jax.data.choices import Packing
+from rwkv7_jax.data.choices import Order, Packing
 from rwkv7_jax.data.loading import batches_from, token_stream, windows
 from rwkv7_jax.data.packed_documents import pack_documents
 from rwkv7_jax.data.sources import Source, TaskSource, TextSource, parse_source
@@ -262,41 +262,58 @@ class TrainingData:
             start_step: of the first batch, from 0.
             rows: the part of the global batch that this host makes; see `data.host_rows`.
         """
-        if isinstance(self._source, TextSource):
-            batches = self._rows_of(
-                self.stream,
-                "config.data.path",
-                seed=self._seed,
-                start_step=start_step,
-                rows=rows,
-                order=self._data.order,
-            )
-        else:
-            batches = self._examples(
-                self._source,
-                seed=self._seed,
-                start_step=start_step,
-                rows=rows,
-            )
-        if self._anchor_source is None:
-            return batches
-        return self._with_anchor(
-            batches,
-            self._anchor_source,
+        batches = self._batches_of(
+            self._source,
+            self.stream,
+            "config.data.path",
+            seed=self._seed,
             start_step=start_step,
             rows=rows,
+            order=self._data.order,
         )
+        if self._anchor_source is None:
+            return batches
+        anchors = self._batches_of(
+            self._anchor_source,
+            self.anchor,
+            "config.tuning.anchor_path",
+            # Another seed: an anchor of the same task must not repeat the training rows.
+            seed=self._seed + 1,
+            start_step=start_step,
+            rows=rows,
+            order="shuffled",
+        )
+        # Both are endless, so `strict` never raises in a run that works.
+        pairs = zip(batches, anchors, strict=True)
+        return (batch.replace(anchor=anchor.tokens) for batch, anchor in pairs)
 
-    def _rows_of(self, stream: TokenStream, setting: str, **choices) -> Iterator[Batch]:
-        """Makes batches of a stream, which a setting names."""
-        packing = packing_of(self._data, stream, self._answers)
-        _check_enough(stream, self._data, packing, setting)
+    def _batches_of(
+        self,
+        source: Source,
+        stream: TokenStream | None,
+        setting: str,
+        *,
+        seed: int,
+        start_step: int,
+        rows: slice,
+        order: Order,
+    ) -> Iterator[Batch]:
+        """Makes batches of a task's examples, or of the stream of a text that a setting names."""
+        data = self._data
+        if isinstance(source, TaskSource):
+            return self._examples(source, seed=seed, start_step=start_step, rows=rows)
+        assert stream is not None
+        packing = packing_of(data, stream, self._answers)
+        _check_enough(stream, data, packing, setting)
         return batches_from(
             stream,
-            batch_size=self._data.batch_size,
-            length=self._data.length,
+            batch_size=data.batch_size,
+            length=data.length,
             packing=packing,
-            **choices,
+            seed=seed,
+            start_step=start_step,
+            rows=rows,
+            order=order,
         )
 
     def _examples(
@@ -313,29 +330,6 @@ class TrainingData:
             )
             # All rows are drawn first: a row must not depend on how many hosts there are.
             yield batch.select_rows(rows)
-
-    def _with_anchor(
-        self, batches: Iterator[Batch], source: Source, *, start_step: int, rows: slice
-    ) -> Iterator[Batch]:
-        """Adds the anchor's rows to each batch."""
-        # Another seed: an anchor of the same task must not repeat the training rows.
-        seed = self._seed + 1
-        if isinstance(source, TextSource):
-            assert self.anchor is not None
-            anchors = self._rows_of(
-                self.anchor,
-                "config.tuning.anchor_path",
-                seed=seed,
-                start_step=start_step,
-                rows=rows,
-            )
-        else:
-            anchors = self._examples(
-                source, seed=seed, start_step=start_step, rows=rows
-            )
-        # Both are endless, so `strict` never raises in a run that works.
-        for batch, anchor in zip(batches, anchors, strict=True):
-            yield batch.replace(anchor=anchor.tokens)
 
 
 def held_out_source(data: DataSettings, path: str | None = None) -> Source:

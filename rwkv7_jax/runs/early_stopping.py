@@ -116,7 +116,8 @@ class RunProgress:
         Raises:
             ValueError: the metric that decides is not among them.
         """
-        name = deciding_metric(metrics, evaluation)
+        check_measure(evaluation, metrics)
+        name = evaluation.measure or next(iter(metrics), "")
         metric = metrics.get(name)
         if metric is None or math.isnan(metric.value):
             return dataclasses.replace(
@@ -295,18 +296,6 @@ def read_progress(fields: Mapping[str, Any]) -> Progress:
     for name, one in fields["states"].items():
         states[name] = RunProgress.from_json(one)
     return StackProgress(states)
-
-
-def deciding_metric(
-    metrics: Mapping[str, Metric], evaluation: EvaluationSettings
-) -> str:
-    """Names the metric that decides: `config.evaluation.measure`, or the first; "" without any.
-
-    Raises:
-        ValueError: the named one is not among them.
-    """
-    check_measure(evaluation, metrics)
-    return evaluation.measure or next(iter(metrics), "")
 
 
 def check_measure(evaluation: EvaluationSettings, metrics: Collection[str]) -> None:

@@ -36,7 +36,22 @@ def _placed(mesh: Mesh | None, batch: Batch, rows: int | None) -> PlacedBatch:
 
 
 class BatchSource(abc.ABC):
-    """The batches of a run, asked for in the order of its steps."""
+    """The batches of a run, asked for in the order of its steps.
+
+    Attributes:
+        waited: seconds that the loop has waited for batches.
+    """
+
+    waited: float = 0.0
+
+    def __call__(self, step: int, params: Callable[[], Any]) -> PlacedBatch | None:
+        """Returns the batch of a step, and counts the time that it takes; see `batch`."""
+        # Time in here is time in which the device may have nothing to do.
+        began = time.monotonic()
+        with jax.profiler.TraceAnnotation("wait_for_batch"):
+            placed = self.batch(step, params)
+        self.waited += time.monotonic() - began
+        return placed
 
     @abc.abstractmethod
     def batch(self, step: int, params: Callable[[], Any]) -> PlacedBatch | None:
@@ -66,15 +81,14 @@ class PrefetchedBatches(BatchSource):
         batches: Iterator[Batch],
         mesh: Mesh | None,
         *,
-        rows: int | None = None,
+        rows: int,
     ):
         """Starts the thread.
 
         Args:
             batches: one for each step, in order.
             mesh: the devices that share a batch's rows.
-            rows: of the global batch, of which this process may make its `own_rows` only; None
-                where it makes all.
+            rows: of the global batch, of which this process may make its `own_rows` only.
         """
 
         def placed(batch: Batch) -> PlacedBatch:
@@ -125,34 +139,3 @@ class DrawnBatches(BatchSource):
 
     def close(self) -> None:
         """Does nothing: no batch is made ahead."""
-
-
-class InputPipeline:
-    """The batches of a run, one for each step, and how long the loop waits for them.
-
-    Attributes:
-        waited: seconds that the loop has waited for batches.
-    """
-
-    def __init__(self, source: BatchSource):
-        """Takes the batches from `source`, and closes it at the end."""
-        self._source = source
-        self.waited = 0.0
-
-    def __call__(self, step: int, params: Callable[[], Any]) -> PlacedBatch | None:
-        """Returns the batch of a step; see `BatchSource.batch`."""
-        # Time in here is time in which the device may have nothing to do.
-        began = time.monotonic()
-        with jax.profiler.TraceAnnotation("wait_for_batch"):
-            placed = self._source.batch(step, params)
-        self.waited += time.monotonic() - began
-        return placed
-
-    @property
-    def metrics(self) -> Mapping[str, Any]:
-        """Numbers about the newest batch."""
-        return self._source.metrics
-
-    def close(self) -> None:
-        """Stops making batches."""
-        self._source.close()

@@ -28,6 +28,9 @@ from rwkv7_jax.runs.settings import Settings
 # Silence after which a process counts as lost.
 HEARTBEAT_SECONDS = 30
 
+# Steps after which a flag that a process sends to the others is read.
+_DELAY = 2
+
 
 def join(coordinator: str, *, processes: int, process: int) -> None:
     """Joins the other processes of the run; does nothing without a coordinator.
@@ -78,21 +81,15 @@ def shutdown() -> None:
 class AnyProcess:
     """Cross-process OR of a flag, read with a delay so that no step blocks on it."""
 
-    def __init__(self, mesh: Mesh | None, *, delay: int = 2):
-        """Takes the mesh of all processes' devices.
-
-        Args:
-            mesh: of the run; None for a single device.
-            delay: steps after which a flag is read.
-        """
+    def __init__(self, mesh: Mesh | None):
+        """Takes the mesh of all processes' devices; None for a single device."""
         self._mesh = mesh
-        self._delay = delay
         self._pending: collections.deque[jax.Array] = collections.deque()
         # The result of a sharded array is replicated, so every process reads the same OR.
         self._any = jax.jit(lambda flags: flags.any())
 
     def __call__(self, flag: bool) -> bool:
-        """Sends this process's flag and returns the OR of all flags sent `delay` steps ago."""
+        """Sends this process's flag and returns the OR of all flags sent `_DELAY` steps ago."""
         if is_single_process():
             return flag
         assert self._mesh is not None
@@ -103,7 +100,7 @@ class AnyProcess:
             flags.shape, place, lambda index: flags[index]
         )
         self._pending.append(self._any(sharded))
-        if len(self._pending) <= self._delay:
+        if len(self._pending) <= _DELAY:
             return False
         return bool(self._pending.popleft())
 

@@ -256,14 +256,18 @@ def ignore_broken_pipe() -> None:
 class StopSignals:
     """SIGTERM, SIGINT and SIGHUP as a request that the training loop asks for.
 
-    The loop calls `updated` and `saved`, and asks `should_stop` after each step. A second SIGINT
-    ends the process at once. A program without a loop is all `interruptible`.
+    The loop says whether it has unsaved updates, and asks `should_stop` after each step. A second
+    SIGINT ends the process at once. A program without a loop is all `interruptible`.
 
     Python runs signal handlers only between two of its own instructions, and a compilation is one
     long instruction. So a thread watches, too: it ends the process at a second SIGINT, and also
     where nothing has to be saved and the loop does not ask in time. A handler may also run inside a
     callback of the garbage collector (JAX has one), where Python drops what it raises: it is raised
     once more. (The preemption service of JAX 0.10.2 notices no signal in a run of one process.)
+
+    Attributes:
+        requested: the name of the first signal; empty before.
+        has_unsaved_updates: whether updates have been made that are on no disk yet.
     """
 
     def __init__(self, code: int | None = 0):
@@ -274,8 +278,8 @@ class StopSignals:
                 shells count.
         """
         self._code = code
-        self._requested = ""
-        self._unsaved = False
+        self.requested = ""
+        self.has_unsaved_updates = False
         self._raise_at_once = False
         self._noticed = threading.Event()
         # `bool` gives a flag back as it is: one process decides for itself.
@@ -315,24 +319,6 @@ class StopSignals:
         self._watcher.join()
         self._reader.close()
 
-    @property
-    def requested(self) -> str:
-        """The name of the first signal; empty before."""
-        return self._requested
-
-    @property
-    def has_unsaved_updates(self) -> bool:
-        """Whether updates have been made since the last save."""
-        return self._unsaved
-
-    def updated(self) -> None:
-        """Notes that an update has been made, which is on no disk yet."""
-        self._unsaved = True
-
-    def saved(self) -> None:
-        """Notes that all updates are on disk."""
-        self._unsaved = False
-
     def agree_with(self, vote: Callable[[bool], bool]) -> None:
         """Lets several processes decide together, so that all stop after the same step.
 
@@ -343,10 +329,10 @@ class StopSignals:
 
     def should_stop(self) -> bool:
         """Tells whether to save and end now."""
-        if not self._agree(bool(self._requested)):
+        if not self._agree(bool(self.requested)):
             return False
         # The vote of another process: this one has had no signal of its own.
-        self._requested = self._requested or "a signal to another process"
+        self.requested = self.requested or "a signal to another process"
         self._noticed.set()
         return True
 
@@ -360,7 +346,7 @@ class StopSignals:
         # Set before the test, so that a signal between the two lines is not lost.
         self._raise_at_once = True
         try:
-            if self._requested:
+            if self.requested:
                 raise self.stopped()
             yield
         except Stopped:
@@ -381,7 +367,7 @@ class StopSignals:
         threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, again).start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._requested = self._requested or signal.Signals(number).name
+        self.requested = self.requested or signal.Signals(number).name
         if self._raise_at_once:
             raise self.stopped()
 
@@ -393,8 +379,8 @@ class StopSignals:
         """
         code = self._code
         if code is None:
-            code = 128 + signal.Signals[self._requested]
-        return Stopped(f"stopped by {self._requested}{text}.", code)
+            code = 128 + signal.Signals[self.requested]
+        return Stopped(f"stopped by {self.requested}{text}.", code)
 
     def _watch(self) -> None:
         """Reads one byte per signal; the body of the thread."""
@@ -414,9 +400,9 @@ class StopSignals:
 
     def _exit_if_ignored(self, number: int) -> None:
         noticed = self._noticed.wait(_GRACE_SECONDS)
-        if not noticed and not self._unsaved:
+        if not noticed and not self.has_unsaved_updates:
             # Where no Python has run since, `_handle` has not noted it.
-            self._requested = self._requested or signal.Signals(number).name
+            self.requested = self.requested or signal.Signals(number).name
             end = self.stopped("; nothing was left to save")
             _exit_at_once(end.code, str(end))
 

@@ -4,7 +4,6 @@ All processes of a group make the same calls in the same order; one that makes a
 ever, or until JAX ends it.
 """
 
-import abc
 import json
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -33,31 +32,30 @@ def is_process_0() -> bool:
 
 def group_of_run() -> "ProcessGroup":
     """Returns all processes of the run, wherever its arrays lie."""
-    return SingleProcess() if is_single_process() else AllProcesses()
+    return ProcessGroup() if is_single_process() else AllProcesses()
 
 
 def group_of_mesh(mesh: Mesh | None) -> "ProcessGroup":
     """Returns the processes that share the arrays of a mesh: all of the run, or this one alone."""
-    return AllProcesses() if is_shared(mesh) else SingleProcess()
+    return AllProcesses() if is_shared(mesh) else ProcessGroup()
 
 
-class ProcessGroup(abc.ABC):
-    """Processes that do something together.
+class ProcessGroup:
+    """Processes that do something together; here one that acts for itself.
 
     Attributes:
         is_primary: whether this is the process of the group that writes.
         members: numbers of the processes.
     """
 
-    is_primary: bool
-    members: tuple[int, ...]
+    is_primary: bool = True
+    members: tuple[int, ...] = (0,)
 
     @property
     def size(self) -> int:
         """The number of processes."""
         return len(self.members)
 
-    @abc.abstractmethod
     def from_process_0(self, call: Callable[[], _Result]) -> _Result:
         """Calls a function in process 0 only and returns its result, fit for JSON, in all.
 
@@ -66,12 +64,12 @@ class ProcessGroup(abc.ABC):
         Raises:
             EndedElsewhere: in the other processes, if `call` raised.
         """
+        return call()
 
-    @abc.abstractmethod
     def broadcast_arrays(self, tree: Any) -> Any:
         """Returns the arrays of process 0, bit for bit; those of others have the same shapes."""
+        return tree
 
-    @abc.abstractmethod
     def run_in_all(
         self, call: Callable[[], _Result], *, expected: type[Exception] | None = None
     ) -> _Result:
@@ -87,46 +85,18 @@ class ProcessGroup(abc.ABC):
         Raises:
             EndedElsewhere: in the others, for an error of another class than `expected`.
         """
+        return call()
 
-    @abc.abstractmethod
     def allgather(self, value: Any) -> list[Any]:
         """Returns the value of each process, fit for JSON, in the order of `members`."""
+        return [value]
 
-    @abc.abstractmethod
     def allgather_results(self, call: Callable[[], Any]) -> list[Any]:
         """Returns in all processes what a function computes in each of them, fit for JSON.
 
         Raises:
             EndedElsewhere: in the others, if `call` raised in one.
         """
-
-
-class SingleProcess(ProcessGroup):
-    """A process that acts for itself, whether or not the run has others."""
-
-    is_primary = True
-    members = (0,)
-
-    def from_process_0(self, call: Callable[[], _Result]) -> _Result:
-        """Calls the function."""
-        return call()
-
-    def broadcast_arrays(self, tree: Any) -> Any:
-        """Returns the arrays."""
-        return tree
-
-    def run_in_all(
-        self, call: Callable[[], _Result], *, expected: type[Exception] | None = None
-    ) -> _Result:
-        """Calls the function."""
-        return call()
-
-    def allgather(self, value: Any) -> list[Any]:
-        """Returns the value alone."""
-        return [value]
-
-    def allgather_results(self, call: Callable[[], Any]) -> list[Any]:
-        """Returns the result alone."""
         return [call()]
 
 

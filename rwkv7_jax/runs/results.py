@@ -1,7 +1,7 @@
 """The result of a run: which parameters it is, and how it is saved."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rwkv7_jax.evaluation.metric import logged_metric
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress
@@ -107,34 +107,12 @@ def check_stopped(
         raise stop.stopped(f"; {saved}. The same command continues the run")
 
 
-class _Comparison(NamedTuple):
-    """A result next to the model before training.
+def _harm(
+    folder: RunDirectory, progress: RunProgress, step: int, prefix: str
+) -> str | None:
+    """Says how much worse the result is than no training; None where it is not, or not known.
 
-    Attributes:
-        measure: the metric that decides.
-        base: before the first step.
-        result: of the step whose parameters are the result.
-    """
-
-    measure: str
-    base: float
-    result: float
-
-    @property
-    def is_worse(self) -> bool:
-        """Whether the result is worse than no training at all."""
-        higher_is_better = logged_metric(self.measure, self.base).higher_is_better
-        if higher_is_better:
-            return self.result < self.base
-        return self.result > self.base
-
-
-def _comparison(
-    folder: RunDirectory, progress: RunProgress, step: int, prefix: str = ""
-) -> _Comparison | None:
-    """Looks up how the result and the start were measured; None where one was not.
-
-    None, too, where the two were measured by different evaluations.
+    It is not known where the start and the result were measured by different evaluations.
     """
     if progress.since:
         return None
@@ -144,7 +122,9 @@ def _comparison(
     result = found.get(step)
     if not isinstance(base, int | float) or not isinstance(result, int | float):
         return None
-    return _Comparison(name, base, result)
+    higher_is_better = logged_metric(name, base).higher_is_better
+    is_worse = result < base if higher_is_better else result > base
+    return f"{name} {result:.4g}, {base:.4g} before tuning" if is_worse else None
 
 
 def _decide_to_save(
@@ -152,7 +132,7 @@ def _decide_to_save(
     folder: RunDirectory,
     progress: RunProgress,
     step: int,
-    name: str = "",
+    name: str,
 ) -> bool:
     """Decides whether a tuned state is saved, and says where it is worse than before tuning.
 
@@ -164,13 +144,10 @@ def _decide_to_save(
     if mode.settings.finds_rate and mode.found_rate is None:
         print(f"no state is saved{if_named(' for {}', name)}: no rate was found for it")
         return False
-    found = _comparison(folder, progress, step, if_named("{}/", name))
-    if found is None or not found.is_worse:
+    harm = _harm(folder, progress, step, if_named("{}/", name))
+    if harm is None:
         return True
-    text = (
-        f"the tuned state is worse on held-out data than {mode.settings.untuned}: "
-        f"{found.measure} {found.result:.4g}, {found.base:.4g} before tuning"
-    )
+    text = f"the tuned state is worse on held-out data than {mode.settings.untuned}: {harm}"
     if mode.settings.finds_rate:
         print(f"{text}. It is not saved")
         return False
@@ -236,7 +213,7 @@ def _write_result(
 
     def save() -> str:
         try:
-            return str(mode.save_without(without, folder.path, params))
+            return str(mode.save(folder.path, params, without=without))
         except OSError as error:
             raise DiskError(f"the result cannot be written: {error}.") from None
 

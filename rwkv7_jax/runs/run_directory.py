@@ -97,18 +97,17 @@ class RunDirectory:
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
     ) -> tuple[TrainState, Progress]:
-        """Restores the newest intact checkpoint, or makes the first state where there is none.
+        """Restores a checkpoint, as `CheckpointStore.restore`, and cuts the logs back to it."""
+        train, progress = self.checkpoints.restore(abstract, identity, init)
+        self.resume_at(int(train.step))
+        return train, progress
+
+    def resume_at(self, step: int) -> None:
+        """Cuts the logs back to a step, from which the run goes on.
 
         Args:
-            abstract: shapes and dtypes of the state.
-            identity: of the run, from `identity_of`.
-            init: makes the state of a new run; called only where there is nothing to restore.
-
-        Raises:
-            NoValidCheckpoint: there are checkpoints, or have been, and all are damaged.
-            ValueError: the checkpoints are of another run.
+            step: the restored one; 0 starts anew.
         """
-        return self.checkpoints.restore(abstract, identity, init)
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Writes the numbers of a step to the metrics files."""
@@ -289,20 +288,8 @@ class OwnedRunDirectory(RunDirectory):
         """Lets the checkpointer act with the others; see `RunDirectory.share_checkpoints`."""
         self.checkpoints.share_with(self._group_that_shares())
 
-    def restore(
-        self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
-    ) -> tuple[TrainState, Progress]:
-        """Restores a checkpoint and cuts the logs back to it; see `RunDirectory.restore`."""
-        train, progress = super().restore(abstract, identity, init)
-        self.resume_at(int(train.step))
-        return train, progress
-
     def resume_at(self, step: int) -> None:
-        """Cuts the logs back to a step, from which the run goes on.
-
-        Args:
-            step: the restored one; 0 starts anew.
-        """
+        """Cuts the logs back to a step; see `RunDirectory.resume_at`."""
         # Events are a diary: unlike metrics and samples they are never cut back.
         self.note_event(step, "resume" if step else "start")
         # A run without a checkpoint repeats step 0, too.
@@ -334,7 +321,8 @@ class OwnedRunDirectory(RunDirectory):
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Writes the numbers of a step to the metrics files."""
         seconds = round(time.monotonic() - self._began, 3)
-        self._try(JSONL, self._metrics.write, step, {"seconds": seconds, **numbers})
+        row = {"seconds": seconds, **numbers}
+        self._try(JSONL, lambda: self._metrics.write(step, row))
 
     def note_event(self, step: int, event: str, detail: str = "") -> None:
         """Notes what happened at a step: start, resume, skipped, stopped or finished."""
@@ -358,12 +346,13 @@ class OwnedRunDirectory(RunDirectory):
         self.note_event(step, "skipped", detail)
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        self._try(name, append_line, self.path / name, json.dumps(row))
+        path = self.path / name
+        self._try(name, lambda: append_line(path, json.dumps(row)))
 
-    def _try(self, name: str, write: Callable[..., None], *arguments: Any) -> None:
+    def _try(self, name: str, write: Callable[[], None]) -> None:
         """Calls `write`; warns once about a full disk, which must not end a run for a log line."""
         try:
-            write(*arguments)
+            write()
         # `atomic_write` says ValueError where the folder has been deleted.
         except (OSError, ValueError) as error:
             if not self._warned:

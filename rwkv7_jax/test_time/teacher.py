@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -137,7 +138,7 @@ def _weigh(
         weights = []
         for question, completions in zip(questions[own], answers[own], strict=True):
             judged = [sampler.judged(completion) for completion in completions]
-            weights.append(judge.weights(question, judged))
+            weights.append(judge(question, judged))
         return weights
 
     return sampler.share.join(weigh_own)
@@ -158,6 +159,10 @@ class _Question:
     prompt: Ids
     teacher_prompt: list[int]
     identity: str
+
+
+# From a question and its completions to the weight of each of them; 0 drops one.
+_Judge = Callable[[_Question, list[Ids]], list[float]]
 
 
 def _kept(
@@ -332,86 +337,65 @@ class _TeacherAnswers:
         return completions
 
 
-class _KeepAll:
-    """Judge that keeps every completion."""
-
-    def weights(self, question: _Question, completions: list[Ids]) -> list[float]:
-        """Returns weight 1 for each completion."""
-        del question
-        return [1.0] * len(completions)
-
-
-class _Verifier:
-    """Judge that weighs each completion by a function of it and its prompt."""
-
-    def __init__(self, verify: RewardFunction):
-        """Checks the function."""
-        check_function(verify, "`verify`")
-        self._verify = verify
-
-    def weights(self, question: _Question, completions: list[Ids]) -> list[float]:
-        """Returns what the function says of each completion, at least 0."""
-        return evaluate_rewards(
-            self._verify,
-            [question.prompt] * len(completions),
-            completions,
-            name="collect_traces: `verify`",
-            group=len(completions),
-            first=question.index,
-            least=0.0,
-        ).tolist()
-
-
-class _MajorityVote:
-    """Judge that keeps the completions with the most frequent answer, if it leads by enough."""
-
-    def __init__(self, vote: Any):
-        """Checks the pair of a function and a margin."""
-        if not (isinstance(vote, tuple) and len(vote) == 2 and callable(vote[0])):
-            raise TypeError(f"`vote` must be a function and a margin; got {vote!r}.")
-        self._extract, self._margin = vote
-        check_number(self._margin, -math.inf, math.inf, "the margin of `vote`")
-        if not 0 <= self._margin <= 1:
-            raise ValueError(
-                f"`vote` must have a margin from 0 to 1; got {self._margin}."
-            )
-
-    def weights(self, question: _Question, completions: list[Ids]) -> list[float]:
-        """Returns weight 1 for the completions that are kept, else 0."""
-        answers = [self._answer(question, completion) for completion in completions]
-        # None is an answer that could not be read; it must not win.
-        votes = collections.Counter(answer for answer in answers if answer is not None)
-        ranking = votes.most_common(2)
-        if not ranking:
-            return [0.0] * len(completions)
-        best, most = ranking[0]
-        # A single answer leads by all of its votes.
-        second = ranking[1][1] if len(ranking) > 1 else 0
-        lead = most - second
-        enough = lead > 0 and lead / len(completions) >= self._margin
-        return [float(enough and answer == best) for answer in answers]
-
-    def _answer(self, question: _Question, completion: Ids) -> Hashable:
-        try:
-            answer = self._extract(completion)
-            # Votes are counted in a dict, where an answer such as a list would raise later.
-            hash(answer)
-        except Exception as error:
-            raise ValueError(
-                f"collect_traces: `vote` of prompt {question.index} raised "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        return answer
-
-
-_Judge = _KeepAll | _Verifier | _MajorityVote
-
-
 def _make_judge(verify: RewardFunction | None, vote: Any) -> _Judge:
+    """Checks a verifier or a vote and makes a judge of it; without both it keeps everything."""
     if verify is not None and vote is not None:
         raise ValueError("`verify` and `vote` exclude each other; got both.")
-    if vote is not None:
-        return _MajorityVote(vote)
     if verify is not None:
-        return _Verifier(verify)
-    return _KeepAll()
+        check_function(verify, "`verify`")
+        return functools.partial(_verified, verify)
+    if vote is None:
+        return lambda question, completions: [1.0] * len(completions)
+    if not (isinstance(vote, tuple) and len(vote) == 2 and callable(vote[0])):
+        raise TypeError(f"`vote` must be a function and a margin; got {vote!r}.")
+    extract, margin = vote
+    check_number(margin, -math.inf, math.inf, "the margin of `vote`")
+    if not 0 <= margin <= 1:
+        raise ValueError(f"`vote` must have a margin from 0 to 1; got {margin}.")
+    return functools.partial(_voted, extract, margin)
+
+
+def _verified(
+    verify: RewardFunction, question: _Question, completions: list[Ids]
+) -> list[float]:
+    """Returns what a verifier says of each completion, at least 0."""
+    return evaluate_rewards(
+        verify,
+        [question.prompt] * len(completions),
+        completions,
+        name="collect_traces: `verify`",
+        group=len(completions),
+        first=question.index,
+        least=0.0,
+    ).tolist()
+
+
+def _voted(
+    extract: Extract, margin: float, question: _Question, completions: list[Ids]
+) -> list[float]:
+    """Returns 1 for completions with the most frequent answer if it leads by enough, else 0."""
+    answers = [_answer(extract, question, completion) for completion in completions]
+    # None is an answer that could not be read; it must not win.
+    votes = collections.Counter(answer for answer in answers if answer is not None)
+    ranking = votes.most_common(2)
+    if not ranking:
+        return [0.0] * len(completions)
+    best, most = ranking[0]
+    # A single answer leads by all of its votes.
+    second = ranking[1][1] if len(ranking) > 1 else 0
+    lead = most - second
+    enough = lead > 0 and lead / len(completions) >= margin
+    return [float(enough and answer == best) for answer in answers]
+
+
+def _answer(extract: Extract, question: _Question, completion: Ids) -> Hashable:
+    try:
+        answer = extract(completion)
+        # Votes are counted in a dict, where an answer such as a list would raise later.
+        hash(answer)
+    except Exception as error:
+        raise ValueError(
+            f"collect_traces: `vote` of prompt {question.index} raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return answer

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -125,26 +125,22 @@ class TuningLoop:
             repeats: updates with each batch.
             target: what ends the loop early.
         """
-        entries = (
-            self._entries(steps) if target is None else target.entries(self, steps)
-        )
-        for entry in entries:
+        # With a target one step more: the state after the last update is evaluated, too.
+        for step in range(steps + (target is not None)):
+            entry: Entry = {"step": step}
+            if target is not None and target.reached(self, entry, last=step == steps):
+                break
             # Sources count updates, the history counts rounds.
-            first = int(entry["step"]) * updates
+            first = step * updates
             for number in range(first, first + updates):
                 batch = source.batch(self.state, number)
                 # First, so that the entry of a step without an update has them too.
                 entry |= source.metrics
                 if batch is not None:
                     entry |= self.update(batch, repeats)
+            self.record(entry)
         # The draws are in the source's budget, the updates and evaluations in this one.
         return Result(self.state, self.history, self.budget + source.budget)
-
-    def _entries(self, steps: int) -> Iterator[Entry]:
-        for step in range(steps):
-            entry: Entry = {"step": step}
-            yield entry
-            self.record(entry)
 
     def update(self, batch: Batch, repeats: int = 1) -> Entry:
         """Makes updates with one batch; returns the last one's metrics."""
@@ -195,29 +191,13 @@ class RewardTarget:
         self._every = every
         self._reward = reward
 
-    def entries(self, loop: TuningLoop, count: int) -> Iterator[Entry]:
-        """Yields an entry for each step until the target is reached, and records it afterwards.
+    def reached(self, loop: TuningLoop, entry: Entry, *, last: bool) -> bool:
+        """Returns whether the loop ends before a step; the last evaluation is an entry of its own.
 
-        An entry has its `step`, and `held_out` where the state was evaluated before that step.
-        """
-        # One more than `count`: the state after the last step is evaluated too.
-        for step in range(count + 1):
-            entry: Entry = {"step": step}
-            if self._reached(loop, entry, last=step == count):
-                return
-            yield entry
-            loop.record(entry)
-
-    def _reached(
-        self,
-        loop: TuningLoop,
-        entry: Entry,
-        *,
-        last: bool,
-    ) -> bool:
-        """Returns whether the loop ends before the step of `entry`; may add `held_out` to it.
-
-        The last evaluation is recorded as an entry of its own.
+        Args:
+            loop: whose state is evaluated.
+            entry: of the step; gets `held_out` where the state is evaluated before it.
+            last: whether all steps have been made.
         """
         if self._evaluate is None:
             # One step's mean reward is noisy, so only a full window counts.

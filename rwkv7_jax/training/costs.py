@@ -139,6 +139,11 @@ def tree_size(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+def tree_bytes(tree: Any) -> int:
+    """Counts the bytes of a tree of arrays, or of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def _parameter_counts(config: RWKV7Config) -> tuple[int, int]:
     """Counts the numbers of a model: all, and those outside the layers."""
 
@@ -293,9 +298,7 @@ def mean_weight_bytes(frozen: Any, config: RWKV7Config) -> float | int:
     """
     if frozen is None:
         return 4
-    leaves = jax.tree.leaves(frozen)
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    return held / parameter_count(config)
+    return tree_bytes(frozen) / parameter_count(config)
 
 
 def training_memory(

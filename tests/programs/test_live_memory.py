@@ -9,7 +9,7 @@ import pytest
 from run_programs import train_here
 from smallest_runs import MODES, mode_settings
 
-from rwkv7_jax.runs.input_pipeline import InputPipeline
+from rwkv7_jax.runs.input_pipeline import BatchSource
 from rwkv7_jax.sharding import bytes_on_a_device
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
@@ -39,7 +39,7 @@ def measure(settings, folder) -> tuple[int, int]:
     earlier_arrays = jax.live_arrays()
     earlier = set(live_buffers())
     measured = []
-    original = InputPipeline.__call__
+    original = BatchSource.__call__
 
     def measuring(pipeline, step, params):
         if step == MEASURED_STEP:
@@ -51,7 +51,7 @@ def measure(settings, folder) -> tuple[int, int]:
         return original(pipeline, step, params)
 
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(InputPipeline, "__call__", measuring)
+        patches.setattr(BatchSource, "__call__", measuring)
         train_here(settings, folder)
     del earlier_arrays
     return measured[0]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.runs.input_pipeline import DrawnBatches, InputPipeline, PrefetchedBatches
+from rwkv7_jax.runs.input_pipeline import DrawnBatches, PrefetchedBatches
 from rwkv7_jax.sharding import make_mesh
 from rwkv7_jax.test_time.tuning_loop import StateBatchSource
 
@@ -24,7 +24,7 @@ def not_needed():
 
 def test_batches_of_the_data_come_in_order_on_the_host_and_on_the_devices():
     mesh = make_mesh("auto", 2)
-    feed = InputPipeline(PrefetchedBatches(map(numbered, range(7, 10)), mesh))
+    feed = PrefetchedBatches(map(numbered, range(7, 10)), mesh, rows=2)
     for step in range(7, 10):
         placed = feed(step, not_needed)
         assert isinstance(placed.host.tokens, np.ndarray)
@@ -63,7 +63,7 @@ class Drawn(StateBatchSource):
 
 def test_a_drawn_batch_sees_the_trainables_of_its_step():
     source = Drawn()
-    feed = InputPipeline(DrawnBatches(source, None))
+    feed = DrawnBatches(source, None)
     assert feed(0, lambda: "before") is None
     assert feed.metrics == {"reward": 0.0}
     assert (feed(1, lambda: "after").host.tokens == 1).all()
@@ -73,15 +73,14 @@ def test_a_drawn_batch_sees_the_trainables_of_its_step():
 
 
 def test_the_time_spent_waiting_for_batches_is_counted():
-    feed = InputPipeline(DrawnBatches(Drawn(seconds=0.05), None))
+    feed = DrawnBatches(Drawn(seconds=0.05), None)
     for step in range(2):
         feed(step, lambda: None)
     assert feed.waited >= 0.1
 
 
 def test_closing_ends_the_thread_that_makes_batches():
-    source = PrefetchedBatches(iter(numbered(0) for _ in range(100)), None)
-    feed = InputPipeline(source)
+    feed = PrefetchedBatches(iter(numbered(0) for _ in range(100)), None, rows=2)
     feed(0, not_needed)
     feed.close()
-    assert not source._prefetch._thread.is_alive()
+    assert not feed._prefetch._thread.is_alive()

@@ -43,9 +43,7 @@ def test_weights_that_are_trained_are_not_held_in_8_bits(base, tmp_path):
         make_mode(read_settings(values), tmp_path)
     assert str(caught.value) == sentence
     with pytest.raises(ValueError, match=r"without `config.init`"):
-        load_or_init(
-            None, dict(settings.model, weights="int8"), seed=0, allow_nan=False
-        )
+        load_or_init(dataclasses.replace(settings, init=None, model=values["model"]))
 
 
 @pytest.mark.parametrize(

@@ -140,15 +140,6 @@ def test_a_signal_ends_commands_and_programs_with_the_shells_code(code, said):
     assert (child.returncode, out, error) == (143, "", said)
 
 
-def test_what_is_not_saved_is_known_until_it_is():
-    stop = StopSignals()
-    assert not stop.has_unsaved_updates
-    stop.updated()
-    assert stop.has_unsaved_updates
-    stop.saved()
-    assert not stop.has_unsaved_updates
-
-
 def test_several_processes_stop_when_their_vote_says_so():
     wishes = []
 

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from rwkv7_jax.runs.monitoring import progress_bar
-from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
+from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar, byte_progress
 
 
 class Terminal(io.StringIO):
@@ -73,3 +73,13 @@ def test_a_stream_that_is_lost_does_not_end_the_work(stream, error, monkeypatch)
     for done in range(1, 5):
         bar.update(done)
     bar.close()
+
+
+def test_an_error_while_bytes_are_read_has_a_line_of_its_own(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(progress_bar.sys, "stdout", terminal)
+    with pytest.raises(ValueError), byte_progress("reading") as progress:
+        progress(1_000_000, 4_000_000)
+        raise ValueError
+    assert "reading  25%" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\n")

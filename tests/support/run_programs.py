@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv7_jax.runs.input_pipeline import InputPipeline
+from rwkv7_jax.runs.input_pipeline import BatchSource
 from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.run_directory import OwnedRunDirectory
 from rwkv7_jax.runs.settings import Settings
@@ -181,7 +181,7 @@ def train_here(settings: Settings, workdir: Path) -> None:
 @contextlib.contextmanager
 def stopping_at(step: int):
     """Sends SIGTERM to this process, in the block, while a run makes the batch of a step."""
-    original = InputPipeline.__call__
+    original = BatchSource.__call__
 
     def call(pipeline, steps_done, params):
         if steps_done == step - 1:
@@ -189,5 +189,5 @@ def stopping_at(step: int):
         return original(pipeline, steps_done, params)
 
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(InputPipeline, "__call__", call)
+        patches.setattr(BatchSource, "__call__", call)
         yield

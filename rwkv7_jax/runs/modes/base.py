@@ -148,12 +148,14 @@ class TrainingMode(abc.ABC):
         """Returns the start state, of batch 1, of the model that is measured."""
 
     @abc.abstractmethod
-    def save(self, folder: Path, params: Any) -> Path:
-        """Writes the result of the run into a folder and returns the path of the file."""
+    def save(self, folder: Path, params: Any, *, without: Sequence[str] = ()) -> Path:
+        """Writes the result of the run into a folder and returns its path.
 
-    def save_without(self, names: Sequence[str], folder: Path, params: Any) -> Path:
-        """Writes the result as `save` does, but for the states of some names, if it has several."""
-        return self.save(folder, params)
+        Args:
+            folder: of the run.
+            params: that the run ends with.
+            without: names of states that are not written, where a run has several.
+        """
 
     def state_files(self, folder: Path) -> dict[str, Path]:
         """Returns the files of tuned states by name; a single state has the name ""."""
@@ -278,19 +280,6 @@ class TrainingMode(abc.ABC):
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._initial
         )
-
-    def describe_memory(self, held: int, mesh: Mesh | None) -> str:
-        """Describes one step's memory on one device: parameters, moments and, if known, the total.
-
-        Args:
-            held: bytes of the trainable parameters and their moments.
-            mesh: the devices that share a step; None for a single one.
-        """
-        text = f"{held / 2**20:,.1f} MiB for the trained parameters and their moments"
-        need = self.memory_estimate(mesh)
-        if need is None:
-            return text
-        return f"{text}, about {need.total / 2**20:,.0f} MiB in all"
 
     def memory_estimate(self, mesh: Mesh | None = None) -> Memory | None:
         """Estimates one step's memory on one device; None for modes that are not estimated.

@@ -1,11 +1,14 @@
 """The part of a mode that reads its batches from data, as most modes do."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from jax.sharding import Mesh
 
 from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.runs.datasets import TrainingData
+from rwkv7_jax.runs.evaluators import PredictionEvaluator
 from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.sharding import own_rows
@@ -19,10 +22,20 @@ class DatasetMode(TrainingMode):
     """
 
     data: TrainingData
+    _held_out: PredictionEvaluator
 
     def open_data(self) -> None:
         """Opens the run's data and its held-out rows; `set_up` calls it once the model is there."""
         self.data = TrainingData(self.settings, self.tokenizer)
+        self._held_out = self.prediction_evaluator("held_out")
+
+    def held_out_names(self) -> tuple[str, ...]:
+        """Names the metric of the held-out rows."""
+        return (self._held_out.metric_name,)
+
+    def held_out_metrics(self, params: Any) -> Metrics:
+        """Measures how well the held-out rows are predicted."""
+        return self._held_out(self.weights(params), self.start_state(params))
 
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
         """Makes batches of the data ahead of their use; of several processes, each its own rows."""

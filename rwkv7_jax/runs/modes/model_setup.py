@@ -31,35 +31,29 @@ _CHANGEABLE = ("dtype", "remat", "implementation")
 _WEIGHTS = "weights"
 
 
-def load_or_init(
-    init: str | None,
-    changes: Mapping[str, Any],
-    *,
-    seed: int,
-    allow_nan: bool,
-    mesh: Mesh | None = None,
-) -> tuple[RWKV7, Params]:
-    """Loads the model of a checkpoint, or makes a new one where no checkpoint is named.
+def load_or_init(settings: Settings, mesh: Mesh | None = None) -> tuple[RWKV7, Params]:
+    """Loads the model of `config.init`, or makes a new one where no checkpoint is named.
 
     Args:
-        init: path of the checkpoint; None for a new model.
-        changes: `config.model`: the sizes of a new model, or what the checkpoint does not fix.
-        seed: of new weights.
-        allow_nan: accept a checkpoint with NaN or Inf.
+        settings: of the run; `config.model` has the sizes of a new model, or what a checkpoint does
+            not fix.
         mesh: the devices that hold the weights; None for the default one.
 
     Raises:
         ValueError: neither a checkpoint nor sizes are given, or sizes that the checkpoint fixes.
     """
+    init = settings.init
+    changes = dict(settings.model)
     if init is None:
         refuse_int8(changes, "without `config.init`: new weights are floats")
         model = new_model(changes)
-        return model, init_weights(model, seed, mesh)
-    changes = dict(changes)
+        return model, init_weights(model, settings.seed, mesh)
     weights = changes.pop(_WEIGHTS, None)
 
     def load() -> tuple[Params, RWKV7Config]:
-        return load_model(init, weights=weights, allow_nan=allow_nan, mesh=mesh)
+        return load_model(
+            init, weights=weights, allow_nan=settings.allow_nan, mesh=mesh
+        )
 
     # The hash of a model in 8 bits may need all processes, and then none may end before.
     waits = weights is not None
@@ -90,13 +84,7 @@ def load_frozen(
     """
     if settings.init is None:
         raise ValueError(f"`config.init` must name the checkpoint {purpose}.")
-    return load_or_init(
-        settings.init,
-        settings.model,
-        seed=settings.seed,
-        allow_nan=settings.allow_nan,
-        mesh=mesh,
-    )
+    return load_or_init(settings, mesh)
 
 
 def tokenizer_of(settings: Settings, config: RWKV7Config) -> Tokenizer:

@@ -1,6 +1,6 @@
 """The mode that trains an observer of a frozen teacher."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ from rwkv7_jax.observer.files import save_observer
 from rwkv7_jax.observer.loss import observer_loss
 from rwkv7_jax.observer.observer import Observer, init_observer, propose, state_moments
 from rwkv7_jax.observer.prompt_splits import add_prompt_splits, count_answers
-from rwkv7_jax.runs.datasets import held_out
+from rwkv7_jax.runs.datasets import TrainingData, held_out
 from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.runs.modes.model_setup import load_frozen, tokenizer_of
 from rwkv7_jax.runs.settled_settings import AUTO
@@ -47,7 +47,7 @@ class ObserverMode(DatasetMode):
         self._check_positions("config.data.length", settings.data.length)
         self._check_positions("config.evaluation.length", settings.evaluation.length)
         self._observer = Observer(RWKV7(self._observer_config(teacher)), teacher)
-        self.open_data()
+        self.data = TrainingData(settings, self.tokenizer)
         self.loss = observer_loss(
             self._observer,
             self.model,
@@ -58,8 +58,8 @@ class ObserverMode(DatasetMode):
         )
         rows = held_out(settings, self.tokenizer)
         # Split once, so that all evaluations of a run measure the same continuations.
-        self._held_out = self._split_prompts(rows, 0)
-        if not count_answers(self._held_out):
+        self._rows = self._split_prompts(rows, 0)
+        if not count_answers(self._rows):
             raise ValueError(
                 "`config.observer.most` must leave a target that counts after a prompt of the rows "
                 "for evaluation; none does. Take shorter prompts, or a longer "
@@ -162,9 +162,9 @@ class ObserverMode(DatasetMode):
 
     def held_out_metrics(self, params: Params) -> Metrics:
         """Measures what the teacher makes of held-out continuations, by where it starts from."""
-        prompts = np.asarray(self._held_out.inputs)
-        proposal = propose(self._observer, params, prompts, self._held_out.split)
-        handover = evaluate_handover(self.model, self.frozen, proposal, self._held_out)
+        prompts = np.asarray(self._rows.inputs)
+        proposal = propose(self._observer, params, prompts, self._rows.split)
+        handover = evaluate_handover(self.model, self.frozen, proposal, self._rows)
         metrics: Metrics = {}
         for name, subject in _LOG_NAMES.items():
             answers = handover[name]
@@ -174,7 +174,9 @@ class ObserverMode(DatasetMode):
             metrics[log_name(subject, "nats")] = Metric.of(answers.nats, "nats")
         return metrics
 
-    def save(self, folder: Path, params: Params) -> Path:
+    def save(
+        self, folder: Path, params: Params, *, without: Sequence[str] = ()
+    ) -> Path:
         """Writes the observer and returns the path of its folder."""
         path = folder / "observer"
         info = {"base_model": model_hash(self.frozen, self.model.config)}

@@ -1,6 +1,7 @@
 """The mode that trains all weights."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -8,12 +9,9 @@ import jax.numpy as jnp
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import save_model
-from rwkv7_jax.evaluation.metric import Metrics
-from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.runs.modes.model_setup import (
-    init_weights,
     load_or_init,
     new_model,
     refuse_int8,
@@ -36,7 +34,7 @@ class PretrainMode(DatasetMode):
         if settings.init is not None:
             # The sizes are in the checkpoint's tensors, so its weights are read to know them. They
             # are kept for a new run, which would otherwise read the file a second time.
-            self.model, params = self._load()
+            self.model, params = load_or_init(settings, self.mesh)
             self._initial = _in_float32(params)
         else:
             self.model = new_model(settings.model)
@@ -49,23 +47,10 @@ class PretrainMode(DatasetMode):
             **dataclasses.asdict(settings.decorrelation),
         )
         self.open_data()
-        self._held_out = self.prediction_evaluator("held_out")
-
-    def _load(self) -> tuple[RWKV7, Params]:
-        settings = self.settings
-        return load_or_init(
-            settings.init,
-            settings.model,
-            seed=settings.seed,
-            allow_nan=settings.allow_nan,
-            mesh=self.mesh,
-        )
 
     def make_params(self) -> Params:
         """Makes new weights, or reads the checkpoint's; in float32."""
-        if self.settings.init is not None:
-            return _in_float32(self._load()[1])
-        return _in_float32(init_weights(self.model, self.settings.seed, self.mesh))
+        return _in_float32(load_or_init(self.settings, self.mesh)[1])
 
     def trained_count(self, params: Params) -> int:
         """Counts all weights that the model reads."""
@@ -79,15 +64,9 @@ class PretrainMode(DatasetMode):
         """Returns a state of zeros."""
         return init_state(self.model.config)
 
-    def held_out_names(self) -> tuple[str, ...]:
-        """Names the metric of the held-out rows."""
-        return (self._held_out.metric_name,)
-
-    def held_out_metrics(self, params: Params) -> Metrics:
-        """Measures how well the held-out rows are predicted."""
-        return self._held_out(params, self.start_state(params))
-
-    def save(self, folder: Path, params: Params) -> Path:
+    def save(
+        self, folder: Path, params: Params, *, without: Sequence[str] = ()
+    ) -> Path:
         """Writes the model and returns the file's path."""
         path = folder / "model.pth"
         save_model(path, params, self.model.config, allow_nan=self.settings.allow_nan)

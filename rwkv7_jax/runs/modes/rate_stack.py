@@ -73,7 +73,7 @@ class RateStackMode(StackMode):
         for subject, mode in self.subjects.items():
             for rate in self._rates:
                 self.members[f"{subject}{rate:g}"] = mode
-        self.adopt(self.members)
+        self.adopt()
 
     @property
     def at_once(self) -> int:

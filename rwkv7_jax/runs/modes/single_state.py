@@ -1,6 +1,7 @@
 """What the modes share that tune one state of a frozen model."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -170,7 +171,9 @@ class SingleStateMode(TrainingMode):
         """Returns the tuned state."""
         return params
 
-    def save(self, folder: Path, params: RWKV7State) -> Path:
+    def save(
+        self, folder: Path, params: RWKV7State, *, without: Sequence[str] = ()
+    ) -> Path:
         """Writes the tuned state, scaled by `config.tuning.alpha`, and returns the file's path."""
         path = folder / self.result_name
         self.save_state(path, params, base_model=self.base_hash())

@@ -137,11 +137,11 @@ class StackMode(TrainingMode):
                 raise ValueError(f"`config.tuning.states.{name}`: {error}") from None
             base = LoadedModel(member.model, member.frozen)
             self.members[name] = member
-        self.adopt(self.members)
+        self.adopt()
 
-    def adopt(self, members: Mapping[str, StateTuningMode]) -> None:
+    def adopt(self) -> None:
         """Takes what all members share from the first of them."""
-        first = next(iter(members.values()))
+        first = next(iter(self.members.values()))
         self.model = first.model
         self.frozen = first.frozen
         self.tokenizer = first.tokenizer
@@ -348,20 +348,10 @@ class StackMode(TrainingMode):
             texts.append(f"{name}: {member.describe_data()}")
         return "; ".join(texts)
 
-    def save(self, folder: Path, params: RWKV7State) -> Path:
-        """Writes one file for each state and returns the path of their folder."""
-        return self.save_without((), folder, params)
-
-    def save_without(
-        self, names: Sequence[str], folder: Path, params: RWKV7State
+    def save(
+        self, folder: Path, params: RWKV7State, *, without: Sequence[str] = ()
     ) -> Path:
-        """Writes one file for each state but some, and returns the path of their folder.
-
-        Args:
-            names: of states that are not written.
-            folder: of the run.
-            params: of all states.
-        """
+        """Writes one file for each state but some, and returns the path of their folder."""
         # All that several processes do together comes first: then one may fail to write.
         base_model = next(iter(self.members.values())).base_hash()
         states = list(self.by_name(params))
@@ -369,7 +359,7 @@ class StackMode(TrainingMode):
         place = folder / RESULTS
         place.mkdir(exist_ok=True)
         for name, member, own in states:
-            if name not in names:
+            if name not in without:
                 member.save_state(files[name], own, base_model=base_model)
         return place
 

@@ -30,7 +30,6 @@ class StateTuningMode(DatasetMode, SingleStateMode):
         settings = self.settings
         self.load_frozen_model()
         self.open_data()
-        self._held_out = self.prediction_evaluator("held_out")
         self.loss = state_loss(
             self.model,
             self.frozen,
@@ -40,14 +39,6 @@ class StateTuningMode(DatasetMode, SingleStateMode):
         )
         self._initial = self.make_params()
         self.decorrelator = self.make_decorrelator()
-
-    def held_out_names(self) -> tuple[str, ...]:
-        """Names the metric of the held-out rows."""
-        return (self._held_out.metric_name,)
-
-    def held_out_metrics(self, params: RWKV7State) -> Metrics:
-        """Measures how well the held-out rows are predicted from the tuned state."""
-        return self._held_out(self.frozen, params)
 
     def losses(self, params: RWKV7State, *, windows: int) -> Metrics:
         """Measures the loss on some windows of each text that an evaluation reads."""

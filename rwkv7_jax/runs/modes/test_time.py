@@ -1,5 +1,6 @@
 """The mode that tunes a state by rewards, by a larger model's traces or by a prompt."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -82,7 +83,6 @@ class ContextMode(DatasetMode, SingleStateMode):
         )
         self.decorrelator = self.make_decorrelator()
         self.open_data()
-        self._held_out = self.prediction_evaluator("held_out")
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the data and the prompt."""
@@ -92,14 +92,6 @@ class ContextMode(DatasetMode, SingleStateMode):
             "context": digest_of(self._context, None),
             **content_digests({"context": self._context}),
         }
-
-    def held_out_names(self) -> tuple[str, ...]:
-        """Names the metric of the held-out rows."""
-        return (self._held_out.metric_name,)
-
-    def held_out_metrics(self, params: RWKV7State) -> Metrics:
-        """Measures how well the held-out rows are predicted from the tuned state."""
-        return self._held_out(self.frozen, params)
 
 
 class TestTimeMode(SingleStateMode):
@@ -141,7 +133,13 @@ class TestTimeMode(SingleStateMode):
     def _open_questions(self) -> None:
         """Opens the questions and what makes batches of their answers."""
         settings = self.settings
-        self._share = self._share_of_prompts()
+        processes = group_of_run()
+        self._share = PromptShare(
+            index=jax.process_index(),
+            count=processes.size,
+            drawn_together=sharding.is_shared(self.mesh),
+            gather=processes.allgather_results,
+        )
         verifier = settings.test_time.verifier
         is_own = verifier not in VERIFIERS
         self._questions = QuestionSet(
@@ -153,38 +151,20 @@ class TestTimeMode(SingleStateMode):
             evaluation=settings.data.evaluation,
         )
         self._reward = find_verifier(verifier) if is_own else self._questions.reward
-        if not is_own and self._learns_from_rewards:
-            self._require_answers()
+        learns_from_rewards = (
+            settings.test_time.method != "distil"
+            or settings.test_time.keep == "verified"
+        )
+        if learns_from_rewards and not (is_own or self._questions.can_be_answered):
+            raise ValueError(
+                f"`config.test_time.verifier` {verifier!r} must find the answer of a question of "
+                f"`{settings.data.path}`; it finds none, and no completion could earn a reward."
+            )
         self._held_out = self._questions.prompts(
             0, settings.evaluation.windows, held_out=True
         )
         # "distil" lets the teacher answer here, which takes long: before the first step, not in it.
         self._source = self._make_source()
-
-    @property
-    def _learns_from_rewards(self) -> bool:
-        """Whether a completion must earn something to be learnt from."""
-        settings = self.settings.test_time
-        return settings.method != "distil" or settings.keep == "verified"
-
-    def _require_answers(self) -> None:
-        """Raises unless a completion could earn a reward."""
-        if not self._questions.can_be_answered:
-            raise ValueError(
-                f"`config.test_time.verifier` {self.settings.test_time.verifier!r} must find the "
-                f"answer of a question of `{self.settings.data.path}`; it finds none, and no "
-                "completion could earn a reward."
-            )
-
-    def _share_of_prompts(self) -> PromptShare:
-        """Divides prompts among the processes of the run."""
-        group = group_of_run()
-        return PromptShare(
-            index=jax.process_index(),
-            count=group.size,
-            drawn_together=sharding.is_shared(self.mesh),
-            gather=group.allgather_results,
-        )
 
     @property
     def tokens_per_step(self) -> int | None:
@@ -199,7 +179,9 @@ class TestTimeMode(SingleStateMode):
         Raises:
             ValueError: rows or prompts that the processes do not divide evenly.
         """
-        if self.settings.test_time.method == "distil" or self._draws_all_rows:
+        # All rows are known here, in a single process or because all of them draw every row.
+        draws_all = self._share.count == 1 or self._share.drawn_together
+        if self.settings.test_time.method == "distil" or draws_all:
             return DrawnBatches(self._source, mesh)
         prompts = self.settings.test_time.prompts
         group = self.settings.test_time.group
@@ -213,11 +195,6 @@ class TestTimeMode(SingleStateMode):
                 f"{group} rows."
             )
         return DrawnBatches(self._source, mesh, rows=rows)
-
-    @property
-    def _draws_all_rows(self) -> bool:
-        """Whether the completions of all rows are known here: in one process, or to all of them."""
-        return self._share.count == 1 or self._share.drawn_together
 
     def example_batch(self) -> Batch:
         """Returns a batch of zeros, of rows as long as `config.data.length` says."""
@@ -384,21 +361,20 @@ class TestTimeMode(SingleStateMode):
             # Two completions agree where they give the same answer, in whatever words.
             vote = (self._questions.given_answer, settings.vote_margin)
         self.folder.mkdir(parents=True, exist_ok=True)
-        bar = ProgressBar(settings.traces, "teacher")
-        traces, budget = collect_traces(
-            teacher,
-            self._questions.prompts(0, settings.traces),
-            key=jax.random.key(self.settings.seed),
-            template=_teacher_template(settings, self.tokenizer),
-            verify=self._reward if settings.keep == "verified" else None,
-            vote=vote,
-            source=guide,
-            cache=self.folder / "traces.jsonl",
-            teacher_hash=model_hash(params, config),
-            at_once=settings.at_once,
-            on_progress=lambda done, total: bar.update(done, "prompts"),
-        )
-        bar.close()
+        with contextlib.closing(ProgressBar(settings.traces, "teacher")) as bar:
+            traces, budget = collect_traces(
+                teacher,
+                self._questions.prompts(0, settings.traces),
+                key=jax.random.key(self.settings.seed),
+                template=_teacher_template(settings, self.tokenizer),
+                verify=self._reward if settings.keep == "verified" else None,
+                vote=vote,
+                source=guide,
+                cache=self.folder / "traces.jsonl",
+                teacher_hash=model_hash(params, config),
+                at_once=settings.at_once,
+                on_progress=lambda done, total: bar.update(done, "prompts"),
+            )
         of_each = f" x {chains}" if chains > 1 else ""
         print(
             f"teacher   kept {len(traces)} traces of {settings.traces} prompts{of_each}; {budget}"

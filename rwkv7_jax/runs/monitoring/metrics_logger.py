@@ -19,7 +19,7 @@ from rwkv7_jax.reports.system_info import peak_memory
 from rwkv7_jax.runs.compilation_cache import CompileClock
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import NotFinite, warn
-from rwkv7_jax.runs.input_pipeline import InputPipeline
+from rwkv7_jax.runs.input_pipeline import BatchSource
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.scheduled_optimizer import RateAt, copy_updates_made
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
@@ -83,7 +83,7 @@ class MetricsLogger:
         progress: Progress,
         *,
         start_step: int,
-        batches: InputPipeline,
+        batches: BatchSource,
         rates: RateAt,
         devices: int = 1,
     ):

@@ -1,7 +1,9 @@
 """The progress of a long piece of work."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _BAR_CHARACTERS = 24
@@ -88,6 +90,34 @@ class ProgressBar:
         if self._line_is_open:
             self._write("\n")
             self._line_is_open = False
+
+
+@contextlib.contextmanager
+def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function that shows how many bytes of how many are done.
+
+    The bar's line ends with the block, also where that raises: an error has a line of its own.
+
+    Args:
+        label: begins the line.
+    """
+    bar: ProgressBar | None = None
+
+    def report(done: int, total: int) -> None:
+        nonlocal bar
+        # Only a call has the total.
+        if bar is None:
+            bar = ProgressBar(total, label)
+        bar.update(done, f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+        # What the block says afterwards has a line of its own, too.
+        if done == total:
+            bar.close()
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _clock(seconds: float) -> str:

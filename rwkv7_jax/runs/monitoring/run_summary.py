@@ -34,7 +34,11 @@ def print_summary(
     start = int(state.step)
     weights = parameter_count(mode.model.config)
     trained = mode.trained_count(state.params)
-    held = sharding.bytes_on_a_device(state)
+    held = sharding.bytes_on_a_device(state) / 2**20
+    memory = f"{held:,.1f} MiB for the trained parameters and their moments"
+    need = mode.memory_estimate(mesh)
+    if need is not None:
+        memory += f", about {need.total / 2**20:,.0f} MiB in all"
     devices = 1 if mesh is None else mesh.size
     print(
         f"devices   {devices} of {jax.device_count()}: {jax.devices()[0].device_kind}"
@@ -45,7 +49,7 @@ def print_summary(
     print(
         f"trained   {trained:,} numbers in mode {settings.mode}, of a model of {weights:,}"
     )
-    print(f"memory    {mode.describe_memory(held, mesh)}")
+    print(f"memory    {memory}")
     if settings.mode == "pretrain":
         print(group_table(state.params))
     print(f"data      {mode.describe_data()}, hash {identity['inputs']['data']}")

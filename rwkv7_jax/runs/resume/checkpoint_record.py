@@ -92,10 +92,5 @@ def _all_finite(leaf: Any) -> Any:
 
 def nonfinite_leaves(params: Any) -> list[str]:
     """Returns the names of leaves that hold NaN or Inf."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    finite = run_on_leaves(_all_finite, [leaf for _, leaf in leaves])
-    return [
-        path_name(path)
-        for (path, _), one in zip(leaves, finite, strict=True)
-        if not one
-    ]
+    finite = run_on_leaves(_all_finite, params)
+    return [name for name, one in finite.items() if not one]

@@ -28,7 +28,7 @@ from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.checks import first_line
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, warn
-from rwkv7_jax.runs.process_group import ProcessGroup, SingleProcess
+from rwkv7_jax.runs.process_group import ProcessGroup
 from rwkv7_jax.runs.resume import step_directories
 from rwkv7_jax.runs.resume.backup import Backup
 from rwkv7_jax.runs.resume.checkpoint_record import (
@@ -116,7 +116,7 @@ class Checkpointer(CheckpointStore):
         self._job: SaveJob | None = None
         self._orbax: Any = None
         self._failures = 0
-        self._group = group or SingleProcess()
+        self._group = group or ProcessGroup()
         if self._group.is_primary:
             self._clean()
 
@@ -279,8 +279,8 @@ class Checkpointer(CheckpointStore):
             reason = first_line(job.error, limit=None)
         # The others only know that they waited in vain for the one that failed.
         waited = isinstance(job.error, TimeoutError) or "DEADLINE_EXCEEDED" in reason
-        failures = [tuple(one) for one in self._group.allgather((waited, reason))]
-        return min(filter(_has_reason, failures), default=(False, ""))[1]
+        failures = self._group.allgather((waited, reason))
+        return min((one for one in failures if one[1]), default=(False, ""))[1]
 
     def _give_up(self, job: SaveJob, reason: str) -> None:
         """Cleans up after a failed save and prints why it failed."""
@@ -449,10 +449,6 @@ class Checkpointer(CheckpointStore):
 
     def _acts_for_others(self) -> bool:
         return jax.process_count() > self._group.size
-
-
-def _has_reason(failure: tuple[bool, str]) -> bool:
-    return bool(failure[1])
 
 
 def _shortened(reason: str) -> str:

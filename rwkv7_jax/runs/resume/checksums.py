@@ -5,7 +5,7 @@ position. Sums modulo 2^32 do not depend on their order, so an array has the sam
 it is sharded. The hash is one-to-one at each position, so one changed word changes both sums.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -66,27 +66,29 @@ def _hex(sums: np.ndarray) -> str:
     return f"{int(sums[0]):08x}{int(sums[1]):08x}"
 
 
-def run_on_leaves(program: Callable, leaves: Sequence[Any]) -> list[Any]:
-    """Runs a compiled program on each leaf; returns the results on the host."""
-    results = []
-    for leaf in leaves:
+def run_on_leaves(program: Callable, tree: Any) -> dict[str, Any]:
+    """Runs a compiled program on each leaf; returns the results on the host by the leaf's name."""
+    results = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         result = program(leaf)
         # Devices that share a leaf wait for each other, and on CPUs few threads serve all devices:
         # programs that run at the same time could take them all and wait forever.
         if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
             result.block_until_ready()
-        results.append(result)
-    # On one device all are started before the first is waited for.
-    return jax.device_get(results)
+        results[path_name(path)] = result
+    # On one device all are started before the first is waited for. A list keeps its order, a dict
+    # would not.
+    on_host = jax.device_get(list(results.values()))
+    return dict(zip(results, on_host, strict=True))
 
 
 def leaf_checksums(tree: Any) -> dict[str, list]:
     """Returns [shape, dtype, checksum in 16 hex digits] of each leaf by its name, fit for JSON."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = run_on_leaves(_sums, [leaf for _, leaf in leaves])
+    sums = run_on_leaves(_sums, tree)
     checksums = {}
-    for (path, leaf), one in zip(leaves, sums, strict=True):
-        checksums[path_name(path)] = [list(leaf.shape), str(leaf.dtype), _hex(one)]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        checksums[name] = [list(leaf.shape), str(leaf.dtype), _hex(sums[name])]
     return checksums
 
 

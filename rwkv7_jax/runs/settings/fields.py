@@ -67,14 +67,9 @@ class Range(NamedTuple):
         return None
 
 
-def optional(spelling: Any, *, default: Any = None) -> Any:
-    """Makes a field that may be None, which config files spell otherwise.
-
-    Args:
-        spelling: of None in config files.
-        default: of the field.
-    """
-    return dataclasses.field(default=default, metadata={"absent": spelling})
+def optional() -> Any:
+    """Makes a field that is absent by default, which config files spell ""."""
+    return dataclasses.field(default=None, metadata={"absent": ""})
 
 
 def number(

@@ -84,7 +84,7 @@ class DataSettings:
     order: Order = "shuffled"
     evaluation: str | None = place(None, several=True)
     as_bytes: bool = False
-    encoding: str | None = optional("")
+    encoding: str | None = optional()
     vocabulary: str | None = place(None)
 
 
@@ -179,7 +179,7 @@ class EvaluationSettings:
     length: int = number(512, 1, MOST_COUNT)
     prompt_tokens: tuple[int, ...] = number((), -1, MOST_COUNT, note=" (-1: all)")
     retention: str = place("", several=True)
-    measure: str | None = optional("")
+    measure: str | None = optional()
     patience: int | None = number(None, 0, MOST_COUNT, absent=0)
     enough: float | None = number(None, -1e30, 1e30)
 
@@ -266,7 +266,7 @@ class Settings:
     mesh: str = AUTO
     allow_nan: bool = False
     any_base: bool = False
-    profile_steps: str | None = optional("")
+    profile_steps: str | None = optional()
     trackers: tuple[str, ...] = ()
     workdir: str | None = place(None, target=True)
     backup: str | None = store()

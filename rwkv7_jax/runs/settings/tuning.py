@@ -58,7 +58,7 @@ class TuningSettings:
     warn_above: float = number(50.0, 0, 1e30)
     rates: tuple[float, ...] = number(RATES, 0, MOST_RATE, above=True)
     search_share: float = number(0.1, 0, 1, above=True)
-    states: str | Mapping[str, str] | None = optional("")
+    states: str | Mapping[str, str] | None = optional()
     leaf_rates: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layer_rates: tuple[float, ...] = number((), 0, MOST_RATE)
 
