@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from rwkv7_jax.runs import multihost
-from rwkv7_jax.runs.process_group import SingleProcess
+from rwkv7_jax.runs.process_group import ProcessGroup
 from rwkv7_jax.runs.run_directory import OwnedRunDirectory
 from rwkv7_jax.runs.settings import as_config, read_settings
 from rwkv7_jax.runs.settled_settings import settings_of_run, settle
@@ -96,7 +96,7 @@ def test_a_directory_settles_what_its_command_leaves_open(tmp_path, capsys):
     assert recorded["optimizer"]["learning_rate"] == 0.1
 
 
-class SecondProcess(SingleProcess):
+class SecondProcess(ProcessGroup):
     """A process whose process 0 sends one value."""
 
     is_primary = False
