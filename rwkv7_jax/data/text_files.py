@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rwkv7_jax.local_paths import is_special
+
 # Bytes of a file that are held in memory at once.
 CHUNK = 1 << 16
 
@@ -339,8 +341,12 @@ class TextFile:
         """Reads the bytes that are stored, decompressed and otherwise as they are.
 
         Raises:
-            ValueError: the file is damaged or ends early.
+            ValueError: the file is damaged or ends early, or is a device or a pipe.
         """
+        if is_special(self.path):
+            raise ValueError(
+                f"documents: `{self.path}` must be a file; it is a device or a pipe."
+            )
         compression = _compression(head_of(self.path))
         try:
             yield from _inner_chunks(self.path, compression)

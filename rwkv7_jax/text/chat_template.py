@@ -17,6 +17,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rwkv7_jax.json_files import parse_json
+
 SPEAKERS = {
     "system": "System",
     "user": "User",
@@ -187,7 +189,7 @@ def call_text(call: Any) -> str:
         arguments = {}
     if isinstance(arguments, str):
         try:
-            json.loads(arguments)
+            parse_json(arguments)
         except ValueError:
             raise ValueError(
                 f'the arguments of "{function["name"]}" must be JSON; got {arguments!r:.80}'
@@ -370,8 +372,8 @@ def read_tools(text: str | bytes) -> tuple[str, ...]:
         ValueError: no such list; the message is the reason alone.
     """
     try:
-        tools = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        tools = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"no JSON: {error}") from None
     return tool_texts(tools)
 
