@@ -1,8 +1,9 @@
 """Paths as people type them: lists with commas, `~`, and places that are no local file."""
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # Any scheme with a slash; one letter would be a Windows drive. Schemes of stores and hubs need no
@@ -154,6 +155,22 @@ def is_special(path: Path) -> bool:
     Opening a pipe may wait for ever, and a device may have no end.
     """
     return path.exists() and not path.is_file() and not path.is_dir()
+
+
+@contextlib.contextmanager
+def name_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts a path into errors of the operating system that name none, as those of a read.
+
+    Raises:
+        OSError: the block raises one; it names the path, or the file that it named before.
+    """
+    try:
+        yield
+    except OSError as error:
+        # Libraries' own errors have no number, and say what they are about.
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
 
 def existing_path(path: str | os.PathLike[str], argument: str) -> Path:

@@ -125,8 +125,15 @@ def _without_blank_lines(blanks: re.Match[str]) -> str:
 
 
 def compact_json(value: Any) -> str:
-    """Writes JSON on one line without blanks, as the templates have it."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """Writes JSON on one line without blanks, as the templates have it.
+
+    Raises:
+        ValueError: it is nested too deeply; the message is the reason alone.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    except RecursionError:
+        raise ValueError("a call or a function is nested too deeply") from None
 
 
 def _described(entry: Any) -> Mapping[str, Any] | None:
