@@ -14,13 +14,18 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Opens a file that replaces `path` when the block ends, and is deleted when the block fails.
 
     Raises:
-        ValueError: the folder of `path` does not exist.
+        ValueError: the folder of `path` does not exist, or a device or a pipe is at `path`.
         OSError: nothing can be written there, or not all of it; it names `path`.
     """
     if not path.parent.is_dir():
         raise ValueError(f"atomic_write: the folder of `{path}` does not exist.")
     # A link stays a link: the file that it leads to is replaced.
     path = Path(os.path.realpath(path))
+    # A user who may do everything would put a file in the place of /dev/null, for all programs.
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(
+            f"atomic_write: `{path}` must be a file; a device or a pipe is there."
+        )
     # In the same folder: `os.replace` is atomic only within one file system.
     partial = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:

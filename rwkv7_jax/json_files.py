@@ -24,11 +24,29 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
         file.write(f"{text}\n".encode())
 
 
+def parse_json(content: str | bytes) -> Any:
+    """Returns the value that JSON of another program, or damaged JSON, describes.
+
+    Raises:
+        ValueError: it is no JSON in UTF-8, or is nested so deeply that it cannot be read; the
+            message is the reason alone.
+    """
+    # Editors on Windows begin files with a byte order mark.
+    text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: Path) -> Any:
     """Returns what a JSON file holds; None where there is none, or a damaged one."""
+    # Opening a pipe would wait for ever.
+    if not path.is_file():
+        return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError):
         return None
 
 
@@ -36,3 +54,16 @@ def read_object(path: Path) -> dict[str, Any] | None:
     """Returns the object in a JSON file; None where there is none, or a damaged one."""
     value = read_json(path)
     return value if isinstance(value, dict) else None
+
+
+def number_of(value: Any) -> float | None:
+    """Returns a value of JSON as a float; None where it is no number, or too large for one.
+
+    True and False are 1 and 0.
+    """
+    if not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None

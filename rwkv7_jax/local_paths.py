@@ -1,8 +1,9 @@
 """Paths as people type them: lists with commas, `~`, and places that are no local file."""
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # Any scheme with a slash; one letter would be a Windows drive. Schemes of stores and hubs need no
@@ -148,6 +149,30 @@ def local_path(
         return Path(text)
 
 
+def is_special(path: Path) -> bool:
+    """Tells whether a device, a pipe or a socket is at a path: neither a file nor a folder.
+
+    Opening a pipe may wait for ever, and a device may have no end.
+    """
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+@contextlib.contextmanager
+def name_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts a path into errors of the operating system that name none, as those of a read.
+
+    Raises:
+        OSError: the block raises one; it names the path, or the file that it named before.
+    """
+    try:
+        yield
+    except OSError as error:
+        # Libraries' own errors have no number, and say what they are about.
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+
+
 def existing_path(path: str | os.PathLike[str], argument: str) -> Path:
     """Returns the path of something that is there, with `~` expanded.
 
@@ -156,11 +181,16 @@ def existing_path(path: str | os.PathLike[str], argument: str) -> Path:
         argument: the argument, setting or option in backticks; the message begins with it.
 
     Raises:
-        ValueError: nothing is there, or the path is none of this machine; see `local_path`. The
-            name of a model on a hub is told apart from a file that is missing.
+        ValueError: nothing is there, a device or a pipe is, or the path is none of this machine;
+            see `local_path`. The name of a model on a hub is told apart from a file that is
+            missing.
         TypeError: something else than a path.
     """
     place = local_path(path, argument)
+    if is_special(place):
+        raise ValueError(
+            f"{argument} must name a file or a folder; `{place}` is a device or a pipe."
+        )
     if place.exists():
         return place
     refuse_hub_name(path, argument)
@@ -175,12 +205,17 @@ def check_target(path: Path, argument: str) -> None:
         argument: the argument, setting or option in backticks; the message begins with it.
 
     Raises:
-        ValueError: a file lies where a folder of the path must be, or the folder is read-only.
+        ValueError: a file lies where a folder of the path must be, the folder is read-only, or a
+            device or a pipe is at the path.
     """
     if path.is_symlink():
         # What the link leads to is replaced, and not the link. Not `Path.resolve`, which before
         # Python 3.13 raises RuntimeError where links lead back to themselves.
         path = Path(os.path.realpath(path))
+    if is_special(path):
+        raise ValueError(
+            f"{argument} must name a file or a folder; `{path}` is a device or a pipe."
+        )
     # Also of a folder that is there: it is made anew next to it, and then replaced.
     folder = next((parent for parent in path.parents if parent.exists()), Path())
     if not folder.is_dir():

@@ -1,8 +1,34 @@
 """JSON files are complete or what they were before; a damaged one is none."""
 
+import math
+import re
+from pathlib import Path
+
 import pytest
 
-from rwkv7_jax.json_files import read_json, read_object, write_json
+from rwkv7_jax.json_files import (
+    number_of,
+    parse_json,
+    read_json,
+    read_object,
+    write_json,
+)
+
+PACKAGE = Path(__file__).parents[1] / "rwkv7_jax"
+
+# Modules that parse JSON which this package or a library under it made, or that name the place.
+PARSERS = {
+    "checkpoints/integrity/file_signatures.py",
+    "checkpoints/state_sidecar.py",
+    "checkpoints/tensor_files.py",
+    "data/jsonl.py",
+    "json_files.py",
+    "model/state.py",
+    "plan/child.py",
+    "plan/compiler.py",
+    "runs/process_group.py",
+    "text/json_tokenizer.py",
+}
 
 
 def test_what_was_written_is_read_again(tmp_path):
@@ -26,3 +52,33 @@ def test_what_holds_no_object_reads_as_none(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     assert read_object(tmp_path / "x.json") is None
     assert read_object(tmp_path / "absent.json") is None
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"a": [1]}', b'\xef\xbb\xbf{"a": [1]}\r\n', '{"a": [1]}']
+)
+def test_json_may_begin_with_the_mark_that_editors_write(content):
+    assert parse_json(content) == {"a": [1]}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000, "[" * 100_000, "{"]
+)
+def test_what_is_no_json_is_an_error_of_one_kind(content):
+    with pytest.raises(ValueError):
+        parse_json(content)
+
+
+def test_only_numbers_that_a_float_holds_are_numbers():
+    assert [number_of(value) for value in (2, 0.5, True)] == [2.0, 0.5, 1.0]
+    assert math.isnan(number_of(math.nan))
+    for value in (None, "1", [], {}, 10**400, -(10**400)):
+        assert number_of(value) is None
+
+
+def test_json_of_others_is_parsed_in_one_place():
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        if re.search(r"json\.loads?\(", path.read_text(encoding="utf-8")):
+            found.add(path.relative_to(PACKAGE).as_posix())
+    assert found == PARSERS

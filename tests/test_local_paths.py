@@ -1,5 +1,7 @@
 """Paths as people type them: addresses, names on hubs, lists, and spellings of one file."""
 
+import errno
+import io
 import os
 import pathlib
 
@@ -11,6 +13,7 @@ from rwkv7_jax.checkpoints.integrity.verification import verify
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.checkpoints.state_files import load_state, save_state
 from rwkv7_jax.data.loading import token_stream
+from rwkv7_jax.data.readers import documents
 from rwkv7_jax.data.token_cache import open_cache, write_cache
 from rwkv7_jax.local_paths import (
     check_target,
@@ -18,6 +21,7 @@ from rwkv7_jax.local_paths import (
     is_remote,
     is_same,
     local_path,
+    name_in_errors,
     refuse_hub_name,
     require_unicode,
     split_list,
@@ -267,3 +271,31 @@ def test_links_that_lead_back_to_themselves_end_in_one_sentence(tmp_path):
     check_target(tmp_path / "loop.pth", "`target`")
     save_model(tmp_path / "loop.pth", random_params(), CONFIG)
     load_model(tmp_path / "loop.pth")
+
+
+class Failing(io.FileIO):
+    """A file on a disk that fails."""
+
+    def read(self, size=-1):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "m.pth"])
+def test_a_disk_that_fails_is_an_error_that_names_the_file(tmp_path, monkeypatch, name):
+    read = load_model if name == "m.pth" else lambda path: list(documents(path))
+    (tmp_path / name).write_bytes(b"text" * 9)
+    monkeypatch.setattr(pathlib.Path, "open", lambda path, mode: Failing(path, "r"))
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        read(tmp_path / name)
+    assert caught.value.filename == str(tmp_path / name)
+    assert caught.value.errno == errno.EIO
+
+
+def test_an_error_that_names_its_file_or_has_no_number_stays_as_it_is():
+    for error in (
+        FileNotFoundError(errno.ENOENT, "none", "y"),
+        OSError("of a library"),
+    ):
+        with pytest.raises(OSError) as caught, name_in_errors("x"):
+            raise error
+        assert caught.value is error

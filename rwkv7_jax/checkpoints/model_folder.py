@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import functools
 import glob
-import json
 import os
 import shutil
 import sys
@@ -14,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rwkv7_jax.local_paths import existing_path, local_path
+from rwkv7_jax.json_files import parse_json
+from rwkv7_jax.local_paths import existing_path, is_special, local_path
 
 # What a folder is called while another takes its place.
 _OLD = "old"
@@ -32,15 +32,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads the object in a JSON file.
 
     Raises:
-        ValueError: the file is not JSON, or holds no object.
+        ValueError: the file is not JSON, or holds no object; or it is a device or a pipe.
     """
+    if is_special(path):
+        raise ValueError(f"`{path}` must be a file; it is a device or a pipe.")
     content = path.read_bytes()
     if not content.strip():
         raise ValueError(f"`{path}` is empty; it must hold a JSON object.")
     try:
-        table = json.loads(content.decode("utf-8"))
-    except RecursionError:
-        raise ValueError(f"`{path}` is not JSON: it is nested too deeply.") from None
+        table = parse_json(content)
     except ValueError as error:
         raise ValueError(f"`{path}` is not JSON, or was cut: {error}.") from None
     if not isinstance(table, dict):

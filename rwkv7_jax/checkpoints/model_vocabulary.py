@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.checkpoints.huggingface import WEIGHTS_FILE
+from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.model_folder import read_json
 from rwkv7_jax.checkpoints.tensor_files import (
     VOCABULARY_KEY,
@@ -72,15 +73,19 @@ def kept_vocabulary(path: str | Path, vocab_size: int) -> Tokenizer | None:
         ImportError: a `tokenizer.json` without the extra `tokenizers`.
     """
     path = Path(path)
+    # Text in a file may be none: what reads it raises errors of other kinds, too.
     if (path / CARD_FILE).is_file():
-        return _vocabulary_of_card(path, vocab_size)
+        with name_file(path, "kept_vocabulary"):
+            return _vocabulary_of_card(path, vocab_size)
     try:
-        if path.is_dir():
-            return _vocabulary_of_hf(path, vocab_size)
-        if path.is_file() and container_of(path) == "gguf":
-            return gguf_files().read_gguf_vocabulary(path, vocab_size)
+        with name_file(path, "kept_vocabulary"):
+            if path.is_dir():
+                return _vocabulary_of_hf(path, vocab_size)
+            if path.is_file() and container_of(path) == "gguf":
+                return gguf_files().read_gguf_vocabulary(path, vocab_size)
     except (ValueError, ImportError) as error:
-        raise type(error)(
+        kind = ImportError if isinstance(error, ImportError) else ValueError
+        raise kind(
             f"{str(error).rstrip('.')}; `--vocabulary` (`config.data.vocabulary`) names another."
         ) from None
     return None
@@ -127,6 +132,8 @@ def _vocabulary_of_card(folder: Path, vocab_size: int) -> Tokenizer | None:
     content = file.read_bytes()
     if kind == JSON_KIND:
         end_of_text = entry.get("end_of_text")
+        if not isinstance(end_of_text, str | None):
+            raise ValueError(f"`{card}` has an unknown {ENTRY}: {entry!r:.100}.")
         tokenizer = JsonTokenizer.from_text(
             content, name=str(file), end_of_text=end_of_text
         )

@@ -137,6 +137,8 @@ def read_binidx(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     for file in (data, index):
         if not file.exists():
             raise ValueError(f"read_binidx: `{file}` does not exist.")
+        if not file.is_file():
+            raise ValueError(f"read_binidx: `{file}` must be a file.")
     dtype, sizes = _read_index(index)
     actual = data.stat().st_size
     wanted = int(sizes.sum()) * dtype.itemsize

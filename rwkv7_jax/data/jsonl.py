@@ -108,7 +108,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     A killed process may leave a line half written, to which the next one is glued: whatever is no
     object is passed over.
     """
-    if not path.exists():
+    if not path.is_file():
         return []
     return list(
         read_jsonl(

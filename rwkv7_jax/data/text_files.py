@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rwkv7_jax.local_paths import is_special, name_in_errors
+
 # Bytes of a file that are held in memory at once.
 CHUNK = 1 << 16
 
@@ -201,7 +203,7 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
     Raises:
         EOFError: the file ends inside a frame.
     """
-    with path.open("rb") as file:
+    with name_in_errors(path), path.open("rb") as file:
         decompressor = _zstd_decompressor(path)
         while chunk := file.read(CHUNK):
             while chunk:
@@ -215,7 +217,7 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
 
 def head_of(path: Path, size: int = 512) -> bytes:
     """Reads the first bytes of a file as they lie on the disk."""
-    with path.open("rb") as file:
+    with name_in_errors(path), path.open("rb") as file:
         return file.read(size)
 
 
@@ -252,7 +254,7 @@ def _inner_chunks(path: Path, compression: str | None) -> Iterator[bytes]:
         # The last bytes of a frame may give nothing.
         yield from filter(None, _zstd_chunks(path))
         return
-    with _OPENERS[compression](path, "rb") as file:
+    with name_in_errors(path), _OPENERS[compression](path, "rb") as file:
         while chunk := file.read(CHUNK):
             yield chunk
 
@@ -339,8 +341,12 @@ class TextFile:
         """Reads the bytes that are stored, decompressed and otherwise as they are.
 
         Raises:
-            ValueError: the file is damaged or ends early.
+            ValueError: the file is damaged or ends early, or is a device or a pipe.
         """
+        if is_special(self.path):
+            raise ValueError(
+                f"documents: `{self.path}` must be a file; it is a device or a pipe."
+            )
         compression = _compression(head_of(self.path))
         try:
             yield from _inner_chunks(self.path, compression)

@@ -32,7 +32,8 @@ from rwkv7_jax.data.documents import HASH_RANGE, Document, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents, size_of
 from rwkv7_jax.data.token_streams import TokenArray, TokenStream
-from rwkv7_jax.local_paths import local_path, refuse_hub_name
+from rwkv7_jax.json_files import parse_json
+from rwkv7_jax.local_paths import is_special, local_path, refuse_hub_name
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 FORMAT = "rwkv7_jax tokens 1"
@@ -209,13 +210,16 @@ def read_card(path: str | Path) -> CacheMetadata | None:
         ValueError: another format, or a damaged file.
     """
     file = Path(path).with_suffix(".card.json")
+    if is_special(file):
+        raise ValueError(f"read_card: `{file}` must be a file.")
     if not file.exists():
         return None
     try:
-        fields = json.loads(file.read_bytes())
+        fields = parse_json(file.read_bytes())
         if fields.get("format") != FORMAT:
-            raise ValueError(f"its format is {fields.get('format')!r}")
+            raise ValueError(f"its format is {fields.get('format')!r:.60}")
         card = CacheMetadata(**fields)
+        _check_entries(card)
         if card.digest and card.digest != card.sealed().digest:
             raise ValueError("it was changed after it was written (its digest differs)")
         return card
@@ -223,6 +227,22 @@ def read_card(path: str | Path) -> CacheMetadata | None:
         raise ValueError(
             f"read_card: `{file}` must be of {FORMAT!r}: {error}."
         ) from None
+
+
+def _check_entries(card: CacheMetadata) -> None:
+    """Raises unless the entries of a card have their kinds; older cards have no digest.
+
+    Raises:
+        TypeError: one has another kind; the message is the reason alone.
+    """
+    for name in ("documents", "tokens", "learnt"):
+        if type(getattr(card, name)) is not int:
+            raise TypeError(f"its {name} are no whole number")
+    if not isinstance(card.vocabulary, str):
+        raise TypeError("its vocabulary is no name")
+    is_table = isinstance(card.blocks, dict) and card.blocks.keys() <= set(SUFFIXES)
+    if not is_table or not all(isinstance(one, list) for one in card.blocks.values()):
+        raise TypeError("its blocks are no lists of digests by suffix")
 
 
 def _check_blocks(path: Path, card: CacheMetadata) -> None:

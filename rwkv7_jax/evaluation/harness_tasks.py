@@ -12,6 +12,7 @@ import numpy as np
 
 from rwkv7_jax.evaluation.harness import StateLM
 from rwkv7_jax.evaluation.task_scores import BITS_PER_BYTE, QuestionScores, pooled
+from rwkv7_jax.json_files import parse_json
 
 # With the same seed every row gets the same examples; it is the harness's own.
 _SEED = 1234
@@ -204,7 +205,7 @@ def _field_of_records(path: Path) -> str | None:
     if path.suffix != ".json":
         return None
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     # Objects on lines of their own, or none: the package datasets reads or refuses them.
     except ValueError:
         return None

@@ -33,6 +33,7 @@ from rwkv7_jax.checkpoints.tensor_files import (
 )
 from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
 from rwkv7_jax.checks import check_instance, prefix_errors
+from rwkv7_jax.json_files import parse_json
 from rwkv7_jax.local_paths import local_path, refuse_hub_name
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -145,8 +146,8 @@ def _read_card(folder: Path) -> dict[str, Any]:
             raise ValueError(f"`{folder}` is no observer: it has no {name}.")
     metadata = read_metadata(folder / MAPS)
     try:
-        card = {name: json.loads(text) for name, text in metadata.items()}
-    except (ValueError, RecursionError):
+        card = {name: parse_json(text) for name, text in metadata.items()}
+    except ValueError:
         # Some other program's metadata; the mark below is missing then.
         card = {}
     if card.get("mark") != _MARK:

@@ -79,9 +79,10 @@ _GPUS = {
 _SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _DEFAULT_SHARE = 0.75
 
-_TOPOLOGY = re.compile(r"(\w+?):(\d+(?:x\d+)+)((?:,\w+=[\dx]+)*)")
+# Python reads no number of thousands of digits.
+_TOPOLOGY = re.compile(r"(\w+?):(\d{1,9}(?:x\d{1,9})+)((?:,\w+=\d{1,9}(?:x\d{1,9})*)*)")
 
-_SLICE = re.compile(r"(\w+?)-(\d+)")
+_SLICE = re.compile(r"(\w+?)-(\d{1,9})")
 
 
 @dataclasses.dataclass(frozen=True)

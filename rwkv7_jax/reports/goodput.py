@@ -7,6 +7,8 @@ that a killed process made and the next one repeated are in no row, so that thei
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rwkv7_jax.json_files import number_of
+
 # Columns of the metrics: seconds since the line before.
 STEPS = "step_seconds"
 PAUSES = "paused_seconds"
@@ -48,8 +50,8 @@ def goodput(
 
 
 def _numbers(rows: Iterable[Mapping[str, Any]], name: str) -> list[float]:
-    values = [row.get(name) for row in rows]
-    return [float(value) for value in values if isinstance(value, int | float)]
+    values = [number_of(row.get(name)) for row in rows]
+    return [value for value in values if value is not None]
 
 
 def _sum_of_rises(values: Iterable[float]) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.data.jsonl import read_log
 from rwkv7_jax.evaluation.metric import log_name
-from rwkv7_jax.json_files import read_object
+from rwkv7_jax.json_files import number_of, read_object
 from rwkv7_jax.reports.goodput import PAUSES, STEPS, goodput
 from rwkv7_jax.reports.metric_writers import JSONL, has_step, merged
 from rwkv7_jax.reports.svg_charts import Mark, Points, line_chart
@@ -43,6 +43,9 @@ _KEY = (
 
 # A run that is resumed again and again must not make the page too large for a browser.
 _EVENTS_SHOWN = 200
+
+# What reading a record raises whose entries are of other kinds than those that were written.
+_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 _STYLE = """
 :root{color-scheme:light dark}
@@ -95,9 +98,10 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, flo
     columns: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for name, value in row.items():
+            number = number_of(value)
             # Text is skipped; NaN is a number here, so that a diverged run has its column.
-            if name not in _NO_CHART and isinstance(value, int | float):
-                columns.setdefault(name, []).append((row["step"], float(value)))
+            if name not in _NO_CHART and number is not None:
+                columns.setdefault(name, []).append((row["step"], number))
     return columns
 
 
@@ -183,7 +187,7 @@ def _rate_search(record: Mapping[str, Any] | None, start: str) -> str:
             _search_of(name, search, start) for name, search in states.items()
         )
     # Damaged, or of another version: the other sections do not depend on it.
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+    except _DAMAGE:
         return ""
 
 
@@ -229,10 +233,22 @@ def _shown_number(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, int | float) else str(value)
 
 
+def _system(info: Mapping[str, Any] | None) -> str:
+    """Lists the machine and its packages."""
+    try:
+        listed = _text("\n".join(lines(info))) if info else ""
+    # Damaged, as above.
+    except _DAMAGE:
+        return ""
+    return f"<pre>{listed}</pre>" if listed else ""
+
+
 def _pictures(folder: Path) -> str:
     """Embeds the PNG files of the directory."""
     parts = []
     for path in sorted(folder.glob("*.png")):
+        if not path.is_file():
+            continue
         data = path.read_bytes()
         # A file that a killed process left half written would be a broken picture.
         if not data.startswith(b"\x89PNG"):
@@ -294,7 +310,6 @@ def report_page(folder: str | Path) -> str:
     samples = _rows_with_step(folder / "samples.jsonl")
     columns = _columns(rows)
     title = _text(folder.resolve().name)
-    system = _text("\n".join(lines(info))) if info else ""
     body = "".join(
         (
             _section("Curves", _charts(columns, _event_marks(events))),
@@ -305,7 +320,7 @@ def report_page(folder: str | Path) -> str:
             _section("Pictures", _pictures(folder)),
             _section("Events", _event_table(events)),
             _section("Settings", _table(_flatten(settings or {}))),
-            _section("System", f"<pre>{system}</pre>" if system else ""),
+            _section("System", _system(info)),
         )
     )
     return (

@@ -11,6 +11,7 @@ from typing import Any
 
 from rwkv7_jax.atomic_write import append_line, atomic_write
 from rwkv7_jax.data.jsonl import read_log
+from rwkv7_jax.json_files import number_of
 
 JSONL = "metrics.jsonl"
 CSV = "metrics.csv"
@@ -127,7 +128,8 @@ class MetricFiles:
         header = dict(zip(columns, columns, strict=True))
         text = _csv_text(columns, [header, *self._rows])
         with atomic_write(self._folder / CSV) as file:
-            file.write(f"{text}\n".encode())
+            # A damaged line may hold half a surrogate pair, which UTF-8 cannot encode.
+            file.write(f"{text}\n".encode("utf-8", "replace"))
 
     def close(self) -> None:
         """Sends everything to the trackers; another write opens them again."""
@@ -146,8 +148,9 @@ def _csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 def has_step(row: Mapping[str, Any]) -> bool:
     """Tells whether a line of a log has a step; a line of junk may have anything under its name."""
     step = row.get("step")
-    # True and False are integers, too.
-    return isinstance(step, int) and not isinstance(step, bool)
+    # True and False are integers, too; one that no float can hold has no place in a chart.
+    is_integer = isinstance(step, int) and not isinstance(step, bool)
+    return is_integer and number_of(step) is not None
 
 
 def _column_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -25,6 +25,9 @@ PIECES = 300
 # Shorter lines get a dot at every point.
 _DOTS = 40
 
+# Larger numbers have no place in a picture: their logarithms and ranges would overflow.
+_MOST = 1e100
+
 
 class Mark(NamedTuple):
     """A vertical line where something happened.
@@ -72,8 +75,9 @@ def _drawable(points: Points, log: bool) -> list[tuple[float, float]]:
     """Returns the points that have a place in the picture."""
     kept = []
     for x, y in points:
-        finite = math.isfinite(x) and math.isfinite(y)
-        if finite and (y > 0 or not log):
+        # NaN is no number in a range.
+        is_inside = abs(x) <= _MOST and abs(y) <= _MOST
+        if is_inside and (y >= 1 / _MOST or not log):
             kept.append((float(x), float(y)))
     return kept
 

@@ -208,8 +208,8 @@ def _read_value(kind: Any, text: str) -> Any:
         pass
     try:
         value = ast.literal_eval(text)
-    # Deep nesting ends in one of the last two.
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    # A set or a key that cannot be hashed is a TypeError; deep nesting ends in one of the last two.
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         value = text
     is_tuple = any(typing.get_origin(one) is tuple for one in kinds)
     if is_tuple and not isinstance(value, tuple | list):

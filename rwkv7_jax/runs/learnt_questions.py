@@ -13,7 +13,7 @@ from rwkv7_jax.data.documents import held_out_threshold
 from rwkv7_jax.data.jsonl import read_jsonl
 from rwkv7_jax.data.records.record import parse_record
 from rwkv7_jax.data.sources import TextSource, parse_source
-from rwkv7_jax.json_files import read_object
+from rwkv7_jax.json_files import number_of, read_object
 from rwkv7_jax.runs.settings import Settings, as_config
 from rwkv7_jax.test_time.questions import Prompt, QuestionSet, read_questions
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -127,8 +127,25 @@ def _read_settings(path: Path) -> dict[str, Any] | None:
     defaults = as_config(Settings())
     groups = {}
     for group in ("data", "tuning", "test_time"):
-        groups[group] = {**defaults[group], **values.get(group, {})}
-    return {**defaults, **values, **groups}
+        own = values.get(group, {})
+        if not isinstance(own, dict):
+            return None
+        groups[group] = {**defaults[group], **own}
+    values = {**defaults, **values, **groups}
+    return values if _are_settings(values) else None
+
+
+def _are_settings(values: Mapping[str, Any]) -> bool:
+    """Tells whether the settings that are read here have their kinds, as those of a run do."""
+    data = values["data"]
+    states = values["tuning"]["states"]
+    named = states.values() if isinstance(states, dict) else [states]
+    texts = [data["path"], data["evaluation"] or "", values["mode"], *named]
+    texts.append(values["test_time"]["method"])
+    held_out = number_of(data["held_out"])
+    is_share = held_out is not None and 0 <= held_out <= 1
+    is_seed = type(values["seed"]) is int and values["seed"] >= 0
+    return is_share and is_seed and all(isinstance(text, str) for text in texts)
 
 
 def _texts(path: str) -> tuple[str, ...]:

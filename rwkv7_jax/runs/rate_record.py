@@ -5,12 +5,13 @@ with checkpoints: one that was killed goes on as any other run does. What it fou
 to the run's other files, and counts from then on.
 """
 
-import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from rwkv7_jax.json_files import write_json
+from rwkv7_jax.checks import check_number
+from rwkv7_jax.json_files import parse_json, write_json
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.rate_stack import BASE, RateStackMode, subjects_of
@@ -46,7 +47,8 @@ def find_rates(
     """
     path = folder.path / RECORD
     group = group_of_run()
-    record = group.from_process_0(lambda: _read_record(path, identity))
+    names = [_name(subject) for subject in subjects_of(mode)]
+    record = group.from_process_0(lambda: _read_record(path, names, identity))
     if record is None:
         made = RateStackMode(mode)
         _announce(made)
@@ -63,22 +65,32 @@ def find_rates(
     return _use(mode, record["states"])
 
 
-def _read_record(path: Path, identity: Identity) -> dict[str, Any] | None:
-    """Reads what an earlier process found; None where there is nothing."""
+def _read_record(
+    path: Path, names: Collection[str], identity: Identity
+) -> dict[str, Any] | None:
+    """Reads what an earlier process found for states of these names; None if there is nothing."""
     if not path.is_file():
         return None
-    text = path.read_text(encoding="utf-8")
     try:
-        record = json.loads(text)
-        was = record["identity"]
-        record["states"].items()
-    except (ValueError, TypeError, KeyError, AttributeError):
+        record = parse_json(path.read_bytes())
+        was = {group: dict(fields) for group, fields in record["identity"].items()}
+        for name in names:
+            _check_found(record["states"][name])
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
         raise ValueError(
             f"`{path}` must be the record of a search of learning rates; it is damaged. Delete it "
             "to search again."
         ) from None
     require_same_identity(path.parent, was, identity)
     return record
+
+
+def _check_found(found: Mapping[str, Any]) -> None:
+    """Raises an error of whatever kind where a record of a state is not what `_choose` returns."""
+    if found["rate"] is not None:
+        check_number(found["rate"], 0, math.inf, "`rate`")
+    # It reads all other entries.
+    _sentence(found, None)
 
 
 def _write_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from rwkv7_jax.atomic_write import append_line, atomic_write
 from rwkv7_jax.data.jsonl import read_log
-from rwkv7_jax.json_files import read_json, read_object, write_json
+from rwkv7_jax.json_files import number_of, read_json, read_object, write_json
 from rwkv7_jax.local_paths import require_unicode
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles
@@ -298,8 +298,8 @@ class OwnedRunDirectory(RunDirectory):
         for name in (_BAD_BATCHES, _SAMPLES):
             self._truncate_after(last_step, name)
         # The run's clock goes on from where the last process left it.
-        seconds = [row.get("seconds") for row in self.rows()]
-        spent = [value for value in seconds if isinstance(value, int | float)]
+        seconds = [number_of(row.get("seconds")) for row in self.rows()]
+        spent = [value for value in seconds if value is not None]
         self._began -= max(spent, default=0.0)
         path = self.path / "system.json"
         self._try(path.name, lambda: write_json(path, system()))

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rwkv7_jax.json_files import parse_json
+
 # The lock's name in a run's directory and in its backup.
 LOCK = "run.lock"
 
@@ -107,8 +109,8 @@ def own_name() -> dict[str, Any]:
 def parse_holder(content: str | bytes) -> dict[str, Any]:
     """Returns what a lock says about its holder; nothing of a free or damaged one."""
     try:
-        holder = json.loads(content or "{}")
-    except (ValueError, RecursionError):
+        holder = parse_json(content or "{}")
+    except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from rwkv7_jax.data.choices import PACKINGS
-from rwkv7_jax.json_files import read_object
+from rwkv7_jax.json_files import number_of, read_object
 from rwkv7_jax.runs.resume.backup import STEPS
 from rwkv7_jax.runs.resume.step_directories import step_numbers
 from rwkv7_jax.runs.settings import Settings
@@ -63,9 +63,9 @@ def _keep_rate(settings: Settings, was: Mapping[str, Any]) -> Settings:
     Configs that named a rate in an earlier version may leave it to the search now, and the last
     rate had another default.
     """
-    rate = was.get("learning_rate")
-    final = was.get("final_learning_rate")
-    if not isinstance(rate, int | float):
+    rate = number_of(was.get("learning_rate"))
+    final = number_of(was.get("final_learning_rate"))
+    if rate is None:
         return settings
     now = settings.optimizer
     if settings.finds_rate:

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from rwkv7_jax.json_files import parse_json
 from rwkv7_jax.serving.answer_bodies import (
     AnswerBodies,
     model_body,
@@ -310,9 +311,8 @@ def _parse(body: bytes) -> Any:
         Refused: it is none.
     """
     try:
-        return json.loads(body)
-    # Deep nesting ends in the second one.
-    except (ValueError, RecursionError) as error:
+        return parse_json(body)
+    except ValueError as error:
         raise Refused(f"the body is no JSON: {error}.") from None
 
 

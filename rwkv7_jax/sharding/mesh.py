@@ -19,6 +19,9 @@ from rwkv7_jax.sharding.layout import AXES, DATA, FSDP, SEQUENCE, TENSOR
 # The choice that leaves the sizes of a mesh to `make_mesh`.
 AUTO = "auto"
 
+# Digits of the largest size of an axis.
+_MOST_DIGITS = 9
+
 # The axes that share one copy of the weights, or one row; within a process where they fit.
 _INNER = (FSDP, SEQUENCE, TENSOR)
 
@@ -211,8 +214,9 @@ def parse_sizes(text: str, argument: str) -> str | dict[str, int]:
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
         # A repeated axis, or a size that is not a number, is refused below as size 0 is.
-        is_new = axis not in sizes and size.isdecimal()
-        sizes[axis] = int(size) if is_new else 0
+        # Python reads no number of thousands of digits.
+        is_count = size.isdecimal() and len(size) <= _MOST_DIGITS
+        sizes[axis] = int(size) if is_count and axis not in sizes else 0
     _check_sizes(sizes, argument, text)
     return sizes
 
@@ -224,7 +228,7 @@ def _check_sizes(sizes: Mapping[str, int], argument: str, got: Any) -> None:
         if axis not in AXES or not is_count:
             raise ValueError(
                 f"{argument} must be {AUTO}, or sizes of {', '.join(AXES)} such as fsdp=8; "
-                f"got {got!r}."
+                f"got {got!r:.100}."
             )
     if sizes.get(SEQUENCE, 1) > 1 and sizes.get(TENSOR, 1) > 1:
         raise ValueError(

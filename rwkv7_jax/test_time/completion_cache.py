@@ -9,6 +9,7 @@ from typing import Any
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.jsonl import read_jsonl
 from rwkv7_jax.data.records.fields import check_object
+from rwkv7_jax.json_files import parse_json
 from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.test_time.traces import Ids, check_trace_ids
 
@@ -20,6 +21,8 @@ def _entry(record: Any) -> tuple[str, list[Ids]]:
         raise ValueError(
             f"an entry has key, prompt and completions; got {', '.join(fields) or 'none'}."
         )
+    if not isinstance(fields["key"], str):
+        raise ValueError(f"`key` must be a string; got {fields['key']!r:.60}.")
     try:
         completions = [
             check_trace_ids(ids, "completion") for ids in fields["completions"]
@@ -60,7 +63,7 @@ class CompletionCache:
             return
         start = text.rfind(b"\n") + 1
         try:
-            json.loads(text[start:])
+            parse_json(text[start:])
         except ValueError:
             # A killed writer left half an entry; its completions will be drawn again.
             os.truncate(self.path, start)

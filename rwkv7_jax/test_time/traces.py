@@ -130,8 +130,10 @@ def check_trace_ids(values: Any, name: str) -> Ids:
     for value in values:
         # A bool is an int in Python, but `true` in a file is a mistake.
         is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not is_integer or value < 0:
-            raise ValueError(f"Trace: `{name}` must hold only integers of at least 0.")
+        if not is_integer or not 0 <= value < _ANY_ID:
+            raise ValueError(
+                f"Trace: `{name}` must hold only integers of at least 0 and below {_ANY_ID:,}."
+            )
         ids.append(int(value))
     return tuple(ids)
 

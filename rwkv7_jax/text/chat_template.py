@@ -17,6 +17,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rwkv7_jax.json_files import parse_json
+
 SPEAKERS = {
     "system": "System",
     "user": "User",
@@ -123,8 +125,15 @@ def _without_blank_lines(blanks: re.Match[str]) -> str:
 
 
 def compact_json(value: Any) -> str:
-    """Writes JSON on one line without blanks, as the templates have it."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """Writes JSON on one line without blanks, as the templates have it.
+
+    Raises:
+        ValueError: it is nested too deeply; the message is the reason alone.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    except RecursionError:
+        raise ValueError("a call or a function is nested too deeply") from None
 
 
 def _described(entry: Any) -> Mapping[str, Any] | None:
@@ -187,7 +196,7 @@ def call_text(call: Any) -> str:
         arguments = {}
     if isinstance(arguments, str):
         try:
-            json.loads(arguments)
+            parse_json(arguments)
         except ValueError:
             raise ValueError(
                 f'the arguments of "{function["name"]}" must be JSON; got {arguments!r:.80}'
@@ -370,8 +379,8 @@ def read_tools(text: str | bytes) -> tuple[str, ...]:
         ValueError: no such list; the message is the reason alone.
     """
     try:
-        tools = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        tools = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"no JSON: {error}") from None
     return tool_texts(tools)
 

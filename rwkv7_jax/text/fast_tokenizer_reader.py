@@ -5,10 +5,10 @@ that of the RWKV project's own folders, WordPiece whose pieces are not marked.
 Source: aabbdev/rwkv-publisher@67f4b55 src/rwkv_publisher/encoding.py (what those folders hold).
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rwkv7_jax.json_files import parse_json
 from rwkv7_jax.text.fast_tokenizer import byte_characters, longest_entry_pattern
 from rwkv7_jax.text.tokenizer import END_OF_TEXT
 from rwkv7_jax.text.vocabulary_entries import built_in_vocabulary
@@ -30,8 +30,8 @@ def longest_entries(
         None where the file is of another kind, or damaged.
     """
     try:
-        table = json.loads(content)
-    except (ValueError, RecursionError):
+        table = parse_json(content)
+    except ValueError:
         return None
     table = _as_dict(table)
     names = dict(_as_dict(_as_dict(table.get("model")).get("vocab")))

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from rwkv7_jax.checks import first_line
+from rwkv7_jax.json_files import parse_json
 from rwkv7_jax.text.tokenizer import Tokenizer, text_bytes, text_digest
 
 KIND = "tokenizer.json"
@@ -101,7 +103,7 @@ class JsonTokenizer(Tokenizer):
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            reason = str(error).splitlines()[0] if str(error) else "damaged"
+            reason = first_line(error) if str(error) else "damaged"
             raise ValueError(
                 f"`{name}` must be a tokenizer.json; `tokenizers` says: {reason}."
             ) from None
@@ -204,7 +206,7 @@ def end_token_beside(path: Path) -> str | None:
     if not config.is_file():
         return None
     try:
-        token = json.loads(config.read_bytes()).get("eos_token")
+        token = parse_json(config.read_bytes()).get("eos_token")
     except (ValueError, AttributeError):
         raise ValueError(f"`{config}` must hold a JSON object.") from None
     # Older files describe the token by an object.

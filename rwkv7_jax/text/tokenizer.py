@@ -37,6 +37,9 @@ _WORLD_BLOCK = 2**20
 # Ids below this fit into the 16 bits that RWKV's own token files have.
 _SHORT_IDS = 2**16
 
+# Far more than any model's: a damaged file must not make tables of thousands of millions.
+_MOST_IDS = 2**24
+
 # For each prefix size, from a prefix to the lengths of the entries that begin with it.
 PrefixTables = list[tuple[int, dict[bytes, tuple[int, ...]]]]
 
@@ -69,7 +72,15 @@ class Tokenizer:
             vocab_size: one more than the largest id.
             name: for people.
             kind: None where the name says all.
+
+        Raises:
+            ValueError: more ids than any model has.
         """
+        largest = max(entries, default=0)
+        if largest >= _MOST_IDS:
+            raise ValueError(
+                f"`{name}` must have ids below {_MOST_IDS:,}; got {largest:,}."
+            )
         self.name = name
         self.kind = kind or name
         self._is_built_in = kind is None

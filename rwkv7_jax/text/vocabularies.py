@@ -144,7 +144,10 @@ def vocabulary_of_text(text: str, name: str) -> Tokenizer:
     Raises:
         ValueError: a damaged file, or one without entries.
     """
-    entries = parse_vocabulary(text)
+    try:
+        entries = parse_vocabulary(text)
+    except ValueError as error:
+        raise ValueError(f"`{name}`: {error}") from None
     if not any(entries.values()):
         raise ValueError(f"`{name}` has no entry.")
     # World's own file is World, whatever it is called: caches and runs know it by that name.

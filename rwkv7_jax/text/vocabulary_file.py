@@ -3,6 +3,9 @@
 import ast
 from collections.abc import Mapping, Sequence
 
+# Digits of the largest id, with which the tables of models end long before.
+_MOST_DIGITS = 10
+
 # What evaluating a damaged literal may raise.
 _LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
@@ -25,8 +28,10 @@ def parse_vocabulary(text: str) -> dict[int, bytes]:
     for row, line in enumerate(lines, 1):
         number, _, rest = line.partition(" ")
         literal, _, size = rest.rpartition(" ")
-        if not (number.isdecimal() and size.isdecimal()):
-            raise _no_entry(row, line)
+        for digits in (number, size):
+            # Python reads no number of thousands of digits.
+            if not digits.isdecimal() or len(digits) > _MOST_DIGITS:
+                raise _no_entry(row, line)
         numbers.append(int(number))
         literals.append(literal)
         sizes.append(int(size))

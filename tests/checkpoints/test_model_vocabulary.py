@@ -69,6 +69,9 @@ def test_a_vocabulary_that_was_changed_or_lost_is_refused(tmp_path):
         kept_vocabulary(tmp_path / "m", 12)
     # Named, it is taken as it is.
     assert model_tokenizer(tmp_path / "m", 12, str(file), argument="`x`").encode(";")
+    file.write_bytes(b"1 '\xff' 1")
+    with pytest.raises(ValueError, match=f"{tmp_path}.* is damaged: .*utf-8"):
+        kept_vocabulary(tmp_path / "m", 12)
     file.unlink()
     with pytest.raises(ValueError, match=r"incomplete: vocabulary.txt is missing"):
         kept_vocabulary(tmp_path / "m", 12)
@@ -233,4 +236,23 @@ def test_a_vocabulary_in_a_gguf_file_that_cannot_be_read_is_refused(
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(ValueError, match=sentence):
+        kept_vocabulary(tmp_path / "m.gguf", 257)
+
+
+def test_metadata_of_a_gguf_file_that_is_no_text_is_refused(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "rwkv7")
+    writer.add_tokenizer_model("rwkv")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    content = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(content.replace(b"rwkv", b"rw\xffv"))
+    with pytest.raises(ValueError, match=r"m\.gguf") as caught:
+        kept_vocabulary(tmp_path / "m.gguf", 257)
+    assert type(caught.value) is ValueError
+    (tmp_path / "m.gguf").write_bytes(
+        content.replace(b"\4\0\0\0\0\0\0\0rwkv", b"\4\0\0\0\0\0\0\0rw\xffv")
+    )
+    with pytest.raises(ValueError, match=r"m\.gguf. is damaged: .* names another"):
         kept_vocabulary(tmp_path / "m.gguf", 257)

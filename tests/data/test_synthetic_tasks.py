@@ -274,6 +274,8 @@ def test_longer_rows_ask_harder_questions():
         ("facts-0", "facts-1 to facts-1024, .*; got 'facts-0'"),
         ("facts-1025", "got 'facts-1025'"),
         ("modulus-09", "got 'modulus-09'"),
+        ("modulus-", "got 'modulus-'"),
+        ("facts-" + "9" * 5000, "got 'facts-999"),
         ("swaps", r"got 'swaps' \(the nearest is swaps\)."),
     ],
 )

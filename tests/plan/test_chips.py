@@ -39,7 +39,8 @@ def test_a_name_stands_for_chips_not_for_cores(name, kind, shape, chips, host):
     [
         *("", "v5e", "v5e:", "v5e:2", "v5e:2x2x2", "v5p:4x4", "v5e:0x4", "v3:2x2"),
         *("v5e-7", "v5p-3", "v5p-6", "b200", "v5e:2x4,cores=2", "v5e:2x4,slices=0"),
-        *("v5e:2x4,slices=2x2", "v5e:2x4 slices=2", "2x4", "h100:2"),
+        *("v5e:2x4,slices=2x2", "v5e:2x4 slices=2", "2x4", "h100:2", "v5e:2x4,host=x"),
+        *("v5e-" + "9" * 5000, "v5e:2x" + "9" * 5000, "v5e:2x4,slices=" + "9" * 5000),
     ],
 )
 def test_other_names_are_refused_in_a_sentence(name):

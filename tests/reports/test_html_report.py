@@ -208,6 +208,26 @@ def test_broken_files_do_not_break_the_page(run):
     assert not {"Samples", "Settings", "System", "Pictures", "Events"} & set(page.texts)
 
 
+def test_numbers_that_no_run_has_do_not_break_the_page(run):
+    huge = 10**400
+    lines = []
+    for name in ("loss_nats", "grad_norm", "step_seconds", "compile_seconds"):
+        for value in (huge, -huge, 1e300, -1e300, 1e-320):
+            lines.append(json.dumps({"step": 3, name: value}))
+    lines.append(json.dumps({"step": huge, "loss_nats": 1.0}))
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (run / "events.jsonl").write_text(
+        f'{{"step": 0, "event": "start", "time": {huge}}}\n'
+        f'{{"step": {huge}, "event": "resume", "time": 2}}\n'
+        '{"step": 3, "event": "finished", "time": 3}\n'
+    )
+    for system in ('{"devices": [1]}', '{"memory_bytes": [1]}', '{"versions": 3}'):
+        (run / "system.json").write_text(system)
+        page = report_page(run)
+        assert "Curves" in page
+        assert ">System<" not in page
+
+
 def test_a_folder_that_is_not_there_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="`folder` must be a run's folder; got"):
         report_page(tmp_path / "none")

@@ -112,6 +112,8 @@ def test_what_cannot_be_read_ends_the_program_in_one_line(
             "`config.sample.tokens` must be int",
         ),
         (["--config=FILE", "--config.steps=many"], "`config.steps` must be int; got"),
+        # Python, but for a list that no set can hold.
+        (["--config=FILE", "--config.steps={[]}"], "`config.steps` must be int; got"),
         ([], "`--config` must name a file, such as"),
     ],
 )

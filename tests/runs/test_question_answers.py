@@ -15,6 +15,7 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.runs.comparison import Comparison
+from rwkv7_jax.runs.learnt_questions import tuning_records
 from rwkv7_jax.runs.question_answers import AskedQuestions
 from rwkv7_jax.runs.settings import as_config, read_settings
 from rwkv7_jax.test_time.questions import QuestionSet
@@ -169,6 +170,24 @@ def test_it_is_said_where_nothing_is_known_of_a_state(tmp_path):
     state = run_folder(tmp_path / "run", gone)
     asked = AskedQuestions.read(settings_of(path, state=state), TOKENIZER)
     assert asked.notes[1].startswith("not known: whether some are in the training part")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"data": {"path": 3}},
+        {"data": {"path": ["a"]}},
+        {"data": {"path": "", "held_out": "much"}},
+        {"data": {"path": "", "held_out": 7}},
+        {"data": {"path": ""}, "tuning": 3},
+        {"data": {"path": ""}, "test_time": {"method": []}},
+        {"data": {"path": ""}, "seed": -1.5},
+    ],
+)
+def test_settings_of_another_program_say_nothing_of_a_state(tmp_path, other):
+    (tmp_path / "settings.json").write_text(json.dumps(other))
+    settings = read_settings({"state": str(tmp_path / "state.pth")})
+    assert tuning_records(settings) == {settings.state: None}
 
 
 def test_a_file_that_was_learnt_in_full_is_refused(tmp_path):

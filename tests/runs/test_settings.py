@@ -53,6 +53,14 @@ def test_a_list_of_prompts_becomes_a_tuple():
             {"steps": 20, "profile_steps": "15:21"},
             r"`config.profile_steps` must lie within the 20 .* got '15:21'",
         ),
+        (
+            {"profile_steps": "1:" + "9" * 5000},
+            r"`config.profile_steps` must be \"first:last\", .* got '1:999",
+        ),
+        (
+            {"mesh": "fsdp=" + "9" * 5000},
+            r"`config.mesh` must be auto, or sizes of .* got 'fsdp=999",
+        ),
         ({"data": 3}, r"`config.data` must be a group of settings; got 3"),
         ({"steps": 0}, r"`config.steps` must be at least 1; got 0"),
         (

@@ -56,6 +56,10 @@ def test_a_last_line_that_breaks_off_is_dropped_with_a_warning(tmp_path):
         ('{"prompt": [1.5], "completion": [1]}', "`prompt` must hold only integers"),
         ('{"prompt": [1], "completion": [-1]}', "`completion` must hold only integers"),
         (
+            '{"prompt": [9223372036854775808], "completion": [1]}',
+            "`prompt` must hold only integers of at least 0 and below 2,147,483,648",
+        ),
+        (
             '{"prompt": "a", "completion": [1]}',
             "`prompt` must be a list of ids; got str",
         ),
@@ -102,6 +106,25 @@ def test_a_cache_that_lost_its_last_line_feed_alone_loses_nothing(tmp_path):
     CompletionCache(path).put("b", (1,), [(3,)])
     both = CompletionCache(path)
     assert both.get("a") == [(2,)] and both.get("b") == [(3,)]
+
+
+@pytest.mark.parametrize("key", [["a"], {}, 3, None])
+def test_a_key_that_is_no_text_is_refused_by_its_line(tmp_path, key):
+    path = tmp_path / "cache.jsonl"
+    entry = {"key": key, "prompt": [1], "completions": [[2]]}
+    path.write_text(json.dumps(entry) + "\n")
+    with pytest.raises(ValueError, match=r"cache\.jsonl:1: `key` must be a string"):
+        CompletionCache(path)
+
+
+def test_half_a_line_of_brackets_is_removed_as_any_other(tmp_path):
+    path = tmp_path / "cache.jsonl"
+    CompletionCache(path).put("a", (1,), [(2,)])
+    before = path.read_bytes()
+    path.write_bytes(before + b"[" * 100_000)
+    with pytest.warns(UserWarning, match=r"cache\.jsonl:2: dropped"):
+        assert CompletionCache(path).get("a") == [(2,)]
+    assert path.read_bytes() == before
 
 
 def test_a_file_that_is_not_a_cache_is_refused_and_left_alone(tmp_path):

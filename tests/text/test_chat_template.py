@@ -234,6 +234,23 @@ def test_a_bad_record_of_a_chat_is_one_reason(record, reason):
         parse_record({"messages": messages, **record})
 
 
+def test_what_can_be_read_but_not_written_is_one_reason():
+    """Writing JSON takes more of the stack than reading it, at some depth that is not known."""
+    refused = 0
+    for depth in range(900, 1000):
+        arguments = {}
+        for _ in range(depth):
+            arguments = {"a": arguments}
+        call = {"name": "f", "arguments": arguments}
+        answer = {"role": "assistant", "tool_calls": [call]}
+        try:
+            parse_record({"messages": [{"role": "user", "content": "a"}, answer]})
+        except ValueError as error:
+            assert "nested too deeply" in str(error)
+            refused += 1
+    assert refused
+
+
 def test_functions_may_be_a_text_of_json():
     assert read_tools(json.dumps([SLOTS])) == (tool_text(SLOTS),)
 

@@ -79,6 +79,10 @@ def test_the_config_next_to_the_file_names_the_end_of_text(bpe, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
     with pytest.raises(ValueError, match=r"must have the token '<end>', which ends t"):
         load_vocabulary(tmp_path / "tokenizer.json")
+    for damaged in ("[]", "[" * 100_000, "{"):
+        (tmp_path / "tokenizer_config.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"config.json` must hold a JSON object"):
+            load_vocabulary(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"tokenizer_config.json` must hold a JSON ob"):
         load_vocabulary(tmp_path / "tokenizer.json")

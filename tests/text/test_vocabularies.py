@@ -177,6 +177,9 @@ def test_a_name_that_is_no_file_is_refused():
         ("1 f() 1", "line 1 is no entry"),
         (f"1 {'(' * 500} 1", "line 1 is no entry"),
         ("<html>", "line 1 is no entry"),
+        (f"{'9' * 5000} 'a' 1", "line 1 is no entry"),
+        (f"1 'a' {'9' * 5000}", "line 1 is no entry"),
+        ("1 'a' 1\n4000000000 'b' 1", "ids below 16,777,216; got 4,000,000,000"),
     ],
 )
 def test_a_damaged_file_is_one_sentence_with_the_line(tmp_path, content, sentence):
@@ -184,7 +187,8 @@ def test_a_damaged_file_is_one_sentence_with_the_line(tmp_path, content, sentenc
     file.write_text(content)
     with pytest.raises(ValueError, match=sentence) as caught:
         load_vocabulary(file, argument="`--vocabulary`")
-    assert str(caught.value).startswith("`--vocabulary` must be a vocabulary: ")
+    said = str(caught.value)
+    assert said.startswith(f"`--vocabulary` must be a vocabulary: `{file}`")
 
 
 def test_a_file_that_is_not_utf8_is_refused(tmp_path):

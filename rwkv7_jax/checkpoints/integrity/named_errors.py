@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv7_jax.checks import first_line, prefix_errors
+from rwkv7_jax.local_paths import name_in_errors
 
 # What code raises that meets content of another kind than it expects.
 _UNEXPECTED = (
@@ -23,13 +24,13 @@ def name_file(path: str | Path, function: str) -> Iterator[None]:
 
     Whatever reads a part of the file need not know the function (see `prefix_errors`). Checks of
     shapes and settings know nothing of files either: their messages get the path at the end. Errors
-    that say nothing to a reader become a sentence.
+    that say nothing to a reader become a sentence, and those of a disk that fails get the path.
 
     Args:
         path: of the file or folder that the block reads.
         function: the public function.
     """
-    with prefix_errors(function):
+    with prefix_errors(function), name_in_errors(path):
         try:
             yield
         except (ValueError, TypeError) as error:

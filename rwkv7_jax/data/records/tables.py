@@ -176,8 +176,9 @@ def _parquet_rows(path: Path) -> Iterator[_Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", _without_fillers(row)
-    # `ArrowInvalid` is a ValueError; of a damaged page comes an OSError.
-    except (ValueError, OSError) as error:
+    # `ArrowInvalid` is a ValueError; of a damaged page comes an OSError, and of a date that Python
+    # cannot hold an OverflowError.
+    except (ValueError, OSError, OverflowError) as error:
         reason = " ".join(str(error).split()).rstrip(".")[:160]
         raise ValueError(
             f"documents: `{path}` is no Parquet table, is damaged or was cut: {reason}."

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from rwkv7_jax.json_files import parse_json
 from rwkv7_jax.text.tokenizer import text_digest
 
 MANIFEST = "files.json"
@@ -134,9 +135,9 @@ def _read_manifest(folder: Path) -> dict[str, str] | None:
         first_line, _, text = (
             (folder / MANIFEST).read_text(encoding="utf-8").partition("\n")
         )
-        digests = json.loads(text)
+        digests = parse_json(text)
         canonical = _canonical(digests)
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError):
         return None
     if not isinstance(digests, dict):
         return None

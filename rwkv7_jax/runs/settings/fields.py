@@ -18,6 +18,9 @@ MOST_WEIGHT = 1e9
 # A folder in a store: a bucket alone would mix a run with whatever else is there.
 _STORE = re.compile(r"(gs|s3)://[\w.-]+/[^?#\s]+|file:///[^?#\s]+")
 
+# The first and the last step of a profile. Python reads no number of thousands of digits.
+_STEPS = re.compile(r"([0-9]{1,10}):([0-9]{1,10})")
+
 _SHOWN_CHARACTERS = 100
 
 _REQUIRED: Any = object()
@@ -234,9 +237,9 @@ def profiled(steps: str | None) -> tuple[int, int] | None:
     """
     if steps is None:
         return None
-    first, _, last = steps.partition(":")
-    if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
-        return int(first), int(last)
+    match = _STEPS.fullmatch(steps)
+    if match and 1 <= int(match[1]) <= int(match[2]):
+        return int(match[1]), int(match[2])
     raise ValueError(
-        f'`config.profile_steps` must be "first:last", steps from 1 on; got {steps!r}.'
+        f'`config.profile_steps` must be "first:last", steps from 1 on; got {shown(steps)}.'
     )

@@ -149,6 +149,23 @@ def test_cut_and_damaged_parquet_is_named(tmp_path, end):
         texts(path)
 
 
+@pytest.mark.parametrize("kind", ["date32", "timestamp"])
+def test_a_date_that_python_cannot_hold_is_named(tmp_path, kind):
+    arrow = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    from pyarrow import parquet
+
+    kinds = {"date32": arrow.date32(), "timestamp": arrow.timestamp("us")}
+    largest = {"date32": 2**31 - 1, "timestamp": 2**62}
+    dates = arrow.array([largest[kind]], kinds[kind])
+    parquet.write_table(
+        arrow.table({"text": ["a"], "day": dates}), tmp_path / "x.parquet"
+    )
+    with pytest.raises(
+        ValueError, match=r"x\.parquet` is no Parquet table, is damaged"
+    ):
+        texts(tmp_path / "x.parquet")
+
+
 def test_without_the_extra_the_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
