@@ -41,7 +41,7 @@ from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.train_step import TrainState, TrainStep, make_train_step
 
 
-class LoadedModel(NamedTuple):
+class FrozenModel(NamedTuple):
     """A model that several modes read.
 
     Attributes:
@@ -102,7 +102,7 @@ class TrainingMode(abc.ABC):
         settings: Settings,
         folder: Path,
         *,
-        base: LoadedModel | None = None,
+        base: FrozenModel | None = None,
         mesh: Mesh | None = None,
     ):
         """Loads what the mode works with.

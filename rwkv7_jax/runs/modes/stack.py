@@ -20,7 +20,7 @@ from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress, StackProgress
 from rwkv7_jax.runs.evaluators import PredictionEvaluator
 from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
-from rwkv7_jax.runs.modes.base import LoadedModel, TrainingMode
+from rwkv7_jax.runs.modes.base import FrozenModel, TrainingMode
 from rwkv7_jax.runs.modes.scheduled_optimizer import (
     RateAt,
     schedule_and_optimizer,
@@ -135,7 +135,7 @@ class StackMode(TrainingMode):
                 member = kind(own, self.folder, base=base, mesh=self.mesh)
             except ValueError as error:
                 raise ValueError(f"`config.tuning.states.{name}`: {error}") from None
-            base = LoadedModel(member.model, member.frozen)
+            base = FrozenModel(member.model, member.frozen)
             self.members[name] = member
         self.adopt()
 
