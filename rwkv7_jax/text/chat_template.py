@@ -123,8 +123,12 @@ def _without_blank_lines(blanks: re.Match[str]) -> str:
 
 
 def compact_json(value: Any) -> str:
-    """Writes JSON on one line without blanks, as the templates have it."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """Writes JSON on one line without blanks, as the templates have it.
+
+    Raises:
+        ValueError: a number that JSON does not have, such as NaN.
+    """
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _described(entry: Any) -> Mapping[str, Any] | None:
@@ -221,7 +225,7 @@ def answer_opening(
 
     Args:
         think: one of `THINK_MODES`.
-        tools: functions that may be called: an answer that does not think calls one.
+        tools: functions one of which an answer that does not think must call.
         answer: a known answer, which may begin otherwise; None for one that is asked for.
     """
     opening = think_mode(think).opening
@@ -235,6 +239,7 @@ def write_conversation(
     *,
     think: str = "off",
     tools: Sequence[str] = (),
+    must_call: bool = True,
     ask: bool = False,
 ) -> list[Part]:
     """Writes a conversation in RWKV-7's template.
@@ -246,6 +251,8 @@ def write_conversation(
         messages: in their order.
         think: one of `THINK_MODES`.
         tools: functions that may be called, as `tool_text` writes them.
+        must_call: whether an answer that does not think is given the beginning of a call; else
+            the model chooses between words and a call.
         ask: ends with the beginning of a further answer, which the model goes on with.
 
     Raises:
@@ -253,6 +260,7 @@ def write_conversation(
     """
     mode = think_mode(think)
     turns = _with_tools(messages, tools)
+    called = tools if must_call else ()
     parts: list[Part] = []
     prompt = ""
     for index, message in enumerate(turns):
@@ -267,13 +275,13 @@ def write_conversation(
                 prompt += mode.suffix
             continue
         answer = _answer(message, mode)
-        opening = answer_opening(think, tools, answer)
+        opening = answer_opening(think, called, answer)
         parts.append(Part(prompt + opening, False))
         parts.append(Part(answer.removeprefix(opening), True))
         prompt = ""
     if ask:
         prompt += TURN_END if turns else ""
-        prompt += turn_start("assistant") + answer_opening(think, tools)
+        prompt += turn_start("assistant") + answer_opening(think, called)
     if prompt:
         parts.append(Part(prompt, False))
     return parts
@@ -332,7 +340,8 @@ def _answer(message: Message, mode: ThinkMode) -> str:
             calls = f"[{','.join(message.calls)}]"
         answer += "\n" if message.content else ""
         answer += f"{CALL_BEGIN}\n{calls}{CALL_END}"
-    return answer
+    # Without words after a thought there would be a blank line, which ends a turn.
+    return answer.rstrip("\n")
 
 
 def chat_prompt(
