@@ -165,7 +165,7 @@ class Fields:
     def members(self, name: str) -> dict[str, Any]:
         """Takes an object, which is empty without; its nulls stand for nothing, too."""
         found = self._take(name, (dict,), "an object", {})
-        return {name: value for name, value in found.items() if value is not None}
+        return {key: value for key, value in found.items() if value is not None}
 
     def optional(self, name: str, default: Any) -> Any:
         """Takes a field whose value may be of several kinds."""

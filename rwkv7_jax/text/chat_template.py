@@ -191,8 +191,9 @@ def call_text(call: Any) -> str:
         arguments = {}
     if isinstance(arguments, str):
         try:
-            json.loads(arguments)
-        except ValueError:
+            # Written, too: Python reads numbers that JSON does not have, such as NaN.
+            compact_json(json.loads(arguments))
+        except (ValueError, RecursionError):
             raise ValueError(
                 f'the arguments of "{function["name"]}" must be JSON; got {arguments!r:.80}'
             ) from None

@@ -237,6 +237,17 @@ def test_a_model_that_need_not_call_a_function_is_asked_as_without_functions(thi
             {"messages": [{"role": "assistant", "tool_calls": 3}]},
             'message 1: "tool_calls" must be a list',
         ),
+        *(
+            (
+                {"messages": [{"role": "assistant", "function_call": call}]},
+                'message 1: the arguments of "f" must be JSON; got',
+            )
+            for call in (
+                {"name": "f", "arguments": '{"a":NaN}'},
+                {"name": "f", "arguments": '{"a":1e999}'},
+                {"name": "f", "arguments": "[" * 100_000},
+            )
+        ),
         (
             {"messages": [{"role": "assistant", "content": " \n", "tool_calls": []}]},
             "message 1: an empty answer",
