@@ -48,8 +48,8 @@ class AnswerReader:
     """A reader that takes an answer's text as it comes, and returns parts that are certain.
 
     The parts together do not depend on how the text was cut. A thought comes first, begins with
-    `THOUGHT_BEGIN` and may be cut; the words begin after it. A block of JSON that holds nothing but
-    valid calls is these calls, and any other is words.
+    `THOUGHT_BEGIN` and may be cut, also inside the mark that ends it; the words begin after it. A
+    block of JSON that holds nothing but valid calls is these calls, and any other is words.
 
     Attributes:
         calls_read: how many calls were returned.
@@ -60,7 +60,7 @@ class AnswerReader:
 
         Args:
             tools: functions that may be called, as `chat_template.tool_text` writes them.
-            parallel: whether an answer may have several calls; else those after the first are
+            parallel: whether an answer may have several calls; else a block with a second one is
                 words.
         """
         self.calls_read = 0
