@@ -1,13 +1,21 @@
 """Answers as bodies of OpenAI's interface; no network.
 
-Source: platform.openai.com/docs/api-reference, completions and chat.
+Sources: platform.openai.com/docs/api-reference, completions and chat; api-docs.deepseek.com for
+`reasoning_content`.
 """
 
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
 from rwkv7_jax.serving.protocol import Call, Served, named_state
 from rwkv7_jax.serving.requests import Answer, Piece, TokenScore
+from rwkv7_jax.text.chat_answers import (
+    AnswerParts,
+    AnswerReader,
+    ToolCall,
+    read_answer,
+)
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 
@@ -41,62 +49,85 @@ class AnswerBodies:
         """Takes what was asked for, and the vocabulary that scored tokens are spelled with."""
         self._call = call
         self._tokenizer = tokenizer
-        # Answers of the stream whose first piece was sent.
-        self._begun: set[int] = set()
+        # Of the answers of a chat.
+        self._readers: list[AnswerReader] = []
+        if chat := call.chat:
+            for _ in call.requests:
+                reader = AnswerReader(chat.tools, parallel=chat.parallel)
+                # The beginning of a thought, at most, of which nothing is said.
+                reader.push(chat.opening)
+                self._readers.append(reader)
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """Returns the body of the answers, in the order of the call's requests."""
         choices = []
         for index, answer in enumerate(answers):
-            text = self._first_text(answer.text)
             choice: dict[str, Any] = {"index": index}
-            if self._call.is_chat:
-                choice["message"] = {"role": "assistant", "content": text}
+            called = False
+            if chat := self._call.chat:
+                text = chat.opening + answer.text
+                parts = read_answer(text, chat.tools, parallel=chat.parallel)
+                choice["message"] = _message(parts)
+                called = bool(parts.calls)
             else:
-                choice["text"] = text
+                choice["text"] = answer.text
             choice["logprobs"] = self._logprobs(answer.scores)
-            choice["finish_reason"] = _finish_reason(answer)
+            choice["finish_reason"] = _finish_reason(answer, called=called)
             choices.append(choice)
         return self._body(choices, "chat.completion") | {"usage": self._usage(answers)}
 
     def openings(self) -> list[dict[str, Any]]:
         """Returns the events before the first pieces, which chats have."""
         role = {"delta": {"role": "assistant", "content": ""}}
-        count = len(self._call.requests) if self._call.is_chat else 0
-        return [self._event(index, role) for index in range(count)]
+        return [self._event(index, role) for index in range(len(self._readers))]
 
     def piece(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        """Returns the events of a piece of answer number `index`: one, or none."""
-        text = piece.text
-        if index not in self._begun:
-            self._begun.add(index)
-            text = self._first_text(text)
-        if not text and not piece.scores:
+        """Returns the events of a piece of answer number `index`; there may be none."""
+        if self._call.chat:
+            parts = self._readers[index].push(piece.text)
+            return self._deltas(index, parts, piece.scores)
+        if not piece.text and not piece.scores:
             return []
-        content = {"delta": {"content": text}} if self._call.is_chat else {"text": text}
-        logprobs = {"logprobs": self._logprobs(piece.scores)}
-        return [self._event(index, content | logprobs)]
+        logprobs = self._logprobs(piece.scores)
+        return [self._event(index, {"text": piece.text, "logprobs": logprobs})]
 
     def end(self, index: int, answer: Answer) -> list[dict[str, Any]]:
         """Returns the last events of answer number `index`."""
-        # An answer without text still has its opening.
-        events = self.piece(index, Piece(""))
-        nothing = {"delta": {}} if self._call.is_chat else {"text": ""}
-        ending = {"finish_reason": _finish_reason(answer)}
-        return [*events, self._event(index, nothing | ending)]
+        if not self._call.chat:
+            ending = {"text": "", "finish_reason": _finish_reason(answer)}
+            return [self._event(index, ending)]
+        reader = self._readers[index]
+        events = self._deltas(index, reader.close(), ())
+        reason = _finish_reason(answer, called=reader.calls_read > 0)
+        return [*events, self._event(index, {"delta": {}, "finish_reason": reason})]
 
     def usage_event(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """Returns the last event of a stream whose client asked for the numbers."""
         return self._body([], "chat.completion.chunk") | {"usage": self._usage(answers)}
 
-    def _first_text(self, text: str) -> str:
-        """Returns the beginning of an answer as the client gets it.
-
-        The opening of a thought belongs to it; the space between a speaker and the words does not.
-        """
-        if not self._call.is_chat:
-            return text
-        return (self._call.opening + text).removeprefix(" ")
+    def _deltas(
+        self, index: int, parts: AnswerParts, scores: Sequence[TokenScore]
+    ) -> list[dict[str, Any]]:
+        """Returns the events of parts of a message, and of scores, which the first one has."""
+        deltas: list[dict[str, Any]] = []
+        if parts.thought:
+            deltas.append({"reasoning_content": parts.thought})
+        if parts.words:
+            deltas.append({"content": parts.words})
+        if parts.calls:
+            first = self._readers[index].calls_read - len(parts.calls)
+            calls = []
+            for number, call in enumerate(parts.calls, first):
+                calls.append({"index": number} | _tool_call(call))
+            deltas.append({"tool_calls": calls})
+        if scores and not deltas:
+            # Text of these tokens is held back, or is none of the message.
+            deltas.append({})
+        events = []
+        for delta in deltas:
+            logprobs = self._logprobs(() if events else scores)
+            events.append(self._event(index, {"delta": delta, "logprobs": logprobs}))
+        return events
 
     def _event(self, index: int, fields: dict[str, Any]) -> dict[str, Any]:
         choice = {"index": index, "logprobs": None, "finish_reason": None} | fields
@@ -105,7 +136,7 @@ class AnswerBodies:
     def _body(self, choices: list[Any], kind: str) -> dict[str, Any]:
         return {
             "id": self._call.id,
-            "object": kind if self._call.is_chat else "text_completion",
+            "object": kind if self._call.chat else "text_completion",
             "created": self._call.created,
             "model": self._call.model,
             "choices": choices,
@@ -128,7 +159,7 @@ class AnswerBodies:
         """Returns the scores of tokens as the interface has them."""
         if not scores:
             return None
-        if self._call.is_chat:
+        if self._call.chat:
             content = []
             for score in scores:
                 others = [self._entry(*other) for other in score.alternatives]
@@ -168,6 +199,31 @@ class AnswerBodies:
         return self._tokenizer.token_bytes(id) if is_known else b""
 
 
-def _finish_reason(answer: Answer) -> str:
-    """Returns how an answer ended, in the interface's words."""
-    return "length" if answer.ended == "length" else "stop"
+def _message(parts: AnswerParts) -> dict[str, Any]:
+    """Returns what an assistant said; a message that only calls functions has no content."""
+    content = None if parts.calls and not parts.words else parts.words
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    if parts.thought:
+        message["reasoning_content"] = parts.thought
+    if parts.calls:
+        message["tool_calls"] = [_tool_call(call) for call in parts.calls]
+    return message
+
+
+def _tool_call(call: ToolCall) -> dict[str, Any]:
+    """Returns a call of a function, by an id that is new."""
+    function = {"name": call.name, "arguments": call.arguments}
+    id = "call_" + secrets.token_hex(12)
+    return {"id": id, "type": "function", "function": function}
+
+
+def _finish_reason(answer: Answer, *, called: bool = False) -> str:
+    """Returns how an answer ended, in the interface's words.
+
+    Args:
+        answer: that ended.
+        called: whether it calls functions.
+    """
+    if answer.ended == "length":
+        return "length"
+    return "tool_calls" if called else "stop"

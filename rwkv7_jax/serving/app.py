@@ -365,12 +365,16 @@ async def _stream(
     for opening in bodies.openings():
         yield _event(opening)
     answers: dict[int, Answer] = {}
+    sent = time.monotonic()
     while len(answers) < len(call.requests):
         try:
-            index, event = await asyncio.wait_for(events.get(), _QUIET_SECONDS)
+            quiet = sent + _QUIET_SECONDS - time.monotonic()
+            index, event = await asyncio.wait_for(events.get(), quiet)
         except TimeoutError:
-            # A comment, so that no proxy takes a request that waits for a dead one.
+            # A comment, so that no proxy takes a request that waits for a dead one. A call of a
+            # function is held back until it is complete: pieces alone are no sign of life.
             yield ": waiting\n\n"
+            sent = time.monotonic()
             continue
         if isinstance(event, Piece):
             made = bodies.piece(index, event)
@@ -382,6 +386,7 @@ async def _stream(
             made = bodies.end(index, event)
         for body in made:
             yield _event(body)
+            sent = time.monotonic()
     if call.include_usage:
         yield _event(bodies.usage_event([answers[index] for index in sorted(answers)]))
     yield "data: [DONE]\n\n"

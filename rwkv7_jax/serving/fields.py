@@ -22,7 +22,7 @@ _WITHOUT_EFFECT = (
 )
 
 # Fields that are not served unless they have one of these values, which mean what is done without.
-# The second half are those of vLLM.
+# Chats take some of them; the second half are those of vLLM.
 _NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
@@ -154,9 +154,22 @@ class Fields:
         seed = self.integer("seed", -1)
         return secrets.randbits(32) if seed == -1 else seed
 
-    def switch(self, name: str) -> bool:
-        """Takes true or false, which it is without."""
-        return self._take(name, (bool,), "true or false", False)
+    def switch(self, name: str, *, default: bool = False) -> bool:
+        """Takes true or false."""
+        return self._take(name, (bool,), "true or false", default)
+
+    def items(self, name: str) -> list[Any]:
+        """Takes a list, which is empty without."""
+        return self._take(name, (list,), "a list", [])
+
+    def members(self, name: str) -> dict[str, Any]:
+        """Takes an object, which is empty without; its nulls stand for nothing, too."""
+        found = self._take(name, (dict,), "an object", {})
+        return {key: value for key, value in found.items() if value is not None}
+
+    def optional(self, name: str, default: Any) -> Any:
+        """Takes a field whose value may be of several kinds."""
+        return self._left.pop(name, default)
 
     def integers(self, name: str) -> tuple[int, ...]:
         """Takes a list of whole numbers."""
@@ -204,8 +217,7 @@ class Fields:
 
     def includes_usage(self, *, stream: bool) -> bool:
         """Takes the options of a stream."""
-        options = self._take("stream_options", (dict,), "an object", {})
-        options = {name: value for name, value in options.items() if value is not None}
+        options = self.members("stream_options")
         if options and not stream:
             raise Refused(
                 "`stream_options` must come with a `stream` that is true.",

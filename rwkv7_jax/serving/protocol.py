@@ -14,15 +14,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from rwkv7_jax.data.records.conversations import read_message
+from rwkv7_jax.serving.chats import Chat, read_chat
 from rwkv7_jax.serving.fields import Fields, Refused, is_id, kind_of
 from rwkv7_jax.serving.requests import Request
-from rwkv7_jax.text.chat_template import (
-    CHAT_STOP,
-    THINK_MODES,
-    answer_opening,
-    write_conversation,
-)
+from rwkv7_jax.text.chat_template import CHAT_STOP
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 # What every model may be called, besides its name.
@@ -66,22 +61,20 @@ class Call:
     Attributes:
         requests: for the engine, one for each answer; those of one prompt follow each other.
         per_prompt: answers to each prompt.
-        is_chat: whether a message or a text is asked for.
+        chat: that is to go on; None where a text is.
         stream: whether it is sent as it is made.
         include_usage: whether a stream ends with the numbers of tokens.
         model: as the client named it.
-        opening: beginning of the answer that the prompt has already.
         id: of the answer.
         created: seconds since 1970.
     """
 
     requests: tuple[Request, ...]
     per_prompt: int
-    is_chat: bool
+    chat: Chat | None
     stream: bool
     include_usage: bool
     model: str
-    opening: str
     id: str
     created: int
 
@@ -98,12 +91,11 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
     fields = Fields(body)
     model = fields.text("model", served.name)
     state = named_state(fields.text("state", None), model, served)
-    opening = ""
+    chat = None
     stops = fields.stops()
     if is_chat:
-        think = fields.text("think", "off")
-        prompts = [_chat_prompt(fields.take("messages"), think, served)]
-        opening = answer_opening(think)
+        chat = read_chat(fields)
+        prompts = [_encode(chat.parts, served, "messages")]
         stops = (*stops, CHAT_STOP)
     else:
         prompts = _text_prompts(fields.take("prompt"), served)
@@ -136,11 +128,10 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
     call = Call(
         requests=tuple(requests),
         per_prompt=per_prompt,
-        is_chat=is_chat,
+        chat=chat,
         stream=stream,
         include_usage=fields.includes_usage(stream=stream),
         model=model or served.name,
-        opening=opening,
         id=("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12),
         created=int(time.time()),
     )
@@ -178,33 +169,6 @@ def named_state(state: str | None, model: str, served: Served) -> str | None:
             code="state_not_found",
         )
     return state
-
-
-def _chat_prompt(messages: Any, think: str, served: Served) -> list[int]:
-    """Encodes a conversation up to the beginning of the next answer.
-
-    Each part has its own ids, as in tuning: those of the messages so far do not change by what
-    follows, and the cache finds them again.
-    """
-    if think not in THINK_MODES:
-        raise Refused(
-            f"`think` must be one of {', '.join(THINK_MODES)}; got {think!r:.60}.",
-            "think",
-        )
-    if not isinstance(messages, list) or not messages:
-        raise Refused("`messages` must be a list of messages.", "messages")
-    try:
-        turns = [read_message(message, at) for at, message in enumerate(messages, 1)]
-        # As in `rwkv7 generate`, a system that says nothing has no turn.
-        turns = [turn for turn in turns if turn.content or turn.role != "system"]
-        parts = write_conversation(turns, think=think, ask=True)
-    except ValueError as error:
-        raise Refused(f"`messages`: {error}.", "messages") from None
-    if not turns or turns[-1].role == "assistant":
-        raise Refused(
-            "`messages` must end with one that the assistant is to answer.", "messages"
-        )
-    return _encode([part.text for part in parts], served, "messages")
 
 
 def _text_prompts(prompt: Any, served: Served) -> list[Sequence[int]]:

@@ -128,10 +128,13 @@ def compact_json(value: Any) -> str:
     """Writes JSON on one line without blanks, as the templates have it.
 
     Raises:
-        ValueError: it is nested too deeply; the message is the reason alone.
+        ValueError: it is nested too deeply, or has a number that JSON does not have, such as NaN;
+            the message is the reason alone.
     """
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return json.dumps(
+            value, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+        )
     except RecursionError:
         raise ValueError("a call or a function is nested too deeply") from None
 
@@ -196,7 +199,8 @@ def call_text(call: Any) -> str:
         arguments = {}
     if isinstance(arguments, str):
         try:
-            parse_json(arguments)
+            # Written, too: Python reads numbers that JSON does not have, such as NaN.
+            compact_json(parse_json(arguments))
         except ValueError:
             raise ValueError(
                 f'the arguments of "{function["name"]}" must be JSON; got {arguments!r:.80}'
@@ -230,7 +234,7 @@ def answer_opening(
 
     Args:
         think: one of `THINK_MODES`.
-        tools: functions that may be called: an answer that does not think calls one.
+        tools: functions one of which an answer that does not think must call.
         answer: a known answer, which may begin otherwise; None for one that is asked for.
     """
     opening = think_mode(think).opening
@@ -244,6 +248,7 @@ def write_conversation(
     *,
     think: str = "off",
     tools: Sequence[str] = (),
+    must_call: bool = True,
     ask: bool = False,
 ) -> list[Part]:
     """Writes a conversation in RWKV-7's template.
@@ -255,6 +260,8 @@ def write_conversation(
         messages: in their order.
         think: one of `THINK_MODES`.
         tools: functions that may be called, as `tool_text` writes them.
+        must_call: whether an answer that does not think is given the beginning of a call; else
+            the model chooses between words and a call.
         ask: ends with the beginning of a further answer, which the model goes on with.
 
     Raises:
@@ -262,6 +269,7 @@ def write_conversation(
     """
     mode = think_mode(think)
     turns = _with_tools(messages, tools)
+    called = tools if must_call else ()
     parts: list[Part] = []
     prompt = ""
     for index, message in enumerate(turns):
@@ -276,13 +284,13 @@ def write_conversation(
                 prompt += mode.suffix
             continue
         answer = _answer(message, mode)
-        opening = answer_opening(think, tools, answer)
+        opening = answer_opening(think, called, answer)
         parts.append(Part(prompt + opening, False))
         parts.append(Part(answer.removeprefix(opening), True))
         prompt = ""
     if ask:
         prompt += TURN_END if turns else ""
-        prompt += turn_start("assistant") + answer_opening(think, tools)
+        prompt += turn_start("assistant") + answer_opening(think, called)
     if prompt:
         parts.append(Part(prompt, False))
     return parts
@@ -341,7 +349,8 @@ def _answer(message: Message, mode: ThinkMode) -> str:
             calls = f"[{','.join(message.calls)}]"
         answer += "\n" if message.content else ""
         answer += f"{CALL_BEGIN}\n{calls}{CALL_END}"
-    return answer
+    # Without words after a thought there would be a blank line, which ends a turn.
+    return answer.rstrip("\n")
 
 
 def chat_prompt(

@@ -113,7 +113,7 @@ _SOURCE = """
   {%- elif message.role == 'tool' -%}
     {{- $USER$ ~ ' ' ~ $OUTPUT_BEGIN$ ~ words(message) -}}
   {%- elif message.role == 'assistant' -%}
-    {{- $ASSISTANT$ ~ answer(message) -}}
+    {{- $ASSISTANT$ ~ answer(message).rstrip('\\n') -}}
   {%- else -%}
     {{- raise_exception('role must be $ROLES$; got ' ~ message.role) -}}
   {%- endif -%}

@@ -18,6 +18,8 @@ from rwkv7_jax.cli.commands import main
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
+from rwkv7_jax.text.chat_answers import read_answer
+from rwkv7_jax.text.chat_template import CHAT_STOP, answer_opening, chat_prompt
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 pytest.importorskip("starlette", reason="the extra server is not installed")
@@ -67,10 +69,10 @@ def test_a_port_in_use_is_said_before_the_model_is_read(capsys):
     assert f"127.0.0.1:{port} is none" in capsys.readouterr().err
 
 
-def call(address, **fields):
-    """Opens the answer to a text."""
+def call(address, route="completions", **fields):
+    """Opens the answer to a text, or to a chat."""
     data = json.dumps({"temperature": 0} | fields).encode()
-    request = urllib.request.Request(f"{address}/completions", data)
+    request = urllib.request.Request(f"{address}/{route}", data)
     return urllib.request.urlopen(request, timeout=60)
 
 
@@ -103,6 +105,28 @@ def test_a_server_answers_from_its_states_until_a_signal(tmp_path):
                 tokenizer=Tokenizer.bytes(),
             )
             assert choice["text"] == expected.texts[0]
+        # Of a chat that thinks, the text is a thought and words.
+        messages = [{"role": "user", "content": "hi"}]
+        with call(
+            address,
+            "chat/completions",
+            messages=messages,
+            reasoning_effort="minimal",
+            max_tokens=20,
+        ) as got:
+            message = json.load(got)["choices"][0]["message"]
+        expected = generate(
+            RWKV7(config),
+            params,
+            Tokenizer.bytes().encode(chat_prompt(b"hi", think="fast")),
+            tokens=20,
+            temperature=0,
+            stop_strings=[CHAT_STOP],
+            tokenizer=Tokenizer.bytes(),
+        )
+        parts = read_answer(answer_opening("fast") + expected.texts[0])
+        assert message["content"] == parts.words
+        assert message.get("reasoning_content", "") == parts.thought
         # A state that comes later is served, too.
         save_state(tmp_path / "late.pth", state)
         with call(address, prompt="decoding", max_tokens=12, state="late") as got:

@@ -177,19 +177,29 @@ def test_a_stream_is_that_of_the_interface(client, usage):
     assert "".join(e["choices"][0]["text"] for e in text) == "H\u00e4llo \U0001f600"
 
 
-@pytest.mark.parametrize("pieces", [(" ", "a"), (" a",), ()])
-@pytest.mark.parametrize(("think", "opening"), [("off", ""), ("free", "<think")])
-def test_the_opening_of_a_thought_belongs_to_the_answer_and_one_space_does_not(
-    client, engine, pieces, think, opening
-):
+@pytest.mark.parametrize("pieces", [(" ", "a"), (" a",), ("a",), ()])
+def test_the_space_after_the_speaker_is_not_sent(client, engine, pieces):
     engine.pieces = list(pieces)
-    expected = opening + "".join(pieces) if opening else "a" * bool(pieces)
-    body = CHAT | {"think": think}
-    whole = client.post("/v1/chat/completions", body).json()
+    whole = client.post("/v1/chat/completions", CHAT).json()
+    expected = "a" * bool(pieces)
     assert whole["choices"][0]["message"]["content"] == expected
-    found = events(client.post("/v1/chat/completions", body | {"stream": True}))
+    found = events(client.post("/v1/chat/completions", CHAT | {"stream": True}))
     deltas = [event["choices"][0]["delta"] for event in found[:-1]]
     assert "".join(d.get("content", "") for d in deltas) == expected
+
+
+def test_a_message_may_have_a_thought_and_a_call(client, engine):
+    engine.pieces = [">x</th", 'ink>a\n```json\n{"name":', '"f"}\n```']
+    engine.ended = "stop_id"
+    body = CHAT | {"think": "free", "tools": [{"function": {"name": "f"}}]}
+    (choice,) = client.post("/v1/chat/completions", body).json()["choices"]
+    (call,) = choice["message"].pop("tool_calls")
+    message = {"role": "assistant", "reasoning_content": "x", "content": "a"}
+    assert (choice["message"], choice["finish_reason"]) == (message, "tool_calls")
+    assert call["function"] == {"name": "f", "arguments": "{}"}
+    found = events(client.post("/v1/chat/completions", body | {"stream": True}))
+    names = [name for event in found[1:-2] for name in event["choices"][0]["delta"]]
+    assert names == ["reasoning_content", "content", "tool_calls"]
 
 
 def streamed(found):

@@ -58,7 +58,7 @@ def test_every_field_reaches_the_request():
     assert (request.frequency_penalty, request.penalty_decay) == (0.25, 0.9)
     assert (request.seed, request.stop_strings) == (5, ("a", "b"))
     assert (request.stop_ids, request.state) == ((3, 4), "poet")
-    assert call.stream and call.include_usage and not call.is_chat
+    assert call.stream and call.include_usage and call.chat is None
 
 
 def test_a_call_without_fields_is_drawn_anew_each_time():
@@ -135,7 +135,7 @@ def test_a_conversation_is_written_as_in_tuning():
     assert prompt_of(chat_call(messages=silent)) == prompt_of(chat_call())
     thinking = chat_call(think="medium")
     assert prompt_of(thinking) == "User: hi (think)\n\nAssistant: <think"
-    assert thinking.opening == " <think"
+    assert thinking.chat.opening == " <think"
 
 
 def test_a_prompt_is_a_text_or_ids_and_an_empty_one_begins_a_text():

@@ -177,6 +177,23 @@ def test_a_question_ends_in_the_suffix_where_its_answer_thinks():
     )
 
 
+@pytest.mark.parametrize("think", THINK_MODES)
+def test_a_model_that_need_not_call_a_function_is_asked_as_without_functions(think):
+    call = json.dumps(CALL, separators=(",", ":"))
+    turns = [
+        Message("user", "a"),
+        Message("assistant", calls=(call,)),
+        Message("tool", "1"),
+    ]
+    tools = [tool_text(SLOTS)]
+    choices = {"think": think, "ask": True}
+    with_tools = write_conversation(turns, tools=tools, must_call=False, **choices)
+    system, *texts = [part.text for part in with_tools]
+    plain = [part.text for part in write_conversation(turns, **choices)]
+    assert system.startswith("System: Tools:\n") and system.endswith(plain[0])
+    assert texts == plain[1:]
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
@@ -198,6 +215,10 @@ def test_a_question_ends_in_the_suffix_where_its_answer_thinks():
             'arguments of "f" must be an object',
         ),
         (
+            {"tools": [{"name": "f", "arguments": {"a": float("nan")}}]},
+            '"tools": .*not JSON compliant',
+        ),
+        (
             {"messages": [{"role": "assistant", "tool_calls": [{"name": 3}]}]},
             'message 1: a call must be an object with a "name"',
         ),
@@ -215,6 +236,17 @@ def test_a_question_ends_in_the_suffix_where_its_answer_thinks():
         (
             {"messages": [{"role": "assistant", "tool_calls": 3}]},
             'message 1: "tool_calls" must be a list',
+        ),
+        *(
+            (
+                {"messages": [{"role": "assistant", "function_call": call}]},
+                'message 1: the arguments of "f" must be JSON; got',
+            )
+            for call in (
+                {"name": "f", "arguments": '{"a":NaN}'},
+                {"name": "f", "arguments": '{"a":1e999}'},
+                {"name": "f", "arguments": "[" * 100_000},
+            )
         ),
         (
             {"messages": [{"role": "assistant", "content": " \n", "tool_calls": []}]},
@@ -325,6 +357,16 @@ CONVERSATIONS = {
                 "content": "<think>\nx\n</think>\nf",
                 "reasoning_content": "",
             },
+        ],
+        None,
+    ),
+    "thoughts that were cut": (
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "reasoning_content": "b"},
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "content": ""},
+            {"role": "user", "content": "d"},
         ],
         None,
     ),
