@@ -129,8 +129,6 @@ def _tools(fields: Fields) -> tuple[str, ...]:
         raise Refused("`tools` has a lone surrogate.", "tools") from None
     except ValueError as error:
         raise Refused(f"`tools`: {error}.", "tools") from None
-    except RecursionError:
-        raise Refused("`tools` is nested too deeply.", "tools") from None
     if choice not in ("auto", "none"):
         kind = repr(choice) if isinstance(choice, str) else kind_of(choice)
         raise Refused(

@@ -3,7 +3,6 @@
 The inverse of how `chat_template` writes what an assistant says.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -65,7 +64,7 @@ class AnswerReader:
                 words.
         """
         self.calls_read = 0
-        self._functions = frozenset(json.loads(tool)["name"] for tool in tools)
+        self._functions = frozenset(parse_json(tool)["name"] for tool in tools)
         self._parallel = parallel
         # Not certain.
         self._rest = ""
