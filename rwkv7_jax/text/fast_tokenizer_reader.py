@@ -9,7 +9,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rwkv7_jax.json_files import parse_json
-from rwkv7_jax.text.fast_tokenizer import byte_characters, longest_entry_pattern
+from rwkv7_jax.text.fast_tokenizer import (
+    byte_characters,
+    bytes_of_characters,
+    longest_entry_pattern,
+)
 from rwkv7_jax.text.tokenizer import END_OF_TEXT
 from rwkv7_jax.text.vocabulary_entries import built_in_vocabulary
 
@@ -69,7 +73,7 @@ def _special_tokens(added: Any) -> list[str] | None:
 
 def _spelled(names: Mapping[str, int]) -> dict[int, bytes]:
     """Returns what names spell, by ascending ids; those of other characters fill unused ids."""
-    bytes_of = {character: byte for byte, character in byte_characters().items()}
+    bytes_of = bytes_of_characters()
     entries = {}
     for name, number in sorted(names.items(), key=lambda item: item[1]):
         if all(character in bytes_of for character in name):
