@@ -29,9 +29,7 @@ from rwkv7_jax.checkpoints.layouts.other_architectures import (
     reject_other_architectures,
 )
 from rwkv7_jax.checkpoints.loading.tree_reader import (
-    Convert,
     Progress,
-    as_it_is,
     build_tree,
     loaded_tensors,
 )
@@ -153,9 +151,11 @@ def load_model(
         if mesh is not None:
             refuse_explicit_axes(mesh, "`mesh`")
             check_shared_heads(config, mesh.shape.get(TENSOR, 1), "`mesh`")
-        convert = as_it_is
+        convert = None
         if weights is not None:
-            convert = _int8_conversion(tensors, config, path, dtype)
+            # Read once more for this: the matrices carry the hash of all tensors.
+            named = loaded_tensors(tensors, config, str(path), dtype=dtype)
+            convert = functools.partial(_int8_leaf, _hash_tensors(named))
         params = build_tree(
             tensors,
             config,
@@ -201,17 +201,6 @@ def _load_orbax_in_int8(
             matrix = _quantize_rows(leaves[index], origin=origin)
             leaves[index] = jax.block_until_ready(matrix)
     return place(mesh, jax.tree.unflatten(structure, leaves)), config
-
-
-def _int8_conversion(
-    tensors: dict[str, Tensor], config: RWKV7Config, path: Path, dtype
-) -> Convert:
-    """Makes the function that rounds the matrices of a model to 8 bits.
-
-    All tensors are read once for the hash that the matrices carry.
-    """
-    named = loaded_tensors(tensors, config, str(path), dtype=dtype)
-    return functools.partial(_int8_leaf, _hash_tensors(named))
 
 
 def _int8_leaf(origin: str, path: tuple[str, ...], array: np.ndarray) -> Any:
@@ -274,33 +263,19 @@ def _describe_state(path: Path) -> str:
     )
 
 
-def _to_half(name: str, array: np.ndarray) -> np.ndarray:
-    """Converts an array to half precision, the only one that web-rwkv reads."""
-    # NumPy warns of numbers that become Inf; the error below names the tensor as well.
-    with np.errstate(over="ignore"):
-        half = np.asarray(array).astype(np.float16)
-    if overflows(array, half):
-        raise ValueError(
-            f"`params` of a .st file must be within {_LARGEST_HALF}; got larger ones "
-            f"in {name}."
-        )
-    return half
-
-
-def _official_file_tensors(
-    tensors: Iterable[tuple[str, np.ndarray]],
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields tensors in the shapes of official files."""
-    for name, array in tensors:
-        yield name, array.reshape(tensor_names.file_shape(name, array.shape))
-
-
 def _web_rwkv_tensors(
     tensors: Iterable[tuple[str, np.ndarray]],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields tensors in half precision, the low-rank matrices transposed."""
+    """Yields tensors in half precision, which web-rwkv reads alone, low-rank ones transposed."""
     for name, array in tensors:
-        half = _to_half(name, array)
+        # NumPy warns of numbers that become Inf; the error below names the tensor as well.
+        with np.errstate(over="ignore"):
+            half = np.asarray(array).astype(np.float16)
+        if overflows(array, half):
+            raise ValueError(
+                f"`params` of a .st file must be within {_LARGEST_HALF}; got larger ones "
+                f"in {name}."
+            )
         if tensor_names.LOW_RANK.search(name):
             half = half.swapaxes(-1, -2)
         yield name, half
@@ -436,7 +411,10 @@ def _write(
     if kind == "st":
         tensors = _web_rwkv_tensors(tensors)
         low_rank = "transposed"
-    tensors = _official_file_tensors(tensors)
+    tensors = (
+        (name, array.reshape(tensor_names.file_shape(name, array.shape)))
+        for name, array in tensors
+    )
     if kind == "pth":
         write_pth(path, tensors)
     else:
