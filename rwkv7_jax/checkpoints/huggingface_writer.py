@@ -238,4 +238,3 @@ def _transformers_config(config: RWKV7Config, dtype: str) -> dict[str, Any]:
         # The one that computes token by token, as the reference does.
         "wkv_implementation": "eager",
     }
-

@@ -250,7 +250,8 @@ def _refuse_other_files(path: Path) -> None:
         sentence = (
             "holds safetensors: rename it to .safetensors (web-rwkv's files to .st)"
         )
-    elif sentence is None and not file_signatures.is_complete_zip(path):
+    # Whether the list of entries is at its end.
+    elif sentence is None and not zipfile.is_zipfile(path):
         if file_signatures.is_zip(head):
             sentence = file_signatures.describe_cut_zip(path)
         else:

@@ -23,7 +23,6 @@ from rwkv7_jax.checkpoints.state_tensors import (
 )
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.checks import prefix_errors
-from rwkv7_jax.json_files import write_json
 
 # Entries of a sidecar without which the tensors would be read otherwise, or that describe them.
 MEANING = (
@@ -83,11 +82,6 @@ def _check_fields(table: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"`{name}` of a state's sidecar must be a string; got {value!r}."
             )
-
-
-def write_sidecar(path: Path, table: Mapping[str, Any]) -> None:
-    """Writes a state's sidecar completely, or leaves what was there before."""
-    write_json(sidecar(path), table)
 
 
 def previous_table(path: Path) -> dict[str, Any]:
@@ -185,8 +179,6 @@ def check_digests(
     table: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     path: Path,
-    *,
-    stacklevel: int,
 ) -> None:
     """Raises if the sidecar belongs to other tensors; warns if a note in it was changed."""
     if DIGEST in table:
@@ -207,7 +199,8 @@ def check_digests(
             warnings.warn(
                 f"load_state: `{sidecar(path)}` was changed after it was written: one of "
                 f"{', '.join(entries) or 'its entries'}.",
-                stacklevel=stacklevel + 1,
+                # At the caller of `load_state`.
+                stacklevel=3,
             )
 
 
