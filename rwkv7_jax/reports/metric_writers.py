@@ -2,6 +2,7 @@
 
 import abc
 import csv
+import functools
 import importlib
 import io
 import json
@@ -162,17 +163,6 @@ def _column_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(names)
 
 
-def _import_package(name: str, extra: str) -> Any:
-    """Imports a module; an error says which extra to install."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ImportError(
-            f"MetricFiles: `also` names {extra!r}, which needs the package {name}: "
-            f"pip install 'rwkv7_jax[{extra}]'."
-        ) from None
-
-
 class _TensorBoard(Tracker):
     """Event files under `tensorboard/`."""
 
@@ -226,10 +216,12 @@ def _tracker_opener(name: str) -> Callable[[Path, int], Tracker]:
             f"MetricFiles: `also` must be of {', '.join(TRACKERS)}; got {name!r}."
         )
     module, tracker = _TRACKERS[name]
-    # Now, so that a missing package ends a run before anything is compiled.
-    package = _import_package(module, name)
-
-    def open_at(folder: Path, first_step: int) -> Tracker:
-        return tracker(package, folder, first_step)
-
-    return open_at
+    try:
+        # Now, so that a missing package ends a run before anything is compiled.
+        package = importlib.import_module(module)
+    except ImportError:
+        raise ImportError(
+            f"MetricFiles: `also` names {name!r}, which needs the package {module}: "
+            f"pip install 'rwkv7_jax[{name}]'."
+        ) from None
+    return functools.partial(tracker, package)
