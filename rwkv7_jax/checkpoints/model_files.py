@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -36,6 +37,7 @@ from rwkv7_jax.checkpoints.loading.tree_reader import (
 from rwkv7_jax.checkpoints.model_folder import existing_model, refuse_other_files
 from rwkv7_jax.checkpoints.orbax_folder import (
     ORBAX_CONTENT,
+    describe_orbax,
     is_orbax,
     load_orbax,
     save_orbax,
@@ -147,7 +149,7 @@ def load_model(
             return load_orbax(
                 folder, dtype=dtype, allow_nan=allow_nan, verify=verify, device=mesh
             )
-        tensors, config = open_model(path, verify=verify)
+        tensors, config = _open_model(path, verify=verify)
         if mesh is not None:
             refuse_explicit_axes(mesh, "`mesh`")
             check_shared_heads(config, mesh.shape.get(TENSOR, 1), "`mesh`")
@@ -219,7 +221,7 @@ def _int8_leaf(origin: str, path: tuple[str, ...], array: np.ndarray) -> Any:
     return jax.tree.map(np.asarray, matrix)
 
 
-def open_model(
+def _open_model(
     path: Path, *, verify: bool = False
 ) -> tuple[dict[str, Tensor], RWKV7Config]:
     """Opens a model's tensors, infers the config and checks both."""
@@ -247,6 +249,22 @@ def open_model(
     config = infer_config(tensors, str(path), norm_eps=norm_eps, family=named.family)
     check_names(tensors, config, str(path))
     return tensors, config
+
+
+def describe_model(path: str | Path) -> tuple[RWKV7Config, str]:
+    """Infers a checkpoint's config and the widest dtype of its tensors; no number is read.
+
+    Raises:
+        ValueError: no such file, a damaged one, or not RWKV-7.
+        ImportError: the package for a GGUF file is missing.
+    """
+    path = existing_model(path)
+    with name_file(path, "load_model"):
+        if is_orbax(path):
+            return describe_orbax(path.absolute())
+        tensors, config = _open_model(path)
+        dtypes = [tensor.dtype for tensor in tensors.values() if tensor.shape]
+        return config, str(functools.reduce(jnp.promote_types, dtypes))
 
 
 def _describe_state(path: Path) -> str:
