@@ -25,9 +25,9 @@ from rwkv7_jax.checks import (
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.generation.decode_loop import Decoder, DecodeState
 from rwkv7_jax.generation.streaming import (
+    WATCHED_BLOCK,
     Ending,
     RowText,
-    block_size,
     decode_with_stop_strings,
 )
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -173,7 +173,7 @@ def generate(
     # Before the first program runs: see `commit_like`.
     start = commit_like((params, state, logits), start)
     watched = bool(stop_strings or on_text or should_stop)
-    block = block_size(tokens, watched=watched)
+    block = min(WATCHED_BLOCK, tokens) if watched else tokens
     decoder = Decoder(model, params, keys=keys, options=options, block=block)
     # The same call reads the prompts here and, after a stop string, the tokens that a row keeps.
     start = decoder.read(start, rows, chunk=prefill_chunk)

@@ -98,7 +98,13 @@ class JsonTokenizer(Tokenizer):
             ValueError: the file is damaged, or of a kind that is not read.
             ImportError: the extra `tokenizers` is not installed.
         """
-        tokenizers = _import_tokenizers()
+        try:
+            import tokenizers
+        except ImportError:
+            raise ImportError(
+                f"a {KIND} needs the package tokenizers (the extra `tokenizers`): "
+                'pip install "rwkv7_jax[tokenizers]".'
+            ) from None
         # The package raises bare `Exception`, and panics with something that is no `Exception`.
         try:
             backend = tokenizers.Tokenizer.from_str(content.decode())
@@ -182,17 +188,6 @@ class JsonTokenizer(Tokenizer):
                     f"`{self.name}` must have tokens that spell the text; {entry.decode()!r} comes "
                     f"back as {spelled.decode(errors='replace')!r}."
                 )
-
-
-def _import_tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise ImportError(
-            f"a {KIND} needs the package tokenizers (the extra `tokenizers`): "
-            'pip install "rwkv7_jax[tokenizers]".'
-        ) from None
-    return tokenizers
 
 
 def end_token_beside(path: Path) -> str | None:
