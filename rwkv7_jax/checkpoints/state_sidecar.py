@@ -105,18 +105,18 @@ def read_table(path: Path) -> dict[str, Any]:
             previous = table.pop(PREVIOUS)
             if not isinstance(previous, dict):
                 raise ValueError(f"`{file}` must hold a table under {PREVIOUS!r}.")
-            tensors = open_state_tensors(path)
-            arrays = ((name, tensor.read()) for name, tensor in tensors.items())
-            if table.get(DIGEST) != digest_of_arrays(arrays, _meaning(table)):
+            if table.get(DIGEST) != _digest(open_state_tensors(path), table):
                 table = previous
         with name_file(file, "read_sidecar"):
             _check_fields(table)
     return table
 
 
-def _meaning(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries of a sidecar that describe the tensors."""
-    return {name: table[name] for name in MEANING if name in table}
+def _digest(tensors: Mapping[str, Tensor], table: Mapping[str, Any]) -> str:
+    """Computes the digest of tensors and of the entries of a sidecar that describe them."""
+    arrays = ((name, tensor.read()) for name, tensor in tensors.items())
+    meaning = {name: table[name] for name in MEANING if name in table}
+    return digest_of_arrays(arrays, meaning)
 
 
 def read_sidecar(path: str | Path) -> dict[str, Any]:
@@ -129,11 +129,6 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     for name in (DIGEST, ENTRIES_DIGEST):
         table.pop(name, None)
     return table
-
-
-def has_state_digest(path: str | Path) -> bool:
-    """Returns whether a file has a sidecar with a digest of the tensors."""
-    return DIGEST in read_table(Path(path))
 
 
 def common_base_model(paths: Sequence[str | Path]) -> str | None:
@@ -181,15 +176,13 @@ def check_digests(
     path: Path,
 ) -> None:
     """Raises if the sidecar belongs to other tensors; warns if a note in it was changed."""
-    if DIGEST in table:
-        arrays = ((name, tensor.read()) for name, tensor in tensors.items())
-        if digest_of_arrays(arrays, _meaning(table)) != table[DIGEST]:
-            raise ValueError(
-                f"`{sidecar(path)}` does not belong to the tensors in `{path}`: one of "
-                "the two is damaged, or was changed or replaced without the other. Copy both "
-                "again; to use them as they are, delete the sidecar's entry "
-                f"{DIGEST!r}."
-            )
+    if DIGEST in table and table[DIGEST] != _digest(tensors, table):
+        raise ValueError(
+            f"`{sidecar(path)}` does not belong to the tensors in `{path}`: one of "
+            "the two is damaged, or was changed or replaced without the other. Copy both "
+            "again; to use them as they are, delete the sidecar's entry "
+            f"{DIGEST!r}."
+        )
     if ENTRIES_DIGEST in table:
         described = (*MEANING, DIGEST, ENTRIES_DIGEST)
         entries = {

@@ -5,7 +5,7 @@ that of the RWKV project's own folders, WordPiece whose pieces are not marked.
 Source: aabbdev/rwkv-publisher@67f4b55 src/rwkv_publisher/encoding.py (what those folders hold).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rwkv7_jax.json_files import parse_json
@@ -39,7 +39,8 @@ def longest_entries(
         return None
     table = _as_dict(table)
     names = dict(_as_dict(_as_dict(table.get("model")).get("vocab")))
-    if table.get("normalizer") is not None or not _are_ids(names.values()):
+    are_ids = all(type(number) is int and number >= 0 for number in names.values())
+    if table.get("normalizer") is not None or not are_ids:
         return None
     special = _special_tokens(table.get("added_tokens") or [])
     # `Tokenizer` has one special token, 0, and has it where 0 is no entry.
@@ -55,10 +56,6 @@ def longest_entries(
 
 def _as_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _are_ids(numbers: Iterable[Any]) -> bool:
-    return all(type(number) is int and number >= 0 for number in numbers)
 
 
 def _special_tokens(added: Any) -> list[str] | None:
