@@ -3,7 +3,6 @@
 A file that is read is known by its first bytes, one that is written by its suffix.
 """
 
-import functools
 import importlib
 import json
 import mmap
@@ -158,14 +157,9 @@ def read_safetensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
         entry = header[name]
         if entry["dtype"] not in _DTYPES:
             raise _unread(path, name, entry["dtype"])
-        read = functools.partial(
-            np.ndarray,
-            shape=tuple(entry["shape"]),
-            dtype=_DTYPES[entry["dtype"]],
-            buffer=mapped,
-            offset=_LENGTH_BYTES + size + entry["data_offsets"][0],
-        )
-        tensors[name] = Tensor(tuple(entry["shape"]), _DTYPES[entry["dtype"]], read)
+        start = _LENGTH_BYTES + size + entry["data_offsets"][0]
+        shape = tuple(entry["shape"])
+        tensors[name] = Tensor.mapped(mapped, shape, _DTYPES[entry["dtype"]], start)
     if verify:
         _check_digest(path, tensors, dict(opened.metadata() or {}))
     return tensors

@@ -21,6 +21,9 @@ from rwkv7_jax.local_paths import is_special, name_in_errors
 # Bytes of a file that are held in memory at once.
 CHUNK = 1 << 16
 
+# Bytes at the beginning of a file, which tell what it is.
+_HEAD = 512
+
 AS_BYTES = (
     "`--config.data.as_bytes=True` (`as_bytes`, or `--as-bytes` of `rwkv7 data`) reads its bytes "
     "all the same"
@@ -208,10 +211,10 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
             raise EOFError
 
 
-def head_of(path: Path, size: int = 512) -> bytes:
+def head_of(path: Path) -> bytes:
     """Reads the first bytes of a file as they lie on the disk."""
     with name_in_errors(path), path.open("rb") as file:
-        return file.read(size)
+        return file.read(_HEAD)
 
 
 def _compression(head: bytes) -> str | None:
@@ -239,11 +242,6 @@ def inner_suffix(path: Path) -> str:
     if suffix in _COMPRESSED_SUFFIXES:
         return Path(path.stem).suffix.lower()
     return suffix
-
-
-def has_utf8_mark(path: Path) -> bool:
-    """Tells whether a file that is not compressed begins with the byte order mark of UTF-8."""
-    return head_of(path, len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
 def _without_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -372,8 +370,9 @@ class TextFile:
 
     def size(self) -> int:
         """Counts the bytes of the text."""
-        if self.encoding is None and not is_compressed(self.path):
-            mark = len(codecs.BOM_UTF8) if has_utf8_mark(self.path) else 0
+        head = head_of(self.path)
+        if self.encoding is None and _compression(head) is None:
+            mark = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
             return self.path.stat().st_size - mark
         return sum(map(len, self.chunks()))
 

@@ -105,7 +105,10 @@ def _without_prefixes(name: str) -> str:
 
 def _official_name(name: str) -> tuple[str, bool]:
     """Translates a name without prefixes, and says whether it is a low-rank matrix as a layer."""
-    name = _BLOCK_PART.sub(_with_official_part, name)
+    inside_block = _BLOCK_PART.match(name)
+    if inside_block:
+        block, part, rest = inside_block.groups()
+        name = f"{block}.{_PARTS.get(part, part)}.{rest}"
     layer = _LINEAR.match(name)
     if layer:
         return layer[1], True
@@ -114,12 +117,6 @@ def _official_name(name: str) -> tuple[str, bool]:
         return f"{bias[1]}0", False
     official = tensor_names.from_hf(name)
     return official, official != name and bool(LOW_RANK.search(official))
-
-
-def _with_official_part(match: re.Match[str]) -> str:
-    """Returns a block's name with the official name of its part."""
-    block, part, rest = match.groups()
-    return f"{block}.{_PARTS.get(part, part)}.{rest}"
 
 
 def split_lerps(name: str, tensor: Tensor) -> dict[str, Tensor]:
