@@ -8,7 +8,7 @@ required); the format itself is the package's business.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from io import BufferedWriter
 from pathlib import Path
 from typing import cast
@@ -26,9 +26,10 @@ from rwkv7_jax.checkpoints.gguf_vocabulary import (
     writable_entries,
 )
 from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
+from rwkv7_jax.checkpoints.layouts.names import split_lerps
 from rwkv7_jax.checkpoints.layouts.orientation import transposed
 from rwkv7_jax.checkpoints.tensor_files import TensorFile
-from rwkv7_jax.checkpoints.tensor_names import Tensor
+from rwkv7_jax.checkpoints.tensor_names import LERPS, Tensor
 from rwkv7_jax.checkpoints.unused_value_residual import drop_unused_value_residual
 from rwkv7_jax.checks import first_line
 from rwkv7_jax.model.config import RWKV7Config
@@ -107,10 +108,10 @@ _OFFICIAL_OUTSIDE = {theirs: official for official, theirs in _OUTSIDE.items()}
 
 _OFFICIAL_INSIDE = {theirs: official for official, theirs in _INSIDE.items()}
 
-# The six lerps of time mix are one tensor [6, 1, 1, D].
+# The six lerps of time mix are one tensor [6, 1, 1, D], in the order of `LERPS`.
 _FUSED_LERPS = "time_mix_lerp_fused.weight"
 
-_FUSED_ORDER = "rwkvag"
+_OFFICIAL_INSIDE[_FUSED_LERPS] = f"att.x_{LERPS}"
 
 _LERP = re.compile(r"^blocks\.(\d+)\.att\.x_([rwkvag])$")
 
@@ -222,8 +223,11 @@ def read_gguf(path: Path, *, verify: bool = False) -> TensorFile:
             )
     tensors: dict[str, Tensor] = {}
     for entry in reader.tensors:
-        tensor = _tensor(entry)
-        for name, part in _official_parts(entry.name, tensor):
+        # Block 0 does not read its value residual; llama.cpp's is a copy of other tensors.
+        if _UNREAD.match(entry.name):
+            continue
+        parts = split_lerps(_official_name(entry.name), _tensor(entry))
+        for name, part in parts.items():
             tensors[name] = _official_form(name, part, head_size)
     _narrow(tensors, reader, path)
     # The file has a float32; its shortest decimal form is the number that was written.
@@ -266,27 +270,13 @@ def _tensor(stored: gguf.ReaderTensor) -> Tensor:
     )
 
 
-def _official_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yields a tensor of a file by its official name, or the lerps that are fused in it.
-
-    Names that are not llama.cpp's stay as they are, so that the check of names reports them.
-    """
+def _official_name(name: str) -> str:
+    """Translates a name of llama.cpp's; any other stays, so that the check of names reports it."""
     if name in _OFFICIAL_OUTSIDE:
-        yield _OFFICIAL_OUTSIDE[name], tensor
-        return
+        return _OFFICIAL_OUTSIDE[name]
     block, _, inside = name.removeprefix("blk.").partition(".")
-    if inside == _FUSED_LERPS and tensor.shape[:1] == (len(_FUSED_ORDER),):
-        for index, letter in enumerate(_FUSED_ORDER):
-            row = Tensor(
-                tensor.shape[1:],
-                tensor.dtype,
-                lambda index=index: tensor.read()[index],
-            )
-            yield f"blocks.{block}.att.x_{letter}", row
-    # Block 0 does not read its value residual; llama.cpp's is a copy of other tensors.
-    elif not _UNREAD.match(name):
-        official = _OFFICIAL_INSIDE.get(inside)
-        yield (f"blocks.{block}.{official}" if official else name), tensor
+    official = _OFFICIAL_INSIDE.get(inside)
+    return f"blocks.{block}.{official}" if official else name
 
 
 def _official_form(name: str, tensor: Tensor, head_size: int) -> Tensor:
@@ -420,8 +410,8 @@ def _add_tensors(
             _add_tensor(writer, name, array)
             continue
         lerps[lerp[2]] = array
-        if len(lerps) == len(_FUSED_ORDER):
-            rows = np.stack([lerps[letter] for letter in _FUSED_ORDER])
+        if len(lerps) == len(LERPS):
+            rows = np.stack([lerps[letter] for letter in LERPS])
             writer.add_tensor(f"blk.{lerp[1]}.{_FUSED_LERPS}", rows[:, None, None])
             lerps = {}
     for dtype, names in widened.items():

@@ -96,13 +96,18 @@ def save_hf(
     vocabulary = fitting_vocabulary(tokenizer, config.vocab_size)
     end_of_text = END_OF_TEXT if vocabulary is None else vocabulary.end_of_text
     texts = _vocabulary_files(vocabulary, config.vocab_size)
-    texts[_GENERATION_FILE] = _pretty(_generation_config(end_of_text))
+    # One id begins and ends a text, and fills up a batch. Nothing here samples.
+    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    filling = {"pad_token_id": end_of_text}
+    texts[_GENERATION_FILE] = _pretty(ids | filling | {"use_cache": True})
     dtype = str(params["emb"]["weight"].dtype)
     if layout == "hf":
+        # fla's embedding would have no gradient in the row of `filling`: the end of a text could
+        # not be learnt. The published folders with official names have it.
         table = _fla_config(config, dtype)
     else:
-        table = _transformers_config(config, dtype) | _filling_id(end_of_text)
-    texts[CONFIG_FILE] = _pretty(table | _special_ids(end_of_text))
+        table = _transformers_config(config, dtype) | filling
+    texts[CONFIG_FILE] = _pretty(table | ids)
 
     def fill(folder: Path) -> None:
         folder.mkdir()
@@ -233,23 +238,3 @@ def _transformers_config(config: RWKV7Config, dtype: str) -> dict[str, Any]:
         # The one that computes token by token, as the reference does.
         "wkv_implementation": "eager",
     }
-
-
-def _special_ids(end_of_text: int | None) -> dict[str, int | None]:
-    """Returns the ids that both configurations name: one begins and ends a text."""
-    return {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-
-
-def _filling_id(end_of_text: int | None) -> dict[str, int | None]:
-    """Returns the id that fills up a batch.
-
-    Not for fla's config.json: its embedding then has no gradient in that row, and the end of a text
-    could not be learnt. The published folders with official names have it there.
-    """
-    return {"pad_token_id": end_of_text}
-
-
-def _generation_config(end_of_text: int | None) -> dict[str, Any]:
-    """Makes the generation_config.json: where a text ends, and nothing that samples."""
-    ids = _special_ids(end_of_text) | _filling_id(end_of_text)
-    return ids | {"use_cache": True}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -29,15 +30,14 @@ from rwkv7_jax.checkpoints.layouts.other_architectures import (
     reject_other_architectures,
 )
 from rwkv7_jax.checkpoints.loading.tree_reader import (
-    Convert,
     Progress,
-    as_it_is,
     build_tree,
     loaded_tensors,
 )
 from rwkv7_jax.checkpoints.model_folder import existing_model, refuse_other_files
 from rwkv7_jax.checkpoints.orbax_folder import (
     ORBAX_CONTENT,
+    describe_orbax,
     is_orbax,
     load_orbax,
     save_orbax,
@@ -149,13 +149,15 @@ def load_model(
             return load_orbax(
                 folder, dtype=dtype, allow_nan=allow_nan, verify=verify, device=mesh
             )
-        tensors, config = open_model(path, verify=verify)
+        tensors, config = _open_model(path, verify=verify)
         if mesh is not None:
             refuse_explicit_axes(mesh, "`mesh`")
             check_shared_heads(config, mesh.shape.get(TENSOR, 1), "`mesh`")
-        convert = as_it_is
+        convert = None
         if weights is not None:
-            convert = _int8_conversion(tensors, config, path, dtype)
+            # Read once more for this: the matrices carry the hash of all tensors.
+            named = loaded_tensors(tensors, config, str(path), dtype=dtype)
+            convert = functools.partial(_int8_leaf, _hash_tensors(named))
         params = build_tree(
             tensors,
             config,
@@ -203,17 +205,6 @@ def _load_orbax_in_int8(
     return place(mesh, jax.tree.unflatten(structure, leaves)), config
 
 
-def _int8_conversion(
-    tensors: dict[str, Tensor], config: RWKV7Config, path: Path, dtype
-) -> Convert:
-    """Makes the function that rounds the matrices of a model to 8 bits.
-
-    All tensors are read once for the hash that the matrices carry.
-    """
-    named = loaded_tensors(tensors, config, str(path), dtype=dtype)
-    return functools.partial(_int8_leaf, _hash_tensors(named))
-
-
 def _int8_leaf(origin: str, path: tuple[str, ...], array: np.ndarray) -> Any:
     """Converts a leaf, or a part of its rows, to 8 bits if it is a matrix of those that are.
 
@@ -230,7 +221,7 @@ def _int8_leaf(origin: str, path: tuple[str, ...], array: np.ndarray) -> Any:
     return jax.tree.map(np.asarray, matrix)
 
 
-def open_model(
+def _open_model(
     path: Path, *, verify: bool = False
 ) -> tuple[dict[str, Tensor], RWKV7Config]:
     """Opens a model's tensors, infers the config and checks both."""
@@ -260,6 +251,22 @@ def open_model(
     return tensors, config
 
 
+def describe_model(path: str | Path) -> tuple[RWKV7Config, str]:
+    """Infers a checkpoint's config and the widest dtype of its tensors; no number is read.
+
+    Raises:
+        ValueError: no such file, a damaged one, or not RWKV-7.
+        ImportError: the package for a GGUF file is missing.
+    """
+    path = existing_model(path)
+    with name_file(path, "load_model"):
+        if is_orbax(path):
+            return describe_orbax(path.absolute())
+        tensors, config = _open_model(path)
+        dtypes = [tensor.dtype for tensor in tensors.values() if tensor.shape]
+        return config, str(functools.reduce(jnp.promote_types, dtypes))
+
+
 def _describe_state(path: Path) -> str:
     """Says of a file that it is a start state, or of a folder that it holds nothing else."""
     if path.is_file():
@@ -274,33 +281,19 @@ def _describe_state(path: Path) -> str:
     )
 
 
-def _to_half(name: str, array: np.ndarray) -> np.ndarray:
-    """Converts an array to half precision, the only one that web-rwkv reads."""
-    # NumPy warns of numbers that become Inf; the error below names the tensor as well.
-    with np.errstate(over="ignore"):
-        half = np.asarray(array).astype(np.float16)
-    if overflows(array, half):
-        raise ValueError(
-            f"`params` of a .st file must be within {_LARGEST_HALF}; got larger ones "
-            f"in {name}."
-        )
-    return half
-
-
-def _official_file_tensors(
-    tensors: Iterable[tuple[str, np.ndarray]],
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields tensors in the shapes of official files."""
-    for name, array in tensors:
-        yield name, array.reshape(tensor_names.file_shape(name, array.shape))
-
-
 def _web_rwkv_tensors(
     tensors: Iterable[tuple[str, np.ndarray]],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields tensors in half precision, the low-rank matrices transposed."""
+    """Yields tensors in half precision, which web-rwkv reads alone, low-rank ones transposed."""
     for name, array in tensors:
-        half = _to_half(name, array)
+        # NumPy warns of numbers that become Inf; the error below names the tensor as well.
+        with np.errstate(over="ignore"):
+            half = np.asarray(array).astype(np.float16)
+        if overflows(array, half):
+            raise ValueError(
+                f"`params` of a .st file must be within {_LARGEST_HALF}; got larger ones "
+                f"in {name}."
+            )
         if tensor_names.LOW_RANK.search(name):
             half = half.swapaxes(-1, -2)
         yield name, half
@@ -436,7 +429,10 @@ def _write(
     if kind == "st":
         tensors = _web_rwkv_tensors(tensors)
         low_rank = "transposed"
-    tensors = _official_file_tensors(tensors)
+    tensors = (
+        (name, array.reshape(tensor_names.file_shape(name, array.shape)))
+        for name, array in tensors
+    )
     if kind == "pth":
         write_pth(path, tensors)
     else:

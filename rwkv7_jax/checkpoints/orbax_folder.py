@@ -130,8 +130,7 @@ def describe_orbax(folder: Path) -> tuple[RWKV7Config, str]:
     card = read_json(path)
     config = _config_of(card, path)
     with _handler() as handler:
-        arrays = folder / _ARRAYS
-        tree = _name_damage(functools.partial(_read_list, handler, arrays), folder)
+        tree = _read_list(handler, folder / _ARRAYS, folder)
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree)]
     return config, str(functools.reduce(jnp.promote_types, dtypes))
 
@@ -145,9 +144,9 @@ def _handler() -> contextlib.AbstractContextManager[Any]:
     return contextlib.closing(import_orbax().StandardCheckpointHandler())
 
 
-def _read_list(handler: Any, arrays: Path) -> Any:
-    """Reads the shape and dtype of each array that Orbax wrote to a folder, as a tree."""
-    return handler.metadata(arrays).tree
+def _read_list(handler: Any, arrays: Path, folder: Path) -> Any:
+    """Reads the shape and dtype of each array that Orbax wrote, as a tree; see `_restore`."""
+    return _name_damage(lambda: handler.metadata(arrays).tree, folder)
 
 
 def _restore(
@@ -178,7 +177,7 @@ def _restore(
         return handler.restore(arrays, args=target)
 
     with _handler() as handler:
-        tree = _name_damage(functools.partial(_read_list, handler, arrays), folder)
+        tree = _read_list(handler, arrays, folder)
         if not may_narrow:
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 require_kept(leaf.dtype, jax.tree_util.keystr(path), str(folder))

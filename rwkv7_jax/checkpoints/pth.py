@@ -21,7 +21,7 @@ import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints.integrity import file_signatures
-from rwkv7_jax.checkpoints.integrity.digests import ContentDigest
+from rwkv7_jax.checkpoints.integrity.digests import ContentDigest, digest_of_arrays
 from rwkv7_jax.checkpoints.pickle_names import STORAGE_NAMES
 from rwkv7_jax.checkpoints.restricted_unpickler import RestrictedUnpickler
 from rwkv7_jax.checks import prefix_errors
@@ -250,7 +250,8 @@ def _refuse_other_files(path: Path) -> None:
         sentence = (
             "holds safetensors: rename it to .safetensors (web-rwkv's files to .st)"
         )
-    elif sentence is None and not file_signatures.is_complete_zip(path):
+    # Whether the list of entries is at its end.
+    elif sentence is None and not zipfile.is_zipfile(path):
         if file_signatures.is_zip(head):
             sentence = file_signatures.describe_cut_zip(path)
         else:
@@ -311,10 +312,7 @@ def _check_crc(
 
 def _check_digest(content: Any, expected: bytes) -> None:
     """Raises unless the arrays of a file that `write_pth` wrote have the digest in it."""
-    digest = ContentDigest()
-    for name, array in content.items():
-        digest.add(name, array)
-    if digest.hexdigest().encode() != expected:
+    if digest_of_arrays(content.items()).encode() != expected:
         raise ValueError(
             "its tensors are not those that were written (their digest differs)"
         )

@@ -101,10 +101,11 @@ class RestrictedUnpickler:
         file = io.BytesIO(program)
         for _ in range(_STEP_LIMIT):
             code = file.read(1)
-            if code not in _OPCODES:
-                name = _ALL_OPCODE_NAMES.get(code, code.hex() or "nothing at its end")
+            opcode = _OPCODES.get(code)
+            # Before its argument is read: some readers parse long texts.
+            if opcode is None or opcode.name not in _SUPPORTED:
+                name = opcode.name if opcode else code.hex() or "nothing at its end"
                 raise ValueError(f"its pickle uses {name}, which no checkpoint needs")
-            opcode = _OPCODES[code]
             # Whatever follows the first STOP is not part of the program.
             if opcode.name == "STOP":
                 return self._stack.pop()
@@ -352,16 +353,7 @@ _HANDLERS: dict[str, Callable[[RestrictedUnpickler, Any], None]] = {
 
 _SUPPORTED = {"STOP", *_CONSTANTS, *_LITERALS, *_TUPLE_SIZES, *_HANDLERS}
 
-# The argument of an opcode that is not supported is not even read: some readers parse long texts.
-_OPCODES: dict[bytes, pickletools.OpcodeInfo] = {}
-
-_ALL_OPCODE_NAMES: dict[bytes, str] = {}
-
-for _opcode in pickletools.opcodes:
-    _code = _opcode.code.encode("latin-1")
-    _ALL_OPCODE_NAMES[_code] = _opcode.name
-    if _opcode.name in _SUPPORTED:
-        _OPCODES[_code] = _opcode
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 
 
 def _read_global(file: io.BytesIO) -> tuple[str, str]:

@@ -39,7 +39,6 @@ def read_rwkv_cpp(path: Path) -> dict[str, Tensor]:
         ValueError: quantised numbers, or a damaged file; the message has the path.
     """
     with path.open("rb") as file:
-        # The tensors keep the map alive.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     _check_header(data, path)
     tensors: dict[str, Tensor] = {}
@@ -51,7 +50,7 @@ def read_rwkv_cpp(path: Path) -> dict[str, Tensor]:
             raise _cut(path, f"inside {name!r}")
         if name in tensors:
             raise _damaged(path, f"it has {name!r} twice")
-        tensors[name] = _tensor(data, shape, dtype, start)
+        tensors[name] = Tensor.mapped(data, shape, dtype, start)
     return tensors
 
 
@@ -100,16 +99,6 @@ def _read_entry(
     if min(shape) < 1 or not name.isprintable():
         raise _damaged(path, f"it has no tensor at byte {position:,}")
     return name, shape, dtype, start
-
-
-def _tensor(data: mmap.mmap, shape: Shape, dtype: np.dtype, start: int) -> Tensor:
-    """Makes a tensor that is a view of the memory map."""
-
-    def read() -> np.ndarray:
-        flat = np.frombuffer(data, dtype, math.prod(shape), start)
-        return flat.reshape(shape)
-
-    return Tensor(shape, dtype, read)
 
 
 def _cut(path: Path, place: str) -> ValueError:

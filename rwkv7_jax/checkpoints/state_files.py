@@ -40,10 +40,10 @@ from rwkv7_jax.checkpoints.state_sidecar import (
     read_table,
     refuse_other_weights,
     sidecar,
-    write_sidecar,
 )
 from rwkv7_jax.checkpoints.state_tensors import (
     AXES,
+    SAFETENSORS_AXES,
     TRANSPOSED_AXES,
     open_state_tensors,
     read_state_arrays,
@@ -58,16 +58,14 @@ from rwkv7_jax.checks import (
     check_not_donated,
     prefix_errors,
 )
+from rwkv7_jax.json_files import write_json
 from rwkv7_jax.local_paths import check_target, existing_path, local_path
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.kernel_features import Features
 from rwkv7_jax.model.state import RWKV7State, check_state
 from rwkv7_jax.model.upscaled_memory import Upscaled, check_form
 
-SUFFIXES = (".pth", ".safetensors", ".st", ".state")
-
-# Those that web-rwkv and Ai00 mount: safetensors whose heads are transposed.
-_WEB_RWKV_SUFFIXES = (".st", ".state")
+SUFFIXES = (".pth", *SAFETENSORS_AXES)
 
 # Leaves of `Upscaled.features` and of `Upscaled`, by their names in the file.
 _FEATURE_LEAVES = ("landmarks", "widths", "mean", "map")
@@ -77,21 +75,9 @@ _MEMORY_LEAVES = ("memory", "write", "readout")
 _REQUIRED_LEAVES = ("memory", "write", "landmarks", "widths", "mean")
 
 
-def _check_suffix(path: Path) -> None:
-    """Raises unless the path names a format that can hold a state."""
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"`path` must end in {', '.join(SUFFIXES)}; got {path}.")
-
-
 def _written_axes(path: Path) -> str:
     """Returns the axes that a file of this suffix is written with."""
-    return TRANSPOSED_AXES if path.suffix in _WEB_RWKV_SUFFIXES else AXES
-
-
-def _usual_dtype(path: Path) -> str:
-    """Returns the dtype of the WKV tensors in a file of this suffix."""
-    # web-rwkv up to 0.10 reads float16 only. `.st` files stay float32, as they have always been.
-    return "float16" if path.suffix == ".state" else "float32"
+    return SAFETENSORS_AXES.get(path.suffix, AXES)
 
 
 def save_state(
@@ -122,9 +108,13 @@ def save_state(
     """
     with prefix_errors("save_state"):
         path = local_path(path, "`path`", target=True)
-        _check_suffix(path)
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"`path` must end in {', '.join(SUFFIXES)}; got {path}.")
         check_target(path, "`path`")
-        dtype = require_float_dtype(_usual_dtype(path) if dtype is None else dtype)
+        if dtype is None:
+            # web-rwkv up to 0.10 reads float16 only. `.st` files stay as they have always been.
+            dtype = "float16" if path.suffix == ".state" else "float32"
+        dtype = require_float_dtype(dtype)
         _check_writable(state, path, config)
         tensors = _state_tensors(state, path, dtype)
         if logits is not None:
@@ -138,8 +128,8 @@ def save_state(
             dump_safetensors(file, tensors.items())
         file.flush()
         # The tensors are replaced when the block ends: until then the old sidecar counts.
-        write_sidecar(path, {**table, PREVIOUS: previous_table(path)})
-    write_sidecar(path, table)
+        write_json(sidecar(path), {**table, PREVIOUS: previous_table(path)})
+    write_json(sidecar(path), table)
 
 
 def _check_writable(state: RWKV7State, path: Path, config: RWKV7Config | None) -> None:
@@ -219,20 +209,13 @@ def _logits_array(logits: Any) -> np.ndarray:
     return _finite_array(np.ravel(logits), np.dtype(np.float32), "`logits`")
 
 
-def _upscaled_leaves(upscaled: Upscaled) -> dict[str, Any]:
-    """Returns all leaves of an upscaled memory by their names in a file; some are None."""
-    leaves = {}
-    for name in _FEATURE_LEAVES:
-        leaves[name] = getattr(upscaled.features, name)
-    for name in _MEMORY_LEAVES:
-        leaves[name] = getattr(upscaled, name)
-    return leaves
-
-
 def _upscaled_tensors(upscaled: Upscaled) -> dict[str, np.ndarray]:
     """Returns the tensors of an upscaled memory, without the batch axis."""
     tensors = {}
-    for name, leaf in _upscaled_leaves(upscaled).items():
+    for name in (*_FEATURE_LEAVES, *_MEMORY_LEAVES):
+        holder = upscaled.features if name in _FEATURE_LEAVES else upscaled
+        leaf = getattr(holder, name)
+        # The map and the readout need not be there.
         if leaf is not None:
             name = UPSCALED + name
             tensors[name] = _finite_array(leaf[:, 0], np.dtype(np.float32), name)
@@ -355,14 +338,13 @@ def load_state(
     """
     with prefix_errors("load_state"):
         path = existing_path(path, "`path`")
-    # Warnings point at the caller of this function.
     with name_file(path, "load_state"):
         table = read_table(path)
         if not any_base:
             refuse_other_weights(table.get("base_model"), base_model, path)
         tensors = open_state_tensors(path)
         state = _build_state(tensors, table, path, config)
-        check_digests(table, tensors, path, stacklevel=2)
+        check_digests(table, tensors, path)
     return state
 
 

@@ -23,7 +23,6 @@ from rwkv7_jax.checkpoints.state_tensors import (
 )
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.checks import prefix_errors
-from rwkv7_jax.json_files import write_json
 
 # Entries of a sidecar without which the tensors would be read otherwise, or that describe them.
 MEANING = (
@@ -85,11 +84,6 @@ def _check_fields(table: Mapping[str, Any]) -> None:
             )
 
 
-def write_sidecar(path: Path, table: Mapping[str, Any]) -> None:
-    """Writes a state's sidecar completely, or leaves what was there before."""
-    write_json(sidecar(path), table)
-
-
 def previous_table(path: Path) -> dict[str, Any]:
     """Returns the sidecar that counts for the tensors that are still there."""
     try:
@@ -111,18 +105,18 @@ def read_table(path: Path) -> dict[str, Any]:
             previous = table.pop(PREVIOUS)
             if not isinstance(previous, dict):
                 raise ValueError(f"`{file}` must hold a table under {PREVIOUS!r}.")
-            tensors = open_state_tensors(path)
-            arrays = ((name, tensor.read()) for name, tensor in tensors.items())
-            if table.get(DIGEST) != digest_of_arrays(arrays, _meaning(table)):
+            if table.get(DIGEST) != _digest(open_state_tensors(path), table):
                 table = previous
         with name_file(file, "read_sidecar"):
             _check_fields(table)
     return table
 
 
-def _meaning(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries of a sidecar that describe the tensors."""
-    return {name: table[name] for name in MEANING if name in table}
+def _digest(tensors: Mapping[str, Tensor], table: Mapping[str, Any]) -> str:
+    """Computes the digest of tensors and of the entries of a sidecar that describe them."""
+    arrays = ((name, tensor.read()) for name, tensor in tensors.items())
+    meaning = {name: table[name] for name in MEANING if name in table}
+    return digest_of_arrays(arrays, meaning)
 
 
 def read_sidecar(path: str | Path) -> dict[str, Any]:
@@ -135,11 +129,6 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     for name in (DIGEST, ENTRIES_DIGEST):
         table.pop(name, None)
     return table
-
-
-def has_state_digest(path: str | Path) -> bool:
-    """Returns whether a file has a sidecar with a digest of the tensors."""
-    return DIGEST in read_table(Path(path))
 
 
 def common_base_model(paths: Sequence[str | Path]) -> str | None:
@@ -185,19 +174,15 @@ def check_digests(
     table: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     path: Path,
-    *,
-    stacklevel: int,
 ) -> None:
     """Raises if the sidecar belongs to other tensors; warns if a note in it was changed."""
-    if DIGEST in table:
-        arrays = ((name, tensor.read()) for name, tensor in tensors.items())
-        if digest_of_arrays(arrays, _meaning(table)) != table[DIGEST]:
-            raise ValueError(
-                f"`{sidecar(path)}` does not belong to the tensors in `{path}`: one of "
-                "the two is damaged, or was changed or replaced without the other. Copy both "
-                "again; to use them as they are, delete the sidecar's entry "
-                f"{DIGEST!r}."
-            )
+    if DIGEST in table and table[DIGEST] != _digest(tensors, table):
+        raise ValueError(
+            f"`{sidecar(path)}` does not belong to the tensors in `{path}`: one of "
+            "the two is damaged, or was changed or replaced without the other. Copy both "
+            "again; to use them as they are, delete the sidecar's entry "
+            f"{DIGEST!r}."
+        )
     if ENTRIES_DIGEST in table:
         described = (*MEANING, DIGEST, ENTRIES_DIGEST)
         entries = {
@@ -207,7 +192,8 @@ def check_digests(
             warnings.warn(
                 f"load_state: `{sidecar(path)}` was changed after it was written: one of "
                 f"{', '.join(entries) or 'its entries'}.",
-                stacklevel=stacklevel + 1,
+                # At the caller of `load_state`.
+                stacklevel=3,
             )
 
 

@@ -27,7 +27,7 @@ AXES = "head, value, key"
 TRANSPOSED_AXES = "head, key, value"
 
 # The axes of safetensors by suffix: web-rwkv and Ai00 have their own two, and transpose.
-_SAFETENSORS_AXES = {
+SAFETENSORS_AXES = {
     ".safetensors": AXES,
     ".st": TRANSPOSED_AXES,
     ".state": TRANSPOSED_AXES,
@@ -61,7 +61,7 @@ def stored_axes(
         said = open_tensors(path).low_rank if is_file else named.low_rank
         low_rank = low_rank_of(named.tensors, said, path)
         return TRANSPOSED_AXES if low_rank == "transposed" else AXES
-    axes = AXES if not is_file else _SAFETENSORS_AXES.get(path.suffix)
+    axes = AXES if not is_file else SAFETENSORS_AXES.get(path.suffix)
     axes = axes or table.get("axes")
     if axes is None:
         raise ValueError(

@@ -3,14 +3,13 @@
 A file that is read is known by its first bytes, one that is written by its suffix.
 """
 
-import functools
 import importlib
 import json
 import mmap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, Literal, NamedTuple, get_args
+from typing import Any, BinaryIO, Literal, NamedTuple, cast, get_args
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +24,7 @@ from rwkv7_jax.checkpoints.pth import StorageSums, open_pth
 from rwkv7_jax.checkpoints.restricted_unpickler import UnreadTensor
 from rwkv7_jax.checkpoints.rwkv_cpp_files import read_rwkv_cpp
 from rwkv7_jax.checkpoints.tensor_names import Tensor
-from rwkv7_jax.checks import first_line, prefix_errors
+from rwkv7_jax.checks import check_choice, first_line, prefix_errors
 
 Format = Literal["pth", "safetensors", "st", "gguf", "hf", "transformers", "orbax"]
 
@@ -98,12 +97,8 @@ def format_of(path: str | Path, *, format: str | None = None) -> Format:
         ValueError: an unknown name or suffix.
     """
     if format is not None:
-        for known in FORMATS:
-            if format == known:
-                return known
-        raise ValueError(
-            f"`format` must be one of {', '.join(FORMATS)}; got {format!r}."
-        )
+        check_choice(format, FORMATS, "`format`")
+        return cast(Format, format)
     path = Path(path)
     # Before the suffix: the name of an HF folder may end in anything.
     if (path / "config.json").exists():
@@ -162,14 +157,9 @@ def read_safetensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
         entry = header[name]
         if entry["dtype"] not in _DTYPES:
             raise _unread(path, name, entry["dtype"])
-        read = functools.partial(
-            np.ndarray,
-            shape=tuple(entry["shape"]),
-            dtype=_DTYPES[entry["dtype"]],
-            buffer=mapped,
-            offset=_LENGTH_BYTES + size + entry["data_offsets"][0],
-        )
-        tensors[name] = Tensor(tuple(entry["shape"]), _DTYPES[entry["dtype"]], read)
+        start = _LENGTH_BYTES + size + entry["data_offsets"][0]
+        shape = tuple(entry["shape"])
+        tensors[name] = Tensor.mapped(mapped, shape, _DTYPES[entry["dtype"]], start)
     if verify:
         _check_digest(path, tensors, dict(opened.metadata() or {}))
     return tensors
@@ -221,8 +211,18 @@ def open_tensors(path: Path, *, verify: bool = False) -> TensorFile:
     """
     if not path.is_file():
         raise ValueError(f"`{path}` is not a file.")
-    container = container_of(path)
-    opened = _OPENERS[container](path, verify)
+    # A further kind of file needs its first bytes in `file_signatures`, too.
+    match container_of(path):
+        case "pth":
+            content, sums = open_pth(path, verify=verify)
+            opened = TensorFile(named_arrays(content, path, sums), "official")
+        case "safetensors":
+            opened = _open_safetensors(path, verify)
+        case "rwkv.cpp":
+            # The format has no checksum.
+            opened = TensorFile(read_rwkv_cpp(path), "transposed")
+        case "gguf":
+            opened = gguf_files().read_gguf(path, verify=verify)
     if not opened.tensors:
         raise ValueError(f"`{path}` holds no tensors by name.")
     return opened
@@ -249,11 +249,6 @@ def container_of(path: Path) -> Container:
     raise ValueError(f"`{path}` {sentence}.")
 
 
-def _open_pth(path: Path, verify: bool) -> TensorFile:
-    content, sums = open_pth(path, verify=verify)
-    return TensorFile(named_arrays(content, path, sums), "official")
-
-
 def _open_safetensors(path: Path, verify: bool) -> TensorFile:
     tensors = read_safetensors(path, verify=verify)
     metadata = dict(_open_header(path).metadata() or {})
@@ -261,22 +256,9 @@ def _open_safetensors(path: Path, verify: bool) -> TensorFile:
     # Our own files did not say it at first; then their suffix did.
     if said is None and _DIGEST_KEY in metadata:
         said = "transposed" if path.suffix == ".st" else "official"
-    low_rank: LowRank | None = None
-    for known in get_args(LowRank):
-        if said == known:
-            low_rank = known
+    low_rank = cast(LowRank, said) if said in get_args(LowRank) else None
     norm_eps = metadata.get(NORM_EPS_KEY)
     return TensorFile(tensors, low_rank, None if norm_eps is None else float(norm_eps))
-
-
-def _open_rwkv_cpp(path: Path, verify: bool) -> TensorFile:
-    # The format has no checksum.
-    del verify
-    return TensorFile(read_rwkv_cpp(path), "transposed")
-
-
-def _open_gguf(path: Path, verify: bool) -> TensorFile:
-    return gguf_files().read_gguf(path, verify=verify)
 
 
 def gguf_files() -> ModuleType:
@@ -295,14 +277,6 @@ def gguf_files() -> ModuleType:
 
 # Under these names trainers hold a model's tensors; whatever else is there is none of the model.
 _WRAPPERS = ("state_dict", "model_state_dict", "module", "model")
-
-# A further kind of file needs a row here, and its first bytes in `file_signatures`.
-_OPENERS: dict[Container, Callable[[Path, bool], TensorFile]] = {
-    "pth": _open_pth,
-    "safetensors": _open_safetensors,
-    "rwkv.cpp": _open_rwkv_cpp,
-    "gguf": _open_gguf,
-}
 
 
 @prefix_errors("read_tensors")

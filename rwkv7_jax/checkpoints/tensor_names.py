@@ -6,6 +6,8 @@ Source: BlinkDL/RWKV-LM@524481d RWKV-v7 (official); fla-org/flash-linear-attenti
 utils/convert_from_rwkv7.py (HF).
 """
 
+import functools
+import mmap
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -107,6 +109,15 @@ class Tensor(NamedTuple):
     dtype: np.dtype
     read: Callable[[], np.ndarray]
     read_part: Callable[[Index], np.ndarray] | None = None
+
+    @classmethod
+    def mapped(
+        cls, data: mmap.mmap, shape: Shape, dtype: np.dtype, start: int
+    ) -> "Tensor":
+        """Makes a tensor that is a view of a mapped file, which it keeps alive."""
+        return cls(
+            shape, dtype, functools.partial(np.ndarray, shape, dtype, data, start)
+        )
 
     def part(self, index: Index) -> np.ndarray:
         """Reads a part; one that is all of it as `read` does, with the checks of that."""

@@ -71,14 +71,6 @@ def _fill_rows(
     return Batch(tokens=tokens, mask=mask)
 
 
-def _window_spans(
-    firsts: Sequence[int],
-    length: int,
-) -> list[Span]:
-    """Returns the spans of full rows: T inputs and the last one's target."""
-    return [(first, length + 1) for first in firsts]
-
-
 def _document_spans(
     stream: TokenStream, documents: Sequence[int] | np.ndarray, length: int
 ) -> list[Span]:
@@ -220,7 +212,7 @@ def batch_at(
             tokens=len(stream),
             length=length,
         )
-    return _fill_rows(stream, _window_spans(firsts, length), length)
+    return _fill_rows(stream, [(first, length + 1) for first in firsts], length)
 
 
 def check_batch_sizes(batch_size: Any, length: Any, seed: Any, rows: Any) -> None:
@@ -352,5 +344,5 @@ def windows(
     most = (len(stream) - 1) // length
     rows = max(1, min(count, most))
     last = len(stream) - length - 1
-    firsts = np.linspace(0, last, rows).astype(int)
-    return _fill_rows(stream, _window_spans(firsts.tolist(), length), length)
+    firsts = np.linspace(0, last, rows).astype(int).tolist()
+    return _fill_rows(stream, [(first, length + 1) for first in firsts], length)

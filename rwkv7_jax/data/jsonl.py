@@ -33,11 +33,6 @@ class ReadStats:
     first_error: str = ""
     passed_over: int = 0
 
-    def skip(self, reason: str) -> None:
-        """Counts a line that is left out."""
-        self.skipped += 1
-        self.first_error = self.first_error or reason
-
     def report(self, reason: str, on_bad: str) -> None:
         """Raises for a bad line or record, or counts it as left out.
 
@@ -46,7 +41,8 @@ class ReadStats:
         """
         if on_bad == "error":
             raise ValueError(reason) from None
-        self.skip(reason)
+        self.skipped += 1
+        self.first_error = self.first_error or reason
 
 
 def read_jsonl(

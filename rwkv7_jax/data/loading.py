@@ -85,6 +85,16 @@ class _Reading:
     as_bytes: bool
     encoding: str | None
 
+    def documents(self, source: str | Path, stats: ReadStats) -> Iterator[Document]:
+        """Yields the documents of a source, of whatever part."""
+        return documents(
+            source,
+            on_bad=self.on_bad,
+            stats=stats,
+            as_bytes=self.as_bytes,
+            encoding=self.encoding,
+        )
+
 
 def _open(path: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenStream:
     """Maps a cache, or reads the documents of any other source."""
@@ -102,13 +112,7 @@ def _open(path: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenStr
 def _read(source: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenStream:
     """Reads one part of the documents of a source into memory."""
     stats = ReadStats()
-    selected: Iterator[Document] = documents(
-        source,
-        on_bad=reading.on_bad,
-        stats=stats,
-        as_bytes=reading.as_bytes,
-        encoding=reading.encoding,
-    )
+    selected = reading.documents(source, stats)
     # A single document is split by position, and only the second one shows that it is not single.
     first_two = list(itertools.islice(selected, 2))
     selected = itertools.chain(first_two, selected)
@@ -133,14 +137,7 @@ def _holds_document(path: str | Path, reading: _Reading) -> bool:
     """Tells whether a source, read without complaints before, has a document in any part."""
     if cache_file(path) is not None:
         return True
-    found = documents(
-        path,
-        on_bad=reading.on_bad,
-        stats=ReadStats(),
-        as_bytes=reading.as_bytes,
-        encoding=reading.encoding,
-    )
-    return next(found, None) is not None
+    return next(reading.documents(path, ReadStats()), None) is not None
 
 
 def _check_source(source: Any, tokenizer: Any, held_out: Any) -> None:

@@ -25,7 +25,6 @@ from rwkv7_jax.data.text_files import (
     check_content,
     check_encoding,
     check_is_text,
-    has_utf8_mark,
     inner_suffix,
     is_compressed,
 )
@@ -248,7 +247,7 @@ def _records_or_text(
         return
     if suffix in ("", ".txt"):
         refuse_lines_of_records(file, encoding)
-    yield from _one_document(file, Segment(_as_stored(file, encoding)), stats)
+    yield from _one_document(file, Segment(TextFile(file, encoding)), stats)
 
 
 def _one_document(file: Path, text: Segment, stats: ReadStats) -> Iterator[Document]:
@@ -256,13 +255,6 @@ def _one_document(file: Path, text: Segment, stats: ReadStats) -> Iterator[Docum
     yield Document((text,))
     # As progress is counted: in bytes of the file.
     stats.bytes += file.stat().st_size
-
-
-def _as_stored(file: Path, encoding: str | None) -> Path | TextFile:
-    """Returns the plain path of a file whose bytes are its text."""
-    if encoding is None and not is_compressed(file) and not has_utf8_mark(file):
-        return file
-    return TextFile(file, encoding)
 
 
 def warn_of_skipped(

@@ -97,12 +97,9 @@ def shortest_useful_length(stream: TokenStream) -> int | None:
     shortest: int | None = None
     for number in stream.documents[:_LOOKED_AT]:
         first, end = stream.starts[number : number + 2].tolist()
-        flags = []
-        for ids, in_loss in stream.pieces(first, end):
-            flags.append(
-                np.ones(len(ids), bool) if in_loss is None else np.not_equal(in_loss, 0)
-            )
-        places = np.flatnonzero(np.concatenate(flags)[1:])
+        counts = np.zeros(end - first - 1, bool)
+        stream.fill(first, np.zeros(end - first, np.int64), counts)
+        places = np.flatnonzero(counts)
         if len(places) and (shortest is None or places[0] + 1 < shortest):
             shortest = int(places[0]) + 1
     return shortest

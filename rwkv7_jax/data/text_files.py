@@ -21,6 +21,9 @@ from rwkv7_jax.local_paths import is_special, name_in_errors
 # Bytes of a file that are held in memory at once.
 CHUNK = 1 << 16
 
+# Bytes at the beginning of a file, which tell what it is.
+_HEAD = 512
+
 AS_BYTES = (
     "`--config.data.as_bytes=True` (`as_bytes`, or `--as-bytes` of `rwkv7 data`) reads its bytes "
     "all the same"
@@ -86,28 +89,21 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 )
 
 # Files that are text, or whose beginning says nothing, but whose names say that they are no prose.
-_FOREIGN_SUFFIXES = {
-    ".arrow": ("an Arrow table", _FOREIGN[1][2]),
-    ".feather": ("an Arrow table", _FOREIGN[1][2]),
-    ".xlsx": (
+_FOREIGN_SUFFIXES = (
+    ((".arrow", ".feather"), "an Arrow table", _FOREIGN[1][2]),
+    (
+        (".xlsx", ".xls"),
         "a spreadsheet",
         f"{_CONVERT}: pandas.read_excel(...).{_TO_LINES}",
     ),
-    ".xls": (
-        "a spreadsheet",
-        f"{_CONVERT}: pandas.read_excel(...).{_TO_LINES}",
+    ((".pth", ".pt", ".safetensors", ".gguf"), "a checkpoint", "name text"),
+    ((".tar", ".tgz"), "an archive", "unpack it first"),
+    (
+        (".part", ".crdownload", ".aria2", ".incomplete"),
+        "an unfinished download",
+        "fetch it again",
     ),
-    ".pth": ("a checkpoint", "name text"),
-    ".pt": ("a checkpoint", "name text"),
-    ".safetensors": ("a checkpoint", "name text"),
-    ".gguf": ("a checkpoint", "name text"),
-    ".tar": ("an archive", "unpack it first"),
-    ".tgz": ("an archive", "unpack it first"),
-    ".part": ("an unfinished download", "fetch it again"),
-    ".crdownload": ("an unfinished download", "fetch it again"),
-    ".aria2": ("an unfinished download", "fetch it again"),
-    ".incomplete": ("an unfinished download", "fetch it again"),
-}
+)
 
 # A text may begin with these letters; what they announce has control characters soon after.
 _ASCII_MAGIC = (b"OggS", b"fLaC", b"ID3", b"RIFF", b"wOFF", b"wOF2", b"Obj\x01")
@@ -215,10 +211,10 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
             raise EOFError
 
 
-def head_of(path: Path, size: int = 512) -> bytes:
+def head_of(path: Path) -> bytes:
     """Reads the first bytes of a file as they lie on the disk."""
     with name_in_errors(path), path.open("rb") as file:
-        return file.read(size)
+        return file.read(_HEAD)
 
 
 def _compression(head: bytes) -> str | None:
@@ -246,22 +242,6 @@ def inner_suffix(path: Path) -> str:
     if suffix in _COMPRESSED_SUFFIXES:
         return Path(path.stem).suffix.lower()
     return suffix
-
-
-def _inner_chunks(path: Path, compression: str | None) -> Iterator[bytes]:
-    """Reads the bytes inside a file, which may be compressed."""
-    if compression == "zstd":
-        # The last bytes of a frame may give nothing.
-        yield from filter(None, _zstd_chunks(path))
-        return
-    with name_in_errors(path), _OPENERS[compression](path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
-
-
-def has_utf8_mark(path: Path) -> bool:
-    """Tells whether a file that is not compressed begins with the byte order mark of UTF-8."""
-    return head_of(path, len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
 def _without_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -349,7 +329,14 @@ class TextFile:
             )
         compression = _compression(head_of(self.path))
         try:
-            yield from _inner_chunks(self.path, compression)
+            if compression == "zstd":
+                # The last bytes of a frame may give nothing.
+                yield from filter(None, _zstd_chunks(self.path))
+                return
+            opener = _OPENERS[compression]
+            with name_in_errors(self.path), opener(self.path, "rb") as file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
         except Exception as error:
             # Zstandard's own class depends on which module reads it.
             is_damage = isinstance(error, _DAMAGE) or "Zstd" in type(error).__name__
@@ -383,8 +370,9 @@ class TextFile:
 
     def size(self) -> int:
         """Counts the bytes of the text."""
-        if self.encoding is None and not is_compressed(self.path):
-            mark = len(codecs.BOM_UTF8) if has_utf8_mark(self.path) else 0
+        head = head_of(self.path)
+        if self.encoding is None and _compression(head) is None:
+            mark = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
             return self.path.stat().st_size - mark
         return sum(map(len, self.chunks()))
 
@@ -405,9 +393,9 @@ def check_is_text(path: Path, *, encoding: str | None) -> int | None:
             message says what it is and what to do.
     """
     check_content(path)
-    foreign = _FOREIGN_SUFFIXES.get(inner_suffix(path))
-    if foreign:
-        raise _foreign_error(path, *foreign)
+    for suffixes, name, advice in _FOREIGN_SUFFIXES:
+        if inner_suffix(path) in suffixes:
+            raise _foreign_error(path, name, advice)
     if encoding is not None:
         return None
     decoder = codecs.getincrementaldecoder("utf-8")()

@@ -82,16 +82,6 @@ class CacheMetadata:
         return dataclasses.replace(self, digest=block_digest(text.encode()))
 
 
-@dataclasses.dataclass
-class _Counts:
-    """What has been written so far."""
-
-    documents: int = 0
-    tokens: int = 0
-    in_loss: int = 0
-    bytes: int = 0
-
-
 def cache_file(source: str | Path) -> Path | None:
     """Returns the `.bin` or `.idx` file of the cache that a source names; None where it names none.
 
@@ -155,25 +145,17 @@ def write_cache(
                 progress(stats.bytes, total)
 
     with BinidxWriter(path, tokenizer.dtype) as writer:
-        counts = _write_documents(writer, all_documents(), tokenizer)
-        if not counts.documents:
+        card = _write_documents(writer, all_documents(), tokenizer)
+        if not card.documents:
             raise ValueError(
                 f"write_cache: `{', '.join(map(str, sources))}` has no document."
             )
         blocks = writer.finish()
         # A mask of ones says nothing; readers take its absence for it.
-        has_mask = counts.in_loss != counts.tokens
+        has_mask = card.learnt != card.tokens
         if not has_mask:
             del blocks[".mask"]
-        card = CacheMetadata(
-            vocabulary=tokenizer.identity,
-            documents=counts.documents,
-            tokens=counts.tokens,
-            learnt=counts.in_loss,
-            bytes=counts.bytes,
-            skipped=stats.skipped,
-            blocks=blocks,
-        ).sealed()
+        card = dataclasses.replace(card, skipped=stats.skipped, blocks=blocks).sealed()
         # Files are replaced in reverse order, so the card comes first: after a crash in between the
         # stale data files fail the size check of the new card.
         text = json.dumps(dataclasses.asdict(card), indent=1)
@@ -185,22 +167,25 @@ def write_cache(
 
 def _write_documents(
     writer: BinidxWriter, selected: Iterable[Document], tokenizer: Tokenizer
-) -> _Counts:
-    """Writes ids, masks and content hashes, and counts them."""
+) -> CacheMetadata:
+    """Writes ids, masks and content hashes; returns a card that counts them."""
     hashes = writer.sibling(".keys")
     mask = writer.sibling(".mask")
-    counts = _Counts()
+    count = 0
+    tokens = 0
+    learnt = 0
+    size = 0
     for document in selected:
         hashes.write(document.content_hash().to_bytes(8, "little"))
         for ids, in_loss in document.ids(tokenizer):
             writer.add(ids)
             mask.write(bytes([in_loss]) * len(ids))
-            counts.tokens += len(ids)
-            counts.in_loss += len(ids) * in_loss
+            tokens += len(ids)
+            learnt += len(ids) * in_loss
         writer.end()
-        counts.bytes += document.size()
-        counts.documents += 1
-    return counts
+        size += document.size()
+        count += 1
+    return CacheMetadata(tokenizer.identity, count, tokens, learnt, size, skipped=0)
 
 
 def read_card(path: str | Path) -> CacheMetadata | None:

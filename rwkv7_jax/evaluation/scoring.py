@@ -99,7 +99,7 @@ def _nats_and_correct(model: RWKV7, *arguments: Any) -> tuple[Any, Any]:
     return statistics.nats, statistics.correct
 
 
-def _map_rows(
+def map_rows(
     per_token: Callable[..., Any], state: RWKV7State, tokens: np.ndarray, rows: int
 ) -> Any:
     """Calls `per_token(start, tokens)` on `rows` windows at a time and joins the results.
@@ -148,7 +148,7 @@ def token_nats(
         ValueError: weights or a state of another model, ids out of range, or rows below 1.
     """
     with prefix_errors("token_nats"):
-        _check_start(model, params, state)
+        check_start(model, params, state)
         tokens = np.asarray(as_array(tokens, "`tokens`"))
         if tokens.ndim != 2 or tokens.shape[1] < 2:
             raise ValueError(
@@ -156,10 +156,10 @@ def token_nats(
             )
         check_tokens(tokens, model.config.vocab_size)
         check_count(rows, 1, "`rows`")
-    return _map_rows(functools.partial(_nats, model, params), state, tokens, rows)
+    return map_rows(functools.partial(_nats, model, params), state, tokens, rows)
 
 
-def _check_start(model: RWKV7, params: Params, state: RWKV7State) -> None:
+def check_start(model: RWKV7, params: Params, state: RWKV7State) -> None:
     """Raises unless weights and a start state of one sequence are the model's."""
     check_model(model)
     check_params(params, model.config)
@@ -218,7 +218,7 @@ def score(
             range.
     """
     with prefix_errors("score"):
-        _check_start(model, params, state)
+        check_start(model, params, state)
         batch = check_masked_batch(batch, model.config.vocab_size)
         if not (hasattr(tokenizer, "token_bytes") and hasattr(tokenizer, "vocab_size")):
             raise TypeError(
@@ -316,13 +316,13 @@ def score_answers(
             rows below 1.
     """
     with prefix_errors("score_answers"):
-        _check_start(model, params, state)
+        check_start(model, params, state)
         batch = check_masked_batch(batch, model.config.vocab_size)
         check_count(rows, 1, "`rows`")
     tokens = np.asarray(batch.tokens)
     scored = np.asarray(batch.mask) > 0
     per_token = functools.partial(_nats_and_correct, model, params)
-    nats, correct = _map_rows(per_token, state, tokens, rows)
+    nats, correct = map_rows(per_token, state, tokens, rows)
     right = correct & scored
     count = scored.sum(0)
     rows_with_answers = scored.any(1)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checks import check_model, check_params, prefix_errors
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.evaluation.advice import (
     Diagnosis,
@@ -19,8 +19,9 @@ from rwkv7_jax.evaluation.advice import (
     RetentionScore,
     advise,
 )
+from rwkv7_jax.evaluation.scoring import check_start, map_rows
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat
+from rwkv7_jax.model.state import RWKV7State, init_state, repeat
 from rwkv7_jax.optim.whitening import effective_rank
 from rwkv7_jax.training.head_loss import token_statistics
 from rwkv7_jax.training.losses import check_masked_batch
@@ -71,15 +72,13 @@ def _compare_tokens(
     """Computes for each target the loss and whether it is the likeliest id, and the KL [B T]."""
 
     def hidden(start: RWKV7State) -> Array:
-        start = repeat(start, tokens.shape[0])
-        return model.apply({"params": params}, tokens[:, :-1], start, method="hidden")[
-            0
-        ]
+        inputs = tokens[:, :-1]
+        return model.apply({"params": params}, inputs, start, method="hidden")[0]
 
     targets = tokens[:, 1:]
     head = params["head"]["weight"]
     # The reference of the KL as well, whose logits are made piece by piece in `token_statistics`.
-    base_hidden = hidden(base)
+    base_hidden = hidden(repeat(base, tokens.shape[0]))
     before = token_statistics(base_hidden, head, targets)
     after = token_statistics(hidden(tuned), head, targets, reference=base_hidden)
     return {
@@ -96,16 +95,11 @@ def _compare(
     model: RWKV7, params: Params, state: RWKV7State, batch: Batch
 ) -> dict[str, np.ndarray]:
     """Compares the zero state with `state` on all rows: float64 arrays [B T] by name."""
-    base = init_state(model.config)
-    results = []
-    for part in _parts(batch):
-        results.append(_compare_tokens(model, params, base, state, part.tokens))
-
-    def join(*leaves: Array) -> np.ndarray:
-        rows = [np.asarray(leaf, np.float64) for leaf in leaves]
-        return np.concatenate(rows)[: len(batch.tokens)]
-
-    return jax.tree.map(join, *results)
+    compare = functools.partial(
+        _compare_tokens, model, params, init_state(model.config)
+    )
+    compared = map_rows(compare, state, np.asarray(batch.tokens), ROWS)
+    return {name: np.asarray(rows, np.float64) for name, rows in compared.items()}
 
 
 def _retention_score(
@@ -144,9 +138,7 @@ def retention(
     """
     checked = {}
     with prefix_errors("retention"):
-        check_model(model)
-        check_params(params, model.config)
-        check_state(state, 1, model.config)
+        check_start(model, params, state)
         # A batch is a mapping as well, of arrays.
         if isinstance(batches, Batch) or not isinstance(batches, Mapping):
             kind = type(batches).__name__
@@ -324,9 +316,7 @@ def diagnose(
             target counts.
     """
     with prefix_errors("diagnose"):
-        check_model(model)
-        check_params(params, model.config)
-        check_state(state, 1, model.config)
+        check_start(model, params, state)
         batch = check_masked_batch(batch, model.config.vocab_size)
         if generic is not None:
             generic = check_masked_batch(generic, model.config.vocab_size, "generic")

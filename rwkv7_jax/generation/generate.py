@@ -25,9 +25,9 @@ from rwkv7_jax.checks import (
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.generation.decode_loop import Decoder, DecodeState
 from rwkv7_jax.generation.streaming import (
+    WATCHED_BLOCK,
     Ending,
     RowText,
-    block_size,
     decode_with_stop_strings,
 )
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -173,7 +173,7 @@ def generate(
     # Before the first program runs: see `commit_like`.
     start = commit_like((params, state, logits), start)
     watched = bool(stop_strings or on_text or should_stop)
-    block = block_size(tokens, watched=watched)
+    block = min(WATCHED_BLOCK, tokens) if watched else tokens
     decoder = Decoder(model, params, keys=keys, options=options, block=block)
     # The same call reads the prompts here and, after a stop string, the tokens that a row keeps.
     start = decoder.read(start, rows, chunk=prefill_chunk)
@@ -183,44 +183,22 @@ def generate(
         start,
         row_texts,
         total=tokens,
-        on_text=on_text or _ignore_text,
-        should_stop=should_stop or _never,
+        on_text=on_text or (lambda piece, row: None),
+        should_stop=should_stop or (lambda: False),
     )
-    return _generation(run, row_texts, spelled=tokenizer is not None)
-
-
-def _ignore_text(piece: str, row: int) -> None:
-    del piece, row
-
-
-def _never() -> bool:
-    return False
-
-
-def _generation(run: DecodeState, rows: list[RowText], *, spelled: bool) -> Generation:
-    """Collects what the rows hold, one list for each field."""
-    result = Generation(
-        tokens=[],
-        finished=[],
+    # Of type `Ending` each: every row has ended now.
+    ended: list[Any] = [row.ended for row in row_texts]
+    return Generation(
+        tokens=[row.tokens for row in row_texts],
+        finished=["length" if ending == "length" else "stop" for ending in ended],
         state=run.state,
         logits=run.logits,
-        texts=[] if spelled else None,
-        ended=[],
-        stop_tokens=[],
-        drawn=[],
-        logps=[],
+        texts=None if tokenizer is None else [row.text for row in row_texts],
+        ended=ended,
+        stop_tokens=[row.stop_token for row in row_texts],
+        drawn=[row.drawn for row in row_texts],
+        logps=[row.logps for row in row_texts],
     )
-    for row in rows:
-        assert row.ended is not None
-        result.tokens.append(row.tokens)
-        result.finished.append("length" if row.ended == "length" else "stop")
-        result.ended.append(row.ended)
-        result.stop_tokens.append(row.stop_token)
-        result.drawn.append(row.drawn)
-        result.logps.append(row.logps)
-        if result.texts is not None:
-            result.texts.append(row.text)
-    return result
 
 
 def check_text_options(tokenizer: Any, stop_strings: Any, on_text: Any = None) -> None:

@@ -331,21 +331,19 @@ def log_probabilities(
     return jax.nn.log_softmax(scaled, axis=-1)
 
 
-def sample(keys: Array, logits: Scores, options: SamplingParams) -> Int[Array, " B"]:
+def sample_with_logp(
+    keys: Array, logits: Scores, options: SamplingParams
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draws one id for each row with the row's own key, so that rows are independent.
 
     Args:
         keys: [B] random keys, each used once.
         logits: float32, with penalties already applied.
         options: temperature, top-p and top-k are used.
+
+    Returns:
+        The ids, and the log-probability of each draw, 0 of a greedy one.
     """
-    return sample_with_logp(keys, logits, options)[0]
-
-
-def sample_with_logp(
-    keys: Array, logits: Scores, options: SamplingParams
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Draws as `sample` does; returns the log-probability of each draw too, 0 of a greedy one."""
     if jnp.ndim(options.temperature) and platforms.target_platform() == "cpu":
         return _sample_in_turns(keys, logits, options)
     return _sample_together(keys, logits, options)

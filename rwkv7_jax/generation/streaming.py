@@ -20,8 +20,9 @@ from rwkv7_jax.text.detokenizer import (
     whole_tokens,
 )
 
-# Tokens between two looks of the host, where text is streamed or stop strings are searched.
-_BLOCK = 8
+# Tokens between two looks of the host, where text is streamed or stop strings are searched. More
+# would cost tokens that a stop string cuts off again, fewer cost waiting.
+WATCHED_BLOCK = 8
 
 OnText = Callable[[str, int], object]
 
@@ -124,17 +125,6 @@ class _Snapshot(NamedTuple):
 
     done: int
     run: DecodeState
-
-
-def block_size(total: int, *, watched: bool) -> int:
-    """Returns the number of tokens that are generated between two looks of the host.
-
-    Args:
-        total: tokens a row at most.
-        watched: the host looks at the tokens every few steps; otherwise once, at the end.
-    """
-    # A larger block costs tokens that a stop string cuts off again, a smaller one costs waiting.
-    return min(_BLOCK, total) if watched else total
 
 
 def decode_with_stop_strings(

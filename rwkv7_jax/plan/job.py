@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rwkv7_jax.checkpoints.model_shapes import describe_model
+from rwkv7_jax.checkpoints.model_files import describe_model
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.plan.chips import Target, find_target
 from rwkv7_jax.plan.compiler import compile_elsewhere

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.atomic_write import atomic_write
-from rwkv7_jax.data.jsonl import read_log
 from rwkv7_jax.evaluation.metric import log_name
 from rwkv7_jax.json_files import number_of, read_object
 from rwkv7_jax.reports.goodput import PAUSES, STEPS, goodput
-from rwkv7_jax.reports.metric_writers import JSONL, has_step, merged
+from rwkv7_jax.reports.metric_writers import JSONL, merged, read_steps
 from rwkv7_jax.reports.svg_charts import Mark, Points, line_chart
 from rwkv7_jax.reports.system_info import lines
 
@@ -67,11 +66,6 @@ svg .title{font-size:13px;font-weight:600}
 
 def _text(value: Any) -> str:
     return html.escape(str(value))
-
-
-def _rows_with_step(path: Path) -> list[dict]:
-    """Returns the lines that have a step."""
-    return [row for row in read_log(path) if has_step(row)]
 
 
 def _section(title: str, body: str) -> str:
@@ -305,9 +299,9 @@ def report_page(folder: str | Path) -> str:
     info = read_object(folder / "system.json")
     search = read_object(folder / "rate_search.json")
     start = str((settings or {}).get("start") or "")
-    rows = merged(_rows_with_step(folder / JSONL))
-    events = _rows_with_step(folder / "events.jsonl")
-    samples = _rows_with_step(folder / "samples.jsonl")
+    rows = merged(read_steps(folder / JSONL))
+    events = read_steps(folder / "events.jsonl")
+    samples = read_steps(folder / "samples.jsonl")
     columns = _columns(rows)
     title = _text(folder.resolve().name)
     body = "".join(

@@ -1,7 +1,7 @@
 """The metrics of a run, step by step, in files and trackers."""
 
-import abc
 import csv
+import functools
 import importlib
 import io
 import json
@@ -17,16 +17,9 @@ JSONL = "metrics.jsonl"
 CSV = "metrics.csv"
 
 
-class Tracker(abc.ABC):
-    """A service that gets the metrics in addition to the files."""
-
-    @abc.abstractmethod
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Takes the numbers of a step."""
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Sends what has not been sent yet."""
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Reads the lines of a log that have a step; none where the file is missing."""
+    return [row for row in read_log(path) if _has_step(row)]
 
 
 def merged(rows: Iterable[Mapping[str, Any]]) -> list[dict]:
@@ -59,7 +52,7 @@ class MetricFiles:
         """
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._rows = [row for row in read_log(self._jsonl) if has_step(row)]
+        self._rows = read_steps(self._jsonl)
         self._columns = _column_names(self._rows)
         if self._jsonl.exists():
             # Without an unfinished last line, to which the next write would be glued.
@@ -145,7 +138,7 @@ def _csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     return text.getvalue().removesuffix("\n")
 
 
-def has_step(row: Mapping[str, Any]) -> bool:
+def _has_step(row: Mapping[str, Any]) -> bool:
     """Tells whether a line of a log has a step; a line of junk may have anything under its name."""
     step = row.get("step")
     # True and False are integers, too; one that no float can hold has no place in a chart.
@@ -162,18 +155,7 @@ def _column_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(names)
 
 
-def _import_package(name: str, extra: str) -> Any:
-    """Imports a module; an error says which extra to install."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ImportError(
-            f"MetricFiles: `also` names {extra!r}, which needs the package {name}: "
-            f"pip install 'rwkv7_jax[{extra}]'."
-        ) from None
-
-
-class _TensorBoard(Tracker):
+class _TensorBoard:
     """Event files under `tensorboard/`."""
 
     def __init__(self, package: Any, folder: Path, first_step: int):
@@ -191,7 +173,7 @@ class _TensorBoard(Tracker):
         self._writer.close()
 
 
-class _WandB(Tracker):
+class _WandB:
     """A run of Weights & Biases, which a resumed process continues by the id in `wandb.id`."""
 
     def __init__(self, package: Any, folder: Path, first_step: int):
@@ -213,6 +195,9 @@ class _WandB(Tracker):
         self._run.finish()
 
 
+# A service that gets the metrics in addition to the files.
+Tracker = _TensorBoard | _WandB
+
 # By the name in the settings, which is also the extra's: the package, and the class that uses it.
 _TRACKERS = {"tensorboard": ("tensorboardX", _TensorBoard), "wandb": ("wandb", _WandB)}
 
@@ -226,10 +211,12 @@ def _tracker_opener(name: str) -> Callable[[Path, int], Tracker]:
             f"MetricFiles: `also` must be of {', '.join(TRACKERS)}; got {name!r}."
         )
     module, tracker = _TRACKERS[name]
-    # Now, so that a missing package ends a run before anything is compiled.
-    package = _import_package(module, name)
-
-    def open_at(folder: Path, first_step: int) -> Tracker:
-        return tracker(package, folder, first_step)
-
-    return open_at
+    try:
+        # Now, so that a missing package ends a run before anything is compiled.
+        package = importlib.import_module(module)
+    except ImportError:
+        raise ImportError(
+            f"MetricFiles: `also` names {name!r}, which needs the package {module}: "
+            f"pip install 'rwkv7_jax[{name}]'."
+        ) from None
+    return functools.partial(tracker, package)

@@ -30,6 +30,9 @@ Lines = Mapping[str, Sequence[tuple[float, float]]]
 # Longer lines are thin and have no markers.
 _MARKERS = 40
 
+# Points of a smoothed line.
+_PIECES = 32
+
 # Added to singular values: a logarithmic axis has no place for 0.
 _TINY = 1e-9
 
@@ -64,29 +67,20 @@ def _save(figure: Any, path: str | Path, *, legend: bool = False) -> None:
         figure.savefig(file, dpi=130, format=Path(path).suffix[1:] or None)
 
 
-def curves(
-    path: str | Path, lines: Lines, *, x: str, y: str, shares: Lines | None = None
-) -> None:
-    """Draws named lines as a PNG file, on one axis or on two.
+def curves(path: str | Path, lines: Lines, *, x: str, y: str) -> None:
+    """Draws named lines as a PNG file.
 
     Args:
         path: of the PNG file.
-        lines: points of each line on the left axis.
+        lines: points of each line.
         x: label of the x axis.
-        y: label of the left axis.
-        shares: lines from 0 to 1, such as accuracies, which get an axis on the right.
+        y: label of the y axis.
     """
     figure, (axis,) = _figure(1)
-    placed = [(axis, name, points) for name, points in lines.items()]
-    if shares:
-        right = axis.twinx() if lines else axis
-        right.set(ylim=(0, 1), ylabel="share")
-        right.spines["top"].set_visible(False)
-        placed += [(right, name, points) for name, points in shares.items()]
-    for colour, (place, name, points) in zip(_COLOURS, placed, strict=False):
+    for colour, (name, points) in zip(_COLOURS, lines.items(), strict=False):
         points = np.asarray(points, dtype=float).reshape(-1, 2)
         long = len(points) > _MARKERS
-        place.plot(
+        axis.plot(
             *points.T,
             color=colour,
             label=name,
@@ -94,9 +88,7 @@ def curves(
             marker="" if long else "o",
             ms=3,
         )
-    axis.set_xlabel(x)
-    if lines:
-        axis.set_ylabel(y)
+    axis.set(xlabel=x, ylabel=y)
     axis.grid(alpha=0.25)
     _save(figure, path, legend=True)
 
@@ -235,21 +227,19 @@ def states(
     path: str | Path,
     before: Float[np.ndarray, "L H N"],
     after: Float[np.ndarray, "L H N"],
-    *,
-    names: tuple[str, str] = ("typical state of the base", "tuned start state"),
 ) -> None:
     """Draws the norm of each head of two states, and the singular values of each layer.
 
     Args:
         path: of the PNG file.
-        before: singular values, largest first, of the state to compare with.
-        after: singular values of the state that is shown.
-        names: of the two.
+        before: singular values, largest first, of a typical state of the base.
+        after: singular values of the tuned start state.
     """
     figure, axes = _figure(3)
     norms = [np.sqrt(np.square(values).sum(-1)) for values in (before, after)]
     # One scale for both, so that the colours can be compared.
     top = max(float(norm.max()) for norm in norms) or 1.0
+    names = ("typical state of the base", "tuned start state")
     image = None
     for axis, norm, name in zip(axes, norms, names, strict=False):
         image = axis.imshow(norm, vmin=0, vmax=top, cmap="viridis", aspect="auto")
@@ -329,11 +319,9 @@ def _draw_memory(
         spectra.semilogy(values.mean(0) + _TINY, style, color=colour, label=label)
 
 
-def _smoothed(
-    x: np.ndarray, y: np.ndarray, pieces: int = 32
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the means of neighbouring points, at most `pieces` of them."""
-    parts = np.array_split(np.arange(len(x)), min(pieces, len(x)))
+def _smoothed(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the means of neighbouring points, at most `_PIECES` of them."""
+    parts = np.array_split(np.arange(len(x)), min(_PIECES, len(x)))
     means_x = np.array([x[part].mean() for part in parts])
     means_y = np.array([y[part].mean() for part in parts])
     return means_x, means_y

@@ -125,6 +125,11 @@ def byte_characters() -> dict[int, str]:
     return characters
 
 
+def bytes_of_characters() -> dict[str, int]:
+    """Returns the byte that each character of `byte_characters` stands for."""
+    return {character: byte for byte, character in byte_characters().items()}
+
+
 def longest_entry_pattern(entries: Iterable[str]) -> str:
     """Returns a regular expression that matches the longest entry at a place.
 

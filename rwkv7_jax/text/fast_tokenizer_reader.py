@@ -5,11 +5,15 @@ that of the RWKV project's own folders, WordPiece whose pieces are not marked.
 Source: aabbdev/rwkv-publisher@67f4b55 src/rwkv_publisher/encoding.py (what those folders hold).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rwkv7_jax.json_files import parse_json
-from rwkv7_jax.text.fast_tokenizer import byte_characters, longest_entry_pattern
+from rwkv7_jax.text.fast_tokenizer import (
+    byte_characters,
+    bytes_of_characters,
+    longest_entry_pattern,
+)
 from rwkv7_jax.text.tokenizer import END_OF_TEXT
 from rwkv7_jax.text.vocabulary_entries import built_in_vocabulary
 
@@ -35,7 +39,8 @@ def longest_entries(
         return None
     table = _as_dict(table)
     names = dict(_as_dict(_as_dict(table.get("model")).get("vocab")))
-    if table.get("normalizer") is not None or not _are_ids(names.values()):
+    are_ids = all(type(number) is int and number >= 0 for number in names.values())
+    if table.get("normalizer") is not None or not are_ids:
         return None
     special = _special_tokens(table.get("added_tokens") or [])
     # `Tokenizer` has one special token, 0, and has it where 0 is no entry.
@@ -53,10 +58,6 @@ def _as_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _are_ids(numbers: Iterable[Any]) -> bool:
-    return all(type(number) is int and number >= 0 for number in numbers)
-
-
 def _special_tokens(added: Any) -> list[str] | None:
     """Returns the name of the special token 0, if there is one; None where others were added."""
     names = []
@@ -69,7 +70,7 @@ def _special_tokens(added: Any) -> list[str] | None:
 
 def _spelled(names: Mapping[str, int]) -> dict[int, bytes]:
     """Returns what names spell, by ascending ids; those of other characters fill unused ids."""
-    bytes_of = {character: byte for byte, character in byte_characters().items()}
+    bytes_of = bytes_of_characters()
     entries = {}
     for name, number in sorted(names.items(), key=lambda item: item[1]):
         if all(character in bytes_of for character in name):

@@ -11,6 +11,8 @@ import numpy as np
 
 from rwkv7_jax.checks import first_line
 from rwkv7_jax.json_files import parse_json
+from rwkv7_jax.text.fast_tokenizer import bytes_of_characters
+from rwkv7_jax.text.rust_tokenizer import is_text
 from rwkv7_jax.text.tokenizer import Tokenizer, text_bytes, text_digest
 
 KIND = "tokenizer.json"
@@ -96,7 +98,13 @@ class JsonTokenizer(Tokenizer):
             ValueError: the file is damaged, or of a kind that is not read.
             ImportError: the extra `tokenizers` is not installed.
         """
-        tokenizers = _import_tokenizers()
+        try:
+            import tokenizers
+        except ImportError:
+            raise ImportError(
+                f"a {KIND} needs the package tokenizers (the extra `tokenizers`): "
+                'pip install "rwkv7_jax[tokenizers]".'
+            ) from None
         # The package raises bare `Exception`, and panics with something that is no `Exception`.
         try:
             backend = tokenizers.Tokenizer.from_str(content.decode())
@@ -171,7 +179,7 @@ class JsonTokenizer(Tokenizer):
 
     def _check_spelling(self) -> None:
         """Raises unless entries come back from their ids: each must stand for its bytes alone."""
-        texts = [entry for entry in self._ids if _is_utf8(entry)]
+        texts = [entry for entry in self._ids if is_text(entry)]
         for entry in texts[:: max(1, len(texts) // _PROBES)]:
             ids = self._backend.encode(entry.decode(), add_special_tokens=False).ids
             spelled = self.decode_bytes(ids)
@@ -180,17 +188,6 @@ class JsonTokenizer(Tokenizer):
                     f"`{self.name}` must have tokens that spell the text; {entry.decode()!r} comes "
                     f"back as {spelled.decode(errors='replace')!r}."
                 )
-
-
-def _import_tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise ImportError(
-            f"a {KIND} needs the package tokenizers (the extra `tokenizers`): "
-            'pip install "rwkv7_jax[tokenizers]".'
-        ) from None
-    return tokenizers
 
 
 def end_token_beside(path: Path) -> str | None:
@@ -215,14 +212,6 @@ def end_token_beside(path: Path) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def _speller(content: dict[str, Any], name: str) -> Any:
     """Returns the function from a token to its bytes, by the decoder of a `tokenizer.json`.
 
@@ -233,30 +222,13 @@ def _speller(content: dict[str, Any], name: str) -> Any:
     steps = decoder.get("decoders", [decoder])
     kinds = {step.get("type") for step in steps}
     if "ByteLevel" in kinds:
-        return functools.partial(_byte_level, _bytes_of_characters())
+        return functools.partial(_byte_level, bytes_of_characters())
     if kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Metaspace", "Strip"}:
         return _with_byte_fallback
     raise ValueError(
         f"`{name}` must have a decoder of the kinds ByteLevel, or Replace with ByteFallback; got "
         f"{', '.join(sorted(str(kind) for kind in kinds))}."
     )
-
-
-def _bytes_of_characters() -> dict[str, int]:
-    """Makes the table of ByteLevel: printable bytes are themselves, the others follow 255.
-
-    Source: openai/gpt-2 src/encoder.py (bytes_to_unicode).
-    """
-    table: dict[str, int] = {}
-    others = 0
-    for byte in range(256):
-        is_printable = 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255
-        if is_printable:
-            table[chr(byte)] = byte
-        else:
-            table[chr(256 + others)] = byte
-            others += 1
-    return table
 
 
 def _byte_level(table: dict[str, int], token: str) -> bytes:

@@ -22,12 +22,13 @@ def rust_encoder(ids: Mapping[bytes, int]) -> TextEncoder | None:
     # It lists the entries that are text, and one name in place of all the others: single bytes and
     # parts of characters.
     listed = {text.encode(): number for text, number in tokenizer.get_vocab().items()}
-    ours = {entry: number for entry, number in ids.items() if _is_text(entry)}
+    ours = {entry: number for entry, number in ids.items() if is_text(entry)}
     is_same = ours.items() <= listed.items() and len(listed) <= len(ours) + 1
     return tokenizer.encode if is_same else None
 
 
-def _is_text(entry: bytes) -> bool:
+def is_text(entry: bytes) -> bool:
+    """Tells whether an entry is UTF-8: others are single bytes and parts of characters."""
     try:
         entry.decode()
     except UnicodeDecodeError:

@@ -366,13 +366,9 @@ def text_digest(text: str) -> str:
 
 def _id_of_first_byte(entries: dict[int, bytes]) -> int | None:
     """Returns the id of byte 0 where entries are the 256 single bytes in order; else None."""
-    if len(entries) != 256:
-        return None
-    first = min(entries)
-    for byte in range(256):
-        if entries.get(first + byte) != bytes([byte]):
-            return None
-    return first
+    first = min(entries, default=0)
+    in_order = {first + byte: bytes([byte]) for byte in range(256)}
+    return first if entries == in_order else None
 
 
 def as_integers(ids: Iterable[int]) -> list[int]:

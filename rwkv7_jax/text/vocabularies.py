@@ -18,7 +18,13 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.text.vocabulary_entries import WORLD_ENTRIES, built_in_vocabulary
 from rwkv7_jax.text.vocabulary_file import format_vocabulary, parse_vocabulary
 
-NAMES = ("world", "bytes", "bytes256", "ids")
+_BUILT_IN = {
+    "world": Tokenizer.world,
+    "bytes": Tokenizer.bytes,
+    "bytes256": Tokenizer.bytes256,
+}
+
+NAMES = (*_BUILT_IN, "ids")
 
 # The kind of a vocabulary that was read from a file in World's format.
 FILE_KIND = "file"
@@ -47,17 +53,13 @@ def load_vocabulary(
     text = os.fspath(name)
     if text == "ids":
         return IdTokenizer() if vocab_size is None else IdTokenizer(vocab_size)
-    if text == "world":
-        tokenizer = Tokenizer.world()
-    elif text == "bytes":
-        tokenizer = Tokenizer.bytes()
-    elif text == "bytes256":
-        tokenizer = Tokenizer.bytes256()
+    if text in _BUILT_IN:
+        tokenizer = _BUILT_IN[text]()
     else:
         tokenizer = _read(Path(text).expanduser(), argument)
-    return (
-        tokenizer if vocab_size is None else for_model(tokenizer, vocab_size, argument)
-    )
+    if vocab_size is None:
+        return tokenizer
+    return for_model(tokenizer, vocab_size, argument)
 
 
 def for_model(tokenizer: Tokenizer, vocab_size: int, argument: str) -> Tokenizer:

@@ -38,7 +38,7 @@ def draw_among_stop_ids(keys, steps, logits, occurrences, options):
     keys = jax.vmap(jax.random.fold_in)(keys, steps)
     options = options._replace(banned=~options.stops)
     penalized = sampling.apply_penalties(logits, occurrences, options)
-    return sampling.sample(keys, penalized, options)
+    return sampling.sample_with_logp(keys, penalized, options)[0]
 
 
 @jax.jit

@@ -18,7 +18,7 @@ def random_logits(seed: int = 0, rows: int = 1) -> jax.Array:
 
 
 _compiled = jax.jit(sampling.log_probabilities)
-sample = jax.jit(sampling.sample)
+sample = jax.jit(sampling.sample_with_logp)
 
 
 def probabilities(logits, *, temperature, top_p=1.0, top_k=0) -> np.ndarray:
@@ -139,7 +139,7 @@ def test_temperature_0_takes_the_first_of_the_largest_logits():
     # Whole numbers, of which some are equal.
     logits = jnp.round(random_logits(rows=5))
     options = sampling.make_options(VOCAB, temperature=0, top_p=0.5)
-    drawn = sample(jax.random.split(jax.random.key(0), 5), logits, options)
+    drawn, _ = sample(jax.random.split(jax.random.key(0), 5), logits, options)
     np.testing.assert_array_equal(drawn, logits.argmax(axis=1))
     probs = probabilities(logits, temperature=0.0)
     np.testing.assert_array_equal(probs.argmax(axis=1), drawn)
@@ -149,7 +149,7 @@ def test_temperature_0_takes_the_first_of_the_largest_logits():
 def test_draws_follow_the_distribution():
     logits = jnp.broadcast_to(jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])), (4000, 4))
     options = sampling.make_options(4, temperature=1.0, top_p=0.9)
-    drawn = sample(jax.random.split(jax.random.key(1), 4000), logits, options)
+    drawn, _ = sample(jax.random.split(jax.random.key(1), 4000), logits, options)
     shares = np.bincount(np.asarray(drawn), minlength=4) / 4000
     np.testing.assert_allclose(shares, np.array([50, 30, 15, 0]) / 95, atol=0.03)
 
@@ -158,9 +158,9 @@ def test_a_row_is_drawn_with_its_own_key_alone():
     logits = random_logits(rows=5)
     keys = jax.random.split(jax.random.key(2), 5)
     options = sampling.make_options(VOCAB, temperature=1.3, top_p=0.95)
-    together = sample(keys, logits, options)
+    together, _ = sample(keys, logits, options)
     for row in range(5):
-        alone = sample(keys[row : row + 1], logits[row : row + 1], options)
+        alone, _ = sample(keys[row : row + 1], logits[row : row + 1], options)
         assert alone[0] == together[row]
 
 
@@ -218,9 +218,8 @@ def test_huge_penalties_leave_a_distribution(size):
         random_logits(), sampling.Occurrences(seen, counts), options
     )
     assert np.isfinite(np.asarray(logits)).all()
-    assert (
-        0 <= sample(jax.random.split(jax.random.key(0), 1), logits, options)[0] < VOCAB
-    )
+    drawn, _ = sample(jax.random.split(jax.random.key(0), 1), logits, options)
+    assert 0 <= drawn[0] < VOCAB
 
 
 class Words:

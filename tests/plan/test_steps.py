@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from smallest_runs import mode_settings, save_base_model
 
-from rwkv7_jax.checkpoints.model_files import load_model
-from rwkv7_jax.checkpoints.model_shapes import describe_model
+from rwkv7_jax.checkpoints.model_files import describe_model, load_model
 from rwkv7_jax.checkpoints.state_files import save_state
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.plan.child import compile_step

@@ -5,7 +5,6 @@ rest of a sentence that begins with the file's path: what the file is, and what 
 """
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Literal
 
@@ -203,8 +202,3 @@ def _tensor_ends(header: object) -> dict[str, int]:
         ):
             ends[name] = offsets[1]
     return ends
-
-
-def is_complete_zip(path: Path) -> bool:
-    """Returns whether a zip archive has the list of entries at its end."""
-    return zipfile.is_zipfile(path)

@@ -9,7 +9,7 @@ from rwkv7_jax.checkpoints.model_folder import existing_model
 from rwkv7_jax.checkpoints.orbax_folder import has_orbax_digest, is_orbax, load_orbax
 from rwkv7_jax.checkpoints.pth import has_digest, read_pth
 from rwkv7_jax.checkpoints.state_files import load_state
-from rwkv7_jax.checkpoints.state_sidecar import has_state_digest, sidecar
+from rwkv7_jax.checkpoints.state_sidecar import DIGEST, read_table, sidecar
 from rwkv7_jax.checkpoints.tensor_files import (
     container_of,
     format_of,
@@ -60,7 +60,7 @@ def _verify_file(path: Path) -> list[str]:
         open_tensors(path, verify=True)
         if container == "gguf" and gguf_files().has_gguf_digest(path):
             lines.append(f"{path.name}: the digest of tensors and sizes agrees")
-    if has_state_digest(path):
+    if DIGEST in read_table(path):
         load_state(path)
         lines.append(f"{sidecar(path).name}: belongs to these tensors")
     return lines

@@ -9,11 +9,8 @@ low-rank matrices as layers); RWKV/rwkv.cpp@4358e70 python/convert_pytorch_to_gg
 """
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-import numpy as np
 
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.layouts.orientation import LowRank, transposed
@@ -84,7 +81,7 @@ def with_official_names(tensors: Tensors, path: Path) -> NamedModel:
             low_rank = "official"
         if plain.startswith("layers."):
             family = "fla"
-        for part_name, part in _unpacked(plain, tensor).items():
+        for part_name, part in split_lerps(plain, tensor).items():
             new, is_layer = _official_name(part_name)
             if new in official:
                 raise ValueError(
@@ -108,7 +105,10 @@ def _without_prefixes(name: str) -> str:
 
 def _official_name(name: str) -> tuple[str, bool]:
     """Translates a name without prefixes, and says whether it is a low-rank matrix as a layer."""
-    name = _BLOCK_PART.sub(_with_official_part, name)
+    inside_block = _BLOCK_PART.match(name)
+    if inside_block:
+        block, part, rest = inside_block.groups()
+        name = f"{block}.{_PARTS.get(part, part)}.{rest}"
     layer = _LINEAR.match(name)
     if layer:
         return layer[1], True
@@ -119,26 +119,21 @@ def _official_name(name: str) -> tuple[str, bool]:
     return official, official != name and bool(LOW_RANK.search(official))
 
 
-def _with_official_part(match: re.Match[str]) -> str:
-    """Returns a block's name with the official name of its part."""
-    block, part, rest = match.groups()
-    return f"{block}.{_PARTS.get(part, part)}.{rest}"
-
-
-def _unpacked(name: str, tensor: Tensor) -> dict[str, Tensor]:
+def split_lerps(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Splits a tensor that holds all six lerps of time mix; others stay as they are."""
     match = _PACKED_LERPS.match(name)
     # Of another shape it stays as it is, and the check of names reports it.
     if match is None or not _is_six_lerps(tensor.shape):
         return {name: tensor}
     width = tensor.shape[-1]
-
-    def reader(index: int) -> Callable[[], np.ndarray]:
-        return lambda: tensor.read().reshape(6, width)[index]
-
     lerps = {}
     for index, letter in enumerate(LERPS):
-        lerps[f"{match[1]}{letter}"] = Tensor((width,), tensor.dtype, reader(index))
+        # The default binds this loop's number.
+        lerps[f"{match[1]}{letter}"] = Tensor(
+            (width,),
+            tensor.dtype,
+            lambda index=index: tensor.read().reshape(6, width)[index],
+        )
     return lerps
 
 

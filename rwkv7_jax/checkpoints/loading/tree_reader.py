@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rwkv7_jax.array_types import Params
@@ -94,18 +95,6 @@ def _read_stack(
         require_no_overflow(array, row, name, path)
         release_pages(array)
     return stacked
-
-
-def put_on_device(array: np.ndarray) -> jax.Array:
-    """Puts an array on the default device, without a copy where that is the CPU."""
-    # Nothing else refers to the buffer, so JAX may keep it; a view of the file it may not.
-    return jax.device_put(array, may_alias=True)
-
-
-def as_it_is(path: TreePath, array: np.ndarray) -> np.ndarray:
-    """Returns a leaf in the numbers that the file has."""
-    del path
-    return array
 
 
 def put_in_shards(
@@ -193,7 +182,7 @@ def build_tree(
     dtype=None,
     allow_nan: bool = False,
     progress: Progress = None,
-    convert: Convert = as_it_is,
+    convert: Convert | None = None,
     mesh: Mesh | None = None,
 ) -> Params:
     """Reads checked tensors into a parameter tree of arrays on devices.
@@ -205,7 +194,7 @@ def build_tree(
         dtype: of all leaves; None keeps the file's.
         allow_nan: accept NaN and Inf.
         progress: called with the bytes done and the bytes in all.
-        convert: makes of a leaf's place and array what the tree holds.
+        convert: makes of a leaf's place and array what the tree holds; None keeps the array.
         mesh: devices that hold the leaves in shards; None for the default device.
 
     Raises:
@@ -216,7 +205,7 @@ def build_tree(
     # One leaf after the other, so that the peak is the model and one stack of layers.
     total = sum(map(_num_bytes, tensors.values()))
     done = 0
-    tree: Params = {}
+    leaves: dict[TreePath, Any] = {}
     for place, names in _names_by_path(tensors, config).items():
         read_part = functools.partial(
             _read_stack,
@@ -227,12 +216,12 @@ def build_tree(
             path=path,
             allow_nan=allow_nan,
         )
-        _insert(tree, place, _leaf(place, names, shapes, read_part, convert, mesh))
+        leaves[place] = _leaf(place, names, shapes, read_part, convert, mesh)
         for name in names:
             done += _num_bytes(tensors[name])
         if progress:
             progress(done, total)
-    return tree
+    return traverse_util.unflatten_dict(leaves)
 
 
 def _leaf(
@@ -240,40 +229,32 @@ def _leaf(
     names: list[str],
     shapes: dict[str, Shape],
     read_part: Callable[[Index], np.ndarray],
-    convert: Convert,
+    convert: Convert | None,
     mesh: Mesh | None,
 ) -> Any:
     """Makes one leaf of the tree: on the default device, or in shards on a mesh."""
     is_stack = path[0] == "layers"
     shape = (*([len(names)] if is_stack else []), *shapes[names[0]])
 
-    def read_leaf(index: Index) -> Any:
+    def read_leaf(index: Index) -> np.ndarray:
         # All layers of a stack are in every shard.
-        array = read_part(index[1:]) if is_stack else read_part(index)[0]
-        return convert(path, array)
+        return read_part(index[1:]) if is_stack else read_part(index)[0]
 
     def read(index: Index) -> Any:
-        if convert is as_it_is:
+        if convert is None:
             return read_leaf(index)
         # The scale of a row in 8 bits is that of all its columns.
         *rows, columns = index
-        rows_of_leaf = read_leaf((*rows, slice(None)))
         return jax.tree.map(
             lambda one: one[..., columns] if one.ndim == len(shape) else one,
-            rows_of_leaf,
+            convert(path, read_leaf((*rows, slice(None)))),
         )
 
     if mesh is None:
-        return jax.tree.map(put_on_device, read((slice(None),) * len(shape)))
+        # Nothing else refers to the buffers, so JAX may keep them; views of the file it may not.
+        return jax.device_put(read((slice(None),) * len(shape)), may_alias=True)
     sharding = NamedSharding(mesh, spec("/".join(path), shape, mesh.shape))
     return put_in_shards(sharding, shape, read)
-
-
-def _insert(tree: Params, path: TreePath, leaf: Any) -> None:
-    """Puts a leaf into nested dicts, which are made where they are missing."""
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = leaf
 
 
 def _num_bytes(tensor: Tensor) -> int:

@@ -135,24 +135,18 @@ TASKS: dict[str, Task] = {
 _FORMER_NAMES = {"mqar": "pairs"}
 
 
-def _modulus(number: int, seed: int) -> Task:
+def _by_modulus(
+    number: int, seed: int, *, letter: bytes, operation: toy.Operation
+) -> Task:
     rows = functools.partial(
-        toy.one_modulus,
-        modulus=number,
-        letter=b"A",
-        operation=np.add,
+        toy.one_modulus, modulus=number, letter=letter, operation=operation
     )
     return Task(rows, 5)
 
 
-def _product(number: int, seed: int) -> Task:
-    rows = functools.partial(
-        toy.one_modulus,
-        modulus=number,
-        letter=b"P",
-        operation=np.multiply,
-    )
-    return Task(rows, 5)
+_MODULUS = functools.partial(_by_modulus, letter=b"A", operation=np.add)
+
+_PRODUCT = functools.partial(_by_modulus, letter=b"P", operation=np.multiply)
 
 
 def _facts(number: int, seed: int) -> Task:
@@ -170,8 +164,8 @@ Family = tuple[Callable[[int, int], Task], int, int]
 
 # Tasks whose name ends with a number.
 FAMILIES: dict[str, Family] = {
-    "modulus": (_modulus, 2, len(toy.SYMBOLS) - 1),
-    "product": (_product, 2, len(toy.SYMBOLS) - 1),
+    "modulus": (_MODULUS, 2, len(toy.SYMBOLS) - 1),
+    "product": (_PRODUCT, 2, len(toy.SYMBOLS) - 1),
     "facts": (_facts, 1, toy.KEYS),
     "swaps": (_swaps, 2, len(toy.SYMBOLS)),
 }
