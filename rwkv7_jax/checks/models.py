@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from rwkv7_jax.checks.arrays import check_placed
-
 
 def check_model(model: Any, argument: str = "`model`") -> None:
     """Checks that a value is a model: a module with the sizes of an RWKV-7 in `config`.
@@ -27,8 +25,6 @@ def check_model(model: Any, argument: str = "`model`") -> None:
 def check_params(params: Any, config: Any, argument: str = "`params`") -> None:
     """Checks that weights have the sizes of a model, by the few shapes that tell models apart.
 
-    Where a mesh is known they must lie on it.
-
     Args:
         params: the inner tree of weights: arrays, tracers or shapes.
         config: the model's configuration.
@@ -36,8 +32,7 @@ def check_params(params: Any, config: Any, argument: str = "`params`") -> None:
 
     Raises:
         TypeError: the weights are no mapping.
-        ValueError: a part is missing, or belongs to a model of other sizes; or the weights lie on
-            one device, and the mesh of `sharding.use_mesh` has several.
+        ValueError: a part is missing, or belongs to a model of other sizes.
     """
     if not isinstance(params, Mapping):
         raise TypeError(
@@ -69,7 +64,6 @@ def check_params(params: Any, config: Any, argument: str = "`params`") -> None:
                 f"{argument} must be those of this model, with {path} of shape {wanted}; "
                 f"got {came}."
             )
-    check_placed(params, argument)
 
 
 def leaf_at(params: Any, path: str) -> Any:

@@ -17,6 +17,7 @@ from rwkv7_jax.checks import (
     check_count,
     check_model,
     check_params,
+    check_placed,
     check_tokens,
     prefix_errors,
 )
@@ -163,6 +164,7 @@ def check_start(model: RWKV7, params: Params, state: RWKV7State) -> None:
     """Raises unless weights and a start state of one sequence are the model's."""
     check_model(model)
     check_params(params, model.config)
+    check_placed(params, "`params`")
     check_state(state, 1, model.config)
 
 

@@ -18,6 +18,7 @@ from rwkv7_jax.checks import (
     check_ids,
     check_model,
     check_params,
+    check_placed,
     is_traced,
     prefix_errors,
     typed_key,
@@ -170,6 +171,7 @@ def generate(
         start = _start(model, state, logits, batch=len(rows))
         # Last: the other arguments tell more about a call that mixed them up.
         check_params(params, model.config)
+        check_placed(params, "`params`")
     # Before the first program runs: see `commit_like`.
     start = commit_like((params, state, logits), start)
     watched = bool(stop_strings or on_text or should_stop)

@@ -9,6 +9,7 @@ from rwkv7_jax.checks import (
     check_ids,
     check_model,
     check_params,
+    check_placed,
     prefix_errors,
 )
 from rwkv7_jax.generation.decode_loop import prefill
@@ -41,6 +42,7 @@ def prefill_state(
     with prefix_errors("prefill_state"):
         check_model(model)
         check_params(params, model.config)
+        check_placed(params, "`params`")
         check_count(chunk, 1, "`chunk`")
         tokens = check_ids(tokens, model.config.vocab_size, "`tokens`")
     state = init_state(model.config)

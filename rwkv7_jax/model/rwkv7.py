@@ -24,6 +24,7 @@ from rwkv7_jax.checks import (
     check_choice,
     check_instance,
     check_params,
+    check_placed,
     check_tokens,
     prefix_errors,
 )
@@ -84,6 +85,7 @@ class RWKV7(nn.Module):
             # Flax's transforms make classes of their own, whose weights are several models'.
             if type(self) is RWKV7:
                 check_params(variables["params"], self.config)
+                check_placed(variables["params"], "`params`")
             sizes = sharding.mesh_sizes()
             parts = sizes.get(sharding.TENSOR, 1)
             sharding.check_shared_heads(self.config, parts, "the mesh of the program")

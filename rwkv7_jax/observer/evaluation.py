@@ -14,6 +14,7 @@ from rwkv7_jax.checks import (
     check_instance,
     check_model,
     check_params,
+    check_placed,
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch, BatchLike
@@ -82,6 +83,7 @@ def evaluate_handover(
     with prefix_errors("evaluate_handover"):
         check_model(teacher, "`teacher`")
         check_params(teacher_params, teacher.config, "`teacher_params`")
+        check_placed(teacher_params, "`teacher_params`")
         # Only the mask is read.
         batch = Batch.of(batch, "mask").replace(weights=None)
         batch = check_split(batch, teacher.config.vocab_size)
@@ -144,6 +146,7 @@ def proposal_error(
         check_model(teacher, "`teacher`")
         check_teacher(observer, teacher.config)
         check_params(teacher_params, teacher.config, "`teacher_params`")
+        check_placed(teacher_params, "`teacher_params`")
         check_maps(observer, params)
         tokens, lengths = check_prompt_tokens(
             tokens, lengths, teacher.config.vocab_size

@@ -30,6 +30,7 @@ from rwkv7_jax.checks import (
     check_lengths,
     check_model,
     check_params,
+    check_placed,
     check_tokens,
     prefix_errors,
 )
@@ -255,6 +256,7 @@ def propose(
     with prefix_errors("propose"):
         check_instance(observer, Observer, "`observer`")
         check_maps(observer, params)
+        check_placed(params, "`params`")
         tokens, lengths = check_prompt_tokens(
             tokens, lengths, observer.teacher.vocab_size
         )
@@ -326,6 +328,7 @@ def state_moments(
     with prefix_errors("state_moments"):
         check_model(teacher, "`teacher`")
         check_params(teacher_params, teacher.config, "`teacher_params`")
+        check_placed(teacher_params, "`teacher_params`")
         tokens, lengths = check_prompt_tokens(
             tokens, lengths, teacher.config.vocab_size
         )

@@ -18,6 +18,7 @@ from rwkv7_jax.checks import (
     check_count,
     check_model,
     check_params,
+    check_placed,
     check_seed,
     check_tokens,
     is_traced,
@@ -213,6 +214,7 @@ def upscale(
     with prefix_errors("upscale"):
         check_model(model)
         check_params(params, model.config)
+        check_placed(params, "`params`")
         settings = resolve_features(dynamics, kind=kind, prepare=prepare, widths=widths)
         check_choice(settings.kind, KINDS, "`kind`")
         check_choice(landmarks, LANDMARKS, "`landmarks`")

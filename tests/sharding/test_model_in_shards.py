@@ -16,12 +16,15 @@ from rwkv7_jax.evaluation.scoring import token_nats
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state, repeat
+from rwkv7_jax.observer.files import save_observer
+from rwkv7_jax.observer.observer import init_observer
 from rwkv7_jax.training.losses import pretrain_loss
 from rwkv7_jax.training.train_step import (
     TrainState,
     make_eval_step,
     make_train_step,
 )
+from rwkv7_jax.tuning.state_tuning import state_loss
 from rwkv7_jax.tuning.upscaling import upscale
 
 ROWS, LENGTH = 4, 7
@@ -176,6 +179,22 @@ def test_weights_that_lie_on_no_mesh_are_refused_before_anything_is_compiled():
         with sharding.use_mesh(None if outside else mesh):
             with pytest.raises(ValueError, match=sentence):
                 call()
+
+
+def test_what_runs_nothing_takes_weights_that_lie_on_no_mesh_yet(tmp_path):
+    mesh = sharding.make_mesh({"data": 2}, ROWS)
+    params = jax.tree.map(np.asarray, lively(SCANNED))
+    tx = optax.sgd(0.1)
+    with sharding.use_mesh(mesh):
+        # The step puts the weights of its loss there.
+        step = make_train_step(state_loss(MODEL, params), tx, mesh=mesh)
+        observer, weights = init_observer(SCANNED, SCANNED, jax.random.key(0))
+        save_observer(tmp_path / "observer", observer, weights)
+    train = sharding.place(mesh, TrainState.create(init_state(SCANNED), tx))
+    ids = np.asarray(tokens(ROWS, LENGTH, SCANNED))
+    batch = {"tokens": ids, "mask": np.ones((ROWS, LENGTH - 1), np.float32)}
+    _, metrics = step(train, sharding.shard_batch(mesh, batch))
+    assert np.isfinite(metrics["loss_nats"])
 
 
 def score(params):
