@@ -1,4 +1,4 @@
-"""Writing that a full disk cannot spoil: whole files, or lines at the end of one."""
+"""Writes files completely or not at all, and appends lines to logs."""
 
 import contextlib
 import errno
@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from rwkv7_jax.local_paths import is_special
 
 
 @contextlib.contextmanager
@@ -22,7 +24,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     # A link stays a link: the file that it leads to is replaced.
     path = Path(os.path.realpath(path))
     # A user who may do everything would put a file in the place of /dev/null, for all programs.
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if is_special(path):
         raise ValueError(
             f"atomic_write: `{path}` must be a file; a device or a pipe is there."
         )

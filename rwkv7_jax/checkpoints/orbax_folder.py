@@ -291,7 +291,7 @@ def save_orbax(
     def fill(folder: Path) -> None:
         folder.mkdir()
         arrays = jax.tree.map(jnp.asarray, params)
-        # Orbax's threads go on after an interrupt, and write to what is being removed.
+        # After an interrupt Orbax's threads go on writing into the folder while it is removed.
         run_to_end(functools.partial(_write_arrays, folder / _ARRAYS, arrays))
         card: dict[str, Any] = {
             "layout": _LAYOUT,

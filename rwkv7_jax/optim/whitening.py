@@ -155,7 +155,7 @@ def online_update(
     diagonal = _eye(whitener) > 0
     rate = jnp.asarray(rate, jnp.float32)
     balance = jnp.asarray(balance, jnp.float32)
-    # A whole number may come as a float, which no loop counts to.
+    # `fori_loop` refuses a float as its bound, also a whole one such as 3.0.
     iterations = jnp.asarray(iterations).astype(jnp.int32)
 
     def step(_, whitener):

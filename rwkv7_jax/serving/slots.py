@@ -60,7 +60,7 @@ class Drawn(NamedTuple):
 
 
 def free_options(model: RWKV7, tokenizer: Tokenizer) -> sampling.SamplingParams:
-    """Makes the options of a row that nobody has taken, whose masks are those of all rows."""
+    """Makes the sampling options of a free row; its token masks apply to all rows."""
     # Greedy, so that it costs no draws.
     return sampling.make_options(
         model.config.vocab_size,

@@ -144,7 +144,7 @@ class AnswerReader:
         return AnswerParts(words=words, calls=tuple(calls))
 
     def _certain_words(self, *, final: bool) -> tuple[str, str]:
-        """Splits what is left before what may be, or become, a block of calls."""
+        """Splits the unread text before the first possible beginning of a block of calls."""
         if final or not self._functions:
             return self._rest, ""
         text, mark, after = self._rest.partition(CALL_BEGIN)
@@ -187,7 +187,7 @@ class AnswerReader:
 def read_answer(
     text: str, tools: Sequence[str] = (), *, parallel: bool = True
 ) -> AnswerParts:
-    """Reads a whole answer, from the space after its speaker; see `AnswerReader`."""
+    """Reads a complete answer, which begins after the speaker's colon; see `AnswerReader`."""
     reader = AnswerReader(tools, parallel=parallel)
     first = reader.push(text)
     last = reader.close()
@@ -216,7 +216,7 @@ class _Trimmed:
         self._begun = begun
 
     def push(self, text: str) -> str:
-        """Adds text and returns what is inside."""
+        """Adds text and returns it without the blanks that may turn out to be the end."""
         whole = self.held + text
         if not self._begun:
             whole = whole.lstrip()

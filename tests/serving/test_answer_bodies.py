@@ -1,21 +1,12 @@
 """Messages as clients get them, whole or put together from a stream that is cut anywhere."""
 
 import pytest
+from served_bytes import BYTES, SERVED
 
 from rwkv7_jax.serving.answer_bodies import AnswerBodies
-from rwkv7_jax.serving.protocol import Served, read_call
+from rwkv7_jax.serving.protocol import read_call
 from rwkv7_jax.serving.requests import Answer, Piece, TokenScore
-from rwkv7_jax.text.tokenizer import Tokenizer
 
-BYTES = Tokenizer.bytes()
-SERVED = Served(
-    name="base",
-    states=(),
-    tokenizer=BYTES,
-    most_bytes=1000,
-    longest_answer=500,
-    most_answers=6,
-)
 TOOLS = [
     {"type": "function", "function": {"name": "find", "parameters": None}},
     {"type": "function", "function": {"name": "now"}},

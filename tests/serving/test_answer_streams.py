@@ -3,25 +3,15 @@
 import asyncio
 
 import pytest
+from served_bytes import BYTES, SERVED
 
 from rwkv7_jax.serving.answer_bodies import AnswerBodies
-from rwkv7_jax.serving.protocol import Served, read_call
+from rwkv7_jax.serving.protocol import read_call
 from rwkv7_jax.serving.requests import Answer, Piece
-from rwkv7_jax.text.tokenizer import Tokenizer
 
 pytest.importorskip("starlette", reason="the extra server is not installed")
 
 from rwkv7_jax.serving import app as serving_app
-
-BYTES = Tokenizer.bytes()
-SERVED = Served(
-    name="base",
-    states=(),
-    tokenizer=BYTES,
-    most_bytes=1000,
-    longest_answer=500,
-    most_answers=6,
-)
 
 
 def test_a_stream_says_that_it_is_alive_while_a_call_is_written(monkeypatch):

@@ -3,21 +3,13 @@
 import dataclasses
 
 import pytest
+from served_bytes import BYTES, SERVED
 
 from rwkv7_jax.serving.fields import Refused
-from rwkv7_jax.serving.protocol import Served, read_call
+from rwkv7_jax.serving.protocol import read_call
 from rwkv7_jax.text.chat_template import CHAT_STOP
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-BYTES = Tokenizer.bytes()
-SERVED = Served(
-    name="base",
-    states=("poet", "a.b-c"),
-    tokenizer=BYTES,
-    most_bytes=1000,
-    longest_answer=500,
-    most_answers=6,
-)
 HI = [{"role": "user", "content": "hi"}]
 
 
