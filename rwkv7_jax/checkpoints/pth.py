@@ -22,6 +22,7 @@ import numpy as np
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints.integrity import file_signatures
 from rwkv7_jax.checkpoints.integrity.digests import ContentDigest, digest_of_arrays
+from rwkv7_jax.checkpoints.mapped_files import map_file, release_pages
 from rwkv7_jax.checkpoints.pickle_names import STORAGE_NAMES
 from rwkv7_jax.checkpoints.restricted_unpickler import RestrictedUnpickler
 from rwkv7_jax.checks import prefix_errors
@@ -262,9 +263,8 @@ def _refuse_other_files(path: Path) -> None:
 
 def _read(path: Path, verify: bool) -> tuple[Any, StorageSums]:
     """Reads a checkpoint; the messages of its errors are reasons alone."""
-    with path.open("rb") as file:
-        # The arrays keep the map alive; a copy of a 13B model would cost 26 GB.
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # Not read: a copy of a 13B model would cost 26 GB.
+    data = map_file(path)
     entries = _entries(path, data)
     program = bytes(_content(entries, "data.pkl")[: _PICKLE_LIMIT + 1])
     if not program or len(program) > _PICKLE_LIMIT:
@@ -284,6 +284,7 @@ def _read(path: Path, verify: bool) -> tuple[Any, StorageSums]:
         sums.check_all(content)
         if _DIGEST_ENTRY in entries:
             _check_digest(content, bytes(_content(entries, _DIGEST_ENTRY)))
+        release_pages(data)
     return content, sums
 
 

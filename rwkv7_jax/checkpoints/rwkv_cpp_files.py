@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkv7_jax.checkpoints.mapped_files import map_file
 from rwkv7_jax.checkpoints.tensor_names import Shape, Tensor
 
 # Magic, version, vocabulary, width, layers, type of most tensors.
@@ -38,8 +39,7 @@ def read_rwkv_cpp(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: quantised numbers, or a damaged file; the message has the path.
     """
-    with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    data = map_file(path)
     _check_header(data, path)
     tensors: dict[str, Tensor] = {}
     position = _HEADER.size

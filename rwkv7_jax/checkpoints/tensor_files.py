@@ -5,7 +5,6 @@ A file that is read is known by its first bytes, one that is written by its suff
 
 import importlib
 import json
-import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +19,7 @@ from rwkv7_jax.checkpoints.integrity import file_signatures
 from rwkv7_jax.checkpoints.integrity.digests import ContentDigest, digest_of_arrays
 from rwkv7_jax.checkpoints.integrity.file_signatures import Container
 from rwkv7_jax.checkpoints.layouts.orientation import LowRank
+from rwkv7_jax.checkpoints.mapped_files import map_file, release_pages
 from rwkv7_jax.checkpoints.pth import StorageSums, open_pth
 from rwkv7_jax.checkpoints.restricted_unpickler import UnreadTensor
 from rwkv7_jax.checkpoints.rwkv_cpp_files import read_rwkv_cpp
@@ -152,7 +152,7 @@ def read_safetensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
         size = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         # The package has checked that this is JSON, and that all tensors lie inside the file.
         header = json.loads(file.read(size))
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped = map_file(path)
     for name in opened.keys():
         entry = header[name]
         if entry["dtype"] not in _DTYPES:
@@ -162,6 +162,7 @@ def read_safetensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
         tensors[name] = Tensor.mapped(mapped, shape, _DTYPES[entry["dtype"]], start)
     if verify:
         _check_digest(path, tensors, dict(opened.metadata() or {}))
+        release_pages(mapped)
     return tensors
 
 
@@ -364,23 +365,6 @@ def _unread(path: Path, name: str, kind: str) -> ValueError:
         f"`{path}` has {name!r} of dtype {kind}; {', '.join(others)} and {last} are "
         "read: save it in one of them."
     )
-
-
-def release_pages(array: np.ndarray) -> None:
-    """Gives back the pages that reading `array` brought in, if it is a view of a mapped file.
-
-    Otherwise they would count as this process's memory besides the copy that was made of them.
-    """
-    owner: Any = array
-    while owner is not None and not isinstance(owner, mmap.mmap):
-        # A memoryview calls its parent `obj`, an array calls it `base`.
-        if isinstance(owner, memoryview):
-            owner = owner.obj
-        else:
-            owner = getattr(owner, "base", None)
-    # Windows has no madvise.
-    if owner is not None and hasattr(mmap, "MADV_DONTNEED"):
-        owner.madvise(mmap.MADV_DONTNEED)
 
 
 def write_safetensors(

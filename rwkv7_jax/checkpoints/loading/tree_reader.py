@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checkpoints.mapped_files import release_pages
 from rwkv7_jax.checkpoints.param_tree import (
     TreePath,
     require_finite,
@@ -25,7 +26,6 @@ from rwkv7_jax.checkpoints.param_tree import (
     require_no_overflow,
     tree_path,
 )
-from rwkv7_jax.checkpoints.tensor_files import release_pages
 from rwkv7_jax.checkpoints.tensor_names import Index, Shape, Tensor, Tensors
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.sharding.layout import axes_of, spec
