@@ -1,5 +1,7 @@
 """Checkpoints in an object store: a folder behind `file://` stands in for the bucket."""
 
+import importlib.util
+
 import pytest
 from random_checkpoints import differing
 from saved_steps import (
@@ -137,7 +139,8 @@ def test_a_process_that_was_displaced_lets_no_step_count(bucket, tmp_path):
     assert restored_step(bucket) == 6
 
 
-def test_a_store_that_orbax_cannot_reach_is_refused_with_what_is_missing():
+def test_a_store_that_orbax_cannot_reach_is_refused_with_what_is_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"gs://b/run needs gcsfs, .*: pip install"):
         ObjectStore("gs://b/run").check_folder()
 

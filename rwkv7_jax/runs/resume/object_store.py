@@ -20,8 +20,8 @@ from rwkv7_jax.runs.exit_codes import DiskError
 # Seconds after which a store that does not answer counts as absent.
 _TIMEOUT_SECONDS = 120.0
 
-# What Orbax reaches stores with, by scheme. Copies need none of them.
-_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+# What Orbax reaches stores with, and the extra that installs it, by scheme. Copies need neither.
+_PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 
 # Files that are on their way at the same time.
 _TRANSFERS = 8
@@ -70,11 +70,11 @@ class ObjectStore:
             DiskError: it cannot.
         """
         scheme = urlparse(self.url).scheme
-        package = _PACKAGES.get(scheme)
+        package, extra = _PACKAGES.get(scheme, ("", ""))
         if package and importlib.util.find_spec(package) is None:
             raise ImportError(
                 f"`config.backup` {self.url} needs {package}, because each process writes its own "
-                f"shards there: pip install {package}"
+                f"shards there: pip install 'rwkv7_jax[{extra}]'"
             )
         with self._named_errors():
             self.folder().exists()
