@@ -38,7 +38,7 @@ from rwkv7_jax.runs import (
 from rwkv7_jax.runs.after_step import evaluate_and_save
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import Stopped, check_stopped_code, warn
-from rwkv7_jax.runs.modes.rate_stack import RateStackMode
+from rwkv7_jax.runs.modes.rate_stack import SEARCH_FOLDER, RateStackMode
 from rwkv7_jax.runs.monitoring.memory_advice import explain_out_of_memory
 from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.monitoring.profiler import ProfileWindow
@@ -142,7 +142,7 @@ def search_rates(run: TrainingRun, folder: RunDirectory, stop: StopSignals) -> b
     """Finds the learning rates of a run; returns whether there is one that is worth it."""
 
     def search(mode: RateStackMode) -> Any:
-        place = folder.workdir / rate_record.FOLDER
+        place = folder.workdir / SEARCH_FOLDER
         with open_run_directory(place, mode.settings) as inner:
             own = TrainingRun(
                 mode=mode,

@@ -45,10 +45,12 @@ class ProcessGroup:
 
     Attributes:
         is_primary: whether this is the process of the group that writes.
+        index: of this process in the group.
         members: numbers of the processes.
     """
 
     is_primary: bool = True
+    index: int = 0
     members: tuple[int, ...] = (0,)
 
     @property
@@ -106,6 +108,7 @@ class AllProcesses(ProcessGroup):
     def __init__(self) -> None:
         """Counts the processes."""
         self.is_primary = is_process_0()
+        self.index = jax.process_index()
         self.members = tuple(range(jax.process_count()))
 
     def from_process_0(self, call: Callable[[], _Result]) -> _Result:

@@ -21,8 +21,7 @@ from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.tuning.rate_search import choose_rate
 
-# In the run's folder: the folder of the search, and what it found.
-FOLDER = "rate_search"
+# What the search found, in the run's folder.
 RECORD = "rate_search.json"
 
 

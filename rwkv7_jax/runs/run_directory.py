@@ -4,11 +4,10 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from rwkv7_jax.atomic_write import append_line, atomic_write
@@ -20,17 +19,19 @@ from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles
 from rwkv7_jax.reports.system_info import system
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import DiskError, warn
-from rwkv7_jax.runs.process_group import AllProcesses
+from rwkv7_jax.runs.process_group import AllProcesses, ProcessGroup
 from rwkv7_jax.runs.resume.backup import STEPS, Backup
 from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore
 from rwkv7_jax.runs.resume.checkpointer import Checkpointer
+from rwkv7_jax.runs.resume.object_store import ObjectStore
 from rwkv7_jax.runs.resume.run_identity import (
     Identity,
     flat_settings,
     require_same_run,
     without_paths,
 )
-from rwkv7_jax.runs.resume.step_directories import step_numbers
+from rwkv7_jax.runs.resume.step_directories import StepDirectories
+from rwkv7_jax.runs.resume.stored_steps import StoredSteps
 from rwkv7_jax.runs.run_lock import LOCK, RunLock
 from rwkv7_jax.runs.settings import Settings, as_config
 from rwkv7_jax.runs.settled_settings import settings_of_run, settle
@@ -65,28 +66,35 @@ class RunDirectory:
     def share_checkpoints(self) -> None:
         """Lets all processes write and read each checkpoint together; all of them call it.
 
+        They do so in the run's directory if all see it, and otherwise in its backup.
+
         Raises:
-            ValueError: this process does not see the directory of the first one.
+            ValueError: this process does not see the directory of the first one, and the run has
+                no backup.
             EndedElsewhere: another process does not.
         """
         raise NotImplementedError
 
-    def _group_that_shares(self) -> AllProcesses:
-        """Checks that all processes see one directory; as `share_checkpoints`."""
-        group = AllProcesses()
+    def _store_to_share(self, group: AllProcesses) -> ObjectStore | None:
+        """Returns the store for the shards of all; None if all see one directory."""
         holder = group.from_process_0(self._holder)
+        # By the lock of the first process: any machine may have a directory of that name.
+        seen = group.allgather(self._holder() == holder)
+        if all(seen):
+            return None
 
-        def find() -> None:
-            # By the lock of the first process: any machine may have a directory of that name.
-            if self._holder() != holder:
+        def open_store() -> ObjectStore:
+            if not self.settings.backup:
                 raise ValueError(
-                    f"`--workdir` {self.workdir} must be one folder that all processes see, because"
-                    " each writes its own shards of the weights; process "
-                    f"{jax.process_index()} does not see that of process 0."
+                    "`--workdir` must be one folder that all processes see, because each writes "
+                    "its own shards of the weights, or `config.backup` must name an object store "
+                    f"for them; process {seen.index(False)} does not see the folder of process 0."
                 )
+            store = ObjectStore(self.settings.backup)
+            store.check_folder()
+            return store
 
-        group.run_in_all(find)
-        return group
+        return group.run_in_all(open_store)
 
     def _holder(self) -> str:
         """Returns what the lock of the run's directory says; empty where there is none."""
@@ -172,27 +180,29 @@ class OwnedRunDirectory(RunDirectory):
             )
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._lock.release)
+            self._steps = StepDirectories(self.path / STEPS)
+            present = set(self._steps.numbers())
             # Before anything is read: a fresh machine has nothing but the copy.
             self._backup = None
             if settings.backup:
-                self._backup = Backup(settings.backup, self.path)
+                self._backup = Backup(ObjectStore(settings.backup), self.path)
                 on_failure.callback(self._backup.release)
-                self._backup.fetch()
-            self.began = settings_of_run(self.path)
+                self._backup.fetch_files()
+                present |= set(self._backup.newer_steps())
+            # A run without a checkpoint has nothing that other settings could spoil.
+            self.began = settings_of_run(self.path) if present else {}
             self.settings = settle(settings, self.began)
             if settings.finds_rate and not self.settings.finds_rate:
                 rate = self.settings.optimizer.learning_rate
                 print(f"rate      {rate:g}, with which the run in {self.path} began")
-            places = self.path / STEPS
             before = self._read_settings()
-            self._require_same_settings(places, before, flat_settings(self.settings))
+            if present and before is not None:
+                self._require_same_settings(before)
             values = as_config(self.settings)
-            protected = self._protect_steps(places, before, values)
+            self._protected = self._protect_steps(present, before, values)
             write_json(self.path / "settings.json", values)
             self._metrics = MetricFiles(self.path, also=settings.trackers)
-            self.checkpoints = Checkpointer(
-                places, self.settings, protected=protected, backup=self._backup
-            )
+            self.checkpoints = self._own_checkpoints(ProcessGroup())
             # Nothing failed: the lock is ours until `__exit__`.
             on_failure.pop_all()
         self._began = time.monotonic()
@@ -208,22 +218,15 @@ class OwnedRunDirectory(RunDirectory):
             warn(f"{path} cannot be read; what the checkpoints say counts")
         return values
 
-    def _require_same_settings(
-        self,
-        places: Path,
-        before: Mapping[str, Any] | None,
-        settings: Mapping[str, str],
-    ) -> None:
-        # A run without a checkpoint has nothing that other settings could spoil.
-        if before is None or not step_numbers(places):
-            return
+    def _require_same_settings(self, before: Mapping[str, Any]) -> None:
         # Paths are compared later, together with the digests of the files they name.
         was = without_paths(flat_settings(before))
-        require_same_run(self.path, was, without_paths(settings))
+        now = without_paths(flat_settings(self.settings))
+        require_same_run(self.path, was, now)
 
     def _protect_steps(
         self,
-        places: Path,
+        present: Collection[int],
         before: Mapping[str, Any] | None,
         now: Mapping[str, Any],
     ) -> set[int]:
@@ -232,15 +235,14 @@ class OwnedRunDirectory(RunDirectory):
         Those are the steps that were there when the settings of retention changed: whoever asks for
         fewer checkpoints from now on has not asked to delete the older ones.
         """
-        present = set(step_numbers(places))
         path = self.path / _PROTECTED
         remembered = read_json(path)
         protected: set[int] = set()
         if isinstance(remembered, list):
             protected = {step for step in remembered if isinstance(step, int)}
-        protected &= present
+        protected &= set(present)
         if before is None or _retention(before) != _retention(now):
-            protected = present
+            protected = set(present)
         if protected or path.exists():
             write_json(path, sorted(protected), indent=None)
         return protected
@@ -285,8 +287,33 @@ class OwnedRunDirectory(RunDirectory):
             self._backup.release()
 
     def share_checkpoints(self) -> None:
-        """Lets the checkpointer act with the others; see `RunDirectory.share_checkpoints`."""
-        self.checkpoints.share_with(self._group_that_shares())
+        """Opens the checkpoints of all processes; see `RunDirectory.share_checkpoints`."""
+        group = AllProcesses()
+        if self._store_to_share(group) and self._backup:
+            self.checkpoints = Checkpointer(
+                self._backup.steps,
+                self.path,
+                self.settings,
+                protected=self._protected,
+                fetch=self._backup.copy_newer_steps,
+                copy=self._backup.copy_files,
+                group=group,
+            )
+        else:
+            self.checkpoints = self._own_checkpoints(group)
+
+    def _own_checkpoints(self, group: ProcessGroup) -> Checkpointer:
+        """Opens the checkpoints in this directory."""
+        backup = self._backup
+        return Checkpointer(
+            self._steps,
+            self.path,
+            self.settings,
+            protected=self._protected,
+            fetch=backup.fetch_step if backup else None,
+            copy=backup.copy_steps if backup else None,
+            group=group,
+        )
 
     def resume_at(self, step: int) -> None:
         """Cuts the logs back to a step; see `RunDirectory.resume_at`."""
@@ -388,10 +415,15 @@ class NullRunDirectory(RunDirectory):
         self.checkpoints = CheckpointStore()
 
     def share_checkpoints(self) -> None:
-        """Opens the checkpoints of process 0; see `RunDirectory.share_checkpoints`."""
-        self.checkpoints = Checkpointer(
-            self.workdir / STEPS, self.settings, group=self._group_that_shares()
+        """Opens the checkpoints of all processes; see `RunDirectory.share_checkpoints`."""
+        group = AllProcesses()
+        store = self._store_to_share(group)
+        steps = (
+            StepDirectories(self.workdir / STEPS)
+            if store is None
+            else StoredSteps(store, STEPS)
         )
+        self.checkpoints = Checkpointer(steps, self.workdir, self.settings, group=group)
 
 
 def _retention(values: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -13,8 +13,6 @@ import jax
 
 from rwkv7_jax.data.choices import PACKINGS
 from rwkv7_jax.json_files import number_of, read_object
-from rwkv7_jax.runs.resume.backup import STEPS
-from rwkv7_jax.runs.resume.step_directories import step_numbers
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.runs.settings.groups import default_final_rate
 
@@ -26,13 +24,11 @@ _FINAL_RATE_BEFORE = 6e-5
 
 
 def settings_of_run(workdir: Path) -> Mapping[str, Any]:
-    """Returns the settings that the run in a folder began with; none where it has no checkpoint.
+    """Returns the settings that the run in a folder began with; none of a folder without a run.
 
     Args:
         workdir: of the run; it may be absent.
     """
-    if not step_numbers(workdir / STEPS):
-        return {}
     # Of a damaged file what the checkpoints say counts, as everywhere.
     return read_object(workdir / "settings.json") or {}
 

@@ -10,7 +10,7 @@ from run_programs import SMALLEST, devices, finish, last_line, start, start_pair
 from smallest_runs import save_base_model
 
 from rwkv7_jax.runs.multihost import HEARTBEAT_SECONDS
-from rwkv7_jax.runs.resume.step_directories import step_numbers
+from rwkv7_jax.runs.resume.step_directories import saved_steps, step_numbers
 
 pytestmark = pytest.mark.slow
 
@@ -183,3 +183,53 @@ def test_processes_that_do_not_see_one_folder_are_refused(tmp_path):
     ends = [last_line(finish(process, 2)[1]) for process in processes]
     assert ends[0] == ends[1]
     assert "must be one folder that all processes see" in ends[0]
+
+
+def test_processes_without_a_common_folder_keep_their_shards_in_the_backup(tmp_path):
+    bucket = tmp_path / "bucket"
+    run = {**RUN, "backup": f"file://{bucket}"}
+    for steps, before in ((4, None), (6, 4)):
+        # Fresh machines each time: what they continue from is in the store alone.
+        one = tmp_path / f"{steps}a"
+        other = tmp_path / f"{steps}b"
+        pair = start_pair(one, others=other, **{**run, "steps": steps})
+        said, _ = [finish(process)[0] for process in pair]
+        assert not step_numbers(one / "checkpoints") and not other.exists()
+        assert before is None or f"from step {before}" in said
+    alone(tmp_path / "moved", backup=run["backup"], steps=8)
+    assert saved_steps(bucket / "checkpoints") == [8, 6]
+    alone(tmp_path / "whole", steps=8)
+    moved = tmp_path / "moved"
+    whole = tmp_path / "whole"
+    assert leaves(moved, 8) == leaves(whole, 8)
+    assert rows(moved) == rows(whole)
+    assert samples(moved) == samples(whole)
+    assert (moved / "model.pth").read_bytes() == (whole / "model.pth").read_bytes()
+
+
+def test_a_search_for_a_rate_needs_no_common_folder_either(tmp_path):
+    base = tmp_path / "base.pth"
+    save_base_model(base)
+    run = {name: one for name, one in RUN.items() if not name.startswith("model.")}
+    run |= {
+        "config": "state_tuning",
+        "init": base,
+        "model.dtype": "float32",
+        "optimizer.learning_rate": "none",
+        "tuning.rates": "(0.01, 0.1)",
+        "steps": 4,
+    }
+    one = tmp_path / "one"
+    backup = f"file://{tmp_path / 'bucket'}"
+    pair = start_pair(one, others=tmp_path / "other", backup=backup, **run)
+    for process in pair:
+        finish(process)
+    finish(start(tmp_path / "whole", environment=devices(2), **run))
+    found = [
+        json.loads((folder / "rate_search.json").read_text())["states"]
+        for folder in (one, tmp_path / "whole")
+    ]
+    assert found[0] == found[1]
+    assert (one / "state.pth").read_bytes() == (
+        tmp_path / "whole" / "state.pth"
+    ).read_bytes()

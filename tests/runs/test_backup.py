@@ -10,7 +10,9 @@ from saved_steps import IDENTITY, PROGRESS, new_state, train_state
 
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.resume import backup
+from rwkv7_jax.runs.resume.object_store import ObjectStore
 from rwkv7_jax.runs.run_directory import OwnedRunDirectory
+from rwkv7_jax.runs.run_lock import LOCK
 from rwkv7_jax.runs.settings import DataSettings, Settings, read_settings
 
 
@@ -110,12 +112,12 @@ def test_files_of_a_batch_that_failed_are_copied_with_the_next_one(tmp_path):
     workdir.mkdir()
     for name in ("settings.json", "rate_search.json", "state.pth"):
         (workdir / name).write_text(name)
-    copy = backup.Backup(f"file://{tmp_path / 'bucket'}", workdir)
-    opened = copy._store
-    copy._store = _FailingStore(opened, 1)
+    copy = backup.Backup(ObjectStore(f"file://{tmp_path / 'bucket'}"), workdir)
+    opened = copy._store._keys
+    copy._store._keys = _FailingStore(opened, 1)
     with pytest.raises(DiskError, match="the connection was lost"):
         copy.copy_files()
-    copy._store = opened
+    copy._store._keys = opened
     copy.copy_files()
     copy.release()
     for name in ("settings.json", "rate_search.json", "state.pth"):
@@ -127,17 +129,17 @@ def test_files_that_could_not_be_fetched_come_with_the_next_start(
 ):
     bucket = tmp_path / "bucket"
     _train(tmp_path / "one", bucket, [1])
-    download = backup.Backup._download
+    download = ObjectStore.download
 
     def failing(self, files):
         if "state.pth" in files:
-            raise ValueError("UNAVAILABLE: the connection was lost")
+            raise DiskError("UNAVAILABLE: the connection was lost")
         download(self, files)
 
-    monkeypatch.setattr(backup.Backup, "_download", failing)
+    monkeypatch.setattr(ObjectStore, "download", failing)
     with pytest.raises(DiskError, match="the connection was lost"):
         OwnedRunDirectory(tmp_path / "two", _settings(bucket))
-    monkeypatch.setattr(backup.Backup, "_download", download)
+    monkeypatch.setattr(ObjectStore, "download", download)
     assert _restored(tmp_path / "two", bucket) == (1, [1])
     assert (tmp_path / "two" / "state.pth").read_bytes() == b"result"
 
@@ -145,7 +147,7 @@ def test_files_that_could_not_be_fetched_come_with_the_next_start(
 @pytest.mark.slow
 def test_a_copy_that_ends_after_any_write_leaves_a_whole_step(tmp_path, monkeypatch):
     _train(tmp_path / "one", tmp_path / "before", [1])
-    opened = backup._open
+    opened = ObjectStore._keys.func
     for writes in range(0, 60, 3):
         bucket = tmp_path / f"bucket{writes}"
         shutil.copytree(tmp_path / "before", bucket)
@@ -153,11 +155,13 @@ def test_a_copy_that_ends_after_any_write_leaves_a_whole_step(tmp_path, monkeypa
         shutil.copytree(tmp_path / "one", workdir)
         stores = []
 
-        def failing(url, writes=writes, stores=stores):
-            stores.append(_FailingStore(opened(url), writes))
+        def failing(store, writes=writes, stores=stores):
+            # The lock's signs of life come through the same store.
+            if not stores:
+                stores.append(_FailingStore(opened(store), writes))
             return stores[-1]
 
-        monkeypatch.setattr(backup, "_open", failing)
+        monkeypatch.setattr(ObjectStore, "_keys", property(failing))
         whole = False
         try:
             _train(workdir, bucket, [2])
@@ -165,7 +169,7 @@ def test_a_copy_that_ends_after_any_write_leaves_a_whole_step(tmp_path, monkeypa
         except DiskError as error:
             assert "the connection was lost" in str(error)
             assert "`config.backup` file://" in str(error)
-        monkeypatch.setattr(backup, "_open", opened)
+        monkeypatch.setattr(ObjectStore, "_keys", property(opened))
         step, _ = _restored(tmp_path / f"fresh{writes}", bucket)
         assert step == 2 if whole else step in (1, 2)
         if whole:
@@ -203,12 +207,12 @@ def test_a_store_that_a_living_process_writes_to_is_refused(tmp_path, capfd):
 
 def test_a_process_that_was_displaced_copies_nothing_any_more(tmp_path):
     bucket = tmp_path / "bucket"
-    copy = backup.Backup(f"file://{bucket}", tmp_path / "one")
+    copy = backup.Backup(ObjectStore(f"file://{bucket}"), tmp_path / "one")
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "metrics.jsonl").write_text("{}\n")
     # The process was away for longer than others wait.
     copy._released.set()
-    other = backup.Backup(f"file://{bucket}", tmp_path / "two")
+    other = backup.Backup(ObjectStore(f"file://{bucket}"), tmp_path / "two")
     copy._released.clear()
     copy._beat()
     with pytest.raises(DiskError, match="another process has taken it over"):
@@ -218,7 +222,7 @@ def test_a_process_that_was_displaced_copies_nothing_any_more(tmp_path):
 
 
 def test_a_beat_whose_answer_is_late_displaces_nobody(tmp_path):
-    copy = backup.Backup(f"file://{tmp_path / 'bucket'}", tmp_path / "one")
+    copy = backup.Backup(ObjectStore(f"file://{tmp_path / 'bucket'}"), tmp_path / "one")
     copy._released.set()
     copy._heart.join()
     # Written by the store, but its generation never came back.
@@ -230,7 +234,7 @@ def test_a_beat_whose_answer_is_late_displaces_nobody(tmp_path):
     copy.copy_files()
     copy._released.set()
     beats.join()
-    assert copy._generation == copy._read_lock().stamp.generation
+    assert copy._generation == copy._store.read(LOCK)[1]
     copy.release()
 
 

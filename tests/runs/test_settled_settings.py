@@ -72,7 +72,6 @@ def test_a_run_that_named_its_rate_keeps_it_where_none_is_named():
 
 @pytest.mark.parametrize("text", ["", "3", "[]", '{"model": 3}', '{"model": {}}'])
 def test_a_damaged_record_settles_nothing(tmp_path, text):
-    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     (tmp_path / "settings.json").write_text(text)
     began = settings_of_run(tmp_path)
     assert settle(settings("auto"), began) == settings("float32")
@@ -81,7 +80,8 @@ def test_a_damaged_record_settles_nothing(tmp_path, text):
 
 def test_a_folder_without_a_checkpoint_has_begun_nothing(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(as_config(packing("stream"))))
-    assert settings_of_run(tmp_path) == {}
+    with OwnedRunDirectory(tmp_path, packing("documents")) as folder:
+        assert folder.began == {}
 
 
 def test_a_directory_settles_what_its_command_leaves_open(tmp_path, capsys):

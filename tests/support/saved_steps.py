@@ -8,6 +8,7 @@ import numpy as np
 
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.resume.checkpointer import Checkpointer
+from rwkv7_jax.runs.resume.step_directories import StepDirectories
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.train_step import TrainState
 
@@ -36,7 +37,8 @@ def new_state() -> TrainState:
 
 def open_checkpoints(folder: Path, **settings) -> Checkpointer:
     """Opens the folder as a run with these settings does."""
-    return Checkpointer(folder, Settings(**settings))
+    steps = StepDirectories(folder)
+    return Checkpointer(steps, folder.parent, Settings(**settings))
 
 
 def save_steps(

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from rwkv7_jax import sharding
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.held_out_rows import retention_paths
@@ -17,6 +18,9 @@ from rwkv7_jax.tuning.rate_search import SearchPlan, plan_search
 
 # Held-out windows that judge a rate. All rates are judged on the same ones.
 _WINDOWS = 8
+
+# Its folder in the run's.
+SEARCH_FOLDER = "rate_search"
 
 # The part of a metric's name for the state before tuning, in place of a rate.
 BASE = "base"
@@ -63,9 +67,12 @@ class RateStackMode(StackMode):
         self._rates = mode.settings.tuning.rates
         self._rows_of_run = len(self.subjects) * mode.settings.rows_per_step
         self.results = {}
-        super().__init__(
-            _search_settings(mode.settings, self.plan), mode.folder, mesh=mode.mesh
-        )
+        settings = _search_settings(mode.settings, self.plan)
+        if mode.settings.backup and sharding.is_shared(mode.mesh):
+            # There lie the shards of processes that have no folder in common.
+            place = f"{mode.settings.backup.rstrip('/')}/{SEARCH_FOLDER}"
+            settings = dataclasses.replace(settings, backup=place)
+        super().__init__(settings, mode.folder, mesh=mode.mesh)
 
     def set_up(self) -> None:
         """Makes one member of each state and rate."""

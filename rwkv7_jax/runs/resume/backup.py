@@ -1,28 +1,27 @@
 """A copy of a run in an object store, from which another machine continues it.
 
-A store has keys and no folders, and nothing in it can be renamed. A step counts once its manifest
-is there, which is written after all its other files, in one request. What comes back is compared
-with the manifest, so that a step which was copied half, or changed since, is passed over.
+What comes back of a step is compared with its manifest, so that a step which was copied half, or
+changed since, is passed over.
 """
 
 import contextlib
 import json
 import os
-import re
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
-from urllib.parse import unquote, urlparse
 
-from rwkv7_jax.atomic_write import atomic_write
-from rwkv7_jax.checks import first_line
 from rwkv7_jax.runs.exit_codes import DiskError, warn
-from rwkv7_jax.runs.resume import step_directories
+from rwkv7_jax.runs.resume.object_store import ObjectStore, is_inside
+from rwkv7_jax.runs.resume.step_directories import (
+    SAVING,
+    saved_steps,
+    verify_manifest,
+)
+from rwkv7_jax.runs.resume.steps import MANIFEST
+from rwkv7_jax.runs.resume.stored_steps import StoredSteps
 from rwkv7_jax.runs.run_lock import (
     HEARTBEATS,
     LOCK,
@@ -39,16 +38,8 @@ STEPS = "checkpoints"
 # key in a second, and ask money for it.
 HEARTBEAT_SECONDS = 10.0
 
-# Seconds after which a store that does not answer counts as absent.
-_TIMEOUT_SECONDS = 120.0
-
-# Files that are on their way at the same time.
-_TRANSFERS = 8
-
 # Folders of a run that another machine does not need.
 _NOT_COPIED = {STEPS, "profile"}
-
-_MANIFEST_KEY = re.compile(rf"{STEPS}/(\d+)/{re.escape(step_directories.MANIFEST)}")
 
 
 class Backup:
@@ -59,122 +50,117 @@ class Backup:
     last. A process that another one has displaced notices it there and copies nothing any more.
 
     Attributes:
-        url: of the store, as the user wrote it.
+        steps: those in the store.
     """
 
-    def __init__(self, url: str, workdir: Path):
-        """Opens the store and takes its lock.
+    def __init__(self, store: ObjectStore, workdir: Path):
+        """Takes the lock of the store.
 
         Args:
-            url: "gs://bucket/run", "s3://bucket/run" or "file:///folder".
+            store: for the copy.
             workdir: the folder of the run.
 
         Raises:
             ValueError: another process works there, or the store lies inside the folder.
             DiskError: the store cannot be read or written.
         """
-        self.url = url
+        self._store = store
         self._workdir = workdir
-        _refuse_inside(url, workdir)
+        _refuse_inside(store, workdir)
+        self.steps = StoredSteps(store, STEPS, self._require_lock)
         # Size and time of the files that the store has already.
         self._copied: dict[str, tuple[int, int]] = {}
         self._released = threading.Event()
         self._displaced = False
         # Tells this holder from every other, one of the same process and machine included.
         self._token = secrets.token_hex(8)
-        with self._named_errors():
-            self._store = _open(url)
-            self._generation = self._take_lock()
+        self._generation = self._take_lock()
         self._heart = threading.Thread(target=self._beat, daemon=True)
         self._heart.start()
 
     def _take_lock(self) -> bytes:
-        found = self._read_lock()
-        holder = parse_holder(found.value)
+        text, generation = self._store.read(LOCK)
+        holder = parse_holder(text)
         if holder:
             who = describe_holder(holder)
             seconds = HEARTBEATS * HEARTBEAT_SECONDS
-            announce_wait(seconds, who, f"writes to {self.url}")
+            announce_wait(seconds, who, f"writes to {self._store.url}")
             time.sleep(seconds)
-            generation = found.stamp.generation
-            found = self._read_lock()
-            if found.stamp.generation != generation and parse_holder(found.value):
+            before = generation
+            text, generation = self._store.read(LOCK)
+            if generation != before and parse_holder(text):
                 raise ValueError(
-                    f"`config.backup` {self.url} is in use by {who}; wait for it or name another "
-                    "place."
+                    f"`config.backup` {self._store.url} is in use by {who}; wait for it or name "
+                    "another place."
                 )
-        generation = self._write_lock(found.stamp.generation)
-        if not generation:
+        taken = self._write_lock(generation)
+        if not taken:
             raise ValueError(
-                f"`config.backup` {self.url} was taken by another process at this moment; name "
-                "another place."
+                f"`config.backup` {self._store.url} was taken by another process at this moment; "
+                "name another place."
             )
-        return generation
-
-    def _read_lock(self) -> Any:
-        return self._store.read(LOCK).result(timeout=_TIMEOUT_SECONDS)
+        return taken
 
     def _write_lock(self, expected: bytes) -> bytes:
         """Writes the lock if it still is as expected; returns its generation, empty if not."""
         holder = {**own_name(), "time": time.time(), "token": self._token}
-        written = self._store.write(LOCK, json.dumps(holder), if_equal=expected)
-        return written.result(timeout=_TIMEOUT_SECONDS).generation
+        return self._store.write(LOCK, json.dumps(holder), expected=expected)
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
             # A store may be away for a moment.
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(DiskError):
                 generation = self._write_lock(self._generation)
                 if not generation:
-                    found = self._read_lock()
-                    if parse_holder(found.value).get("token") != self._token:
+                    text, generation = self._store.read(LOCK)
+                    # Otherwise an earlier beat, whose answer did not come in time, was written.
+                    if parse_holder(text).get("token") != self._token:
                         self._displaced = True
                         return
-                    # An earlier beat, whose answer did not come in time, was written after all.
-                    generation = found.stamp.generation
                 self._generation = generation
 
-    def fetch(self) -> int | None:
+    def newer_steps(self) -> list[int]:
+        """Returns the steps that are newer than all in the run's folder, the newest first.
+
+        Raises:
+            DiskError: the store cannot be read.
+        """
+        newest = max(saved_steps(self._workdir / STEPS), default=-1)
+        return [step for step in self.steps.complete() if step > newest]
+
+    def fetch_files(self) -> None:
+        """Copies the files of the run to its folder, without its steps, if there is a newer one.
+
+        Raises:
+            DiskError: the store cannot be read, or the folder cannot be written.
+        """
+        if self.newer_steps():
+            keys = filter(_is_copied, self._store.list())
+            self._store.download({key: self._workdir / key for key in keys})
+
+    def fetch_step(self) -> None:
         """Copies the newest intact step to the run's folder if it is newer than all steps there.
-
-        The files around it come with it.
-
-        Returns:
-            The step; None if there was nothing to copy.
 
         Raises:
             DiskError: the store cannot be read, or the folder cannot be written.
         """
         folder = self._workdir / STEPS
-        newest = max(step_directories.saved_steps(folder), default=-1)
-        with self._named_errors():
-            keys = [key.decode() for key in self._store.list().result()]
-            for step in sorted(_steps(keys), reverse=True):
-                if step <= newest:
-                    return None
-                prefix = f"{STEPS}/{step}/"
-                place = folder / step_directories.SAVING / str(step)
-                shutil.rmtree(place, ignore_errors=True)
-                self._download(
-                    {
-                        key: place / key.removeprefix(prefix)
-                        for key in _under(keys, prefix)
-                    }
+        for step in self.newer_steps():
+            place = folder / SAVING / str(step)
+            shutil.rmtree(place, ignore_errors=True)
+            files = self.steps.files(step) | {MANIFEST: self.steps.key(step, MANIFEST)}
+            self._store.download({key: place / name for name, key in files.items()})
+            if broken := verify_manifest(place):
+                warn(
+                    f"step {step} in {self._store.url} is damaged ({', '.join(broken[:3])}); an "
+                    "older one is taken"
                 )
-                if broken := step_directories.verify_manifest(place):
-                    warn(
-                        f"step {step} in {self.url} is damaged ({', '.join(broken[:3])}); an older "
-                        "one is taken"
-                    )
-                    continue
-                self._download(
-                    {key: self._workdir / key for key in keys if _is_copied(key)}
-                )
-                # Last: once the step is there, nothing is fetched again.
-                os.rename(place, folder / str(step))
-                print(f"backup    step {step} was copied from {self.url}", flush=True)
-                return step
-        return None
+                continue
+            os.rename(place, folder / str(step))
+            print(
+                f"backup    step {step} was copied from {self._store.url}", flush=True
+            )
+            return
 
     def copy_steps(self) -> None:
         """Copies the steps that the store lacks, then the run's files, and drops older steps.
@@ -182,17 +168,26 @@ class Backup:
         Raises:
             DiskError: the store cannot be written, or another process has taken it over.
         """
+        self._require_lock()
         folder = self._workdir / STEPS
-        with self._named_errors():
-            self._require_lock()
-            there = _steps(key.decode() for key in self._store.list().result())
-            here = step_directories.saved_steps(folder)
-            for step in sorted(set(here) - there):
-                self._upload_step(folder / str(step), f"{STEPS}/{step}/")
-            self.copy_files()
-            # Only now: a machine that is lost before could continue from the older ones alone.
-            for step in there - set(here):
-                self._delete_step(f"{STEPS}/{step}/")
+        here = saved_steps(folder)
+        for step in sorted(set(here) - set(self.steps.complete())):
+            self._upload_step(step, folder / str(step))
+        self.copy_files()
+        # Only now: a machine that is lost before could continue from the older ones alone.
+        self.steps.keep_only(here)
+
+    def copy_newer_steps(self) -> None:
+        """Copies the steps of the run's folder if one of them is newer than all in the store.
+
+        A run on fewer processes saved it there, and its last copy failed.
+
+        Raises:
+            DiskError: as `copy_steps`.
+        """
+        newest = max(saved_steps(self._workdir / STEPS), default=-1)
+        if newest > max(self.steps.complete(), default=-1):
+            self.copy_steps()
 
     def copy_files(self) -> None:
         """Copies the run's files that are new or have changed, without its steps.
@@ -200,22 +195,21 @@ class Backup:
         Raises:
             DiskError: the store cannot be written, or another process has taken it over.
         """
-        with self._named_errors():
-            self._require_lock()
-            changed = {}
-            versions = {}
-            for path in sorted(self._workdir.rglob("*")):
-                key = path.relative_to(self._workdir).as_posix()
-                if not _is_copied(key) or not path.is_file():
-                    continue
-                status = path.stat()
-                version = (status.st_size, status.st_mtime_ns)
-                if self._copied.get(key) != version:
-                    changed[key] = path
-                    versions[key] = version
-            self._upload(changed)
-            # Only now: files of a batch that failed are copied with the next one.
-            self._copied |= versions
+        self._require_lock()
+        changed = {}
+        versions = {}
+        for path in sorted(self._workdir.rglob("*")):
+            key = path.relative_to(self._workdir).as_posix()
+            if not _is_copied(key) or not path.is_file():
+                continue
+            status = path.stat()
+            version = (status.st_size, status.st_mtime_ns)
+            if self._copied.get(key) != version:
+                changed[key] = path
+                versions[key] = version
+        self._store.upload(changed)
+        # Only now: files of a batch that failed are copied with the next one.
+        self._copied |= versions
 
     def release(self) -> None:
         """Gives the store back; a process that takes it then need not wait."""
@@ -223,93 +217,36 @@ class Backup:
         # A sign of life that is under way changes the generation.
         self._heart.join()
         # The next process waits for signs of life where this fails.
-        with contextlib.suppress(Exception):
-            self._store.write(LOCK, b"", if_equal=self._generation).result(
-                timeout=_TIMEOUT_SECONDS
-            )
+        with contextlib.suppress(DiskError):
+            self._store.write(LOCK, b"", expected=self._generation)
 
     def _require_lock(self) -> None:
         if self._displaced:
-            raise DiskError("another process has taken it over")
+            raise DiskError(
+                f"`config.backup` {self._store.url}: another process has taken it over."
+            )
 
-    def _upload_step(self, folder: Path, prefix: str) -> None:
+    def _upload_step(self, step: int, folder: Path) -> None:
         files = {}
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                files[prefix + path.relative_to(folder).as_posix()] = path
-        manifest = prefix + step_directories.MANIFEST
+                name = path.relative_to(folder).as_posix()
+                files[self.steps.key(step, name)] = path
+        manifest = self.steps.key(step, MANIFEST)
         last = {manifest: files.pop(manifest)}
-        self._upload(files)
-        self._upload(last)
-
-    def _delete_step(self, prefix: str) -> None:
-        # The manifest first: without it the step counts no longer.
-        self._store.write(prefix + step_directories.MANIFEST, None).result()
-        keys = [key.decode() for key in self._store.list().result()]
-        for key in _under(keys, prefix):
-            self._store.write(key, None).result()
-
-    def _upload(self, files: Mapping[str, Path]) -> None:
-        def put(key: str, path: Path) -> None:
-            self._store.write(key, path.read_bytes()).result()
-
-        _in_parallel(put, files)
-
-    def _download(self, files: Mapping[str, Path]) -> None:
-        def get(key: str, path: Path) -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content = self._store.read(key).result().value
-            with atomic_write(path) as file:
-                file.write(content)
-
-        _in_parallel(get, files)
-
-    @contextlib.contextmanager
-    def _named_errors(self):
-        """Turns whatever a store or a disk raises into one sentence that names the store."""
-        try:
-            yield
-        except DiskError as error:
-            if str(error).startswith("`config.backup`"):
-                raise
-            raise DiskError(f"`config.backup` {self.url}: {error}.") from None
-        # `ValueError` is a refusal of ours, and also what TensorStore raises for most failures.
-        except Exception as error:
-            if str(error).startswith("`config.backup`"):
-                raise
-            reason = first_line(error)
-            raise DiskError(
-                f"`config.backup` {self.url} cannot be read or written: {reason}."
-            ) from None
+        self._store.upload(files)
+        self._store.upload(last)
 
 
-def _open(url: str) -> Any:
-    # An import of a second, for runs that have a backup.
-    import tensorstore
-
-    base = url if url.endswith("/") else f"{url}/"
-    return tensorstore.KvStore.open(base).result(timeout=_TIMEOUT_SECONDS)
-
-
-def _refuse_inside(url: str, workdir: Path) -> None:
-    parts = urlparse(url)
-    if parts.scheme != "file":
+def _refuse_inside(store: ObjectStore, workdir: Path) -> None:
+    folder = store.local_folder()
+    if folder is None:
         return
-    place = Path(os.path.realpath(unquote(parts.path)))
+    place = Path(os.path.realpath(folder))
     if place.is_relative_to(os.path.realpath(workdir)):
         raise ValueError(
-            f"`config.backup` must lie outside the run's folder, which it copies; got {url}."
+            f"`config.backup` must lie outside the run's folder, which it copies; got {store.url}."
         )
-
-
-def _steps(keys: Iterable[str]) -> set[int]:
-    """Returns the steps that were copied to the end."""
-    matches = [_MANIFEST_KEY.fullmatch(key) for key in keys]
-    return {int(match[1]) for match in matches if match}
-
-
-def _under(keys: Iterable[str], prefix: str) -> list[str]:
-    return [key for key in keys if key.startswith(prefix) and _is_safe(key)]
 
 
 def _is_copied(key: str) -> bool:
@@ -317,18 +254,4 @@ def _is_copied(key: str) -> bool:
     path = PurePosixPath(key)
     # Hidden files are those that are being written. The lock is of this machine.
     hidden = path.name.startswith((".", LOCK))
-    return _is_safe(key) and not hidden and _NOT_COPIED.isdisjoint(path.parts)
-
-
-def _is_safe(key: str) -> bool:
-    """Tells whether a key is a path that stays inside a folder."""
-    path = PurePosixPath(key)
-    return not path.is_absolute() and ".." not in path.parts
-
-
-def _in_parallel(
-    transfer: Callable[[str, Path], None], files: Mapping[str, Path]
-) -> None:
-    with ThreadPoolExecutor(max_workers=_TRANSFERS) as threads:
-        # Drawing the results raises what a thread raised.
-        list(threads.map(transfer, files.keys(), files.values()))
+    return is_inside(key) and not hidden and _NOT_COPIED.isdisjoint(path.parts)

@@ -1,8 +1,8 @@
 """A run's checkpoints: saved in the background, verified whenever they are read.
 
 A step is valid when its record is consistent, every array has the checksum that it had on the
-device when it was saved, and every file is the one that was written. A damaged step is moved to
-"bad", and the next older one is used.
+device when it was saved, and every file is the one that was written. A damaged step is set aside,
+and the next older one is used.
 
 Where the shards of an array lie over several processes, all of them call the same methods in the
 same order: each writes and reads its own shards, the first one alone names, keeps and deletes
@@ -15,8 +15,7 @@ an intact step that counts as damaged (docs/decisions-checkpoints.md has the exp
 
 import dataclasses
 import functools
-import os
-import shutil
+import itertools
 import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -29,8 +28,6 @@ from rwkv7_jax.checks import first_line
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, warn
 from rwkv7_jax.runs.process_group import ProcessGroup
-from rwkv7_jax.runs.resume import step_directories
-from rwkv7_jax.runs.resume.backup import Backup
 from rwkv7_jax.runs.resume.checkpoint_record import (
     list_names,
     make_record,
@@ -41,6 +38,7 @@ from rwkv7_jax.runs.resume.checkpoint_record import (
 from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore
 from rwkv7_jax.runs.resume.checksums import changed_leaves, leaf_checksums
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
+from rwkv7_jax.runs.resume.steps import Steps, steps_to_keep
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.train_step import TrainState
 
@@ -79,62 +77,54 @@ class SaveJob:
 
 
 class Checkpointer(CheckpointStore):
-    """The checkpointer of one folder, whose numbered directories are its checkpoints.
+    """The checkpointer of one run.
 
     Attributes:
-        folder: with the step directories.
+        steps: its checkpoints.
         failure: why the newest save, or its copy, failed; empty if it did not.
     """
 
     def __init__(
         self,
-        folder: Path,
+        steps: Steps,
+        workdir: Path,
         settings: Settings,
         *,
         protected: Collection[int] = (),
-        backup: Backup | None = None,
+        fetch: Callable[[], None] | None = None,
+        copy: Callable[[], None] | None = None,
         group: ProcessGroup | None = None,
     ):
-        """Makes the folder and deletes what an ended process left half written.
+        """Deletes what an ended process left half written.
 
         Args:
-            folder: for the step directories.
+            steps: where the checkpoints lie.
+            workdir: folder of the run.
             settings: of the run.
             protected: steps that retention leaves alone, because other settings made them.
-            backup: gets a copy of every step.
+            fetch: gets steps that lie elsewhere; called before the newest one is restored.
+            copy: copies what the run has to its backup; called after every save.
             group: the processes that save and restore together; None for this one alone.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the place of the steps cannot be written.
         """
-        self.folder = folder
+        self.steps = steps
         self.failure = ""
+        self._workdir = workdir
         self._settings = settings
         self._protected = frozenset(protected)
-        self._backup = backup
+        self._fetch = fetch or _do_nothing
+        self._copy = copy or _do_nothing
         self._newest: int | None = None
         self._job: SaveJob | None = None
         self._orbax: Any = None
         self._failures = 0
         self._group = group or ProcessGroup()
+        # The same in all processes, which may have folders of different names.
+        self._name = self._group.from_process_0(lambda: workdir.name)
         if self._group.is_primary:
-            self._clean()
-
-    def share_with(self, group: ProcessGroup) -> None:
-        """Lets the processes of a group save and restore together from here on."""
-        self._group = group
-        # Orbax's own was made for this process alone.
-        self._orbax = None
-
-    def _clean(self) -> None:
-        folder = self.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        saving = folder / step_directories.SAVING
-        if saving.exists() and any(saving.iterdir()):
-            warn(f"{saving} held a checkpoint that was never finished; it is removed")
-        shutil.rmtree(saving, ignore_errors=True)
-        for name in step_directories.unknown_entries(folder):
-            warn(f"{folder / name} is no checkpoint; it is ignored")
+            steps.clean()
 
     def _orbax_checkpointer(self) -> Any:
         """Returns Orbax's checkpointer, made when it is first needed and after a failure."""
@@ -145,7 +135,7 @@ class Checkpointer(CheckpointStore):
                 # Always named: otherwise Orbax waits at programs of all devices, without a bound.
                 active_processes=set(self._group.members),
                 # Of a failed save some processes have passed more barriers than others.
-                barrier_sync_key_prefix=f"{self.folder.parent.name}.{self._failures}",
+                barrier_sync_key_prefix=f"{self._name}.{self._failures}",
             )
             handler = ocp.CompositeCheckpointHandler(
                 train=ocp.StandardCheckpointHandler(multiprocessing_options=processes),
@@ -181,58 +171,44 @@ class Checkpointer(CheckpointStore):
             train=ocp.args.StandardSave(train),
             record=ocp.args.JsonSave(make_record(step, train, progress, identity)),
         )
-        place = self.folder / step_directories.SAVING / str(step)
         self._job = job
         try:
-            # With its parents: the run's folder may have been deleted while the run worked.
-            place.parent.mkdir(parents=True, exist_ok=True)
+            if self._group.is_primary:
+                self.steps.begin(step)
             # Copies the arrays to the host before it returns; writes them afterwards.
-            self._orbax_checkpointer().save(place, args=args)
+            self._orbax_checkpointer().save(self.steps.unfinished(step), args=args)
         except Exception as error:
             job.error = error
             self.poll()
             return
-        job.thread = threading.Thread(target=self._finish, args=(job, place))
+        job.thread = threading.Thread(target=self._finish, args=(job,))
         job.thread.start()
 
-    def _finish(self, job: SaveJob, place: Path) -> None:
-        """Gives the step its number once it is complete, and deletes old ones; the thread."""
+    def _finish(self, job: SaveJob) -> None:
+        """Lets the step count once it is complete, and deletes old ones; the thread."""
         try:
             # Of several processes, until all have written.
             self._orbax_checkpointer().wait_until_finished()
             if not self._group.is_primary:
                 return
-            step_directories.write_manifest(place)
-            # After the manifest is on disk: a directory with a number is always complete.
-            self._make_way(job.step)
-            os.rename(place, self.folder / str(job.step))
-            # Without a manifest a numbered folder is nothing of ours, and is never deleted.
-            numbers = step_directories.saved_steps(self.folder)
-            keep = step_directories.steps_to_keep(
-                numbers,
+            self.steps.commit(job.step)
+            keep = steps_to_keep(
+                self.steps.complete(),
                 newest=self._settings.keep,
                 every=self._settings.keep_every,
                 best=job.best,
             )
             # Only now: until the new step is in place, a run could only resume from the old ones.
-            for number in set(numbers) - keep - self._protected:
-                step_directories.discard(self.folder, number)
+            self.steps.keep_only(keep | self._protected)
         # Any failure to write, in whatever class of Orbax, TensorStore or the system. The main
         # thread reports it; only there can signals and KeyboardInterrupt occur.
         except Exception as error:
             job.error = error
             return
-        if self._backup is not None:
-            try:
-                self._backup.copy_steps()
-            except (ValueError, OSError) as error:
-                job.not_copied = f"step {job.step} is saved, but not copied: {error}"
-
-    def _make_way(self, step: int) -> None:
-        """Moves whatever has this step's name already, such as a stray file, to "bad"."""
-        if os.path.lexists(self.folder / str(step)):
-            moved = step_directories.quarantine(self.folder, step)
-            warn(f"{self.folder / str(step)} was in the way; it lies in {moved} now")
+        try:
+            self._copy()
+        except (ValueError, OSError) as error:
+            job.not_copied = f"step {job.step} is saved, but not copied: {error}"
 
     def poll(self) -> None:
         """Reports a save that has ended in the meantime; training goes on either way.
@@ -292,16 +268,16 @@ class Checkpointer(CheckpointStore):
 
     def _clean_up(self, job: SaveJob, reason: str) -> str:
         """Deletes what a failed save left; returns what happened."""
-        step_directories.discard_saving(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
-        older = step_directories.step_numbers(self.folder)
+        self.steps.give_up()
+        free = self.steps.free_bytes()
+        room = "" if free is None else f", {free:,} are free in {self.steps.place}"
+        older = self.steps.numbers()
         newest = (
             f"the newest one is of step {older[0]}" if older else "there is none yet"
         )
         return (
-            f"the checkpoint of step {job.step} could not be written: it needs {job.size:,} bytes, "
-            f"{free:,} are free in {self.folder}; {newest} ({_shortened(reason)})"
+            f"the checkpoint of step {job.step} could not be written: it needs {job.size:,} bytes"
+            f"{room}; {newest} ({_shortened(reason)})"
         )
 
     def _warn(self, text: str) -> None:
@@ -319,10 +295,9 @@ class Checkpointer(CheckpointStore):
     ) -> tuple[TrainState, Progress]:
         """Moves damaged steps away until one is intact; see `CheckpointStore.restore`."""
         from_process_0 = self._group.from_process_0
-        for number in from_process_0(
-            lambda: step_directories.step_numbers(self.folder)
-        ):
-            if from_process_0(functools.partial(self._remove_if_empty, number)):
+        from_process_0(self._fetch)
+        for number in from_process_0(self.steps.numbers):
+            if from_process_0(functools.partial(self.steps.drop_if_empty, number)):
                 continue
             try:
                 restored = self._load(number, abstract, identity)
@@ -339,25 +314,16 @@ class Checkpointer(CheckpointStore):
         leaf_checksums(train)
         return train, RunProgress()
 
-    def _remove_if_empty(self, number: int) -> bool:
-        place = self.folder / str(number)
-        if any(place.iterdir()):
-            return False
-        place.rmdir()
-        warn(f"{place} was an empty folder; it is removed")
-        return True
-
     def _set_aside(self, number: int, reason: str) -> None:
-        moved = step_directories.quarantine(self.folder, number)
+        moved = self.steps.set_aside(number)
         warn(f"step {number} is damaged: {reason}; it lies in {moved} now")
 
     def _refuse_to_begin_anew(self) -> None:
         """Raises NoValidCheckpoint where there have been steps, all of them damaged."""
-        bad = self.folder / step_directories.BAD
-        if bad.is_dir() and any(bad.iterdir()):
+        if damaged := self.steps.damaged():
             raise NoValidCheckpoint(
-                f"no checkpoint in {self.folder} is intact (see {bad}), and a new run would write "
-                "over an old one. Take another --workdir to begin anew."
+                f"no checkpoint in {self.steps.place} is intact (see {damaged}), and a new run "
+                "would write over an old one. Take another --workdir to begin anew."
             )
 
     def load(self, number: int, train: TrainState, identity: Identity) -> TrainState:
@@ -370,22 +336,21 @@ class Checkpointer(CheckpointStore):
     def _load(
         self, number: int, train: TrainState, identity: Identity
     ) -> tuple[TrainState, Progress]:
-        place = self.folder / str(number)
-
         def read() -> tuple[dict[str, Any], TrainState]:
-            workdir = self.folder.parent
             record = self._read_record(number)
-            require_same_identity(workdir, record["identity"], identity)
-            require_same_leaves(workdir, record["leaves"], train)
-            return record, self._read_arrays(place, train)
+            require_same_identity(self._workdir, record["identity"], identity)
+            require_same_leaves(self._workdir, record["leaves"], train)
+            return record, self._read_arrays(number, train)
 
         # A step that one process finds damaged must not be used by another.
         record, restored = self._group.run_in_all(read, expected=_Damaged)
         # The arrays first: the name of a leaf tells a user more than the name of a file.
         if leaves := changed_leaves(record["leaves"], restored):
             raise _Damaged(list_names("leaves", leaves))
-        verify = step_directories.verify_manifest
-        if files := self._group.from_process_0(lambda: verify(place)):
+        share = slice(self._group.index, None, self._group.size)
+        broken_files = functools.partial(self.steps.broken_files, number, share)
+        parts = self._group.allgather_results(broken_files)
+        if files := list(itertools.chain.from_iterable(parts)):
             raise _Damaged(list_names("files", files))
         if not self._settings.allow_nan and (
             leaves := nonfinite_leaves(restored.params)
@@ -396,28 +361,27 @@ class Checkpointer(CheckpointStore):
 
     def _read_record(self, number: int) -> dict[str, Any]:
         ocp = import_orbax()
-        place = self.folder / str(number)
         args = ocp.args.Composite(record=ocp.args.JsonRestore())
         try:
-            record = self._restore(place, args).record
+            record = self._restore(number, args).record
         # Damaged metadata fails in many classes, down to KeyError and UnicodeDecodeError.
         except Exception:
-            files = step_directories.verify_manifest(place)
+            files = self.steps.broken_files(number)
             broken = f"; {list_names('files', files)}" if files else ""
             raise _Damaged(f"its record cannot be read{broken}") from None
         if reason := validation_error(record, number):
             raise _Damaged(reason)
         return record
 
-    def _read_arrays(self, place: Path, train: TrainState) -> TrainState:
+    def _read_arrays(self, number: int, train: TrainState) -> TrainState:
         ocp = import_orbax()
         args = ocp.args.Composite(
             train=ocp.args.StandardRestore(self._restore_target(train))
         )
         try:
-            return self._restore(place, args).train
+            return self._restore(number, args).train
         except Exception as error:
-            files = step_directories.verify_manifest(place)
+            files = self.steps.broken_files(number)
             # With intact files it is no damage, but memory or a bug, and must not move the step.
             if not files:
                 raise
@@ -425,9 +389,10 @@ class Checkpointer(CheckpointStore):
                 f"it cannot be read; {list_names('files', files)}"
             ) from error
 
-    def _restore(self, place: Path, args: Any) -> Any:
+    def _restore(self, number: int, args: Any) -> Any:
         # Not the checkpointer's own, which waits afterwards for processes that may have failed.
-        return self._orbax_checkpointer().handler.restore(place, args=args)
+        handler = self._orbax_checkpointer().handler
+        return handler.restore(self.steps.path(number), args=args)
 
     def _restore_target(self, train: TrainState) -> TrainState:
         """Describes the arrays that Orbax restores, and the devices for each.
@@ -449,6 +414,10 @@ class Checkpointer(CheckpointStore):
 
     def _acts_for_others(self) -> bool:
         return jax.process_count() > self._group.size
+
+
+def _do_nothing() -> None:
+    """Stands for copies of a run that has no backup."""
 
 
 def _shortened(reason: str) -> str:

@@ -1,13 +1,11 @@
-"""A folder of numbered step directories: which there are, whether they are intact, which to keep.
+"""Steps as numbered directories of this machine.
 
-Each step has a manifest: its files with their digests. It is written last, while the directory
-still has another name. So a directory with a number but without a manifest, or with other files
-than the manifest says, was damaged after it had been saved.
+A step is written into a directory with another name, which gets its number once the manifest is on
+the disk. So a directory with a number but without a manifest was damaged after it had been saved.
 """
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -15,10 +13,15 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rwkv7_jax.json_files import parse_json
-from rwkv7_jax.text.tokenizer import text_digest
-
-MANIFEST = "files.json"
+from rwkv7_jax.runs.exit_codes import warn
+from rwkv7_jax.runs.resume.steps import (
+    MANIFEST,
+    Steps,
+    is_step_name,
+    manifest_text,
+    new_hash,
+    read_manifest,
+)
 
 # Names of which every step has some: ours, and those that Orbax writes.
 _STEP_ENTRIES = {MANIFEST, "record", "train", "_CHECKPOINT_METADATA"}
@@ -31,8 +34,118 @@ SAVING = ".saving"
 
 _SYNC_THREADS = 16
 
-# Digits of the largest step; the counter has 32 bits.
-_MOST_DIGITS = 10
+
+class StepDirectories(Steps):
+    """The steps in a folder.
+
+    Attributes:
+        place: the folder.
+    """
+
+    place: Path
+
+    def __init__(self, folder: Path):
+        """Names the folder, which may be absent."""
+        self.place = folder
+
+    def numbers(self) -> list[int]:
+        """Returns the numbers of the step directories."""
+        return step_numbers(self.place)
+
+    def complete(self) -> list[int]:
+        """Returns the numbers of the directories with a manifest."""
+        return saved_steps(self.place)
+
+    def path(self, number: int) -> Path:
+        """Returns a step's directory."""
+        return self.place / str(number)
+
+    def clean(self) -> None:
+        """Makes the folder, and deletes what an ended process left half written."""
+        self.place.mkdir(parents=True, exist_ok=True)
+        saving = self.place / SAVING
+        if saving.exists() and any(saving.iterdir()):
+            warn(f"{saving} held a checkpoint that was never finished; it is removed")
+        shutil.rmtree(saving, ignore_errors=True)
+        for name in _unknown_entries(self.place):
+            warn(f"{self.place / name} is no checkpoint; it is ignored")
+
+    def unfinished(self, number: int) -> Path:
+        """Returns a directory that has another name."""
+        return self.place / SAVING / str(number)
+
+    def begin(self, number: int) -> None:
+        """Makes the folder of the directory."""
+        # With its parents: the run's folder may have been deleted while the run worked.
+        self.unfinished(number).parent.mkdir(parents=True, exist_ok=True)
+
+    def commit(self, number: int) -> None:
+        """Writes the manifest, and then gives the directory its number."""
+        written = self.unfinished(number)
+        write_manifest(written)
+        path = self.path(number)
+        if os.path.lexists(path):
+            warn(f"{path} was in the way; it lies in {self.set_aside(number)} now")
+        # After the manifest is on disk: a directory with a number is always complete.
+        os.rename(written, path)
+
+    def keep_only(self, numbers: Iterable[int]) -> None:
+        """Deletes the other directories; those without a manifest are nothing of ours."""
+        for number in set(self.complete()) - set(numbers):
+            self._discard(number)
+
+    def _discard(self, number: int) -> None:
+        # Renamed first: a process killed half-way must not leave half a step under its number.
+        doomed = self.place / SAVING / f"old.{number}"
+        doomed.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path(number), doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def give_up(self) -> None:
+        """Deletes what a save left; gives its threads, which may still write, two seconds."""
+        saving = self.place / SAVING
+        for _ in range(40):
+            shutil.rmtree(saving, ignore_errors=True)
+            time.sleep(0.05)
+            if not saving.exists():
+                break
+        self.place.mkdir(parents=True, exist_ok=True)
+
+    def free_bytes(self) -> int:
+        """Returns the free bytes of the disk."""
+        return shutil.disk_usage(self.place).free
+
+    def broken_files(self, number: int, share: slice = slice(None)) -> list[str]:
+        """Compares the files of a directory with its manifest."""
+        return verify_manifest(self.path(number), share)
+
+    def drop_if_empty(self, number: int) -> bool:
+        """Deletes an empty directory, with a warning."""
+        path = self.path(number)
+        if any(path.iterdir()):
+            return False
+        path.rmdir()
+        warn(f"{path} was an empty folder; it is removed")
+        return True
+
+    def set_aside(self, number: int) -> str:
+        """Moves a directory out of the way."""
+        bad = self.place / BAD
+        bad.mkdir(parents=True, exist_ok=True)
+        place = bad / str(number)
+        attempt = 0
+        while os.path.lexists(place):
+            attempt += 1
+            place = bad / f"{number}.{attempt}"
+        os.rename(self.path(number), place)
+        return str(place)
+
+    def damaged(self) -> str:
+        """Returns the folder of damaged steps."""
+        bad = self.place / BAD
+        return str(bad) if bad.is_dir() and any(bad.iterdir()) else ""
 
 
 def step_numbers(folder: Path) -> list[int]:
@@ -44,14 +157,8 @@ def step_numbers(folder: Path) -> list[int]:
 
 
 def _is_step(item: Path) -> bool:
-    """Tells whether an entry can be a step: a directory whose name is the number as we write it.
-
-    Files and names such as "007" are somebody else's. `isdecimal` alone would take other scripts'
-    digits too, and Python refuses to read numbers of thousands of digits.
-    """
-    name = item.name
-    plain = name.isascii() and name.isdecimal() and len(name) <= _MOST_DIGITS
-    if not plain or str(int(name)) != name or not item.is_dir():
+    """Tells whether an entry can be a step: a directory whose name is the number as we write it."""
+    if not is_step_name(item.name) or not item.is_dir():
         return False
     # A step that lost some of its files is damaged; a folder that never had one is a stray.
     names = {inner.name for inner in item.iterdir()}
@@ -64,19 +171,15 @@ def saved_steps(folder: Path) -> list[int]:
     return [number for number in numbers if (folder / str(number) / MANIFEST).is_file()]
 
 
-def unknown_entries(folder: Path) -> list[str]:
+def _unknown_entries(folder: Path) -> list[str]:
     """Returns the names in the folder that no run of ours made."""
-    if not folder.is_dir():
-        return []
     names = {item.name for item in folder.iterdir() if not _is_step(item)}
     return sorted(names - {BAD, SAVING})
 
 
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(
-            file, lambda: hashlib.blake2b(digest_size=16)
-        ).hexdigest()
+        return hashlib.file_digest(file, new_hash).hexdigest()
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -87,16 +190,11 @@ def _files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _canonical(digests: dict[str, str]) -> str:
-    return json.dumps(digests, sort_keys=True, indent=1)
-
-
 def write_manifest(folder: Path) -> None:
     """Writes the manifest, and waits until the disk has it and all the other files."""
     files = _files(folder)
-    text = _canonical({name: _file_digest(path) for name, path in files.items()})
-    # The first line is the digest of the rest: the manifest itself may be damaged, too.
-    (folder / MANIFEST).write_text(f"{text_digest(text)}\n{text}\n", encoding="utf-8")
+    text = manifest_text({name: _file_digest(path) for name, path in files.items()})
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
     directories = [path for path in folder.rglob("*") if path.is_dir()]
     # In parallel: one after the other, each call would wait for the disk.
     with ThreadPoolExecutor(max_workers=_SYNC_THREADS) as threads:
@@ -115,92 +213,18 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def verify_manifest(folder: Path) -> list[str]:
+def verify_manifest(folder: Path, share: slice = slice(None)) -> list[str]:
     """Returns the files that differ from the manifest, are missing or are new."""
     files = _files(folder)
-    digests = _read_manifest(folder)
     files.pop(MANIFEST, None)
+    try:
+        digests = read_manifest((folder / MANIFEST).read_bytes())
+    except OSError:
+        digests = None
     if digests is None:
         return [MANIFEST]
     broken = []
-    for name in dict.fromkeys([*digests, *files]):
+    for name in list(dict.fromkeys([*digests, *files]))[share]:
         if name not in files or digests.get(name) != _file_digest(files[name]):
             broken.append(name)
     return broken
-
-
-def _read_manifest(folder: Path) -> dict[str, str] | None:
-    """Returns the digests by file name; None of a manifest that is missing or damaged."""
-    try:
-        first_line, _, text = (
-            (folder / MANIFEST).read_text(encoding="utf-8").partition("\n")
-        )
-        digests = parse_json(text)
-        canonical = _canonical(digests)
-    except (OSError, ValueError, TypeError):
-        return None
-    if not isinstance(digests, dict):
-        return None
-    # Only the exact text counts: JSON forgives changed white space, a damaged file must not.
-    if text != canonical + "\n" or first_line != text_digest(canonical):
-        return None
-    return digests
-
-
-def quarantine(folder: Path, number: int) -> Path:
-    """Moves a damaged step out of the way and returns its new path."""
-    bad = folder / BAD
-    bad.mkdir(parents=True, exist_ok=True)
-    place = bad / str(number)
-    attempt = 0
-    while os.path.lexists(place):
-        attempt += 1
-        place = bad / f"{number}.{attempt}"
-    os.rename(folder / str(number), place)
-    return place
-
-
-def steps_to_keep(
-    numbers: Iterable[int],
-    *,
-    newest: int,
-    every: int | None = None,
-    best: Iterable[int] = (),
-) -> set[int]:
-    """Returns the steps that retention keeps.
-
-    Args:
-        numbers: all steps.
-        newest: how many of the last ones are kept, at least 1.
-        every: multiples of this are kept for good; None for none.
-        best: steps that are kept because of their evaluation.
-    """
-    ordered = sorted(numbers)
-    # `newest` is at least 1: a slice from -0 would keep everything.
-    keep = set(ordered[-newest:])
-    keep |= set(best) & set(ordered)
-    if every:
-        keep |= {number for number in ordered if number % every == 0}
-    return keep
-
-
-def discard(folder: Path, number: int) -> None:
-    """Deletes a step.
-
-    It is renamed first: a process killed half-way must not leave half a step under its number.
-    """
-    doomed = folder / SAVING / f"old.{number}"
-    doomed.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(doomed, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(folder / str(number), doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def discard_saving(folder: Path) -> None:
-    """Deletes what a failed save left; gives its threads, which may still write, two seconds."""
-    for _ in range(40):
-        shutil.rmtree(folder / SAVING, ignore_errors=True)
-        time.sleep(0.05)
-        if not (folder / SAVING).exists():
-            return

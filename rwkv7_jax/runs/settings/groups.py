@@ -238,7 +238,8 @@ class Settings:
         trackers: where metrics go besides the run's files: "tensorboard", "wandb".
         workdir: eval.py's folder for its report; train.py has it as a flag.
         backup: object store (gs://, s3:// or file://) for a copy of every checkpoint and of the
-            run's files; a new machine continues from it.
+            run's files; a new machine continues from it. Shards of processes that see no common
+            folder are written there.
         data, optimizer, tuning, upscaling, decorrelation, observer, test_time, evaluation, sample:
             groups of settings; see their classes.
     """

@@ -1,0 +1,166 @@
+"""Steps as folders of an object store.
+
+Nothing in a store can be renamed, so a step has its number from the beginning. It counts once its
+manifest is there, which is written after all its other files, and no longer once that is deleted.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rwkv7_jax.runs.resume.object_store import ObjectStore
+from rwkv7_jax.runs.resume.steps import (
+    MANIFEST,
+    Steps,
+    is_step_name,
+    manifest_text,
+    new_hash,
+    read_manifest,
+)
+
+# The manifest of a damaged step has this name.
+_BAD_MANIFEST = "bad.json"
+
+# Orbax has a suffix of its own for what it has not finished, where a store is a folder.
+_FOLDER = re.compile(r"(\d+)(\.orbax-checkpoint-tmp[^/]*)?/")
+
+
+class StoredSteps(Steps):
+    """The steps below a folder of a store.
+
+    Attributes:
+        place: URL of the folder.
+    """
+
+    place: str
+
+    def __init__(
+        self, store: ObjectStore, folder: str, check: Callable[[], None] = lambda: None
+    ):
+        """Names the folder.
+
+        Args:
+            store: with the folder.
+            folder: name of the folder.
+            check: raises where this process may not write any more.
+        """
+        self.place = f"{store.url.rstrip('/')}/{folder}"
+        self._store = store
+        self._prefix = f"{folder}/"
+        self._check = check
+
+    def numbers(self) -> list[int]:
+        """Returns the steps that have a manifest: the others do not count."""
+        return self.complete()
+
+    def complete(self) -> list[int]:
+        """Returns the steps that have a manifest."""
+        return sorted(map(int, self._with(MANIFEST)), reverse=True)
+
+    def _with(self, file: str) -> set[str]:
+        """Returns the names of the folders that have a file."""
+        folders = set()
+        for name in self._names():
+            folder, _, inner = name.partition("/")
+            if inner == file and is_step_name(folder):
+                folders.add(folder)
+        return folders
+
+    def _names(self) -> list[str]:
+        keys = self._store.list()
+        return [
+            key.removeprefix(self._prefix)
+            for key in keys
+            if key.startswith(self._prefix)
+        ]
+
+    def path(self, number: int) -> Any:
+        """Returns a folder of the store."""
+        return self._store.folder() / self._prefix / str(number)
+
+    def key(self, number: int, name: str = "") -> str:
+        """Returns the key of a file of a step."""
+        return f"{self._prefix}{number}/{name}"
+
+    def files(self, number: int) -> dict[str, str]:
+        """Returns the keys of a step's files by their names in it, without its manifest."""
+        prefix = self.key(number)
+        files = {}
+        for key in self._store.list():
+            if key.startswith(prefix):
+                files[key.removeprefix(prefix)] = key
+        files.pop(MANIFEST, None)
+        return files
+
+    def clean(self) -> None:
+        """Deletes folders with neither a manifest nor one of a damaged step."""
+        whole = self._with(MANIFEST) | self._with(_BAD_MANIFEST)
+        folders = {match[0] for name in self._names() if (match := _FOLDER.match(name))}
+        for folder in folders:
+            if folder.rstrip("/") not in whole:
+                self._store.delete_folder(self._prefix + folder)
+
+    def unfinished(self, number: int) -> Any:
+        """Returns the folder that the step has later."""
+        return self.path(number)
+
+    def begin(self, number: int) -> None:
+        """Deletes what the folder has."""
+        self.discard(number)
+        folder = self.path(number)
+        # A store on a disk keeps empty folders.
+        if folder.exists():
+            folder.rmtree()
+
+    def commit(self, number: int) -> None:
+        """Writes the manifest, with the digests of what the store has."""
+        self._check()
+        digests = self._digests(self.files(number))
+        self._store.put(self.key(number, MANIFEST), manifest_text(digests))
+
+    def _digests(self, files: dict[str, str]) -> dict[str, str]:
+        return self._store.digests(files, lambda content: new_hash(content).hexdigest())
+
+    def keep_only(self, numbers: Iterable[int]) -> None:
+        """Deletes the other steps that have a manifest."""
+        for number in set(self.complete()) - set(numbers):
+            self.discard(number)
+
+    def discard(self, number: int) -> None:
+        """Deletes a step, its manifest first."""
+        self._store.put(self.key(number, MANIFEST), None)
+        self._store.delete_folder(self.key(number))
+
+    def give_up(self) -> None:
+        """Deletes what has no manifest."""
+        self.clean()
+
+    def free_bytes(self) -> None:
+        """Returns None: a store has no bound."""
+
+    def broken_files(self, number: int, share: slice = slice(None)) -> list[str]:
+        """Compares the files of a step with its manifest."""
+        manifest, _ = self._store.read(self.key(number, MANIFEST))
+        expected = read_manifest(manifest)
+        if expected is None:
+            return [MANIFEST]
+        files = self.files(number)
+        names = list(dict.fromkeys([*expected, *sorted(files)]))[share]
+        found = self._digests({name: files[name] for name in names if name in files})
+        return [name for name in names if expected.get(name) != found.get(name)]
+
+    def drop_if_empty(self, number: int) -> bool:
+        """Returns False: a step that counts has a manifest."""
+        return False
+
+    def set_aside(self, number: int) -> str:
+        """Gives the manifest another name."""
+        key = self.key(number, MANIFEST)
+        manifest, _ = self._store.read(key)
+        self._store.put(self.key(number, _BAD_MANIFEST), manifest)
+        self._store.put(key, None)
+        return f"{self.place}/{number}"
+
+    def damaged(self) -> str:
+        """Returns the folder of the steps, where one of them is damaged."""
+        return self.place if self._with(_BAD_MANIFEST) else ""
