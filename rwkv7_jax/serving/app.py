@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -32,13 +31,12 @@ try:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
-    from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import Receive, Scope, Send
 
+    from rwkv7_jax.serving.access import access_checks
     from rwkv7_jax.serving.metrics import Metrics
 except ImportError:
     raise ImportError(
@@ -72,6 +70,7 @@ def make_app(
     name: str,
     key: str | None = None,
     origins: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
     refresh: Callable[[], None] = lambda: None,
 ) -> Starlette:
     """Makes the application; it starts the engine's thread, and ends it.
@@ -80,7 +79,10 @@ def make_app(
         engine: not started.
         name: of the model, for clients.
         key: that clients must send; None answers everybody.
-        origins: of the pages whose scripts a browser lets read the answers; "*" is all.
+        origins: of the pages whose scripts a browser lets read the answers; "*" is all. Without a
+            key, pages of other sites are refused.
+        hosts: names, besides those of this machine, that clients without a key may call the server
+            by; None is any.
         refresh: called before states are looked up, in any thread.
     """
     served = Served(
@@ -109,7 +111,7 @@ def make_app(
             HTTPException: _http_error,
             Exception: _failed,
         },
-        middleware=_middleware(key, origins),
+        middleware=access_checks(key, origins, hosts),
         lifespan=routes.lifespan,
     )
 
@@ -117,52 +119,6 @@ def make_app(
 def _longest_token(tokenizer: Tokenizer) -> int:
     """Counts the bytes of the vocabulary's longest token."""
     return max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size))
-
-
-def _middleware(key: str | None, origins: Sequence[str]) -> list[Middleware]:
-    """Lists what a request passes before its route, in order."""
-    passed = []
-    # Outside of the other: a browser asks for permission without the key.
-    if origins:
-        anything = ["*"]
-        one = Middleware(
-            CORSMiddleware,
-            allow_origins=list(origins),
-            allow_methods=anything,
-            allow_headers=anything,
-        )
-        passed.append(one)
-    if key is not None:
-        passed.append(Middleware(_KeyCheck, key=key))
-    return passed
-
-
-class _KeyCheck:
-    """Refuses requests without the key, but for those that ask after the server's health."""
-
-    def __init__(self, app: ASGIApp, key: str):
-        """Takes what is behind it, and the key."""
-        self._app = app
-        self._expected = f"Bearer {key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers it."""
-        passes = scope["type"] != "http" or scope["path"] == "/health"
-        if passes or self._has_key(scope):
-            await self._app(scope, receive, send)
-            return
-        refused = Refused(
-            "the header `Authorization` must be 'Bearer ' and the server's key.",
-            status=401,
-            code="invalid_api_key",
-        )
-        headers = {"WWW-Authenticate": "Bearer"}
-        response = JSONResponse(refused.body(), 401, headers=headers)
-        await response(scope, receive, send)
-
-    def _has_key(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return secrets.compare_digest(given, self._expected)
 
 
 class _Routes:
