@@ -37,15 +37,13 @@ try:
     from starlette.types import Receive, Scope, Send
 
     from rwkv7_jax.serving.access import access_checks
+    from rwkv7_jax.serving.call_bodies import CallBodies
     from rwkv7_jax.serving.metrics import Metrics
 except ImportError:
     raise ImportError(
         "serve: the server needs the packages of the extra server: "
         "pip install 'rwkv7_jax[server]'."
     ) from None
-
-# Bytes of a body at most.
-MOST_BYTES = 2**24
 
 # Caches and proxies must not buffer a stream.
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -129,6 +127,7 @@ class _Routes:
         self._engine = engine
         self._constants = served
         self._refresh = refresh
+        self._bodies = CallBodies()
         self._metrics = Metrics(
             decoding=lambda: engine.decoding, waiting=lambda: engine.waiting
         )
@@ -182,12 +181,13 @@ class _Routes:
         return await self._answer(request, is_chat=True)
 
     async def _answer(self, request: Request, *, is_chat: bool) -> Response:
-        body = await _read_body(request)
         events: _Events = asyncio.Queue()
-        # In a thread: reading a long text would hold up the streams of other clients.
-        call, tickets = await run_in_threadpool(
-            self._submit, body, events, asyncio.get_running_loop(), is_chat=is_chat
-        )
+        loop = asyncio.get_running_loop()
+        async with self._bodies.read(request) as body:
+            # In a thread: reading a long text would hold up the streams of other clients.
+            call, tickets = await run_in_threadpool(
+                self._submit, body, events, loop, is_chat=is_chat
+            )
         bodies = AnswerBodies(call, self._engine.tokenizer)
         if call.stream:
             return _EventStream(_stream(call, bodies, events), tickets)
@@ -242,22 +242,6 @@ def _cancel(tickets: Sequence[Ticket]) -> None:
     """Cancels requests; it has no effect on those that are complete."""
     for ticket in tickets:
         ticket.cancel()
-
-
-async def _read_body(request: Request) -> bytes:
-    """Reads the body of a call.
-
-    Raises:
-        Refused: it is too long.
-    """
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MOST_BYTES:
-            raise Refused(
-                f"the body must have at most {MOST_BYTES:,} bytes.", status=413
-            )
-    return bytes(data)
 
 
 def _parse(body: bytes) -> Any:
