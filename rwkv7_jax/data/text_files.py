@@ -21,6 +21,14 @@ from rwkv7_jax.local_paths import is_special, name_in_errors
 # Bytes of a file that are held in memory at once.
 CHUNK = 1 << 16
 
+# Bytes of a Zstandard file that are decompressed at once: four of them can stand for 128 KiB.
+_PIECE = 1 << 10
+
+# A compressed file that unfolds to more than so many bytes, and so many times its own, is a bomb:
+# texts become a tenth, and logs of one template a hundredth.
+_UNFOLDED_BYTES = 1 << 28
+_UNFOLDED_TIMES = 250
+
 # Bytes at the beginning of a file, which tell what it is.
 _HEAD = 512
 
@@ -201,7 +209,7 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
     """
     with name_in_errors(path), path.open("rb") as file:
         decompressor = _zstd_decompressor(path)
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(_PIECE):
             while chunk:
                 if decompressor.eof:
                     decompressor = _zstd_decompressor(path)
@@ -321,7 +329,8 @@ class TextFile:
         """Reads the bytes that are stored, decompressed and otherwise as they are.
 
         Raises:
-            ValueError: the file is damaged or ends early, or is a device or a pipe.
+            ValueError: the file is damaged or ends early, unfolds without end, or is a device or a
+                pipe.
         """
         if is_special(self.path):
             raise ValueError(
@@ -331,18 +340,31 @@ class TextFile:
         try:
             if compression == "zstd":
                 # The last bytes of a frame may give nothing.
-                yield from filter(None, _zstd_chunks(self.path))
+                yield from self._bounded(filter(None, _zstd_chunks(self.path)))
                 return
             opener = _OPENERS[compression]
             with name_in_errors(self.path), opener(self.path, "rb") as file:
-                while chunk := file.read(CHUNK):
-                    yield chunk
+                chunks = iter(lambda: file.read(CHUNK), b"")
+                yield from self._bounded(chunks) if compression else chunks
         except Exception as error:
             # Zstandard's own class depends on which module reads it.
             is_damage = isinstance(error, _DAMAGE) or "Zstd" in type(error).__name__
             if compression is None or not is_damage:
                 raise
             raise self._damaged(compression, error) from None
+
+    def _bounded(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Passes on what a compressed file unfolds to, up to what a text can."""
+        most = max(_UNFOLDED_BYTES, _UNFOLDED_TIMES * self.path.stat().st_size)
+        done = 0
+        for chunk in chunks:
+            done += len(chunk)
+            if done > most:
+                raise ValueError(
+                    f"documents: `{self.path}` unfolds to more than {_UNFOLDED_TIMES} times its "
+                    "size, as no text does; decompress it first if it is one."
+                )
+            yield chunk
 
     def _damaged(self, compression: str, error: Exception) -> ValueError:
         if isinstance(error, EOFError):
