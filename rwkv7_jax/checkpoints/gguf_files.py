@@ -139,7 +139,13 @@ def _open(path: Path) -> gguf.GGUFReader:
     try:
         reader = _CheckedReader(path)
     # What the package raises for headers that make no sense.
-    except (ValueError, LookupError, TypeError, OverflowError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise ValueError(
             f"`{path}` is not a GGUF file, or a damaged one: {first_line(error)}."
         ) from None

@@ -124,12 +124,19 @@ class StorageSums:
             self._compared.add(entry)
 
 
+def inner_dicts(content: dict[Any, Any]) -> list[dict[Any, Any]]:
+    """Lists the dicts in a dict, each once: a small file may have thousands of names for one."""
+    found = {}
+    for value in content.values():
+        if isinstance(value, dict):
+            found[id(value)] = value
+    return list(found.values())
+
+
 def _named_tensors(content: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of a dict, and of dicts in it, with their names."""
     # No deeper: trainers wrap a model once, and a hostile file may nest without end.
-    tables = [content] if isinstance(content, dict) else []
-    for table in tables[:]:
-        tables += [value for value in table.values() if isinstance(value, dict)]
+    tables = [content, *inner_dicts(content)] if isinstance(content, dict) else []
     for table in tables:
         for name, value in table.items():
             if isinstance(value, np.ndarray):

@@ -40,6 +40,9 @@ _ALWAYS_ALLOWED = 64 << 20
 
 _MAX_AXES = 16
 
+# Arguments of a call that is not made.
+_MOST_ARGUMENTS = 16
+
 # Larger sizes, offsets and strides would overflow NumPy's.
 _MAX_NUMBER = 1 << 62
 
@@ -380,6 +383,9 @@ def _allowed(module: Any, name: Any) -> _Global:
 
 def _are_plain(arguments: tuple[Any, ...]) -> bool:
     """Returns whether the arguments of a call are texts, numbers and names, as devices have."""
+    # Otherwise calls without end, all of one large tuple, would take hours.
+    if len(arguments) > _MOST_ARGUMENTS:
+        return False
     plain = str | bytes | int | float | _Global
     return all(isinstance(value, plain) for value in arguments)
 

@@ -20,7 +20,7 @@ from rwkv7_jax.checkpoints.integrity.digests import ContentDigest, digest_of_arr
 from rwkv7_jax.checkpoints.integrity.file_signatures import Container
 from rwkv7_jax.checkpoints.layouts.orientation import LowRank
 from rwkv7_jax.checkpoints.mapped_files import map_file, release_pages
-from rwkv7_jax.checkpoints.pth import StorageSums, open_pth
+from rwkv7_jax.checkpoints.pth import StorageSums, inner_dicts, open_pth
 from rwkv7_jax.checkpoints.restricted_unpickler import UnreadTensor
 from rwkv7_jax.checkpoints.rwkv_cpp_files import read_rwkv_cpp
 from rwkv7_jax.checkpoints.tensor_names import Tensor
@@ -302,7 +302,8 @@ def _only_holder(content: dict[Any, Any], path: Path) -> dict[Any, Any]:
     """
     if _holds_tensors(content):
         return content
-    holders = [name for name, value in content.items() if _holds_tensors(value)]
+    holding = {id(inner) for inner in inner_dicts(content) if _holds_tensors(inner)}
+    holders = [name for name, value in content.items() if id(value) in holding]
     if len(holders) > 1:
         first = repr(holders[0])
         second = repr(holders[1])
@@ -313,13 +314,11 @@ def _only_holder(content: dict[Any, Any], path: Path) -> dict[Any, Any]:
     return content[holders[0]] if holders else content
 
 
-def _holds_tensors(value: Any) -> bool:
+def _holds_tensors(table: dict[Any, Any]) -> bool:
     """Tells whether a dict holds tensors; scalars may be a trainer's losses and counts."""
-    if not isinstance(value, dict):
-        return False
-    arrays = [entry for entry in value.values() if isinstance(entry, np.ndarray)]
+    arrays = [entry for entry in table.values() if isinstance(entry, np.ndarray)]
     is_read = any(array.ndim for array in arrays)
-    return is_read or any(isinstance(entry, UnreadTensor) for entry in value.values())
+    return is_read or any(isinstance(entry, UnreadTensor) for entry in table.values())
 
 
 def named_arrays(content: Any, path: Path, sums: StorageSums) -> dict[str, Tensor]:

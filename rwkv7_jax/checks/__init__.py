@@ -12,7 +12,7 @@ from rwkv7_jax.checks.arrays import (
     is_known,
     is_traced,
 )
-from rwkv7_jax.checks.errors import first_line, prefix_errors
+from rwkv7_jax.checks.errors import escape_controls, first_line, prefix_errors
 from rwkv7_jax.checks.models import check_model, check_params, leaf_at
 from rwkv7_jax.checks.tokens import (
     check_ids,
@@ -51,6 +51,7 @@ __all__ = [
     "check_seed",
     "check_size",
     "check_tokens",
+    "escape_controls",
     "first_line",
     "is_known",
     "is_traced",

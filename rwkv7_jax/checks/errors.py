@@ -1,8 +1,12 @@
-"""Messages of errors: the name of the public function, and the first line."""
+"""Messages of errors: the name of the public function, the first line, what terminals obey."""
 
 import contextlib
 import contextvars
+import re
 from collections.abc import Iterator
+
+# What terminals obey, of ASCII and of the eight bits after it; line breaks and tabs are harmless.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _inside = contextvars.ContextVar("a `prefix_errors` block is active", default=False)
 
@@ -51,3 +55,12 @@ def first_line(error: BaseException, *, limit: int | None = 200) -> str:
     line = text.splitlines()[0][:limit]
     printable = [character if character.isprintable() else "?" for character in line]
     return "".join(printable).rstrip(".")
+
+
+def escape_controls(text: str) -> str:
+    """Shows characters that a terminal would obey as escapes, but for line breaks and tabs.
+
+    What others wrote, in a file's name or in a model's answer, could otherwise move the cursor,
+    write over lines, or fill the clipboard.
+    """
+    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

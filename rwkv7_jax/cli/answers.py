@@ -15,6 +15,7 @@ from rwkv7_jax.cli.arguments import (
 )
 from rwkv7_jax.cli.output import name_output
 from rwkv7_jax.generation.sampling import exempt_ids
+from rwkv7_jax.runs.process import shown_on
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 # Seeds lie from minus this number to below it: JAX takes 64 bits.
@@ -137,6 +138,7 @@ class Stream:
         try:
             # A terminal of another encoding shows an escape rather than ending the run.
             text = piece.encode(encoding, "backslashreplace").decode(encoding)
+            text = shown_on(sys.stdout, text)
             with name_output():
                 sys.stdout.write(text)
                 sys.stdout.flush()

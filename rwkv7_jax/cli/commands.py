@@ -56,6 +56,7 @@ from rwkv7_jax.runs.process import (
     escape_unencodable,
     ignore_abandoned_reads,
     open_closed_streams,
+    shown_on,
     warn_in_one_line,
 )
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -341,7 +342,7 @@ def _run(words: list[str], *, caches: bool = False) -> int:
         report = options.run(options)
         with name_output():
             if report is not None:
-                print(report)
+                print(shown_on(sys.stdout, report))
             sys.stdout.flush()
     except BrokenPipeError:
         discard_output()

@@ -1,5 +1,6 @@
 """Errors that users can mend, as one sentence."""
 
+from rwkv7_jax.checks import escape_controls
 from rwkv7_jax.runs.exit_codes import is_out_of_memory, memory_sentence
 
 _LESS_MEMORY = (
@@ -9,9 +10,12 @@ _LESS_MEMORY = (
 
 
 def reason(error: Exception) -> str:
-    """Formats an error; those of the operating system name their file first."""
+    """Formats an error; those of the operating system name their file first.
+
+    What is in the way of a terminal, such as a file's name that moves the cursor, is escaped.
+    """
     if is_out_of_memory(error):
         return memory_sentence(error, _LESS_MEMORY)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"`{error.filename}`: {error.strerror}."
-    return str(error)
+        return escape_controls(f"`{error.filename}`: {error.strerror}.")
+    return escape_controls(str(error))

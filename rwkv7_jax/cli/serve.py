@@ -2,8 +2,10 @@
 
 import argparse
 import importlib
+import ipaddress
 import os
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,14 @@ def add_serve_command(subparsers) -> None:
         default=[],
         metavar="ORIGIN",
         help="let pages of https://HOST read answers in a browser; '*' is all; repeatable",
+    )
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="answer to the name HOST, as behind a proxy, where the server listens to this machine "
+        "alone and has no key; repeatable",
     )
     _add_limits(parser)
     parser.set_defaults(run=run_serve, compiles=True)
@@ -108,6 +118,8 @@ def run_serve(options: argparse.Namespace) -> None:
     key = _key()
     for origin in options.allow_origin:
         _check_origin(origin)
+    for host in options.allow_host:
+        _check_host(host)
     name = options.name or Path(options.model).resolve().stem
     _check_name(name, "--name")
     # Their packages are an extra.
@@ -150,6 +162,7 @@ def run_serve(options: argparse.Namespace) -> None:
             name=name,
             key=key,
             origins=options.allow_origin,
+            hosts=_allowed_hosts(options.allow_host, listener),
             refresh=lambda: states.refresh(engine),
         )
 
@@ -212,6 +225,24 @@ def _check_origin(origin: str) -> None:
             "serve: `--allow-origin` must be '*' or like https://HOST or http://HOST:PORT, "
             f"without a path; got {origin!r}."
         )
+
+
+def _check_host(host: str) -> None:
+    """Refuses what is no name of a machine, such as an address with a port."""
+    if not re.fullmatch(r"[\w.-]+", host):
+        raise ValueError(
+            "serve: `--allow-host` must be a name like models.example, without a scheme, a port "
+            f"or a path; got {host!r}."
+        )
+
+
+def _allowed_hosts(names: list[str], listener: socket.socket) -> list[str] | None:
+    """Returns the names that clients may call the server by; None is any.
+
+    What listens on other addresses, too, has names that only its network knows.
+    """
+    address = ipaddress.ip_address(listener.getsockname()[0])
+    return [name.lower() for name in names] if address.is_loopback else None
 
 
 def _check_name(name: str, option: str) -> None:

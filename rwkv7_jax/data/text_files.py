@@ -4,18 +4,13 @@ The content decides and not the name: a download can end early, a web page can b
 data file's name, and a table of numbers is tokenized byte by byte without anybody noticing.
 """
 
-import bz2
 import codecs
-import contextlib
 import dataclasses
-import gzip
-import importlib
-import lzma
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rwkv7_jax.data.compression import compression_of, unfolded
 from rwkv7_jax.local_paths import is_special, name_in_errors
 
 # Bytes of a file that are held in memory at once.
@@ -116,22 +111,6 @@ _WEB_PAGE_SUFFIXES = (".html", ".htm", ".xhtml", ".xml", ".php", ".vue", ".svelt
 
 _COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 
-_GZIP = b"\x1f\x8b"
-
-# How the first block of a bzip2 file begins, and the end of an empty one.
-_BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")
-_XZ = b"\xfd7zXZ\x00"
-_ZSTD = b"\x28\xb5\x2f\xfd"
-_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
-
-# What opens a file by its compression; Zstandard is optional.
-_OPENERS: dict[str | None, Callable[..., Any]] = {
-    None: open,
-    "gzip": gzip.open,
-    "bzip2": bz2.open,
-    "xz": lzma.open,
-}
-
 # Names of byte order marks, the longer ones first: UTF-32's begins with UTF-16's.
 _UTF_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -147,9 +126,6 @@ _SWAPPED_MARK = "\ufffe"
 
 # Encodings whose decoders remove a byte order mark.
 _MARKED_ENCODINGS = ("utf-8-sig", "utf-16", "utf-32")
-
-# What the decompressors raise for damaged or truncated files; Zstandard's errors are of the module.
-_DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
 def check_encoding(encoding: str | None, argument: str) -> None:
@@ -174,66 +150,15 @@ def check_encoding(encoding: str | None, argument: str) -> None:
         ) from None
 
 
-def _zstd_decompressor(path: Path) -> Any:
-    """Makes a decompressor of one Zstandard frame.
-
-    Raises:
-        ValueError: this Python has none.
-    """
-    # Both are optional: the first one comes with Python 3.14, the second with the extra `zstd`.
-    with contextlib.suppress(ImportError):
-        return importlib.import_module("compression.zstd").ZstdDecompressor()
-    with contextlib.suppress(ImportError):
-        return importlib.import_module("zstandard").ZstdDecompressor().decompressobj()
-    raise ValueError(
-        f"documents: `{path}` is compressed with Zstandard, which this Python cannot read: install "
-        "the extra `zstd` or the zstandard package, or run `unzstd` first."
-    )
-
-
-def _zstd_chunks(path: Path) -> Iterator[bytes]:
-    """Reads what is inside a Zstandard file of one frame or several.
-
-    Not `zstandard.open` (0.25), which takes a file that was cut for a shorter one.
-
-    Raises:
-        EOFError: the file ends inside a frame.
-    """
-    with name_in_errors(path), path.open("rb") as file:
-        decompressor = _zstd_decompressor(path)
-        while chunk := file.read(CHUNK):
-            while chunk:
-                if decompressor.eof:
-                    decompressor = _zstd_decompressor(path)
-                yield decompressor.decompress(chunk)
-                chunk = decompressor.unused_data
-        if not decompressor.eof:
-            raise EOFError
-
-
 def head_of(path: Path) -> bytes:
     """Reads the first bytes of a file as they lie on the disk."""
     with name_in_errors(path), path.open("rb") as file:
         return file.read(_HEAD)
 
 
-def _compression(head: bytes) -> str | None:
-    """Names the compression of a file from its first bytes."""
-    for magic, name in ((_GZIP, "gzip"), (_XZ, "xz"), (_ZSTD, "zstd")):
-        if head.startswith(magic):
-            return name
-    # Programs with several threads begin with a frame that says how long the next one is.
-    if head[1:4] == _ZSTD_SKIPPABLE and head[0] >> 4 == 5:
-        return "zstd"
-    # "BZh" alone could be a text.
-    if head.startswith(b"BZh") and head[4:10] in _BZIP2_BLOCKS:
-        return "bzip2"
-    return None
-
-
 def is_compressed(path: Path) -> bool:
     """Tells whether a file is compressed in a way that `TextFile` reads."""
-    return _compression(head_of(path)) is not None
+    return compression_of(head_of(path)) is not None
 
 
 def inner_suffix(path: Path) -> str:
@@ -321,39 +246,20 @@ class TextFile:
         """Reads the bytes that are stored, decompressed and otherwise as they are.
 
         Raises:
-            ValueError: the file is damaged or ends early, or is a device or a pipe.
+            ValueError: the file is damaged or ends early, unfolds without end, or is a device or a
+                pipe.
         """
         if is_special(self.path):
             raise ValueError(
                 f"documents: `{self.path}` must be a file; it is a device or a pipe."
             )
-        compression = _compression(head_of(self.path))
-        try:
-            if compression == "zstd":
-                # The last bytes of a frame may give nothing.
-                yield from filter(None, _zstd_chunks(self.path))
-                return
-            opener = _OPENERS[compression]
-            with name_in_errors(self.path), opener(self.path, "rb") as file:
-                while chunk := file.read(CHUNK):
-                    yield chunk
-        except Exception as error:
-            # Zstandard's own class depends on which module reads it.
-            is_damage = isinstance(error, _DAMAGE) or "Zstd" in type(error).__name__
-            if compression is None or not is_damage:
-                raise
-            raise self._damaged(compression, error) from None
-
-    def _damaged(self, compression: str, error: Exception) -> ValueError:
-        if isinstance(error, EOFError):
-            return ValueError(
-                f"documents: `{self.path}` is an incomplete download: the file ends inside its "
-                f"{compression} data; fetch it again."
-            )
-        return ValueError(
-            f"documents: `{self.path}` is damaged: its {compression} data cannot be read "
-            f"({error}); fetch it again."
-        )
+        compression = compression_of(head_of(self.path))
+        if compression is not None:
+            yield from unfolded(self.path, compression, CHUNK)
+            return
+        with name_in_errors(self.path), self.path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
 
     def lines(self) -> Iterator[bytes]:
         """Reads the lines with their ends; only a line feed ends one."""
@@ -371,7 +277,7 @@ class TextFile:
     def size(self) -> int:
         """Counts the bytes of the text."""
         head = head_of(self.path)
-        if self.encoding is None and _compression(head) is None:
+        if self.encoding is None and compression_of(head) is None:
             mark = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
             return self.path.stat().st_size - mark
         return sum(map(len, self.chunks()))

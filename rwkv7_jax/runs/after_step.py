@@ -1,6 +1,7 @@
 """What follows a step of a run: an evaluation, a checkpoint, the end."""
 
 import contextlib
+import sys
 
 import jax
 
@@ -8,7 +9,7 @@ from rwkv7_jax import sharding
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.runs.exit_codes import Stopped
 from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
-from rwkv7_jax.runs.process import StopSignals
+from rwkv7_jax.runs.process import StopSignals, shown_on
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.training_run import TrainingRun
 from rwkv7_jax.training.train_step import TrainState
@@ -108,4 +109,5 @@ def _record(
     line = "  ".join(f"{name} {metric.value:.4f}" for name, metric in metrics.items())
     print(f"step {step}  {line}", flush=True)
     for prompt, text in samples:
-        print(f"--- {prompt!r}\n{prompt}{text}\n---", flush=True)
+        written = shown_on(sys.stdout, f"{prompt}{text}")
+        print(f"--- {prompt!r}\n{written}\n---", flush=True)

@@ -11,7 +11,7 @@ import sys
 
 import jax
 
-from rwkv7_jax.checks import first_line
+from rwkv7_jax.checks import escape_controls, first_line
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO}
 
@@ -118,6 +118,7 @@ def warn(text: str) -> None:
     """Prints a warning to stderr."""
     # None where it was closed before the program began; `print` would take stdout in its place.
     if sys.stderr is not None:
+        text = escape_controls(text)
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 

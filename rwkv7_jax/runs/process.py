@@ -21,6 +21,7 @@ import jax
 from absl import logging as absl_logging
 
 from rwkv7_jax.checkpoints.orbax_import import hide_abandoned_reads
+from rwkv7_jax.checks import escape_controls
 from rwkv7_jax.runs.exit_codes import (
     OutOfMemory,
     Stopped,
@@ -129,7 +130,7 @@ def _sentence(error: BaseException, less_memory: str) -> str:
         return "interrupted."
     if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
         return memory_sentence(error, less_memory)
-    return str(error)
+    return escape_controls(str(error))
 
 
 def _flush(stream: Any) -> None:
@@ -185,7 +186,7 @@ def warn_in_one_line() -> None:
 
     def one_line(message, category, *place: Any, **text: Any) -> str:
         if category is UserWarning:
-            return f"warning: {message}\n"
+            return f"warning: {escape_controls(str(message))}\n"
         return of_python(message, category, *place, **text)
 
     warnings.formatwarning = one_line
@@ -241,6 +242,15 @@ def escape_unencodable() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
+
+
+def shown_on(stream: TextIO, text: str) -> str:
+    """Returns a text that others or a model wrote as a stream should get it.
+
+    A terminal would obey the controls in it, so they are escaped there; files and pipes get the
+    text as it is.
+    """
+    return escape_controls(text) if stream.isatty() else text
 
 
 def ignore_broken_pipe() -> None:

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -32,22 +31,19 @@ try:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
-    from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import Receive, Scope, Send
 
+    from rwkv7_jax.serving.access import access_checks
+    from rwkv7_jax.serving.call_bodies import CallBodies
     from rwkv7_jax.serving.metrics import Metrics
 except ImportError:
     raise ImportError(
         "serve: the server needs the packages of the extra server: "
         "pip install 'rwkv7_jax[server]'."
     ) from None
-
-# Bytes of a body at most.
-MOST_BYTES = 2**24
 
 # Caches and proxies must not buffer a stream.
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -72,6 +68,7 @@ def make_app(
     name: str,
     key: str | None = None,
     origins: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
     refresh: Callable[[], None] = lambda: None,
 ) -> Starlette:
     """Makes the application; it starts the engine's thread, and ends it.
@@ -80,7 +77,10 @@ def make_app(
         engine: not started.
         name: of the model, for clients.
         key: that clients must send; None answers everybody.
-        origins: of the pages whose scripts a browser lets read the answers; "*" is all.
+        origins: of the pages whose scripts a browser lets read the answers; "*" is all. Without a
+            key, pages of other sites are refused.
+        hosts: names, besides those of this machine, that clients without a key may call the server
+            by; None is any.
         refresh: called before states are looked up, in any thread.
     """
     served = Served(
@@ -109,7 +109,7 @@ def make_app(
             HTTPException: _http_error,
             Exception: _failed,
         },
-        middleware=_middleware(key, origins),
+        middleware=access_checks(key, origins, hosts),
         lifespan=routes.lifespan,
     )
 
@@ -117,52 +117,6 @@ def make_app(
 def _longest_token(tokenizer: Tokenizer) -> int:
     """Counts the bytes of the vocabulary's longest token."""
     return max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size))
-
-
-def _middleware(key: str | None, origins: Sequence[str]) -> list[Middleware]:
-    """Lists what a request passes before its route, in order."""
-    passed = []
-    # Outside of the other: a browser asks for permission without the key.
-    if origins:
-        anything = ["*"]
-        one = Middleware(
-            CORSMiddleware,
-            allow_origins=list(origins),
-            allow_methods=anything,
-            allow_headers=anything,
-        )
-        passed.append(one)
-    if key is not None:
-        passed.append(Middleware(_KeyCheck, key=key))
-    return passed
-
-
-class _KeyCheck:
-    """Refuses requests without the key, but for those that ask after the server's health."""
-
-    def __init__(self, app: ASGIApp, key: str):
-        """Takes what is behind it, and the key."""
-        self._app = app
-        self._expected = f"Bearer {key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers it."""
-        passes = scope["type"] != "http" or scope["path"] == "/health"
-        if passes or self._has_key(scope):
-            await self._app(scope, receive, send)
-            return
-        refused = Refused(
-            "the header `Authorization` must be 'Bearer ' and the server's key.",
-            status=401,
-            code="invalid_api_key",
-        )
-        headers = {"WWW-Authenticate": "Bearer"}
-        response = JSONResponse(refused.body(), 401, headers=headers)
-        await response(scope, receive, send)
-
-    def _has_key(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return secrets.compare_digest(given, self._expected)
 
 
 class _Routes:
@@ -173,6 +127,7 @@ class _Routes:
         self._engine = engine
         self._constants = served
         self._refresh = refresh
+        self._bodies = CallBodies()
         self._metrics = Metrics(
             decoding=lambda: engine.decoding, waiting=lambda: engine.waiting
         )
@@ -226,12 +181,13 @@ class _Routes:
         return await self._answer(request, is_chat=True)
 
     async def _answer(self, request: Request, *, is_chat: bool) -> Response:
-        body = await _read_body(request)
         events: _Events = asyncio.Queue()
-        # In a thread: reading a long text would hold up the streams of other clients.
-        call, tickets = await run_in_threadpool(
-            self._submit, body, events, asyncio.get_running_loop(), is_chat=is_chat
-        )
+        loop = asyncio.get_running_loop()
+        async with self._bodies.read(request) as body:
+            # In a thread: reading a long text would hold up the streams of other clients.
+            call, tickets = await run_in_threadpool(
+                self._submit, body, events, loop, is_chat=is_chat
+            )
         bodies = AnswerBodies(call, self._engine.tokenizer)
         if call.stream:
             return _EventStream(_stream(call, bodies, events), tickets)
@@ -286,22 +242,6 @@ def _cancel(tickets: Sequence[Ticket]) -> None:
     """Cancels requests; it has no effect on those that are complete."""
     for ticket in tickets:
         ticket.cancel()
-
-
-async def _read_body(request: Request) -> bytes:
-    """Reads the body of a call.
-
-    Raises:
-        Refused: it is too long.
-    """
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MOST_BYTES:
-            raise Refused(
-                f"the body must have at most {MOST_BYTES:,} bytes.", status=413
-            )
-    return bytes(data)
 
 
 def _parse(body: bytes) -> Any:

@@ -192,20 +192,29 @@ def _in_order_of_calls(
     """
     keys: list[tuple[int, int]] = []
     answer = 0
-    ids: list[Any] = []
+    places: dict[str, int] = {}
     for number, (turn, message) in enumerate(zip(turns, messages, strict=True), 1):
         if turn.role != "tool":
             answer = number
             calls = message.get("tool_calls") if turn.calls else None
-            ids = [call.get("id") for call in calls or []]
+            places = _first_places([call.get("id") for call in calls or []])
             keys.append((number, 0))
             continue
         id = message.get("tool_call_id")
-        if id is not None and id not in ids:
+        # By its spelling: a wrong one may be a list, which is no key.
+        if id is not None and repr(id) not in places:
             raise ValueError(
                 f'message {number}: "tool_call_id" must be that of a call in the answer before; '
                 f"got {id!r:.60}"
             )
-        keys.append((answer, number if id is None else ids.index(id)))
+        keys.append((answer, number if id is None else places[repr(id)]))
     order = sorted(range(len(turns)), key=keys.__getitem__)
     return [turns[at] for at in order]
+
+
+def _first_places(ids: Sequence[Any]) -> dict[str, int]:
+    """Maps the spelling of each id to its first place."""
+    places: dict[str, int] = {}
+    for place, id in enumerate(ids):
+        places.setdefault(repr(id), place)
+    return places

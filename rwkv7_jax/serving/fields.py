@@ -7,6 +7,9 @@ from rwkv7_jax.serving.requests import MOST_ALTERNATIVES
 
 _MOST_STOPS = 8
 
+# Characters of a stop string. Each answer of a call has a copy, and a longer one ends none.
+_LONGEST_STOP = 1024
+
 # The second one is about padding against eavesdroppers, of which there is none here.
 _STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 
@@ -172,7 +175,7 @@ class Fields:
         return self._left.pop(name, default)
 
     def integers(self, name: str) -> tuple[int, ...]:
-        """Takes a list of whole numbers."""
+        """Takes a list of whole numbers, each of them once."""
         values = self._take(name, (list,), "a list of whole numbers", [])
         for value in values:
             if not is_id(value):
@@ -180,7 +183,7 @@ class Fields:
                     f"`{name}` must be a list of whole numbers; it has {kind_of(value)}.",
                     name,
                 )
-        return tuple(values)
+        return tuple(dict.fromkeys(values))
 
     def stops(self) -> tuple[str, ...]:
         """Takes the strings that end an answer."""
@@ -194,6 +197,13 @@ class Fields:
         if len(stops) > _MOST_STOPS:
             raise Refused(
                 f"`stop` must hold at most {_MOST_STOPS} strings; got {len(stops)}.",
+                "stop",
+            )
+        longest = max(map(len, stops), default=0)
+        if longest > _LONGEST_STOP:
+            raise Refused(
+                f"`stop` must hold strings of at most {_LONGEST_STOP:,} characters; got one of "
+                f"{longest:,}.",
                 "stop",
             )
         return tuple(stops)
@@ -226,7 +236,7 @@ class Fields:
         for name, value in options.items():
             if name not in _STREAM_OPTIONS or not isinstance(value, bool):
                 raise Refused(
-                    f"`stream_options.{name}` must be one of {', '.join(_STREAM_OPTIONS)}, and "
+                    f"`stream_options.{name:.60}` must be one of {', '.join(_STREAM_OPTIONS)}, and "
                     "true or false.",
                     "stream_options",
                 )

@@ -115,6 +115,8 @@ def serve(
         log_level="warning",
         access_log=False,
         server_header=False,
+        # The other parser, which is taken where it is installed, bounds no header.
+        http="h11",
         ws="none",
         timeout_graceful_shutdown=round(drain) + _LAST_SECONDS,
     )

@@ -95,13 +95,16 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
     stops = fields.stops()
     if is_chat:
         chat = read_chat(fields)
+        per_prompt = fields.answers(1, served.most_answers)
         prompts = [_encode(chat.parts, served, "messages")]
         stops = (*stops, CHAT_STOP)
     else:
-        prompts = _text_prompts(fields.take("prompt"), served)
+        texts = _listed(fields.take("prompt"))
+        # Before they are encoded: a body has room for millions of short ones.
+        per_prompt = fields.answers(len(texts), served.most_answers)
+        prompts = [_text_prompt(text, served) for text in texts]
     # A message ends by itself; a text may go on for ever.
     usual = min(_LENGTH, served.longest_answer)
-    per_prompt = fields.answers(len(prompts), served.most_answers)
     first = Request(
         prompt=(),
         state=state,
@@ -119,11 +122,10 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
     )
     requests = []
     for prompt in prompts:
+        # One for all answers: a copy for each would be thousands of long ones.
+        shared = dataclasses.replace(first, prompt=tuple(prompt))
         for answer in range(per_prompt):
-            one = dataclasses.replace(
-                first, prompt=tuple(prompt), seed=first.seed + answer
-            )
-            requests.append(one)
+            requests.append(dataclasses.replace(shared, seed=first.seed + answer))
     stream = fields.switch("stream")
     call = Call(
         requests=tuple(requests),
@@ -171,11 +173,10 @@ def named_state(state: str | None, model: str, served: Served) -> str | None:
     return state
 
 
-def _text_prompts(prompt: Any, served: Served) -> list[Sequence[int]]:
-    """Reads one prompt, or a list of them."""
+def _listed(prompt: Any) -> list[Any]:
+    """Returns prompts as a list: there may be one, which may be a list of ids itself."""
     is_list = isinstance(prompt, list) and prompt and not is_id(prompt[0])
-    prompts = prompt if is_list else [prompt]
-    return [_text_prompt(one, served) for one in prompts]
+    return prompt if is_list else [prompt]
 
 
 def _text_prompt(prompt: Any, served: Served) -> Sequence[int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rwkv7_jax.checks import escape_controls
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.serving.engine import Engine
 
@@ -84,7 +85,8 @@ class StateFiles:
         try:
             engine.put_state(name, self._load(path))
         except (OSError, TypeError, ValueError) as error:
-            _LOG.warning("serve: `%s` is not served: %s", path, error)
+            text = escape_controls(f"serve: `{path}` is not served: {error}")
+            _LOG.warning("%s", text)
 
     def _look(self) -> dict[str, _Stamp]:
         """Looks which files there are now."""

@@ -51,6 +51,8 @@ class Ticket:
         self.row = RowText(tokenizer, request.stop_strings)
         self.cached_tokens = 0
         self.read = 0
+        # A client may name as many as the vocabulary has.
+        self._stops = frozenset(request.stop_ids)
         self._scores: list[TokenScore] = []
         self._sent_scores = 0
         self._on_piece = on_piece
@@ -69,7 +71,7 @@ class Ticket:
         self.read += len(drawn.tokens)
         room = self.request.tokens - len(self.row.tokens)
         tokens = drawn.tokens[:room]
-        stops = self.request.stop_ids
+        stops = self._stops
         stop = next((at for at, id in enumerate(tokens) if id in stops), None)
         self._note(drawn.scores)
         self._send(self.row.append(tokens[:stop]), self.row.settled)

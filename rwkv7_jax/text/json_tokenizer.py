@@ -1,5 +1,6 @@
 """Vocabularies of the `tokenizers` package, as `tokenizer.json` (extra `tokenizers`)."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -105,16 +106,8 @@ class JsonTokenizer(Tokenizer):
                 f"a {KIND} needs the package tokenizers (the extra `tokenizers`): "
                 'pip install "rwkv7_jax[tokenizers]".'
             ) from None
-        # The package raises bare `Exception`, and panics with something that is no `Exception`.
-        try:
+        with _package_errors(f"`{name}` must be a tokenizer.json"):
             backend = tokenizers.Tokenizer.from_str(content.decode())
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            reason = first_line(error) if str(error) else "damaged"
-            raise ValueError(
-                f"`{name}` must be a tokenizer.json; `tokenizers` says: {reason}."
-            ) from None
         return cls(backend, name=name, end_of_text=end_of_text)
 
     @functools.cached_property
@@ -147,15 +140,22 @@ class JsonTokenizer(Tokenizer):
                 f"Tokenizer.encode: `text` must be UTF-8 for {self.name}; it is not at byte "
                 f"{error.start}."
             ) from None
-        ids = self._backend.encode(decoded, add_special_tokens=False).ids
+        # A regular expression of the file may take too many steps for some texts.
+        with _package_errors(f"Tokenizer.encode: `text` is none for {self.name}"):
+            ids = self._backend.encode(decoded, add_special_tokens=False).ids
+            normalizer = self._backend.normalizer
+            if normalizer is not None:
+                decoded = normalizer.normalize_str(decoded)
         self._check_spelled(ids, decoded)
         return ids
 
     def _check_spelled(self, ids: list[int], text: str) -> None:
-        """Raises if a token stands for something unknown, or a character was left out."""
-        normalizer = self._backend.normalizer
-        if normalizer is not None:
-            text = normalizer.normalize_str(text)
+        """Raises if a token stands for something unknown, or a character was left out.
+
+        Args:
+            ids: of the text.
+            text: as it is after the file's normalizer.
+        """
         if self._has_low_lines:
             text = text.replace(_LOW_LINE, " ")
         expected = text.encode()
@@ -181,13 +181,35 @@ class JsonTokenizer(Tokenizer):
         """Raises unless entries come back from their ids: each must stand for its bytes alone."""
         texts = [entry for entry in self._ids if is_text(entry)]
         for entry in texts[:: max(1, len(texts) // _PROBES)]:
-            ids = self._backend.encode(entry.decode(), add_special_tokens=False).ids
+            text = entry.decode()
+            with _package_errors(f"`{self.name}` must encode its own tokens"):
+                ids = self._backend.encode(text, add_special_tokens=False).ids
             spelled = self.decode_bytes(ids)
             if spelled != entry:
                 raise ValueError(
-                    f"`{self.name}` must have tokens that spell the text; {entry.decode()!r} comes "
+                    f"`{self.name}` must have tokens that spell the text; {text!r} comes "
                     f"back as {spelled.decode(errors='replace')!r}."
                 )
+
+
+@contextlib.contextmanager
+def _package_errors(sentence: str) -> Iterator[None]:
+    """Makes one sentence of what the package raises: bare `Exception`, or a panic, which is none.
+
+    Args:
+        sentence: what it is about; the package's reason follows.
+
+    Raises:
+        ValueError: the block raises such an error.
+    """
+    try:
+        yield
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if not isinstance(error, Exception) and not is_panic:
+            raise
+        reason = first_line(error) if str(error) else "damaged"
+        raise ValueError(f"{sentence}; `tokenizers` says: {reason}.") from None
 
 
 def end_token_beside(path: Path) -> str | None:

@@ -1,15 +1,17 @@
 """A damaged Orbax folder is one error: nothing else appears on stderr, then or later."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from random_checkpoints import CONFIG, random_params
 from run_programs import ROOT
 
 from rwkv7_jax.checkpoints import orbax_import
-from rwkv7_jax.checkpoints.model_files import save_model
+from rwkv7_jax.checkpoints.model_files import load_model, save_model
 
 READ = """
 import pathlib
@@ -50,6 +52,19 @@ def test_the_library_reads_damaged_folders_without_a_word_besides_the_error(tmp_
     assert ended.stderr == ""
     assert ended.returncode == 0
     assert int(ended.stdout) >= 10
+
+
+def test_a_card_of_countless_layers_costs_nothing(tmp_path):
+    """The table of their names took minutes and gigabytes."""
+    save_model(tmp_path / "m", random_params(), CONFIG)
+    card = tmp_path / "m" / "rwkv7_jax.json"
+    table = json.loads(card.read_text())
+    table["config"]["num_layers"] = 30_000
+    card.write_text(json.dumps(table))
+    begun = time.process_time()
+    with pytest.raises(ValueError, match=r"layers/\S+ of shape \(29999, "):
+        load_model(tmp_path / "m")
+    assert time.process_time() - begun < 3
 
 
 def test_the_hook_is_put_in_place_once_and_passes_on_all_other_complaints(monkeypatch):

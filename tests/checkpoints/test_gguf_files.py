@@ -1,6 +1,7 @@
 """GGUF files: every bit comes back, and what llama.cpp cannot compute with is refused."""
 
 import dataclasses
+import struct
 
 import jax
 import jax.numpy as jnp
@@ -298,6 +299,16 @@ def test_damaged_headers_are_one_sentence(written, tmp_path, unchecked):
             assert "m.gguf`" in str(error)
             refused += 1
     assert refused > 5
+
+
+def test_lists_in_lists_without_end_are_one_sentence(tmp_path):
+    list_type = gguf.GGUFValueType.ARRAY.value
+    nested = struct.pack("<IQ", list_type, 1) * 3_000
+    key = struct.pack("<Q", 3) + b"a.b" + struct.pack("<I", list_type)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+    (tmp_path / "m.gguf").write_bytes(head + key + nested)
+    with pytest.raises(ValueError, match=r"m\.gguf` is not a GGUF file, or a damaged"):
+        load_model(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize(

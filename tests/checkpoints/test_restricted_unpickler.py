@@ -86,6 +86,13 @@ def counters_of_one_dict() -> bytes:
     return b"\x80\x02" + items + b"u" + copies + b"cos\nsystem\n."
 
 
+def devices_of_one_tuple() -> bytes:
+    """Calls that would look through one long tuple thousands of times."""
+    numbers = b"(" + b"K\x01" * 50_000 + b"tq\x00"
+    calls = b"ctorch\ndevice\nq\x01" + b"h\x01h\x00R" * 5_000
+    return b"\x80\x02" + numbers + calls + b"cos\nsystem\n."
+
+
 # Each builds a pickle in which nothing may run.
 MALICIOUS = {
     "os.system": lambda p: pickle.dumps(
@@ -154,6 +161,7 @@ MALICIOUS = {
     "a tensor that a text rebuilds": lambda p: program(from_type(item("eval"), b")")),
     "a list that is copied without end": lambda p: sets_of_one_list(),
     "a dict that is copied without end": lambda p: counters_of_one_dict(),
+    "a tuple that is looked through without end": lambda p: devices_of_one_tuple(),
     "a counter of a number": lambda p: program(b"ccollections\nCounter\nK\x05\x85R"),
     "a key that is a tuple": lambda p: b"\x80\x02}K\x01\x85K\x01s.",
     "huge bytes": lambda p: b"\x80\x03B" + struct.pack("<I", 2**32 - 1) + b"x.",

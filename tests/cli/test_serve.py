@@ -35,6 +35,8 @@ TINY = str(Path(__file__).parents[2] / "assets" / "tiny.pth")
         (["--host", "nowhere.invalid"], "`--host` and `--port` must be an address"),
         (["--allow-origin", "a.example"], "`--allow-origin` must be '*' or like"),
         (["--allow-origin", "https://a.example/"], "without a path; got"),
+        (["--allow-host", "a.example:80"], "`--allow-host` must be a name like"),
+        (["--allow-host", "http://a.example"], "without a scheme, a port"),
         (["--name", "a/b"], "`--name` must name with letters"),
         (["--state", "a b=x.pth"], "`--state` must name with letters"),
         (["--state", "x=a.pth", "--state", "x=b.pth"], "'x' is of `a.pth` and `b.pth`"),

@@ -184,3 +184,33 @@ def test_a_dropout_of_training_is_left_out(tmp_path, bpe):
     tokenizer = load_vocabulary(tmp_path / "t.json")
     assert tokenizer.encode(TEXT) == load_vocabulary(bpe).encode(TEXT)
     assert tokenizer.identity == load_vocabulary(bpe).identity
+
+
+def split_by(path, target, pattern):
+    """Writes a copy of a file that first splits texts by a regular expression."""
+    content = json.loads(path.read_text())
+    step = {"type": "Split", "behavior": "Isolated", "invert": False}
+    steps = [step | {"pattern": {"Regex": pattern}}, content["pre_tokenizer"]]
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    target.write_text(json.dumps(content))
+    return target
+
+
+def test_a_regular_expression_without_end_refuses_the_text(tmp_path, bpe):
+    tokenizer = load_vocabulary(split_by(bpe, tmp_path / "t.json", r"(z+)+$"))
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+    with pytest.raises(
+        ValueError, match=r"Tokenizer.encode: `text` is none for .*t\.json; .*retry"
+    ):
+        tokenizer.encode("z" * 40 + "!")
+
+
+def test_a_file_that_cannot_encode_its_own_tokens_is_refused(tmp_path, bpe):
+    content = json.loads(split_by(bpe, tmp_path / "t.json", r"(z+)+$").read_text())
+    number = len(content["model"]["vocab"])
+    content["model"]["vocab"]["z" * 40 + "!"] = number
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"t\.json` must encode its own tokens; .*retry"
+    ):
+        load_vocabulary(tmp_path / "t.json")

@@ -1,0 +1,60 @@
+"""Compressed files of data that unfold to far more than they weigh."""
+
+import bz2
+import gzip
+import lzma
+
+import pytest
+
+from rwkv7_jax.data import compression
+from rwkv7_jax.data.loading import token_stream
+from rwkv7_jax.data.text_files import CHUNK, TextFile
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+# A text of one line that compresses as no text does.
+LINE = b"a" * 3_000_000
+
+COMPRESSORS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.fixture(params=[*COMPRESSORS, "zst"])
+def bomb(request, tmp_path):
+    """A compressed file of the line."""
+    if request.param == "zst":
+        zstandard = pytest.importorskip("zstandard", reason="the extra zstd")
+        content = zstandard.compress(LINE)
+    else:
+        content = COMPRESSORS[request.param](LINE)
+    path = tmp_path / f"x.txt.{request.param}"
+    path.write_bytes(content)
+    return path
+
+
+def test_a_file_that_unfolds_without_end_is_refused(bomb, monkeypatch):
+    assert b"".join(TextFile(bomb).chunks()) == LINE
+    monkeypatch.setattr(compression, "_UNFOLDED_BYTES", 10_000)
+    with pytest.raises(ValueError, match=r"x\.txt\..*` unfolds to more than 250 times"):
+        token_stream(bomb, Tokenizer.bytes())
+
+
+def test_a_text_that_compresses_well_is_read(bomb, monkeypatch):
+    monkeypatch.setattr(compression, "_UNFOLDED_BYTES", 10_000)
+    monkeypatch.setattr(compression, "_UNFOLDED_TIMES", 10**6)
+    assert b"".join(TextFile(bomb).chunks()) == LINE
+
+
+def test_a_file_that_is_not_compressed_has_no_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(compression, "_UNFOLDED_BYTES", 0)
+    monkeypatch.setattr(compression, "_UNFOLDED_TIMES", 0)
+    (tmp_path / "x.txt").write_bytes(LINE)
+    assert b"".join(TextFile(tmp_path / "x.txt").chunks()) == LINE
+
+
+def test_a_few_bytes_of_zstandard_are_unfolded_at_once(tmp_path):
+    zstandard = pytest.importorskip("zstandard", reason="the extra zstd")
+    path = tmp_path / "x.txt.zst"
+    path.write_bytes(zstandard.compress(b"a" * 150_000_000))
+    assert path.stat().st_size < CHUNK
+    chunks = list(map(len, TextFile(path).stored_chunks()))
+    assert sum(chunks) == 150_000_000
+    assert max(chunks) <= 2**25

@@ -1,0 +1,116 @@
+"""Which pages in a browser a server without a key answers."""
+
+import dataclasses
+
+import pytest
+from asgi_client import Client
+from served_bytes import BYTES
+
+pytest.importorskip("starlette", reason="the extra server is not installed")
+
+from rwkv7_jax.serving.app import make_app
+
+
+@dataclasses.dataclass
+class Silent:
+    """An engine that nobody may ask."""
+
+    tokenizer = BYTES
+    state_names = ("poet",)
+    longest_answer = 500
+    most_waiting = 8
+    is_open = True
+    longest_prompt = 2000
+    decoding = 0
+    waiting = 0
+
+
+ADDRESSES = ("/v1/models", "/v1/states", "/metrics", "/nothing")
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://evil.example",
+        "http://evil.example:8000",
+        "http://127.0.0.1.evil.example",
+        "http://localhost.evil.example",
+        "http://localhost@evil.example",
+        "http://[evil",
+        "https://a.example:1",
+        "null",
+    ],
+)
+def test_pages_of_other_sites_are_refused_without_a_key(origin):
+    client = Client(make_app(Silent(), name="base", origins=["https://a.example"]))
+    for address in ADDRESSES:
+        refused = client.get(address, origin=origin)
+        assert refused.status_code == 403
+        assert "`Origin`" in refused.json()["error"]["message"]
+        assert "access-control-allow-origin" not in refused.headers
+    body = b'{"prompt": "hi"}'
+    headers = {"origin": origin, "content_type": "text/plain"}
+    refused = client.request("POST", "/v1/completions", body, headers=headers)
+    assert refused.status_code == 403
+    assert client.get("/health", origin=origin).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://a.example",
+        "http://localhost:5173",
+        "http://127.0.0.1:3000",
+        "http://[::1]:3000",
+        "vscode-webview://abc",
+        "chrome-extension://abc",
+    ],
+)
+def test_programs_and_pages_of_this_machine_are_answered(origin):
+    app = make_app(Silent(), name="base", origins=["https://a.example"], hosts=())
+    assert Client(app).get("/v1/models", origin=origin).status_code == 200
+
+
+@pytest.mark.parametrize("sharing", [{"origins": ["*"]}, {"key": "secret"}])
+def test_any_page_may_ask_where_all_are_named_or_have_the_key(sharing):
+    client = Client(make_app(Silent(), name="base", hosts=(), **sharing))
+    answered = client.get(
+        "/v1/models",
+        origin="https://evil.example",
+        host="evil.example",
+        authorization="Bearer secret",
+    )
+    assert answered.status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "localhos", "["])
+def test_a_name_that_leads_to_this_machine_is_none_of_its_names(host):
+    app = make_app(Silent(), name="base", hosts=["models.example"])
+    refused = Client(app).get("/v1/models", host=host)
+    assert refused.status_code == 403
+    assert "`Host`" in refused.json()["error"]["message"]
+    assert Client(app).get("/health", host=host).status_code == 200
+    app = make_app(Silent(), name="base")
+    assert Client(app).get("/v1/models", host=host).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "LOCALHOST.:8000",
+        "me.localhost",
+        "127.0.0.1:8000",
+        "[::1]:8000",
+        "192.168.0.7",
+        "models.example:80",
+    ],
+)
+def test_names_of_this_machine_and_of_its_proxy_are_answered(host):
+    app = make_app(Silent(), name="base", hosts=["models.example"])
+    assert Client(app).get("/v1/models", host=host).status_code == 200
+
+
+def test_a_client_that_names_no_host_is_answered():
+    app = make_app(Silent(), name="base", hosts=())
+    assert Client(app).get("/v1/models").status_code == 200
