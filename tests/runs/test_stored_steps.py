@@ -127,6 +127,25 @@ def test_a_save_that_fails_leaves_the_older_steps(bucket, monkeypatch):
     assert steps_of(bucket).complete() == [12, 6]
 
 
+def test_a_store_that_is_away_during_a_save_does_not_end_the_run(
+    bucket, monkeypatch, capfd
+):
+    checkpoints = open_checkpoints(bucket)
+
+    def away(store):
+        raise ValueError("UNAVAILABLE: no such host")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ObjectStore, "_keys", property(away))
+        checkpoints.save(train_state(9), PROGRESS, IDENTITY)
+        checkpoints.wait()
+    said = capfd.readouterr().err
+    assert "step 9 could not be written" in said and "is away" in said
+    checkpoints.save(train_state(12), PROGRESS, IDENTITY)
+    checkpoints.close()
+    assert restored_step(bucket) == 12
+
+
 def test_a_process_that_was_displaced_lets_no_step_count(bucket, tmp_path):
     (tmp_path / "run").mkdir()
     backup = Backup(ObjectStore(f"file://{bucket}"), tmp_path / "run")

@@ -268,17 +268,22 @@ class Checkpointer(CheckpointStore):
 
     def _clean_up(self, job: SaveJob, reason: str) -> str:
         """Deletes what a failed save left; returns what happened."""
-        self.steps.give_up()
-        free = self.steps.free_bytes()
+        failed = (
+            f"the checkpoint of step {job.step} could not be written: it needs "
+            f"{job.size:,} bytes"
+        )
+        try:
+            self.steps.give_up()
+            free = self.steps.free_bytes()
+            older = self.steps.numbers()
+        # A disk or a store that is away now may come back before the next save.
+        except OSError:
+            return f"{failed}; {self.steps.place} is away ({_shortened(reason)})"
         room = "" if free is None else f", {free:,} are free in {self.steps.place}"
-        older = self.steps.numbers()
         newest = (
             f"the newest one is of step {older[0]}" if older else "there is none yet"
         )
-        return (
-            f"the checkpoint of step {job.step} could not be written: it needs {job.size:,} bytes"
-            f"{room}; {newest} ({_shortened(reason)})"
-        )
+        return f"{failed}{room}; {newest} ({_shortened(reason)})"
 
     def _warn(self, text: str) -> None:
         if self._group.is_primary:
