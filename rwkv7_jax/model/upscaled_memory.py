@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import WKVInputs
 from rwkv7_jax.array_types import Heads, describe_fields
+from rwkv7_jax.checks import check_choice
 from rwkv7_jax.model.kernel_features import (
     KINDS,
     Features,
@@ -222,14 +223,8 @@ def check_form(dynamics: Any, kind: Any) -> None:
         dynamics: of the memory.
         kind: of its features.
     """
-    for name, value, choices in (
-        ("dynamics", dynamics, DYNAMICS),
-        ("features.kind", kind, KINDS),
-    ):
-        if value not in choices:
-            raise ValueError(
-                f"`state.upscaled.{name}` must be one of {', '.join(choices)}; got {value!r}."
-            )
+    check_choice(dynamics, DYNAMICS, "`state.upscaled.dynamics`")
+    check_choice(kind, KINDS, "`state.upscaled.features.kind`")
 
 
 # Not checked at run time, for the reason given at `Features`.
