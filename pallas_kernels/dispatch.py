@@ -177,7 +177,7 @@ def _unsupported_gpu_reason(name: str, sizes: tuple[int, int]) -> str | None:
 
 
 def check(options: Options, inputs: WKVInputs, state: State, *, packed: bool) -> None:
-    """Raises unless the implementation that a call names, if it does, can serve the call.
+    """Raises unless the implementation can serve the call, if this names one.
 
     Args:
         options: of the call, as are the next two.
@@ -280,11 +280,7 @@ def forward(
     )
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["inputs", "state", "starts", "owners"],
-    meta_fields=["platform"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residuals:
     """What the forward pass keeps for the backward pass.
@@ -303,7 +299,7 @@ class Residuals:
     state: Any
     starts: Any
     owners: Any = None
-    platform: str | None = None
+    platform: str | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def zeros_like(shape: Any) -> Array:
