@@ -94,17 +94,7 @@ def backward(
     chunk: int | None = None,
     interpret: bool = False,
 ) -> tuple[WKVInputs, State]:
-    """Computes the gradients of the six inputs and of the start state.
-
-    Args:
-        inputs: as given to `forward_saving`.
-        starts: the states that `forward_saving` returned.
-        dy: gradient of y.
-        dend: gradient of the last state.
-        owners: as given to `forward_saving`.
-        chunk: as given to `forward_saving`.
-        interpret: has no effect.
-    """
+    """Computes the gradients of the six inputs and of the start state."""
     dtype = inputs.v.dtype
 
     def walk(dstates, saved):

@@ -14,7 +14,7 @@ lowered for several platforms at once needs `multi_platform_export`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,26 @@ from pallas_kernels.reference import State, WKVInputs
 from pallas_kernels.tpu import pallas_calls as pallas_tpu
 
 
+class Options(NamedTuple):
+    """What a call asks for, besides its arrays.
+
+    Attributes:
+        implementation: its name; None takes the best.
+        chunk: tokens of a chunk; None takes the implementation's.
+        interpret: run kernels in Pallas's interpreter.
+    """
+
+    implementation: str | None
+    chunk: int | None
+    interpret: bool
+
+
 class Implementation(Protocol):
     """The three functions that every implementation has.
 
     With `owners`, from `packed_rows`, a row holds several sequences, each with its own state; then
-    `chunk` is a number and the tokens are full chunks.
+    `chunk` is a number and the tokens are full chunks. None takes the implementation's own length.
+    `interpret` runs kernels in Pallas's interpreter, and changes nothing in plain JAX.
     """
 
     def forward(
@@ -70,7 +85,17 @@ class Implementation(Protocol):
         chunk: int | None = None,
         interpret: bool = False,
     ) -> tuple[WKVInputs, State]:
-        """Computes the gradients of the six inputs and of the start state."""
+        """Computes the gradients of the six inputs and of the start state.
+
+        Args:
+            inputs: as given to `forward_saving`, as are `owners`, `chunk` and `interpret`.
+            starts: the states that `forward_saving` returned.
+            dy: gradient of y.
+            dend: gradient of the last state.
+            owners: see inputs.
+            chunk: see inputs.
+            interpret: see inputs.
+        """
         ...
 
 
@@ -151,22 +176,13 @@ def _unsupported_gpu_reason(name: str, sizes: tuple[int, int]) -> str | None:
     return None
 
 
-def check(
-    name: str,
-    inputs: WKVInputs,
-    state: State,
-    chunk: int | None,
-    interpret: bool,
-    packed: bool = False,
-) -> None:
-    """Raises unless the implementation of this name can serve the call.
+def check(options: Options, inputs: WKVInputs, state: State, *, packed: bool) -> None:
+    """Raises unless the implementation can serve the call, if this names one.
 
     Args:
-        name: the implementation.
-        inputs: of the call, as are the next three.
-        state: see inputs.
-        chunk: see inputs.
-        interpret: see inputs.
+        options: of the call, as are the next two.
+        inputs: see options.
+        state: see options.
         packed: whether several sequences share a row.
 
     Raises:
@@ -174,17 +190,18 @@ def check(
         ImportError: a package is missing.
         RuntimeError: the packages' versions do not fit together.
     """
-    wanted = PLATFORMS.get(name)
+    name = options.implementation
     # "scan" and "chunked" are plain JAX: they run everywhere.
-    if wanted is None:
+    if name not in PLATFORMS:
         return
+    wanted = PLATFORMS[name]
     platform = platforms.target_platform()
-    if platform != wanted and not interpret:
+    if platform != wanted and not options.interpret:
         raise NotImplementedError(
             f"wkv7: {name!r} is made for {wanted} devices, this program for {platform}; name "
             f"another implementation or, to lower from here, set an abstract mesh of that device."
         )
-    reason = unsupported_reason(name, inputs, state, chunk)
+    reason = unsupported_reason(name, inputs, state, options.chunk)
     if reason:
         raise NotImplementedError(f"wkv7: {name!r} takes {reason}.")
     if name == "triton":
@@ -233,16 +250,12 @@ def _kernel_branch(platform: str, function: Callable) -> Callable:
     return functools.partial(wrapper, platform, function)
 
 
+@jax.named_scope("wkv7")
 def forward(
-    name: str | None,
-    inputs: WKVInputs,
-    state: State,
-    owners: Owners | None = None,
-    *,
-    chunk: int | None,
-    interpret: bool,
+    options: Options, inputs: WKVInputs, state: State, owners: Owners | None = None
 ) -> tuple[Array, State]:
     """Computes y and the state after the last token."""
+    name, chunk, interpret = options
     if name is not None:
         return _BY_NAME[name].forward(
             inputs, state, owners, chunk=chunk, interpret=interpret
@@ -267,11 +280,7 @@ def forward(
     )
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["inputs", "state", "starts", "owners"],
-    meta_fields=["platform"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residuals:
     """What the forward pass keeps for the backward pass.
@@ -290,7 +299,7 @@ class Residuals:
     state: Any
     starts: Any
     owners: Any = None
-    platform: str | None = None
+    platform: str | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def zeros_like(shape: Any) -> Array:
@@ -301,16 +310,12 @@ def zeros_like(shape: Any) -> Array:
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
+@jax.named_scope("wkv7")
 def forward_saving(
-    name: str | None,
-    inputs: WKVInputs,
-    state: State,
-    owners: Owners | None = None,
-    *,
-    chunk: int | None,
-    interpret: bool,
+    options: Options, inputs: WKVInputs, state: State, owners: Owners | None = None
 ) -> tuple[Array, State, Residuals]:
     """Computes y, the state after the last token, and what `backward` needs."""
+    name, chunk, interpret = options
     platform = platforms.target_platform()
     # "chunked" also on CPUs, where "scan" is the faster forward pass: its gradient is faster.
     if name is not None or not _takes_kernel(platform, inputs, state, chunk):
@@ -335,25 +340,19 @@ def forward_saving(
     return y, end, Residuals(inputs, state, starts, owners, platform)
 
 
+@jax.named_scope("wkv7_gradients")
 def backward(
-    name: str | None,
-    residuals: Residuals,
-    dy: Array,
-    dend: State,
-    *,
-    chunk: int | None,
-    interpret: bool,
+    options: Options, residuals: Residuals, dy: Array, dend: State
 ) -> tuple[WKVInputs, State]:
     """Computes the gradients of the six inputs and of the start state.
 
     Args:
-        name: the implementation, or None, as given to `forward_saving`.
+        options: as given to `forward_saving`.
         residuals: what `forward_saving` kept.
         dy: gradient of y.
         dend: gradient of the last state.
-        chunk: tokens of a chunk.
-        interpret: run kernels in Pallas's interpreter.
     """
+    name, chunk, interpret = options
     # The forward pass has chosen: the target may have changed since.
     platform = residuals.platform
     if platform is None:

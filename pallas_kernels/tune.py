@@ -10,6 +10,7 @@ bit for bit, itself. A crash, an illegal access or a time limit loses that tile 
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -88,15 +89,14 @@ def make_passes(candidate: Candidate) -> tuple[Callable, Callable]:
 
     The backward pass starts from states that the same choice has kept: they depend on the chunk.
     """
-    name = candidate.name
-    options: dict[str, Any] = {"chunk": None, "interpret": candidate.interpret}
+    options = dispatch.Options(candidate.name, None, candidate.interpret)
     inputs, state = make_inputs(candidate.case, candidate.dtype)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
     if not candidate.backward:
 
         @jax.jit
         def run(inputs, state):
-            y, end, residuals = dispatch.forward_saving(name, inputs, state, **options)
+            y, end, residuals = dispatch.forward_saving(options, inputs, state)
             # Not the inputs, which are residuals too: to return them is to copy them.
             return y, end, residuals.starts
 
@@ -104,10 +104,10 @@ def make_passes(candidate: Candidate) -> tuple[Callable, Callable]:
         return lambda: run(inputs, state), lambda: expected(wide, state)
     dy = jnp.sin(inputs.v)
     dend = jnp.cos(state)
-    residuals = jax.jit(
-        lambda *arrays: dispatch.forward_saving(name, *arrays, **options)[2]
-    )(inputs, state)
-    run = jax.jit(lambda *arrays: dispatch.backward(name, *arrays, **options))
+    residuals = jax.jit(lambda *arrays: dispatch.forward_saving(options, *arrays)[2])(
+        inputs, state
+    )
+    run = jax.jit(functools.partial(dispatch.backward, options))
 
     @jax.jit
     def expected(inputs, state, dy, dend):

@@ -1,17 +1,16 @@
 """The public WKV-7 op: argument checks, choice of implementation, its derivatives.
 
-`_compute` computes the op. In a gradient, `_saving` computes it and keeps states for the backward
-pass, and `_gradients` is that pass. Kernels cannot be differentiated, so these two have rules of
-their own: second and higher derivatives are those of "chunked", plain JAX on every platform. The
-op itself has no forward mode, since a transposed rule would take the place of the kernels'
-backward pass.
+In a gradient, `_saving` computes the op and keeps states for the backward pass, and `_gradients` is
+that pass. Kernels cannot be differentiated, so these two have rules of their own: second and higher
+derivatives are those of "chunked", plain JAX on every platform. The op itself has no forward mode,
+since a transposed rule would take the place of the kernels' backward pass.
 """
 
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import chunked, dispatch, packed_rows, platforms, tiles
 from pallas_kernels.eager import compiled_when_eager
-from pallas_kernels.packed_rows import Owners
 from pallas_kernels.reference import State, WKVInputs
 
 CHUNKS = (16, 32, 64)
@@ -54,29 +52,6 @@ def explain_forward_mode() -> Iterator[None]:
         raise TypeError(FORWARD_MODE) from None
 
 
-class _Options(NamedTuple):
-    """What a call asks for, besides its arrays."""
-
-    implementation: str | None
-    chunk: int | None
-    interpret: bool
-
-
-@jax.named_scope("wkv7_gradients")
-def _gradients(
-    options: _Options, residuals: dispatch.Residuals, dy: Array, dend: State
-) -> tuple[WKVInputs, State]:
-    """Computes the gradients of the six inputs and of the start state."""
-    return dispatch.backward(
-        options.implementation,
-        residuals,
-        dy,
-        dend,
-        chunk=options.chunk,
-        interpret=options.interpret,
-    )
-
-
 def _gradients_jvp(options, primals, tangents):
     """Differentiates the gradients, computed anew from the inputs by "chunked"."""
     owners = primals[0].owners
@@ -93,31 +68,16 @@ def _gradients_jvp(options, primals, tangents):
         return residuals.inputs, residuals.state, dy, dend
 
     _, changes = jax.jvp(gradients, arguments(*primals), arguments(*tangents))
-    return _differentiable_gradients(options, *primals), changes
+    return _gradients(options, *primals), changes
 
 
-_differentiable_gradients = jax.custom_jvp(_gradients, nondiff_argnums=(0,))
-_differentiable_gradients.defjvp(_gradients_jvp)
-
-
-@jax.named_scope("wkv7")
-def _saving(
-    options: _Options, inputs: WKVInputs, state: State, owners: Owners | None
-) -> tuple[Array, State, dispatch.Residuals]:
-    """Computes y, the state after the last token, and what `_gradients` needs."""
-    return dispatch.forward_saving(
-        options.implementation,
-        inputs,
-        state,
-        owners,
-        chunk=options.chunk,
-        interpret=options.interpret,
-    )
+_gradients = jax.custom_jvp(dispatch.backward, nondiff_argnums=(0,))
+_gradients.defjvp(_gradients_jvp)
 
 
 def _saving_jvp(options, primals, tangents):
     """Differentiates y and the last state by "chunked"."""
-    y, end, residuals = _differentiable_saving(options, *primals)
+    y, end, residuals = _saving(options, *primals)
     inputs, state, owners = primals
     inputs_change, state_change, owners_change = tangents
 
@@ -135,27 +95,12 @@ def _saving_jvp(options, primals, tangents):
     return (y, end, residuals), (y_change, end_change, changes)
 
 
-_differentiable_saving = jax.custom_jvp(_saving, nondiff_argnums=(0,))
-_differentiable_saving.defjvp(_saving_jvp)
-
-
-@jax.named_scope("wkv7")
-def _compute(
-    options: _Options, inputs: WKVInputs, state: State, owners: Owners | None
-) -> tuple[Array, State]:
-    """Computes y and the state after the last token."""
-    return dispatch.forward(
-        options.implementation,
-        inputs,
-        state,
-        owners,
-        chunk=options.chunk,
-        interpret=options.interpret,
-    )
+_saving = jax.custom_jvp(dispatch.forward_saving, nondiff_argnums=(0,))
+_saving.defjvp(_saving_jvp)
 
 
 def _forward(options, inputs, state, owners):
-    y, end, residuals = _differentiable_saving(options, inputs, state, owners)
+    y, end, residuals = _saving(options, inputs, state, owners)
     # All channels on one axis: of an array with heads of 64, XLA for TPU puts the tokens into the
     # lanes where it is kept, and copies it.
     flat = y.reshape(*y.shape[:2], y.shape[2] * y.shape[3])
@@ -170,10 +115,10 @@ def _forward(options, inputs, state, owners):
 def _backward(options, residuals, cotangents):
     dy, dend = cotangents
     # Owners are integers, which have no gradient.
-    return *_differentiable_gradients(options, residuals, dy, dend), None
+    return *_gradients(options, residuals, dy, dend), None
 
 
-_wkv7 = jax.custom_vjp(_compute, nondiff_argnums=(0,))
+_wkv7 = jax.custom_vjp(dispatch.forward, nondiff_argnums=(0,))
 _wkv7.defvjp(_forward, _backward)
 _call_wkv7 = compiled_when_eager(_wkv7, static_argnums=0)
 
@@ -440,12 +385,9 @@ def wkv7(
         places = packed_rows.find_places(ids, lengths, sequences=sequences, chunk=chunk)
         inputs = packed_rows.move_inputs(inputs, places)
     implementation = _check_chunks(inputs, implementation, chunk)
-    if implementation is not None:
-        dispatch.check(
-            implementation, inputs, state, chunk, interpret, packed=places is not None
-        )
+    options = dispatch.Options(implementation, chunk, interpret)
+    dispatch.check(options, inputs, state, packed=places is not None)
     state = platforms.varying_as(state, inputs)
-    options = _Options(implementation, chunk, interpret)
     with explain_forward_mode():
         y, end = _call_wkv7(options, inputs, state, places and places.owners)
     if places is not None:

@@ -243,21 +243,16 @@ def gradients_kernel(
         ref[0, :, 0, :] = grad.astype(ref.dtype)
 
 
-def token_kernel(r, log_w, k, v, a, b, start, end, y) -> None:
+def token_kernel(*refs) -> None:
     """Writes the state after one token, and y: some rows of a head, which are read once.
 
     Args:
-        r: the token, as are the next five; of v those rows' channels.
-        log_w: the token.
-        k: the token.
-        v: the token.
-        a: the token.
-        b: the token.
-        start: the rows of the state.
-        end: written, as start; it may lie in start's place.
-        y: written, as v.
+        *refs: the token's r, log_w, k, v, a and b, of v those rows' channels; the rows of the
+            state; written are the end state, as the start's, in whose place it may lie, and y, as
+            v.
     """
-    token = WKVInputs(*(_load(ref, 0) for ref in (r, log_w, k, v, a, b)))
+    *inputs, start, end, y = refs
+    token = WKVInputs(*(_load(ref, 0) for ref in inputs))
     before = start[0, 0]
     removed = jnp.sum(before * token.a[None, :], axis=1)
     after = (

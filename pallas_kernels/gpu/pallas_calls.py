@@ -95,7 +95,11 @@ def _walk(
     if spans is not None:
         arrays = [*arrays, ("span", spans)]
     kernel = functools.partial(
-        kernel, chunk=choice.chunk, probes=probes, packed=spans is not None
+        kernel,
+        chunk=choice.chunk,
+        arithmetic=kernels.choose_arithmetic(first.dtype, choice, interpret),
+        probes=probes,
+        packed=spans is not None,
     )
     grid = (heads, values // rows, state.shape[0])
     return _call(kernel, grid, blocks, arrays, outputs, tile, interpret)
@@ -142,9 +146,8 @@ class PallasKernels(KernelSet):
             outputs.append(("values", output_like(v.shape, v.dtype, state, v)))
         if save:
             outputs.append(("states", _chunk_states(state, v, choice)))
-        arithmetic = kernels.choose_arithmetic(v.dtype, choice, interpret)
         return _walk(
-            functools.partial(kernels.forward_kernel, arithmetic=arithmetic),
+            kernels.forward_kernel,
             arrays,
             outputs,
             choice,
@@ -176,9 +179,8 @@ class PallasKernels(KernelSet):
         outputs = [("state", output_like(dend.shape, jnp.float32, dend, dy))]
         if probes is None:
             outputs.append(("states", _chunk_states(dend, dy, choice)))
-        arithmetic = kernels.choose_arithmetic(dy.dtype, choice, interpret)
         return _walk(
-            functools.partial(kernels.state_kernel, arithmetic=arithmetic),
+            kernels.state_kernel,
             arrays,
             outputs,
             choice,
@@ -214,15 +216,9 @@ class PallasKernels(KernelSet):
         outputs = [(kind, output_like(x.shape, x.dtype, x, dy)) for kind, x in six]
         grid = (heads, tokens // chunk, batch)
         arithmetic = kernels.choose_arithmetic(dy.dtype, choice, interpret)
-        return _call(
-            functools.partial(kernels.gradients_kernel, arithmetic=arithmetic),
-            grid,
-            blocks,
-            arrays,
-            outputs,
-            choice.gradients,
-            interpret,
-        )
+        kernel = functools.partial(kernels.gradients_kernel, arithmetic=arithmetic)
+        tile = choice.gradients
+        return _call(kernel, grid, blocks, arrays, outputs, tile, interpret)
 
     def token_kernel(
         self, inputs: WKVInputs, state: State, interpret: bool
@@ -243,16 +239,10 @@ class PallasKernels(KernelSet):
             ("state", output_like(state.shape, jnp.float32, state, v)),
             ("values", output_like(v.shape, v.dtype, state, v)),
         ]
-        end, y = _call(
-            kernels.token_kernel,
-            (heads, values // rows, batch),
-            blocks,
-            arrays,
-            outputs,
-            tile,
-            interpret,
-            aliases={len(inputs): 0},
-        )
+        kernel = kernels.token_kernel
+        grid = (heads, values // rows, batch)
+        aliases = {len(inputs): 0}
+        end, y = _call(kernel, grid, blocks, arrays, outputs, tile, interpret, aliases)
         return y, end
 
 

@@ -197,6 +197,8 @@ def _spans(owners: Owners | None, state: State) -> Spans | None:
 class KernelSet(abc.ABC):
     """An implementation of the op by three kernels, and a fourth for single tokens where it pays.
 
+    Tokens are bfloat16 or float32, states float32; matrix products take operands of v's dtype.
+
     Attributes:
         table: the tiles, of `tiles`.
     """
@@ -319,15 +321,7 @@ class KernelSet(abc.ABC):
         chunk: int | None = None,
         interpret: bool = False,
     ) -> tuple[Values, State]:
-        """Computes y and the state after the last token.
-
-        Args:
-            inputs: bfloat16 or float32; matrix products take operands of v's dtype.
-            state: float32.
-            owners: of packed rows, whose tokens are full chunks; else None.
-            chunk: tokens of a chunk; None takes the table's.
-            interpret: run in Pallas's interpreter, for tests.
-        """
+        """Computes y and the state after the last token."""
         if owners is None and inputs.r.shape[1] == 1:
             found = self.token_kernel(inputs, state, interpret)
             if found is not None:
@@ -359,17 +353,7 @@ class KernelSet(abc.ABC):
         chunk: int | None = None,
         interpret: bool = False,
     ) -> tuple[WKVInputs, State]:
-        """Computes the gradients of the six inputs and of the start state.
-
-        Args:
-            inputs: as given to `forward_saving`.
-            starts: the states that `forward_saving` returned.
-            dy: gradient of y.
-            dend: gradient of the last state.
-            owners: as given to `forward_saving`.
-            chunk: as given to `forward_saving`.
-            interpret: run in Pallas's interpreter, for tests.
-        """
+        """Computes the gradients of the six inputs and of the start state."""
         batch, tokens, heads, values = dy.shape
         plan = self._plan(inputs, owners, chunk)
         choice, segments = plan

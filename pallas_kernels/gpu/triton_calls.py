@@ -102,15 +102,7 @@ class TritonKernels(KernelSet):
     ) -> Sequence[Array]:
         """Launches the forward kernel."""
 
-        def describe_outputs(
-            r,
-            log_w,
-            k,
-            v,
-            a,
-            b,
-            state,
-        ):
+        def describe_outputs(r, log_w, k, v, a, b, state):
             y_shape = v.shape if probes is None else v.shape[:1]
             end = output_like(state.shape, jnp.float32, state, v)
             y = output_like(y_shape, v.dtype, state, v)
@@ -143,14 +135,7 @@ class TritonKernels(KernelSet):
         """Launches the state's kernel."""
         save = probes is None
 
-        def describe_outputs(
-            r,
-            log_w,
-            a,
-            b,
-            dy,
-            dend,
-        ):
+        def describe_outputs(r, log_w, a, b, dy, dend):
             dstart = output_like(dend.shape, jnp.float32, dend, dy)
             return [dstart, _chunk_states(dend, dy, choice, save)]
 

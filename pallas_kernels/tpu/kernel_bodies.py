@@ -110,41 +110,22 @@ def _forward_group(
 
 
 def forward_kernel(
-    r,
-    log_w,
-    k,
-    v,
-    a,
-    b,
-    start_ref,
-    y_ref,
-    end_ref,
-    *rest,
-    layout: TileLayout,
-    save: bool,
-    chunk_of: Callable,
-    owners=None,
+    *refs, layout: TileLayout, save: bool, chunk_of: Callable, owners=None
 ) -> None:
     """Writes what one chunk of some groups of heads reads, and their states after it.
 
     Args:
-        r: tokens, as are the next five.
-        log_w: tokens.
-        k: tokens.
-        v: tokens.
-        a: tokens.
-        b: tokens.
-        start_ref: the start states.
-        y_ref: tokens, written.
-        end_ref: as start_ref, written with the last chunk.
-        *rest: with `save` the states before the chunk, written; then scratch memory for the states.
+        *refs: r, log_w, k, v, a, b and the start states; written are y, with the last chunk the end
+            states and, with `save`, the states before the chunk; then scratch memory for the
+            states.
         layout: the sizes.
         save: whether the states before the chunk are written.
         chunk_of: maps the grid's last index to the chunk's number.
         owners: for packed rows the sequence of each chunk; else None.
     """
+    inputs = WKVInputs(*refs[:6])
+    start_ref, y_ref, end_ref, *rest = refs[6:]
     starts_ref, state = rest if save else (None, *rest)
-    inputs = WKVInputs(r, log_w, k, v, a, b)
     masks = make_masks(layout)
     is_first, is_last = _borders(owners, chunk_of)
 

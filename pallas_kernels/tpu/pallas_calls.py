@@ -1,4 +1,8 @@
-"""WKV-7 on TPU: the calls of the Pallas kernels, in which a grid step takes a chunk of tokens."""
+"""WKV-7 on TPU: the calls of the Pallas kernels, in which a grid step takes a chunk of tokens.
+
+Tokens are bfloat16 or float32, states float32. Matrix products take bfloat16 operands if v has that
+dtype, else float32 ones.
+"""
 
 import functools
 import math
@@ -224,16 +228,7 @@ def forward(
     chunk: int | None = None,
     interpret: Interpret = False,
 ) -> tuple[Float[Array, "B T H Nv"], State]:
-    """Computes y and the state after the last token.
-
-    Args:
-        inputs: bfloat16 or float32. Matrix products take bfloat16 operands if v has that dtype,
-            else float32 ones.
-        state: float32.
-        owners: of packed rows, whose tokens are full chunks; else None.
-        chunk: tokens of a grid step; None takes the table's.
-        interpret: run in Pallas's interpreter, for tests.
-    """
+    """Computes y and the state after the last token."""
     y, end = _run_forward(inputs, state, owners, chunk, False, interpret)
     return y, end
 
@@ -261,17 +256,7 @@ def backward(
     chunk: int | None = None,
     interpret: Interpret = False,
 ) -> tuple[WKVInputs, State]:
-    """Computes the gradients of the six inputs and of the start state.
-
-    Args:
-        inputs: as given to `forward_saving`.
-        starts: the states that `forward_saving` returned.
-        dy: gradient of y.
-        dend: gradient of the last state.
-        owners: as given to `forward_saving`.
-        chunk: as given to `forward_saving`.
-        interpret: run in Pallas's interpreter, for tests.
-    """
+    """Computes the gradients of the six inputs and of the start state."""
     layout = choose_layout(inputs, chunk)
     tokens = WKVInputs(*(_flatten_heads(x, layout) for x in inputs))
     flat_dy = _flatten_heads(dy, layout)

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.eager import compiled_when_eager
 from rwkv7_jax.array_types import Activations, Heads, Lengths
 from rwkv7_jax.based.state import ConvMemory, WindowMemory
-from rwkv7_jax.based.taylor import wide_dtype
-from rwkv7_jax.model.casts import per_channel
+from rwkv7_jax.based.taylor import cut, join
+from rwkv7_jax.model.casts import per_channel, wide_dtype, widened
 from rwkv7_jax.model.products import precision
 
 # The fewest tokens of a piece in which a window is computed at once.
@@ -21,7 +21,7 @@ def root_mean_square_norm(
     x: Activations, weight: Float[Array, " D"], eps: float
 ) -> Activations:
     """Scales to a mean square of 1 and then by the weight, in float32 or wider."""
-    wide = x.astype(wide_dtype(x.dtype))
+    wide = widened(x)
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(mean_square + eps)
     return (wide * per_channel(weight, wide)).astype(x.dtype)
@@ -61,13 +61,8 @@ def window_attention(
     slots = memory.keys.shape[1]
     # In pieces, so that a long sequence costs T times the window and not T times T.
     size = max(1, min(tokens, max(slots, _PIECE)))
-    count = -(-tokens // size)
     if lengths is None:
         lengths = jnp.full(batch, tokens, jnp.int32)
-
-    def pieces(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, count * size - tokens), (0, 0), (0, 0)))
-        return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
 
     def step(memory, piece):
         q, k, v, begin = piece
@@ -75,10 +70,10 @@ def window_attention(
         y = _attend(q, k, v, memory, counted)
         return _write(k, v, memory, counted), y
 
-    begins = size * jnp.arange(count)
-    memory, y = jax.lax.scan(step, memory, (pieces(q), pieces(k), pieces(v), begins))
-    y = jnp.moveaxis(y, 0, 1).reshape(batch, count * size, *y.shape[3:])
-    return y[:, :tokens], memory
+    pieces = [cut(x, size) for x in (q, k, v)]
+    begins = size * jnp.arange(len(pieces[0]))
+    memory, y = jax.lax.scan(step, memory, (*pieces, begins))
+    return join(y, tokens), memory
 
 
 def _attend(

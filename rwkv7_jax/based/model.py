@@ -15,7 +15,7 @@ from rwkv7_jax.array_types import Activations, Heads, Lengths, Logits, Tokens
 from rwkv7_jax.based import mixers
 from rwkv7_jax.based.config import BasedConfig
 from rwkv7_jax.based.state import BasedState, Memory, check_based_state
-from rwkv7_jax.based.taylor import linear_attention, wide_dtype
+from rwkv7_jax.based.taylor import linear_attention
 from rwkv7_jax.checks import (
     as_array,
     check_instance,
@@ -24,17 +24,12 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.model import inputs, products
-from rwkv7_jax.model.casts import per_channel
+from rwkv7_jax.model.casts import per_channel, wide_dtype
 
-
-def _normal(scale: float):
-    """Makes an initializer of independent normal draws."""
-    return lambda key, shape: scale * jax.random.normal(key, shape, jnp.float32)
-
-
-def _constant(value: float):
-    """Makes an initializer of one number everywhere; float32 under x64 too."""
-    return lambda key, shape: jnp.full(shape, value, jnp.float32)
+# float32 under x64 too.
+_EMBEDDING = nn.initializers.normal(0.02, jnp.float32)
+_ZEROS = nn.initializers.constant(0.0, jnp.float32)
+_ONES = nn.initializers.constant(1.0, jnp.float32)
 
 
 def _square_root_of_inputs(key: Array, shape: tuple[int, int]) -> Array:
@@ -94,7 +89,7 @@ class Based(nn.Module):
                 _check_params(self.variables.get("params", {}), config)
 
         table = (config.vocab_size, config.width)
-        emb = jnp.asarray(self.param("emb", _normal(0.02), table))
+        emb = jnp.asarray(self.param("emb", _EMBEDDING, table))
         x = inputs.embed(tokens, emb).astype(config.dtype)
         memories = []
         for index, memory in enumerate(state.layers):
@@ -121,7 +116,7 @@ class _Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
         """Applies the norm."""
-        weight = jnp.asarray(self.param("weight", _constant(1.0), (self.config.width,)))
+        weight = jnp.asarray(self.param("weight", _ONES, (self.config.width,)))
         return mixers.root_mean_square_norm(x, weight, self.config.norm_eps)
 
 
@@ -178,10 +173,9 @@ class _Convolution(_Mixer):
     def __call__(self, x, memory, lengths):
         """Computes the contribution to the residual stream, and the new memory."""
         width = self.config.width
-        zeros = _constant(0.0)
         taps = jnp.asarray(self.param("taps", _taps, (self.config.kernel_size, width)))
-        shift = jnp.asarray(self.param("shift", zeros, (width,)))
-        bias = jnp.asarray(self.param("gate_bias", zeros, (width,)))
+        shift = jnp.asarray(self.param("shift", _ZEROS, (width,)))
+        bias = jnp.asarray(self.param("gate_bias", _ZEROS, (width,)))
         mixed, memory = mixers.short_convolution(x, taps, shift, memory, lengths)
         gate = self.project(x, "gate", width) + per_channel(bias, x)
         return mixed * gate + x, memory
@@ -233,7 +227,7 @@ class _MLP(_Mixer):
         hidden = jnp.square(jax.nn.relu(self.project(x, "up", config.mlp_width)))
         # From zeros: a new layer is its mixer alone.
         shape = (config.width, config.mlp_width)
-        down = jnp.asarray(self.param("down", _constant(0.0), shape))
+        down = jnp.asarray(self.param("down", _ZEROS, shape))
         return products.linear(hidden, down)
 
 

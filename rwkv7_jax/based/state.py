@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import describe_fields
 from rwkv7_jax.based.config import BasedConfig
-from rwkv7_jax.based.taylor import feature_count, wide_dtype
+from rwkv7_jax.based.taylor import feature_count
 from rwkv7_jax.checks import check_count, check_instance, prefix_errors
+from rwkv7_jax.model.casts import wide_dtype
 from rwkv7_jax.model.config import RWKV7Config
 
 

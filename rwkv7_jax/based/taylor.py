@@ -13,21 +13,16 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.eager import compiled_when_eager
-from rwkv7_jax.array_types import Lengths
+from rwkv7_jax.array_types import Heads, Lengths
 from rwkv7_jax.checks import as_array, check_count, prefix_errors
+from rwkv7_jax.model.casts import widened
 from rwkv7_jax.model.inputs import safe_lengths
 
 # Products of float32 operands in full; GPU and TPU would shorten them.
 _einsum = functools.partial(jnp.einsum, precision="highest")
-
-
-def wide_dtype(dtype) -> np.dtype:
-    """Returns the dtype of states and sums: float32, or float64 where activations are float64."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def feature_count(size: int) -> int:
@@ -42,7 +37,7 @@ def features(x: Float[Array, "... Nk"]) -> Float[Array, "... M"]:
     d (d + 1) / 2 in all. The result is float32, or float64 for float64 vectors.
     """
     size = x.shape[-1]
-    x = x.astype(wide_dtype(x.dtype)) / size**0.25
+    x = widened(x) / size**0.25
     parts = [jnp.ones_like(x[..., :1]), x]
     for i in range(size):
         # x_i x_j with j > i is two equal entries of x x^T, which cancel the 1/2. Slices, because
@@ -130,12 +125,9 @@ def linear_attention(
         k = jnp.where(counts, k, 0)
         v = jnp.where(counts, v, 0)
     size = max(1, min(chunk, tokens))
-    pieces = [_chunks(x, size) for x in (q, k, v)]
+    pieces = [cut(x, size) for x in (q, k, v)]
     state, y = _attend_to_chunks(state, *pieces)
-    # [pieces B C H Nv] to [B T H Nv], without the zeros that filled up the last chunk.
-    y = jnp.moveaxis(y, 0, 1)
-    y = y.reshape(y.shape[0], y.shape[1] * size, *y.shape[3:])
-    return y[:, :tokens].astype(dtype), state
+    return join(y, tokens).astype(dtype), state
 
 
 # Recomputed in the backward pass: all chunks' features would take more memory than the rest.
@@ -160,12 +152,19 @@ def _attend_to_chunks(
     return jax.lax.scan(_step, state, (q, k, v))
 
 
-def _chunks(x: Array, size: int) -> Array:
-    """Cuts [B T H N] into [pieces B C H N]; zeros fill up the last chunk."""
+def cut(x: Heads, size: int) -> Float[Array, "P B C H N"]:
+    """Cuts tokens into pieces of `size`; zeros fill up the last one."""
     batch, tokens, *channels = x.shape
     x = jnp.pad(x, ((0, 0), (0, -tokens % size), (0, 0), (0, 0)))
     count = x.shape[1] // size
     return jnp.moveaxis(x.reshape(batch, count, size, *channels), 1, 0)
+
+
+def join(x: Float[Array, "P B C H N"], tokens: int) -> Heads:
+    """Inverts `cut` of so many tokens."""
+    count, batch, size, *channels = x.shape
+    x = jnp.moveaxis(x, 0, 1).reshape(batch, count * size, *channels)
+    return x[:, :tokens]
 
 
 def _check_shapes(q: Array, k: Array, v: Array, state: Array) -> None:

@@ -19,8 +19,9 @@ from rwkv7_jax.array_types import Activations, Heads
 from rwkv7_jax.model import initializers as initial
 from rwkv7_jax.model import norms, pointwise, products, token_shift
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.layer_states import LayerMemories, LayerState
+from rwkv7_jax.model.layer_states import LayerMemories
 from rwkv7_jax.model.recurrence import recurrence
+from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.sharding import own_part, sum_over_heads
 
 # The vectors of the recurrence, which `method="trace"` returns for every block.
@@ -59,6 +60,8 @@ _BIASES = {
 }
 
 
+# Linen draws a parameter from the number of draws before it in the same module: a new model has
+# other weights when the order of these calls changes.
 def _weight(module: Any, name: str, draw: initial.Initial, layer) -> Any:
     """Declares a weight; of one whose heads several devices share, this device's part."""
     path = "/".join((*module.path, name))
@@ -113,7 +116,7 @@ class TimeMix(nn.Module):
     """The attention half of a block: token shift, projections, recurrence, norm, bonus, gate.
 
     `layer` is the block's index, which the initial values depend on. It is traced inside the scan,
-    so it is an argument and not a field.
+    so it is an argument and not a field. `state` is one layer's, without the axis L.
     """
 
     config: RWKV7Config
@@ -123,7 +126,7 @@ class TimeMix(nn.Module):
     def __call__(
         self,
         x: Activations,
-        state: LayerState,
+        state: RWKV7State,
         v_first,
         *,
         lengths,
@@ -141,7 +144,7 @@ class TimeMix(nn.Module):
         # Token shift: x_c = lerp(x_t, x_{t-1}, mu_c), with one mu for each of r, w, k, v, a, g.
         coefficients = []
         for name, power in _SHIFTS.items():
-            coefficients.append(self._weight(name, initial.lerp(power), layer))
+            coefficients.append(_weight(self, name, initial.lerp(power), layer))
         x_r, x_w, x_k, x_v, x_a, x_g = token_shift.mix_with_previous(
             x, state.att_shift, tuple(coefficients), segments
         )
@@ -168,9 +171,9 @@ class TimeMix(nn.Module):
             v = pointwise.mix_values(v, v_first, raw["v"], bias["v"])
 
         # kappa^ = (k * xi) / |k * xi| for each head,  k~ = k * lerp(1, sigmoid(a), alpha)
-        xi = self._weight("k_k", initial.removal_scale, layer)
+        xi = _weight(self, "k_k", initial.removal_scale, layer)
         xi = xi.reshape(-1, config.head_size)
-        alpha = self._weight("k_a", initial.constant(1.02, config.width), layer)
+        alpha = _weight(self, "k_a", initial.constant(1.02, config.width), layer)
         k, a, b, icl_rate = pointwise.removal_and_replacement(
             k, raw["a"], bias["a"], xi, alpha
         )
@@ -213,11 +216,6 @@ class TimeMix(nn.Module):
         }
         return out, (att_shift, wkv, memory), v_first, trace
 
-    # Linen draws a parameter from the number of draws before it in the same module: a new model has
-    # other weights when the order of these calls changes.
-    def _weight(self, name: str, draw: initial.Initial, layer) -> Array:
-        return _weight(self, name, draw, layer)
-
     def _square(self, name: str, gain: float) -> Linear:
         """Makes a D x D projection; a gain of 0 starts it from zeros."""
         width = self.config.width
@@ -249,11 +247,11 @@ class TimeMix(nn.Module):
             rank = ranks[letter]
             # Zeros here but not in `up`: where both are zero, neither gets a gradient through tanh.
             zeros = initial.constant(0.0, config.width, rank)
-            down = self._weight(f"{letter}1", zeros, layer)
+            down = _weight(self, f"{letter}1", zeros, layer)
             draw = initial.low_rank_out(rank, config.width)
-            ups.append(self._weight(f"{letter}2", draw, layer))
+            ups.append(_weight(self, f"{letter}2", draw, layer))
             if letter in _BIASES:
-                biases[letter] = self._weight(f"{letter}0", _BIASES[letter], layer)
+                biases[letter] = _weight(self, f"{letter}0", _BIASES[letter], layer)
             hidden.append(_ACTIVATIONS[letter](products.project(x, down)))
         hidden = products.share_buffer_of_one_token(hidden)
         raw = {}
@@ -266,7 +264,7 @@ class TimeMix(nn.Module):
     ) -> Activations:
         """Computes g * p, with p = norm(y) + bonus."""
         sizes = (self.config.num_heads, self.config.head_size)
-        rho = self._weight("r_k", initial.constant(-0.04, *sizes), layer)
+        rho = _weight(self, "r_k", initial.constant(-0.04, *sizes), layer)
         norm = HeadNorm(self.config, name="ln_x")(layer)
         r_k_v = (inputs.r, inputs.k, inputs.v)
         return pointwise.read_out(y, r_k_v, gate, rho, norm, self.config.group_norm_eps)
@@ -321,7 +319,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Activations,
-        state: LayerState,
+        state: RWKV7State,
         layer,
         v_first,
         lengths,

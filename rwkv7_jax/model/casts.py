@@ -4,12 +4,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
+def wide_dtype(dtype: DTypeLike) -> np.dtype:
+    """Returns the dtype of sums: float32, or float64, in which laws are checked."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Brings numbers to float32; float64, in which laws are checked, stays."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    """Brings numbers to float32; float64 stays."""
+    return x.astype(wide_dtype(x.dtype))
 
 
 def at_least_int32(numbers: Any) -> Array:

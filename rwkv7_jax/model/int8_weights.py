@@ -9,7 +9,6 @@ one by one, so that no sum over inputs averages the errors of a row with one lar
 """
 
 import typing
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -126,18 +125,13 @@ def quantize(params: Params, origin: str = "") -> Params:
             'quantize: `params` must be the inner tree of weights; got {"params": ...}.'
         )
 
-    def convert(tree: Mapping[str, Any], path: tuple[str, ...]) -> Params:
-        converted = {}
-        for name, node in tree.items():
-            place = (*path, name)
-            if isinstance(node, Mapping):
-                node = convert(node, place)
-            elif not is_int8(node) and is_quantizable(place, node.ndim):
-                node = quantize_rows(node, origin)
-            converted[name] = node
-        return converted
+    def convert(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = tuple(key.key for key in path)
+        if is_int8(leaf) or not is_quantizable(names, leaf.ndim):
+            return leaf
+        return quantize_rows(leaf, origin)
 
-    return convert(params, ())
+    return jax.tree_util.tree_map_with_path(convert, params, is_leaf=is_int8)
 
 
 def dequantize(params: Params) -> Params:

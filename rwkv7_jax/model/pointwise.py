@@ -12,7 +12,6 @@ from rwkv7_jax.array_types import Activations, Heads
 from rwkv7_jax.model import norms
 from rwkv7_jax.model.casts import per_channel, widened
 from rwkv7_jax.model.head_sums import (
-    HeadView,
     spread_over_heads,
     sum_heads,
     view_heads,
@@ -66,11 +65,12 @@ def removal_and_replacement(
     removal = -negative_key * view_heads(icl_rate, head_size)
     # k~ = k * lerp(1, a, alpha), the replacement key
     k = k * (1 + (icl_rate - 1) * per_channel(alpha, k))
+    heads = (*k.shape[:2], *xi.shape)
     return (
-        _split(k, xi),
-        _split(negative_key, xi),
-        _split(removal, xi),
-        _split(icl_rate, xi),
+        k.reshape(heads),
+        negative_key.reshape(heads),
+        removal.reshape(heads),
+        icl_rate.reshape(heads),
     )
 
 
@@ -114,8 +114,3 @@ def _with_bias(raw: Activations, bias: Vector) -> Float[Array, "B T D"]:
     """Adds a bias in float32."""
     wide = widened(raw)
     return wide + per_channel(bias, wide)
-
-
-def _split(x: HeadView, like: Float[Array, "H N"]) -> Heads:
-    """Splits the channels into heads."""
-    return x.reshape(*x.shape[:2], *like.shape)

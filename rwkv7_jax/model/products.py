@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import platforms
-from rwkv7_jax.model.casts import per_channel
+from rwkv7_jax.model.casts import per_channel, wide_dtype
 from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
 from rwkv7_jax.model.remat import name_product
 
@@ -57,8 +57,7 @@ def head_logits(
     weight: Weight,
 ) -> Float[Array, "... V"]:
     """Computes float32 logits from operands in the activations' dtype."""
-    # Of float64, which laws are checked in, float64.
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = wide_dtype(x.dtype)
     if isinstance(weight, Int8Matrix):
         return _int8_product(x, weight, wide)
     return _product(x, weight.astype(x.dtype), wide)

@@ -32,12 +32,7 @@ from rwkv7_jax.model import initializers as initial
 from rwkv7_jax.model import inputs, products, time_shards
 from rwkv7_jax.model.block import BY_HEADS, TRACE, Block, Norm
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.layer_states import (
-    LayerState,
-    joined_state,
-    layer_states,
-    state_after,
-)
+from rwkv7_jax.model.layer_states import state_after
 from rwkv7_jax.model.remat import keep_for_backward
 from rwkv7_jax.model.segments import Segments, check_packed_state, find_segments
 from rwkv7_jax.model.state import RWKV7State, check_state
@@ -281,12 +276,11 @@ class RWKV7(nn.Module):
         config = self.config
         x = Embedding(config, name="emb")(tokens).astype(config.dtype)
         x = Norm(config, name="ln0")(x)
-        states = layer_states(state)
-        x, memories, trace = self._blocks(x, states, lengths, segments, names)
+        x, memories, trace = self._blocks(x, state, lengths, segments, names)
         x = Norm(config, name="ln_out")(x)
         if project:
             x = _with_gathered_weights(Head, self, "head")(config, name="head")(x)
-        return x, joined_state(state_after(states, memories)), trace
+        return x, state_after(state, memories), trace
 
     @nn.nowrap
     def _checked(
@@ -320,7 +314,7 @@ class RWKV7(nn.Module):
     def _blocks(
         self,
         x: Activations,
-        states: LayerState,
+        state: RWKV7State,
         lengths,
         segments,
         names: tuple[str, ...],
@@ -334,7 +328,7 @@ class RWKV7(nn.Module):
         block = _with_gathered_weights(Block, self, "layer_0", "layers")
 
         # Layer 0 is outside of the scan: it has no value residual, so its parameters differ.
-        first_state = jax.tree.map(lambda leaf: leaf[0], states)
+        first_state = jax.tree.map(lambda leaf: leaf[0], state)
         first_block = keep_for_backward(block, config.remat, is_scanned=False)(
             config, True, names, name="layer_0"
         )
@@ -356,7 +350,7 @@ class RWKV7(nn.Module):
             in_axes=in_axes,
             length=config.num_layers - 1,
         )
-        other_states = jax.tree.map(lambda leaf: leaf[1:], states)
+        other_states = jax.tree.map(lambda leaf: leaf[1:], state)
         other_blocks = scanned(config, False, names, name="layers")
         index = jnp.arange(1, config.num_layers, dtype=jnp.int32)
         x, (other_memories, _, other_trace) = other_blocks(

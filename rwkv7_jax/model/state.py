@@ -39,6 +39,8 @@ from rwkv7_jax.model.upscaled_memory import Upscaled, check_form
 class RWKV7State:
     """The memory of a batch of sequences, all layers together.
 
+    One layer's part of it is such a state as well, whose leaves have no axis L.
+
     Attributes:
         att_shift: the last token's first-norm output of each layer, in the activations' dtype.
         wkv: the recurrent states, float32: rows are value channels, columns are key channels.
@@ -189,17 +191,18 @@ def _map_batch(change: Callable, state: RWKV7State, *others: RWKV7State) -> RWKV
     `change` takes one leaf of each state.
     """
     states = (state, *others)
-    return RWKV7State(
-        att_shift=_map_field(change, states, "att_shift"),
-        wkv=_map_field(change, states, "wkv"),
-        ffn_shift=_map_field(change, states, "ffn_shift"),
-        upscaled=_map_batch_upscaled(change, states),
-    )
+    upscaled = _map_batch_upscaled(change, states)
+    return _map_plain_leaves(change, states).replace(upscaled=upscaled)
 
 
-def _map_field(change: Callable, holders: Sequence[Any], name: str) -> Array:
-    """Calls `change` with one field of every state, or of every upscaled memory."""
-    return change(*[getattr(holder, name) for holder in holders])
+def _map_plain_leaves(change: Callable, states: Sequence[RWKV7State]) -> RWKV7State:
+    """Calls `change` with the leaves that every state has; returns a state that is not upscaled."""
+    return jax.tree.map(change, *[state.replace(upscaled=None) for state in states])
+
+
+def _map_field(change: Callable, memories: Sequence[Upscaled], name: str) -> Array:
+    """Calls `change` with one field of every upscaled memory."""
+    return change(*[getattr(memory, name) for memory in memories])
 
 
 def _map_batch_upscaled(
@@ -394,12 +397,7 @@ def map_linear_leaves(
             memory=_map_field(change, memories, "memory"),
             write=_map_field(change, memories, "write"),
         )
-    return RWKV7State(
-        att_shift=_map_field(change, states, "att_shift"),
-        wkv=_map_field(change, states, "wkv"),
-        ffn_shift=_map_field(change, states, "ffn_shift"),
-        upscaled=upscaled,
-    )
+    return _map_plain_leaves(change, states).replace(upscaled=upscaled)
 
 
 def stack(states: list[RWKV7State]) -> RWKV7State:

@@ -49,7 +49,8 @@ def wkv7_along_time(
     count = jax.lax.axis_size(axis)
     *before_values, values = state.shape
     rows = inputs.v.shape[-1]
-    own_start = _on_first(state, axis)
+    is_first = jax.lax.axis_index(axis) == 0
+    own_start = jnp.where(is_first, state, 0)
     identity = jnp.broadcast_to(
         jnp.eye(values, dtype=state.dtype), (*before_values[:-1], values, values)
     )
@@ -63,7 +64,7 @@ def wkv7_along_time(
     # [B H Nv Nk] and [B H Nk Nk]. The first piece has its start state already: nothing that comes
     # before it can change its end, which is M = 0.
     added = ends[..., :rows, :]
-    kept = jnp.where(jax.lax.axis_index(axis) == 0, 0, ends[..., rows:, :])
+    kept = jnp.where(is_first, 0, ends[..., rows:, :])
     # After a round of distance d, `added` and `kept` cover the 2d pieces that end here. Devices
     # that receive nothing get zeros: their range reaches the first piece already.
     distance = 1
@@ -137,11 +138,6 @@ def from_last_token(
     owner = jnp.maximum(in_all - 1, 0) // tokens
     is_owner = owner == jax.lax.axis_index(axis)
     return jax.lax.psum(jnp.where(is_owner[:, None], x, jnp.zeros_like(x)), axis)
-
-
-def _on_first(x: Array, axis: str) -> Array:
-    """Returns an array on the first device, and zeros on the others."""
-    return jnp.where(jax.lax.axis_index(axis) == 0, x, jnp.zeros_like(x))
 
 
 def _from_before(x: Array, axis: str, distance: int) -> Array:

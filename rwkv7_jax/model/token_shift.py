@@ -19,16 +19,12 @@ def mix_with_previous(
     segments: Segments | None = None,
 ) -> tuple[Activations, ...]:
     """Interpolates between every token and the one before it, by each vector of coefficients."""
-    before = token_before(x, before)
+    axis = time_axis()
+    if axis is not None:
+        before = time_shards.previous_token(x, before, axis)
     previous = previous_tokens(x, before, segments)
     mixed = [_lerp(x, previous, vector) for vector in coefficients]
     return share_buffer_of_one_token(mixed)
-
-
-def token_before(x: Activations, before: Float[Array, "S D"]) -> Float[Array, "S D"]:
-    """Returns what comes before this device's tokens; `before`, from the state, on one device."""
-    axis = time_axis()
-    return before if axis is None else time_shards.previous_token(x, before, axis)
 
 
 def previous_tokens(
@@ -36,7 +32,7 @@ def previous_tokens(
     before: Float[Array, "S D"],
     segments: Segments | None = None,
 ) -> Activations:
-    """Shifts by one token; the first one's predecessor is `before`, from the state."""
+    """Shifts by one token; the first one's predecessor is `before`."""
     if segments is not None:
         return segments_of_rows.shift(x, before, segments)
     # [B T+1 D]; its first T tokens are the predecessors.

@@ -17,17 +17,12 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import is_traced
 from rwkv7_jax.model.block import Block, Norm
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.layer_states import (
-    LayerState,
-    joined_state,
-    layer_states,
-    state_after,
-)
+from rwkv7_jax.model.layer_states import state_after
 from rwkv7_jax.model.rwkv7 import Embedding, Head
 from rwkv7_jax.model.state import RWKV7State
 
-# One entry a layer.
-LayerStates = tuple[LayerState, ...]
+# One entry a layer, whose leaves have no axis L.
+LayerStates = tuple[RWKV7State, ...]
 
 
 def split_params(params: Params) -> Params:
@@ -79,17 +74,15 @@ def _copy_layer(stack: Params, index: Int[Array, ""]) -> Params:
 
 def split_state(state: RWKV7State) -> LayerStates:
     """Takes a state apart, one entry a layer."""
-    stacked = layer_states(state)
     layers = []
     for index in range(state.wkv.shape[0]):
-        layers.append(jax.tree.map(lambda leaf, at=index: leaf[at], stacked))
+        layers.append(jax.tree.map(lambda leaf, at=index: leaf[at], state))
     return tuple(layers)
 
 
 def join_states(layers: LayerStates) -> RWKV7State:
     """Inverts `split_state`."""
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    return joined_state(stacked)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
 def read_token(

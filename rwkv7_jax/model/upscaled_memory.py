@@ -2,7 +2,7 @@
 
 The additive forms leave the model as it was: y = S r + S~ phi(r), and an empty memory S~ = 0
 changes nothing, bit for bit. They differ in what happens to S~ from token to token. The form that
-replaces the WKV state is the paper's; its equations are in `paper_form`.
+replaces the WKV state is the paper's.
 
 Source: arXiv 2504.05097, section 3.2 (the kernel method); the additive forms are this project's.
 """
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import WKVInputs
 from rwkv7_jax.array_types import Heads, describe_fields
+from rwkv7_jax.checks import check_choice
 from rwkv7_jax.model.kernel_features import (
     KINDS,
     Features,
@@ -26,11 +27,16 @@ from rwkv7_jax.model.kernel_features import (
     kernel_features,
     unit_features,
 )
-from rwkv7_jax.model.paper_form import paper_inputs
 
 # The WKV op with its implementation and lengths bound: (inputs, state) -> (y, end state).
 # `implementation` may be given anew by keyword.
 Op = Callable[..., tuple[Array, Array]]
+
+# The values read, and the memory after the last token; None where it never changes.
+Reads = tuple[Float[Array, "B T H Nv"], Array | None]
+
+# Centred features may be negative, a decay may not: its logarithm is taken of at least this.
+_SMALLEST_DECAY = 1e-30
 
 
 class MemoryForm(abc.ABC):
@@ -50,12 +56,8 @@ class MemoryForm(abc.ABC):
 
     @abc.abstractmethod
     def read(
-        self,
-        upscaled: "Upscaled",
-        inputs: WKVInputs,
-        icl_rate: Heads,
-        op: Op,
-    ) -> tuple[Float[Array, "B T H Nv"], Array | None]:
+        self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads, op: Op
+    ) -> Reads:
         """Reads the memory at every token.
 
         Args:
@@ -63,9 +65,6 @@ class MemoryForm(abc.ABC):
             inputs: the layer's own inputs of the WKV op, with N channels a head.
             icl_rate: the in-context learning rate.
             op: runs the WKV op.
-
-        Returns:
-            The values read, and the memory after the last token; None where it never changes.
         """
 
 
@@ -75,12 +74,8 @@ class StaticMemory(MemoryForm):
     has_own_rows = False
 
     def read(
-        self,
-        upscaled: "Upscaled",
-        inputs: WKVInputs,
-        icl_rate: Heads,
-        op: Op,
-    ) -> tuple[Float[Array, "B T H Nv"], Array | None]:
+        self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads, op: Op
+    ) -> Reads:
         """Reads S~_0 phi(r), which needs no recurrence."""
         # [B T H M]; the memory itself may have one row that all sequences share.
         phi = kernel_features(upscaled.features, inputs.r)
@@ -103,12 +98,8 @@ class RecurrentMemory(MemoryForm):
         """
 
     def read(
-        self,
-        upscaled: "Upscaled",
-        inputs: WKVInputs,
-        icl_rate: Heads,
-        op: Op,
-    ) -> tuple[Float[Array, "B T H Nv"], Array | None]:
+        self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads, op: Op
+    ) -> Reads:
         """Reads and updates the memory with the WKV op."""
         return op(self.wkv_inputs(upscaled, inputs, icl_rate), upscaled.memory)
 
@@ -156,29 +147,47 @@ class DeltaMemory(DecayMemory):
 
 
 class PaperMemory(RecurrentMemory):
-    """A memory in the place of the WKV state, whose rows are features as well; see `paper_form`."""
+    """The paper's kernel method, which replaces the WKV state: every vector becomes its features.
+
+        S_t = S_{t-1} (diag(phi(w)) - phi(k) (phi(a) phi(k))^T) + phi(v) phi(k)^T,
+        y_t = Q S_t phi(r)
+
+    S is [M M], a the in-context learning rate and Q a fixed map. The removal key is that of the
+    write, as printed, where RWKV-7 has one of its own. The additive forms leave the model as it was
+    while their memory is empty. This form does not: it is kept for comparison with the paper.
+    """
 
     replaces_wkv = True
     erases = True
 
     def __init__(self, *, unit_keys: bool):
+        """Scales removal keys to length 1 if asked, without which the state can diverge."""
         self.unit_keys = unit_keys
 
     def wkv_inputs(
         self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads
     ) -> WKVInputs:
-        """Computes the features of all vectors of the recurrence."""
-        return paper_inputs(
-            upscaled.features, inputs, icl_rate, unit_keys=self.unit_keys
+        """Replaces r, w, k, v and the in-context learning rate by features of themselves."""
+        features = upscaled.features
+        r = kernel_features(features, inputs.r)
+        k = kernel_features(features, inputs.k)
+        v = kernel_features(features, inputs.v)
+        rate = kernel_features(features, icl_rate)
+        # The paper maps the decay itself, so it is taken out of the logarithm and put back below.
+        w = kernel_features(features, jnp.exp(inputs.log_w.astype(jnp.float32)))
+        removal_key = unit_features(k) if self.unit_keys else k
+        return WKVInputs(
+            r=r,
+            log_w=jnp.log(jnp.maximum(w, _SMALLEST_DECAY)),
+            k=k,
+            v=v,
+            a=-removal_key,
+            b=removal_key * rate,
         )
 
     def read(
-        self,
-        upscaled: "Upscaled",
-        inputs: WKVInputs,
-        icl_rate: Heads,
-        op: Op,
-    ) -> tuple[Float[Array, "B T H Nv"], Array | None]:
+        self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads, op: Op
+    ) -> Reads:
         """Reads the memory and maps its M rows to value channels.
 
         It runs token by token ("scan") whatever implementation is configured: the features of a
@@ -214,14 +223,8 @@ def check_form(dynamics: Any, kind: Any) -> None:
         dynamics: of the memory.
         kind: of its features.
     """
-    for name, value, choices in (
-        ("dynamics", dynamics, DYNAMICS),
-        ("features.kind", kind, KINDS),
-    ):
-        if value not in choices:
-            raise ValueError(
-                f"`state.upscaled.{name}` must be one of {', '.join(choices)}; got {value!r}."
-            )
+    check_choice(dynamics, DYNAMICS, "`state.upscaled.dynamics`")
+    check_choice(kind, KINDS, "`state.upscaled.features.kind`")
 
 
 # Not checked at run time, for the reason given at `Features`.

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from rwkv7_jax.array_types import Activations, Params
+from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     check_instance,
     check_model,
@@ -60,11 +60,6 @@ class BatchTotals(NamedTuple):
     variance: Any
     prompt_tokens: Scalar
     answer_weight: Scalar
-
-
-def _inside_prompt(split: Int[Array, " B"], length: int) -> Float[Array, "B T"]:
-    inside = jnp.arange(length)[None] < split[:, None]
-    return inside.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +122,15 @@ class ObserverLoss:
             metrics["fvu"] = jnp.mean(rows)
             total = total + self.variance * metrics["fvu"]
         if self.divergence:
-            heads = (
-                params["model"]["head"]["weight"],
-                teacher_params["head"]["weight"],
-            )
             shares = _prompt_shares(batch, totals, self.teacher.config.vocab_size)
-            divergence = _mean_divergence(x, teacher_x, heads, shares)
+            divergence, _ = weighted_loss(
+                x,
+                params["model"]["head"]["weight"],
+                None,
+                TermWeights(kl=shares),
+                reference=teacher_x,
+                reference_head=teacher_params["head"]["weight"],
+            )
             metrics["divergence_nats"] = divergence
             total = total + self.divergence * divergence
         if self.answers:
@@ -189,31 +187,12 @@ def _prompt_shares(
     batch: Batch, totals: BatchTotals | None, vocab_size: int
 ) -> PerToken:
     """Returns each prediction's share of a mean over the prompts; NaN if all of them are empty."""
-    inside = _inside_prompt(jnp.asarray(batch.split), batch.tokens.shape[1] - 1)
+    inside = 1 - after_split(batch["split"], batch.tokens.shape[1] - 1)
     count = jnp.sum(inside) if totals is None else totals.prompt_tokens
     # A divergence of 0 would look perfect.
     mean = inside / jnp.where(count > 0, count, 1.0)
     shares = jnp.where(count > 0, mean, jnp.nan)
     return shares_of_known_ids(shares, batch.tokens, vocab_size)
-
-
-def _mean_divergence(
-    x: Activations,
-    teacher_x: Float[Array, "B T E"],
-    heads: tuple[Array, Array],
-    shares: PerToken,
-) -> Scalar:
-    """Averages KL(teacher || observer) over the predictions inside the prompts."""
-    head, teacher_head = heads
-    mean, _ = weighted_loss(
-        x,
-        head,
-        None,
-        TermWeights(kl=shares),
-        reference=teacher_x,
-        reference_head=teacher_head,
-    )
-    return mean
 
 
 def _answer_loss(

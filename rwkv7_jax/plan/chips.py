@@ -1,6 +1,7 @@
 """The chips that a step can be planned for, by JAX's names and by Google's."""
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -140,6 +141,9 @@ class Target:
         return list(topology.devices)
 
 
+_TPU = functools.partial(Target, platform="tpu", compiler="libtpu")
+
+
 def _product(shape: str) -> int:
     return math.prod(map(int, shape.split("x"))) if shape else 1
 
@@ -204,15 +208,7 @@ def _of_topology(name: str, found: re.Match) -> Target:
         host = tuple(map(int, choices["host"].split("x")))
     elif _product(shape) == 1:
         host = (1,)
-    return Target(
-        name=name,
-        platform="tpu",
-        compiler="libtpu",
-        kind=kind,
-        shape=shape,
-        host=host,
-        slices=int(slices),
-    )
+    return _TPU(name=name, kind=kind, shape=shape, host=host, slices=int(slices))
 
 
 def _of_slice(name: str, kind: str, count: str) -> Target:
@@ -231,11 +227,4 @@ def _of_slice(name: str, kind: str, count: str) -> Target:
     host = None
     if chips <= generation.on_one_host:
         host = tuple(map(int, shape.split("x")))
-    return Target(
-        name=name,
-        platform="tpu",
-        compiler="libtpu",
-        kind=kind,
-        shape=shape,
-        host=host,
-    )
+    return _TPU(name=name, kind=kind, shape=shape, host=host)

@@ -172,10 +172,7 @@ def abstract_rows(mesh: Mesh | None, batch: Any) -> Any:
     """Describes the arrays of a batch with their shardings; without a mesh, as they are."""
 
     def describe(values: Any) -> jax.ShapeDtypeStruct:
-        rows = None
-        if mesh is not None:
-            axes = row_axes(values.shape[0], mesh.shape) or None
-            rows = NamedSharding(mesh, PartitionSpec(axes))
+        rows = None if mesh is None else row_sharding(mesh, values.shape[0])
         return jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=rows)
 
     return jax.tree.map(describe, batch)
@@ -215,6 +212,11 @@ def row_axes(rows: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
         if count > 1 and rows % count == 0:
             return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
     return ()
+
+
+def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Returns how an array of so many rows is sharded."""
+    return NamedSharding(mesh, PartitionSpec(row_axes(rows, mesh.shape) or None))
 
 
 def share_of_rows(rows: int, sizes: Mapping[str, int]) -> int:

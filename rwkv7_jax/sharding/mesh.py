@@ -288,11 +288,6 @@ def local_view(mesh: Mesh | None, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: _on_mesh(own, leaf), tree)
 
 
-def _row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    axes = layout.row_axes(rows, mesh.shape)
-    return NamedSharding(mesh, PartitionSpec(axes or None))
-
-
 def own_rows(mesh: Mesh | None, rows: int) -> slice:
     """Returns the rows of a batch that lie on this process's devices.
 
@@ -300,7 +295,7 @@ def own_rows(mesh: Mesh | None, rows: int) -> slice:
     """
     if mesh is None or not mesh.is_multi_process:
         return slice(None)
-    placed = _row_sharding(mesh, rows)
+    placed = layout.row_sharding(mesh, rows)
     held = set()
     for index in placed.addressable_devices_indices_map((rows,)).values():
         assert index is not None
@@ -324,12 +319,12 @@ def shard_batch(mesh: Mesh | None, batch: Any, *, rows: int | None = None) -> An
     def shard(values: Any) -> Array:
         array = np.asarray(values)
         if rows is None:
-            placed = _row_sharding(mesh, len(array))
+            placed = layout.row_sharding(mesh, len(array))
             return jax.make_array_from_callback(
                 array.shape, placed, lambda index: array[index]
             )
         return jax.make_array_from_process_local_data(
-            _row_sharding(mesh, rows), array, (rows, *array.shape[1:])
+            layout.row_sharding(mesh, rows), array, (rows, *array.shape[1:])
         )
 
     return jax.tree.map(shard, batch)

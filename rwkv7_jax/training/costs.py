@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checks import check_choice
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.training.token_chunks import CHUNK
 
@@ -37,8 +38,6 @@ PEAKS = (
     (r"^TPU v5p?$", 459e12),
     (r"^TPU v6 ?(lite|e)$", 918e12),
 )
-
-TRAINED = ("weights", "state")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,10 +330,7 @@ def training_memory(
     Raises:
         ValueError: an unknown value of `trained`.
     """
-    if trained not in TRAINED:
-        raise ValueError(
-            f"training_memory: `trained` must be one of {', '.join(TRAINED)}; got {trained!r}."
-        )
+    check_choice(trained, _MADE_BY_LAYER, "training_memory: `trained`")
     weights = parameter_count(config) // shards
     parameters = round(weights * weight_bytes)
     if trained == "weights":

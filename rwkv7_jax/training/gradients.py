@@ -135,9 +135,7 @@ def _check_reads_weights(jaxpr: Any, piece: Any) -> None:
     Such a loss divides by the piece's own count of targets, and the mean over pieces is then not
     the loss of the batch. A loss that reads neither takes means over all positions, which is right.
     """
-    names = []
-    for path, _ in jax.tree_util.tree_leaves_with_path(piece):
-        names.append(path_name(path))
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(piece)]
     # A compiled function inside of the loss gets arrays that it may not read: it is looked into.
     _, is_used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     # The piece is the last argument.

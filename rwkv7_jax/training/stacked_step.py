@@ -40,13 +40,7 @@ from rwkv7_jax.training.train_step import TrainState, apply_update
 
 def _axes(of_sets: Any, shared: Any) -> Any:
     """Says of each field of a stack's `TrainState` whether it has the axis K."""
-    # One number of steps for all: they are made together.
-    return TrainState(
-        step=shared,
-        params=of_sets,
-        opt_state=of_sets,
-        skipped=of_sets,
-    )
+    return TrainState(step=shared, params=of_sets, opt_state=of_sets, skipped=of_sets)
 
 
 def _of_sets(function: Callable, train: TrainState) -> TrainState:
@@ -123,56 +117,41 @@ def _on_each_device(update: Callable, mesh: Mesh, sets: int) -> Callable:
     return update_on_each
 
 
-@dataclasses.dataclass(frozen=True)
-class _StackUpdate:
-    """One update of all sets of a stack; the attributes are arguments of `make_stacked_step`."""
+def _update_sets(
+    loss: Partial,
+    statistics: Partial | None,
+    train: TrainState,
+    batch: Any,
+    rates: Array,
+    *,
+    tx: optax.GradientTransformation,
+    accumulate: int,
+    share_pass: bool,
+    at_once: int | None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Updates every set with its own rows and rate; further arguments are `make_stacked_step`'s."""
 
-    tx: optax.GradientTransformation
-    accumulate: int
-    share_pass: bool
-    at_once: int | None
-
-    def __call__(
-        self,
-        loss: Partial,
-        statistics: Partial | None,
-        train: TrainState,
-        batch: Any,
-        rates: Array,
-    ) -> tuple[TrainState, dict[str, Array]]:
-        """Updates every set with its own rows and rate."""
-
-        def update_set(inputs):
-            (params, opt_state, skipped), rows, rate = inputs
-            alone = dataclasses.replace(
-                train, params=params, opt_state=opt_state, skipped=skipped
-            )
-            new, metrics = apply_update(
-                loss,
-                statistics,
-                alone,
-                rows,
-                tx=self.tx,
-                accumulate=self.accumulate,
-                rate=rate,
-                share_pass=self.share_pass,
-            )
-            return (new.params, new.opt_state, new.skipped), metrics
-
-        sets = ((train.params, train.opt_state, train.skipped), batch, rates)
-        if self.at_once is None or self.at_once >= len(rates):
-            moved, metrics = jax.vmap(update_set)(sets)
-        else:
-            moved, metrics = jax.lax.map(update_set, sets, batch_size=self.at_once)
-        params, opt_state, skipped = moved
-        new = dataclasses.replace(
-            train,
-            step=train.step + 1,
-            params=params,
-            opt_state=opt_state,
-            skipped=skipped,
+    def update_set(inputs):
+        alone, rows, rate = inputs
+        return apply_update(
+            loss,
+            statistics,
+            alone,
+            rows,
+            tx=tx,
+            accumulate=accumulate,
+            rate=rate,
+            share_pass=share_pass,
         )
-        return new, metrics
+
+    # One number of steps for all: they are made together.
+    steps = jnp.broadcast_to(train.step, rates.shape)
+    sets = (dataclasses.replace(train, step=steps), batch, rates)
+    if at_once is None or at_once >= len(rates):
+        new, metrics = jax.vmap(update_set)(sets)
+    else:
+        new, metrics = jax.lax.map(update_set, sets, batch_size=at_once)
+    return dataclasses.replace(new, step=train.step + 1), metrics
 
 
 def make_stacked_step(
@@ -215,7 +194,8 @@ def make_stacked_step(
         rates = _check_rates(rates)
         _check_no_shared_heads(mesh)
 
-    update = _StackUpdate(
+    update = functools.partial(
+        _update_sets,
         tx=tx,
         accumulate=accumulate,
         share_pass=can_share_pass(loss, statistics, accumulate),

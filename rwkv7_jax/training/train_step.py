@@ -20,9 +20,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import describe_fields
-from rwkv7_jax.checks import (
-    prefix_errors,
-)
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.optim.optimizer import check_optimizer
 from rwkv7_jax.sharding import constrain_layout, place, use_mesh
 from rwkv7_jax.training.gradients import (

@@ -31,7 +31,11 @@ from rwkv7_jax.model.upscaled_memory import RecurrentMemory, Upscaled
 from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, Method, decorrelate
 from rwkv7_jax.training.losses import loss_weights
 from rwkv7_jax.training.shared_pass import hidden_of_batch
-from rwkv7_jax.tuning.state_tuning import check_leaves, trainable_mask
+from rwkv7_jax.tuning.state_tuning import (
+    check_leaves,
+    replace_parts,
+    trainable_mask,
+)
 
 
 def initial_state_read_vectors(
@@ -159,12 +163,7 @@ class _StateStatistics:
             batch,
             weights,
         )
-        moments = jax.tree.map(lambda _: None, state)
-        if "wkv" in found:
-            moments = moments.replace(wkv=found["wkv"])
-        if "memory" in found:
-            upscaled = moments.upscaled.replace(memory=found["memory"])
-            moments = moments.replace(upscaled=upscaled)
+        moments = replace_parts(jax.tree.map(lambda _: None, state), found)
         # They shape the update and are no part of the loss.
         return jax.lax.stop_gradient(moments)
 

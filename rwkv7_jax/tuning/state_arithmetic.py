@@ -1,8 +1,8 @@
 """Arithmetic of start states: weighted sums, scaling, capacity and singular values."""
 
 import dataclasses
-import functools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -181,11 +181,8 @@ def _check_same_reading(first: Upscaled, other: Upscaled, name: str) -> None:
         "readout",
     )
     for field in frozen:
-        path = field.split(".")
-        if not _equal(
-            functools.reduce(getattr, path, first),
-            functools.reduce(getattr, path, other),
-        ):
+        read = operator.attrgetter(field)
+        if not _equal(read(first), read(other)):
             raise ValueError(f"`{name}.{field}` must equal states[0]'s; it differs.")
 
 

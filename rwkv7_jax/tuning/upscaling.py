@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels import WKVInputs
 from pallas_kernels.eager import compiled_when_eager
 from rwkv7_jax.array_types import Params, Tokens
 from rwkv7_jax.checks import (
@@ -46,15 +47,20 @@ _ROWS = 8
 _SHORTEST_DECAY = 0.5
 
 
+def _memory_inputs(upscaled: Upscaled, parts: LayerTrace) -> WKVInputs:
+    """Computes the inputs of the op whose state is a layer's memory."""
+    form = upscaled.form
+    assert isinstance(form, RecurrentMemory)
+    return form.wkv_inputs(upscaled, wkv_inputs_of(parts), parts["icl_rate"])
+
+
 def stability_ratio(upscaled: Upscaled, parts: LayerTrace) -> Float[Array, ""]:
     """Measures the removal under "replace" in units of the stable limit; above 1 it can diverge.
 
     One step's matrix diag(phi(w)) - phi(k) (phi(a) phi(k))^T has its eigenvalues inside the unit
     circle if sum_m phi_m(a) phi_m(k)^2 <= 1 + min_m phi_m(w).
     """
-    form = upscaled.form
-    assert isinstance(form, RecurrentMemory)
-    inputs = form.wkv_inputs(upscaled, wkv_inputs_of(parts), parts["icl_rate"])
+    inputs = _memory_inputs(upscaled, parts)
     # [B T H]; a is the negative key and b the key times the rate.
     removed = -jnp.sum(inputs.a * inputs.b, axis=-1)
     return jnp.max(removed / (1 + jnp.min(jnp.exp(inputs.log_w), axis=-1)))
@@ -245,49 +251,42 @@ def upscale(
     upscaled = empty_memory(features, dynamics=dynamics, seed=seed)
     if form.replaces_wkv:
         parts = _recurrence_inputs(model, params, tokens[:_ROWS])
-        _warn_of_growth(upscaled, parts)
-        _warn_of_fading(upscaled, parts)
+        ratios, decays = _ratios_and_decays(upscaled, parts)
+        _warn_of_growth(dynamics, float(jnp.max(ratios)))
+        _warn_of_fading(dynamics, np.asarray(decays))
     return init_state(model.config).replace(upscaled=upscaled)
 
 
 @compiled_when_eager
-def _ratios(upscaled: Upscaled, parts: dict[str, Array]) -> Array:
-    """Computes the stability ratios of all layers, one layer after the other."""
-    return jax.lax.map(lambda layer: stability_ratio(*layer), (upscaled, parts))
+def _ratios_and_decays(
+    upscaled: Upscaled, parts: dict[str, Array]
+) -> tuple[Array, Array]:
+    """Computes each layer's stability ratio and median decay, one layer after the other."""
+
+    def of_layer(layer):
+        log_w = _memory_inputs(*layer).log_w
+        return stability_ratio(*layer), jnp.exp(jnp.median(log_w))
+
+    return jax.lax.map(of_layer, (upscaled, parts))
 
 
-@compiled_when_eager
-def _decays(upscaled: Upscaled, parts: dict[str, Array]) -> Array:
-    """Computes the median decay of each layer, one layer after the other."""
-
-    def median_decay(layer):
-        own, inputs = layer
-        assert isinstance(own.form, RecurrentMemory)
-        found = own.form.wkv_inputs(own, wkv_inputs_of(inputs), inputs["icl_rate"])
-        return jnp.exp(jnp.median(found.log_w))
-
-    return jax.lax.map(median_decay, (upscaled, parts))
-
-
-def _warn_of_fading(upscaled: Upscaled, parts: dict[str, Array]) -> None:
+def _warn_of_fading(dynamics: str, decays: np.ndarray) -> None:
     """Warns if a start state is gone before anything could be learnt of it."""
-    decays = np.asarray(_decays(upscaled, parts))
     layer = int(np.argmin(decays))
     if decays[layer] < _SHORTEST_DECAY:
         warnings.warn(
-            f"upscale: `dynamics` {upscaled.dynamics} keeps {decays[layer]:.2g} of a state at each "
+            f"upscale: `dynamics` {dynamics} keeps {decays[layer]:.2g} of a state at each "
             f"token (median of layer {layer}): a start state is gone after a few, and so are its "
             "gradients. Smaller `widths` keep more.",
             stacklevel=3,
         )
 
 
-def _warn_of_growth(upscaled: Upscaled, parts: dict[str, Array]) -> None:
+def _warn_of_growth(dynamics: str, excess: float) -> None:
     """Warns if one step can make the state grow."""
-    excess = float(jnp.max(_ratios(upscaled, parts)))
     if excess > 1:
         warnings.warn(
-            f"upscale: `dynamics` {upscaled.dynamics} removes up to {excess:.3g} times what a "
+            f"upscale: `dynamics` {dynamics} removes up to {excess:.3g} times what a "
             "step may remove without making the state grow; it may diverge.",
             stacklevel=3,
         )

@@ -18,7 +18,6 @@ from rwkv7_jax import sharding
 from rwkv7_jax.model import remat
 from rwkv7_jax.model.block import Block
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.layer_states import layer_states
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 
@@ -45,7 +44,7 @@ def block_gradients(keep, dtype):
 
     rows, length = 2, 19
     x = drawn(jnp.zeros((rows, length, SMALL.width)))
-    state = jax.tree.map(lambda leaf: leaf[0], layer_states(init_state(SMALL, rows)))
+    state = jax.tree.map(lambda leaf: leaf[0], init_state(SMALL, rows))
     state = jax.tree.map(drawn, state)
     shapes = jax.eval_shape(
         Block(SMALL, False, ()).init, jax.random.key(0), x, state, 1, x, None
