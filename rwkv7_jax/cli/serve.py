@@ -100,6 +100,14 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time that SIGTERM leaves to answers which have begun (%(default)s)",
     )
+    add(
+        "--keep-alive",
+        type=integer(1, 86400),
+        default=75,
+        metavar="SECONDS",
+        help="time after which a connection without a request is closed; more than that of a load "
+        "balancer before it (%(default)s)",
+    )
 
 
 def run_serve(options: argparse.Namespace) -> None:
@@ -158,7 +166,12 @@ def run_serve(options: argparse.Namespace) -> None:
             print(f"{name} at http://{host}:{port}/v1; states: {names}", flush=True)
 
         server.serve(
-            application, engine, listener, on_ready=say_ready, drain=options.drain
+            application,
+            engine,
+            listener,
+            on_ready=say_ready,
+            drain=options.drain,
+            keep_alive=options.keep_alive,
         )
 
 

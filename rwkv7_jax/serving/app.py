@@ -49,6 +49,19 @@ except ImportError:
 # Bytes of a body at most.
 MOST_BYTES = 2**24
 
+# Seconds in which a body must arrive: one that never ends would hold its connection for ever.
+_BODY_SECONDS = 60
+
+# Seconds between two looks whether a body still can be answered.
+_LOOK_SECONDS = 0.2
+
+# After an answer to a request whose body was not read, its connection cannot go on.
+_ERROR_HEADERS = {
+    408: {"Connection": "close"},
+    413: {"Connection": "close"},
+    429: {"Retry-After": "1"},
+}
+
 # Caches and proxies must not buffer a stream.
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -189,7 +202,7 @@ class _Routes:
         """Says whether the server answers."""
         del request
         if not self._engine.is_open:
-            raise Refused("the server is being stopped.", status=503)
+            raise _stopped()
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
@@ -226,7 +239,7 @@ class _Routes:
         return await self._answer(request, is_chat=True)
 
     async def _answer(self, request: Request, *, is_chat: bool) -> Response:
-        body = await _read_body(request)
+        body = await self._body(request)
         events: _Events = asyncio.Queue()
         # In a thread: reading a long text would hold up the streams of other clients.
         call, tickets = await run_in_threadpool(
@@ -240,6 +253,24 @@ class _Routes:
             if problem := _problem(answer):
                 raise problem
         return JSONResponse(bodies.whole(answers))
+
+    async def _body(self, request: Request) -> bytes:
+        """Reads the body of a call, unless the server is stopped before it is there."""
+        reading = asyncio.create_task(_read_body(request))
+        end = time.monotonic() + _BODY_SECONDS
+        try:
+            while not reading.done():
+                if not self._engine.is_open:
+                    raise _stopped()
+                if time.monotonic() > end:
+                    raise Refused(
+                        f"the body must arrive within {_BODY_SECONDS} seconds.",
+                        status=408,
+                    )
+                await asyncio.wait({reading}, timeout=_LOOK_SECONDS)
+            return reading.result()
+        finally:
+            reading.cancel()
 
     def _submit(
         self,
@@ -269,12 +300,16 @@ class _Routes:
         return call, tickets
 
 
+def _stopped() -> Refused:
+    return Refused("the server is being stopped.", status=503)
+
+
 def _as_refused(error: Exception) -> Refused:
     """Makes an error of the engine name the fields of the body."""
     if isinstance(error, TooBusy):
         return Refused(str(error), status=429, code="too_busy")
     if isinstance(error, Closed):
-        return Refused("the server is being stopped.", status=503)
+        return _stopped()
     sentence = str(error).removeprefix("submit: ")
     for ours, theirs in _FIELDS.items():
         sentence = sentence.replace(f"`{ours}`", f"`{theirs}`")
@@ -401,15 +436,16 @@ def _problem(answer: Answer) -> Refused | None:
     if answer.ended == "failed":
         return Refused(f"the answer failed: {answer.error}.", status=500)
     if answer.ended == "cancelled":
-        return Refused("the server is being stopped.", status=503)
+        return _stopped()
     return None
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     del request
     assert isinstance(error, Refused)
-    headers = {"Retry-After": "1"} if error.status == 429 else None
-    return JSONResponse(error.body(), error.status, headers=headers)
+    return JSONResponse(
+        error.body(), error.status, headers=_ERROR_HEADERS.get(error.status)
+    )
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
