@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ def add_serve_command(subparsers) -> None:
         default=[],
         metavar="ORIGIN",
         help="let pages of https://HOST read answers in a browser; '*' is all; repeatable",
+    )
+    add(
+        "--log-requests",
+        action="store_true",
+        help="write a line of JSON to stderr for each request, with its X-Request-Id",
     )
     _add_limits(parser)
     parser.set_defaults(run=run_serve, compiles=True)
@@ -159,6 +165,7 @@ def run_serve(options: argparse.Namespace) -> None:
             key=key,
             origins=options.allow_origin,
             refresh=lambda: states.refresh(engine),
+            request_log=sys.stderr if options.log_requests else None,
         )
 
         def say_ready() -> None:

@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rwkv7_jax.json_files import parse_json
 from rwkv7_jax.serving.answer_bodies import (
@@ -40,6 +40,7 @@ try:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from rwkv7_jax.serving.metrics import Metrics
+    from rwkv7_jax.serving.request_log import RequestLog
 except ImportError:
     raise ImportError(
         "serve: the server needs the packages of the extra server: "
@@ -86,6 +87,7 @@ def make_app(
     key: str | None = None,
     origins: Sequence[str] = (),
     refresh: Callable[[], None] = lambda: None,
+    request_log: TextIO | None = None,
 ) -> Starlette:
     """Makes the application; it starts the engine's thread, and ends it.
 
@@ -95,6 +97,7 @@ def make_app(
         key: that clients must send; None answers everybody.
         origins: of the pages whose scripts a browser lets read the answers; "*" is all.
         refresh: called before states are looked up, in any thread.
+        request_log: takes a line of JSON for each request; None writes none.
     """
     served = Served(
         name=name,
@@ -122,7 +125,7 @@ def make_app(
             HTTPException: _http_error,
             Exception: _failed,
         },
-        middleware=_middleware(key, origins),
+        middleware=_middleware(key, origins, request_log),
         lifespan=routes.lifespan,
     )
 
@@ -132,10 +135,12 @@ def _longest_token(tokenizer: Tokenizer) -> int:
     return max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size))
 
 
-def _middleware(key: str | None, origins: Sequence[str]) -> list[Middleware]:
+def _middleware(
+    key: str | None, origins: Sequence[str], request_log: TextIO | None
+) -> list[Middleware]:
     """Lists what a request passes before its route, in order."""
-    passed = []
-    # Outside of the other: a browser asks for permission without the key.
+    passed = [Middleware(RequestLog, stream=request_log)]
+    # Outside of the key's: a browser asks for permission without the key.
     if origins:
         anything = ["*"]
         one = Middleware(
