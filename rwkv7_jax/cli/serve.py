@@ -6,6 +6,7 @@ import ipaddress
 import os
 import re
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,11 @@ def add_serve_command(subparsers) -> None:
         help="answer to the name HOST, as behind a proxy, where the server listens to this machine "
         "alone and has no key; repeatable",
     )
+    add(
+        "--log-requests",
+        action="store_true",
+        help="write a line of JSON to stderr for each request, with its X-Request-Id",
+    )
     _add_limits(parser)
     parser.set_defaults(run=run_serve, compiles=True)
 
@@ -109,6 +115,14 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         default=20,
         metavar="SECONDS",
         help="time that SIGTERM leaves to answers which have begun (%(default)s)",
+    )
+    add(
+        "--keep-alive",
+        type=integer(1, 86400),
+        default=75,
+        metavar="SECONDS",
+        help="time after which a connection without a request is closed; more than that of a load "
+        "balancer before it (%(default)s)",
     )
 
 
@@ -164,6 +178,7 @@ def run_serve(options: argparse.Namespace) -> None:
             origins=options.allow_origin,
             hosts=_allowed_hosts(options.allow_host, listener),
             refresh=lambda: states.refresh(engine),
+            request_log=sys.stderr if options.log_requests else None,
         )
 
         def say_ready() -> None:
@@ -171,7 +186,12 @@ def run_serve(options: argparse.Namespace) -> None:
             print(f"{name} at http://{host}:{port}/v1; states: {names}", flush=True)
 
         server.serve(
-            application, engine, listener, on_ready=say_ready, drain=options.drain
+            application,
+            engine,
+            listener,
+            on_ready=say_ready,
+            drain=options.drain,
+            keep_alive=options.keep_alive,
         )
 
 

@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rwkv7_jax.json_files import parse_json
 from rwkv7_jax.serving.answer_bodies import (
@@ -21,7 +21,7 @@ from rwkv7_jax.serving.answer_bodies import (
     states_body,
 )
 from rwkv7_jax.serving.engine import Engine, Ticket
-from rwkv7_jax.serving.fields import Refused
+from rwkv7_jax.serving.fields import Refused, stopped
 from rwkv7_jax.serving.protocol import Call, Served, read_call
 from rwkv7_jax.serving.requests import Answer, Closed, Piece, TooBusy
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -31,6 +31,7 @@ try:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
@@ -39,11 +40,19 @@ try:
     from rwkv7_jax.serving.access import access_checks
     from rwkv7_jax.serving.call_bodies import CallBodies
     from rwkv7_jax.serving.metrics import Metrics
+    from rwkv7_jax.serving.request_log import RequestLog
 except ImportError:
     raise ImportError(
         "serve: the server needs the packages of the extra server: "
         "pip install 'rwkv7_jax[server]'."
     ) from None
+
+# After an answer to a request whose body was not read, its connection cannot go on.
+_ERROR_HEADERS = {
+    408: {"Connection": "close"},
+    413: {"Connection": "close"},
+    429: {"Retry-After": "1"},
+}
 
 # Caches and proxies must not buffer a stream.
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -70,6 +79,7 @@ def make_app(
     origins: Sequence[str] = (),
     hosts: Sequence[str] | None = None,
     refresh: Callable[[], None] = lambda: None,
+    request_log: TextIO | None = None,
 ) -> Starlette:
     """Makes the application; it starts the engine's thread, and ends it.
 
@@ -82,6 +92,7 @@ def make_app(
         hosts: names, besides those of this machine, that clients without a key may call the server
             by; None is any.
         refresh: called before states are looked up, in any thread.
+        request_log: takes a line of JSON for each request; None writes none.
     """
     served = Served(
         name=name,
@@ -109,7 +120,10 @@ def make_app(
             HTTPException: _http_error,
             Exception: _failed,
         },
-        middleware=access_checks(key, origins, hosts),
+        middleware=[
+            Middleware(RequestLog, stream=request_log),
+            *access_checks(key, origins, hosts),
+        ],
         lifespan=routes.lifespan,
     )
 
@@ -127,7 +141,7 @@ class _Routes:
         self._engine = engine
         self._constants = served
         self._refresh = refresh
-        self._bodies = CallBodies()
+        self._bodies = CallBodies(lambda: engine.is_open)
         self._metrics = Metrics(
             decoding=lambda: engine.decoding, waiting=lambda: engine.waiting
         )
@@ -144,7 +158,7 @@ class _Routes:
         """Says whether the server answers."""
         del request
         if not self._engine.is_open:
-            raise Refused("the server is being stopped.", status=503)
+            raise stopped()
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
@@ -230,7 +244,7 @@ def _as_refused(error: Exception) -> Refused:
     if isinstance(error, TooBusy):
         return Refused(str(error), status=429, code="too_busy")
     if isinstance(error, Closed):
-        return Refused("the server is being stopped.", status=503)
+        return stopped()
     sentence = str(error).removeprefix("submit: ")
     for ours, theirs in _FIELDS.items():
         sentence = sentence.replace(f"`{ours}`", f"`{theirs}`")
@@ -341,15 +355,16 @@ def _problem(answer: Answer) -> Refused | None:
     if answer.ended == "failed":
         return Refused(f"the answer failed: {answer.error}.", status=500)
     if answer.ended == "cancelled":
-        return Refused("the server is being stopped.", status=503)
+        return stopped()
     return None
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     del request
     assert isinstance(error, Refused)
-    headers = {"Retry-After": "1"} if error.status == 429 else None
-    return JSONResponse(error.body(), error.status, headers=headers)
+    return JSONResponse(
+        error.body(), error.status, headers=_ERROR_HEADERS.get(error.status)
+    )
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

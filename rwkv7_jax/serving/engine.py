@@ -47,6 +47,9 @@ _CACHE_BYTES = 2**28
 # Ids that prompts must share for a state after them to be worth its memory.
 _LEAST_FORK = 32
 
+# Ticks in a row that may fail: after so many it is the device, and no request, that is broken.
+_MOST_FAILURES = 3
+
 _LOG = logging.getLogger(__name__)
 
 _NOT_FINITE = "the model's logits are not finite"
@@ -306,14 +309,19 @@ class Engine:
 
     def _run(self) -> None:
         """Runs ticks until the engine is closed or an error cannot be recovered from."""
+        failures = 0
         try:
             while self._wait_for_work():
                 try:
                     self._tick()
+                    failures = 0
                 except Exception as error:
                     _LOG.exception("the requests that are open fail")
                     reason = f"{type(error).__name__}: {first_line(error)}"
                     self._end_all("failed", reason)
+                    failures += 1
+                    if failures == _MOST_FAILURES:
+                        raise
                     # The arrays of the rows may be half updated, or donated and gone.
                     self._slots.reset()
         except Exception as error:

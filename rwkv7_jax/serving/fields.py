@@ -85,6 +85,11 @@ class Refused(Exception):
         return {"error": error | {"param": self.param, "code": self.code}}
 
 
+def stopped() -> Refused:
+    """Makes the error of a server that takes no more calls."""
+    return Refused("the server is being stopped.", status=503)
+
+
 class Fields:
     """The fields of a body, each taken once; null is what a client writes for nothing."""
 

@@ -42,6 +42,22 @@ def bind(host: str, port: int) -> socket.socket:
     return taken
 
 
+def _listen(listener: socket.socket, backlog: int) -> None:
+    """Begins to listen; uvloop's server would pass over the error.
+
+    Raises:
+        ValueError: another program listens at the address.
+    """
+    try:
+        listener.listen(backlog)
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        raise ValueError(
+            f"serve: another program began to listen at {host}:{port} while this one made itself "
+            f"ready; take another `--port`: {error}."
+        ) from None
+
+
 class _Server(uvicorn.Server):
     """A server whose end is that of its engine, and that lets answers end before it does."""
 
@@ -97,6 +113,7 @@ def serve(
     *,
     on_ready: Callable[[], None],
     drain: float,
+    keep_alive: int,
 ) -> None:
     """Answers at an address until a signal, or an error of the engine, ends it.
 
@@ -106,8 +123,10 @@ def serve(
         listener: from `bind`; it is closed at the end.
         on_ready: called when clients can connect.
         drain: seconds that SIGTERM leaves to answers which have begun.
+        keep_alive: seconds after which a connection without a request is closed.
 
     Raises:
+        ValueError: another program listens at the address since it was taken.
         Exception: what ended the engine.
     """
     config = uvicorn.Config(
@@ -118,9 +137,11 @@ def serve(
         # The other parser, which is taken where it is installed, bounds no header.
         http="h11",
         ws="none",
+        timeout_keep_alive=keep_alive,
         timeout_graceful_shutdown=round(drain) + _LAST_SECONDS,
     )
     with contextlib.closing(listener):
+        _listen(listener, config.backlog)
         server = _Server(config, engine, on_ready=on_ready, drain=drain)
         server.run(sockets=[listener])
     if engine.failure is not None:

@@ -2,18 +2,23 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     generate_latest,
 )
 
-from rwkv7_jax.serving.requests import Answer, Piece
+from rwkv7_jax.serving.requests import Answer, Ending, Piece
 
 _Receiver = Callable[[Piece | Answer], None]
+
+# How a request ends that found the queue full.
+_REFUSED = "refused"
 
 # Seconds; a small model on an accelerator is at the one end, a queue at a CPU at the other.
 _BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -30,9 +35,14 @@ class Metrics:
             waiting: counts those that wait for one.
         """
         self._registry = CollectorRegistry()
+        # Memory, processor time and open files, where the system tells.
+        ProcessCollector(registry=self._registry)
         self._gauge("decoding", "requests that have a row of the batch", decoding)
         self._gauge("waiting", "requests in the queue", waiting)
         self._ended = self._counter("requests", "by how they ended", ["ended"])
+        # From the beginning: of a series that begins at 1, a rate misses the first failure.
+        for ending in (*get_args(Ending), _REFUSED):
+            self._ended.labels(ending)
         self._prompt = self._counter("prompt_tokens", "of prompts")
         self._cached = self._counter("cached_tokens", "of prompts, not read again")
         self._made = self._counter("answer_tokens", "of answers")
@@ -80,7 +90,7 @@ class Metrics:
 
     def refuse(self) -> None:
         """Notes a request that found the queue full."""
-        self._ended.labels("refused").inc()
+        self._ended.labels(_REFUSED).inc()
 
     def text(self) -> bytes:
         """Returns all of them in Prometheus' text format."""

@@ -18,10 +18,15 @@ _LOG = logging.getLogger(__name__)
 
 
 class _Stamp(NamedTuple):
-    """What changes with a file's contents."""
+    """What changes with a file's contents.
+
+    States of a model have one size, and a program that copies files may set the time at which they
+    were modified, but not the time at which they were changed here.
+    """
 
     path: Path
     modified: int
+    changed: int
     size: int
 
 
@@ -49,6 +54,8 @@ class StateFiles:
         self._suffixes = tuple(suffixes)
         self._load = load
         self._stamps: dict[str, _Stamp] = {}
+        # Folders and files that could not be read at the last look.
+        self._lost: set[Path] = set()
         self._lock = threading.Lock()
 
     def read(self) -> dict[str, RWKV7State]:
@@ -68,7 +75,8 @@ class StateFiles:
     def refresh(self, engine: Engine) -> None:
         """Gives an engine the states that are new or have changed, and removes those that are gone.
 
-        A file that cannot be served is named in the log, once, and what had its name stays.
+        A file that cannot be served is named in the log, once, and what had its name stays. So do
+        the states of a folder that is gone or cannot be read, as a disk that is away for a while.
         """
         with self._lock:
             now = self._look()
@@ -89,17 +97,45 @@ class StateFiles:
             _LOG.warning("%s", text)
 
     def _look(self) -> dict[str, _Stamp]:
-        """Looks which files there are now."""
+        """Looks which files there are now; where that cannot be told, those that there were."""
         files = dict(self._files)
+        stamps: dict[str, _Stamp] = {}
+        lost: dict[Path, OSError] = {}
         for folder in self._folders:
-            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            try:
+                paths = sorted(folder.iterdir())
+            except OSError as error:
+                lost[folder] = error
+                for name, stamp in self._stamps.items():
+                    if stamp.path.parent == folder:
+                        stamps[name] = stamp
+                continue
+            for path in paths:
                 if path.suffix in self._suffixes and NAME.fullmatch(path.stem):
                     files.setdefault(path.stem, path)
-        stamps = {}
         for name, path in files.items():
             try:
-                status = path.stat()
-            except OSError:
+                stamps[name] = _stamp(path)
+            except FileNotFoundError:
                 continue
-            stamps[name] = _Stamp(path, status.st_mtime_ns, status.st_size)
+            except OSError as error:
+                lost[path] = error
+                if name in self._stamps:
+                    stamps[name] = self._stamps[name]
+        self._name_lost(lost)
         return stamps
+
+    def _name_lost(self, lost: Mapping[Path, OSError]) -> None:
+        """Names in the log what cannot be read since this look."""
+        for path in lost.keys() - self._lost:
+            _LOG.warning(
+                "serve: `%s` cannot be read, and what was read there before stays: %s",
+                path,
+                lost[path],
+            )
+        self._lost = set(lost)
+
+
+def _stamp(path: Path) -> _Stamp:
+    status = path.stat()
+    return _Stamp(path, status.st_mtime_ns, status.st_ctime_ns, status.st_size)

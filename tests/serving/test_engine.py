@@ -242,6 +242,30 @@ def test_an_engine_that_cannot_go_on_ends_all_requests(engine, monkeypatch):
         ask(engine, Request((65,)))
 
 
+def test_an_engine_whose_ticks_all_fail_ends(engine, monkeypatch):
+    """One that failed every request for ever would look healthy."""
+    decode = engine._slots.decode
+    failing = [True, True, False, True, True, True]
+
+    def decode_or_fail(*args, **options):
+        return [][0] if failing.pop(0) else decode(*args, **options)
+
+    monkeypatch.setattr(engine._slots, "decode", decode_or_fail)
+    request = Request((65,), tokens=1, temperature=0.0)
+    ended = []
+
+    def ask_again(answer):
+        ended.append(answer.ended)
+        if failing:
+            engine.submit(request, on_piece=lambda piece: None, on_end=ask_again)
+
+    engine.submit(request, on_piece=lambda piece: None, on_end=ask_again)
+    with pytest.raises(IndexError):
+        engine._run()
+    assert ended == ["failed"] * 2 + ["length"] + ["failed"] * 3
+    assert engine.is_closed and isinstance(engine.failure, IndexError)
+
+
 def test_an_engine_begins_once(engine):
     """Two threads would take the rows from each other."""
     engine.start()

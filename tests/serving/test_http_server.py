@@ -1,6 +1,9 @@
 """A process that serves: it takes its address early, and ends with its engine."""
 
+import contextlib
 import socket
+import threading
+import time
 
 import pytest
 
@@ -8,6 +11,7 @@ pytest.importorskip("starlette", reason="the extra server is not installed")
 
 from starlette.applications import Starlette
 
+from rwkv7_jax.serving.app import make_app
 from rwkv7_jax.serving.http_server import bind, serve
 
 
@@ -34,6 +38,7 @@ def test_a_server_ends_with_its_engine_by_the_engine_s_error():
             bind("127.0.0.1", 0),
             on_ready=lambda: ready.append(True),
             drain=30,
+            keep_alive=5,
         )
     assert ready
 
@@ -41,3 +46,95 @@ def test_a_server_ends_with_its_engine_by_the_engine_s_error():
 def test_an_address_that_was_taken_refuses_clients_until_it_is_served():
     with bind("127.0.0.1", 0) as taken, pytest.raises(ConnectionRefusedError):
         socket.create_connection(taken.getsockname(), timeout=5)
+
+
+def test_of_two_servers_at_one_address_the_second_is_refused_in_a_sentence():
+    """Both could take it, since neither listened; with uvloop the second one heard nothing."""
+    first = bind("127.0.0.1", 0)
+    with contextlib.closing(first):
+        port = first.getsockname()[1]
+        second = bind("127.0.0.1", port)
+        first.listen()
+        with pytest.raises(ValueError, match=f"began to listen at 127.0.0.1:{port}"):
+            serve(
+                Starlette(),
+                Lost(),
+                second,
+                on_ready=lambda: None,
+                drain=30,
+                keep_alive=5,
+            )
+
+
+@contextlib.contextmanager
+def served(engine, *, keep_alive=60):
+    """Serves an engine from a thread; the engine's end is the server's."""
+    listener = bind("127.0.0.1", 0)
+    address = listener.getsockname()
+    ready = threading.Event()
+
+    def work():
+        serve(
+            make_app(engine, name="base"),
+            engine,
+            listener,
+            on_ready=ready.set,
+            drain=30,
+            keep_alive=keep_alive,
+        )
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert ready.wait(60)
+    try:
+        yield address
+    finally:
+        engine.close()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_a_body_that_never_ends_does_not_hold_up_the_end(engine):
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(served(engine))
+        client = stack.enter_context(socket.create_connection(address, timeout=60))
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"
+        )
+        # The server has begun to read it.
+        time.sleep(0.5)
+        engine.close()
+        assert client.recv(100).startswith(b"HTTP/1.1 503 ")
+    assert time.monotonic() - began < 20
+
+
+def test_a_body_that_takes_too_long_is_refused(engine, monkeypatch):
+    monkeypatch.setattr("rwkv7_jax.serving.call_bodies._SECONDS", 0.5)
+    with (
+        served(engine) as address,
+        socket.create_connection(address, timeout=20) as client,
+    ):
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"
+        )
+        received = b""
+        # To the end: the server closes the connection.
+        while part := client.recv(1000):
+            received += part
+    assert received.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_connection_without_a_request_is_closed_after_its_time(engine):
+    asks = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
+    with (
+        served(engine, keep_alive=1) as address,
+        socket.create_connection(address, timeout=20) as client,
+    ):
+        client.sendall(asks)
+        assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+        began = time.monotonic()
+        while client.recv(1000):
+            pass
+        # uvicorn's own time is five seconds.
+        assert time.monotonic() - began < 4

@@ -3,10 +3,12 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from engine_cases import CONFIG, alone, answer, assert_same
 
 from rwkv7_jax.model.state import init_state
+from rwkv7_jax.serving import prefix_cache
 from rwkv7_jax.serving.prefix_cache import PrefixCache
 from rwkv7_jax.serving.requests import Request
 
@@ -72,3 +74,53 @@ def test_the_cache_forgets_what_was_used_longest_ago():
     nothing = PrefixCache(0)
     nothing.keep(0, (1,), state)
     assert nothing.find(0, (1, 2)).state is None
+
+
+def leading(one, other):
+    """Counts the leading tokens that are the same."""
+    pairs = zip(one, other, strict=False)
+    differing = (at for at, (a, b) in enumerate(pairs) if a != b)
+    return next(differing, min(len(one), len(other)))
+
+
+def test_the_cache_finds_what_a_look_at_all_of_it_finds():
+    state = init_state(CONFIG)
+    draws = np.random.default_rng(0)
+    cache = PrefixCache(2**30)
+    kept = []
+    # Few ids, of which one has a low last byte: orders of numbers and of bytes differ.
+    ids = (1, 2, 256, 65535)
+
+    def draw():
+        length = draws.integers(0, 9)
+        return draws.integers(2), tuple(draws.choice(ids, length).tolist())
+
+    for _ in range(300):
+        start, tokens = draw()
+        cache.keep(start, tokens, state)
+        kept.append((start, tokens))
+        start, prompt = draw()
+        alike = [tokens for key, tokens in kept if key == start]
+        shared = [leading(tokens, prompt) for tokens in alike]
+        whole = [len(one) for one in alike if one == prompt[: len(one)]]
+        found = cache.find(start, prompt)
+        assert found.length == max(whole, default=0)
+        assert found.shared == max(shared, default=0)
+        assert (found.state is None) == (found.length == 0)
+
+
+def test_a_full_cache_is_not_looked_through(monkeypatch):
+    state = init_state(CONFIG)
+    cache = PrefixCache(2**30)
+    for number in range(500):
+        cache.keep(0, (number, number), state)
+    compared = []
+    common = prefix_cache._Entry.common
+
+    def count(entry, tokens):
+        compared.append(entry)
+        return common(entry, tokens)
+
+    monkeypatch.setattr(prefix_cache._Entry, "common", count)
+    assert cache.find(0, (250, 250, 1)).length == 2
+    assert len(compared) < 6

@@ -1,6 +1,8 @@
 """Start states by name: they come, are replaced and go while requests are answered."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -106,3 +108,64 @@ def test_the_files_of_a_folder_are_served_as_they_are_now(params, tmp_path, capl
     assert_same(answer(engine, request), alone(params, request, {"poet": new}))
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith(f"serve: `{tmp_path / 'poet.pth'}` is not served: ")
+
+
+@pytest.fixture
+def folder_of_states(params, tmp_path):
+    """A folder with the state "poet", its files, and the engine that serves it."""
+    folder = tmp_path / "states"
+    folder.mkdir()
+    save_state(folder / "poet.pth", STATES["poet"])
+    files = StateFiles(
+        {},
+        [folder],
+        suffixes=[".pth"],
+        load=lambda path: load_state(path, config=CONFIG),
+    )
+    return folder, files, Engine(MODEL, params, BYTES, files.read(), slots=1)
+
+
+def refuse(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+@pytest.mark.parametrize("how", ["gone", "unreadable", "file"])
+def test_states_stay_while_their_disk_is_away(
+    folder_of_states, monkeypatch, caplog, how
+):
+    folder, files, engine = folder_of_states
+    away = folder.with_name("away")
+    with monkeypatch.context() as patch:
+        if how == "gone":
+            folder.rename(away)
+        else:
+            patch.setattr(Path, "iterdir" if how == "unreadable" else "stat", refuse)
+        for _ in range(2):
+            files.refresh(engine)
+    assert engine.state_names == ("poet",)
+    (said,) = [record.getMessage() for record in caplog.records]
+    lost = folder / "poet.pth" if how == "file" else folder
+    assert said.startswith(f"serve: `{lost}` cannot be read, and what was read there")
+    if how == "gone":
+        away.rename(folder)
+    files.refresh(engine)
+    assert len(caplog.records) == 1
+    # A file that is gone from a folder which is there is meant to be.
+    (folder / "poet.pth").unlink()
+    files.refresh(engine)
+    assert engine.state_names == ()
+
+
+def test_a_state_of_the_same_size_and_time_is_another(folder_of_states, params):
+    folder, files, engine = folder_of_states
+    file = folder / "poet.pth"
+    request = Request((65, 66, 67), state="poet", tokens=20, temperature=0.0)
+    old = answer(engine, request)
+    before = file.stat()
+    new = drawn_state(9, scale=5.0)
+    save_state(file, new)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    files.refresh(engine)
+    assert_same(answer(engine, request), alone(params, request, {"poet": new}))
+    assert answer(engine, request).tokens != old.tokens

@@ -1,0 +1,91 @@
+"""A line of the log for each request, and the id that client and operator know it by."""
+
+import contextlib
+import datetime
+import json
+import re
+import secrets
+import time
+from typing import TextIO
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# An id that a client or a proxy may give; others could be anything, in any length.
+_ID = re.compile(rb"[\w.:/+=-]{1,128}")
+
+# Asked every few seconds, by programs; lines of them would hide the others.
+_PROBES = ("/health", "/metrics")
+
+# A client that disconnected before its answer was whole, as nginx notes it.
+_LEFT = 499
+
+
+class RequestLog:
+    """Gives every answer the header `X-Request-Id`, and writes a line when it is complete."""
+
+    def __init__(self, app: ASGIApp, stream: TextIO | None):
+        """Takes what is behind it.
+
+        Args:
+            app: that answers.
+            stream: for the lines; None writes none.
+        """
+        self._app = app
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, and what is answered."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        id = _request_id(scope)
+        start = time.monotonic()
+        # What an error that nobody expected becomes, outside of this.
+        status = 500
+        complete = False
+        left = False
+
+        async def note_leaving() -> Message:
+            nonlocal left
+            message = await receive()
+            left |= message["type"] == "http.disconnect" and not complete
+            return message
+
+        async def note_answer(message: Message) -> None:
+            nonlocal status, complete
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message.get("headers", ()), (b"x-request-id", id.encode())]
+                message = {**message, "headers": headers}
+            elif not message.get("more_body", False):
+                complete = True
+            await send(message)
+
+        try:
+            await self._app(scope, note_leaving, note_answer)
+        finally:
+            self._write(scope, id, _LEFT if left else status, time.monotonic() - start)
+
+    def _write(self, scope: Scope, id: str, status: int, seconds: float) -> None:
+        """Writes the line of a request; a stream that is gone must not cost an answer."""
+        if self._stream is None or (scope["path"] in _PROBES and status == 200):
+            return
+        now = datetime.datetime.now(datetime.UTC)
+        client = scope.get("client")
+        line = {
+            "time": now.isoformat(timespec="milliseconds"),
+            "id": id,
+            "client": client[0] if client else None,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "seconds": round(seconds, 3),
+        }
+        with contextlib.suppress(OSError, ValueError):
+            print(json.dumps(line), file=self._stream, flush=True)
+
+
+def _request_id(scope: Scope) -> str:
+    """Returns the id that came with a request, or a new one."""
+    given = dict(scope["headers"]).get(b"x-request-id", b"")
+    return given.decode() if _ID.fullmatch(given) else secrets.token_hex(12)
