@@ -409,16 +409,16 @@ def stack(states: list[RWKV7State]) -> RWKV7State:
 
     Raises:
         TypeError: something else than a list of states.
-        ValueError: no state, states of different models, or upscaled memories that differ in
-            dynamics, kind or number of features.
+        ValueError: no state, states of different models, upscaled memories that differ in dynamics,
+            kind or number of features, or only some states with a memory of the paper's form.
     """
     with prefix_errors("stack"):
         states = _check_states(states)
-    like = next(
-        (state.upscaled for state in states if state.upscaled is not None), None
-    )
-    if like is not None:
-        states = [_with_upscaled(state, like) for state in states]
+        like = next(
+            (state.upscaled for state in states if state.upscaled is not None), None
+        )
+        if like is not None:
+            states = [_with_upscaled(state, like) for state in states]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *states)
 
 
@@ -451,13 +451,18 @@ def _with_upscaled(state: RWKV7State, like: Upscaled) -> RWKV7State:
     """
     upscaled = state.upscaled
     if upscaled is None:
+        if like.form.replaces_wkv:
+            raise ValueError(
+                "`states` must all have an upscaled memory where one takes the place of the WKV "
+                f"state ({like.dynamics}): beside it, a WKV state alone would not be read."
+            )
         one_row = jax.tree.map(lambda leaf: leaf[:, :1], like)
         upscaled = one_row.replace(
             memory=jnp.zeros_like(one_row.memory), write=jnp.zeros_like(one_row.write)
         )
     if _shapes_without_batch(upscaled) != _shapes_without_batch(like):
         raise ValueError(
-            "stack: `states` must have upscaled memories of one form; got "
+            "`states` must have upscaled memories of one form; got "
             f"{_description(like)} and {_description(upscaled)}."
         )
 
