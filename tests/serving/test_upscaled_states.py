@@ -95,7 +95,7 @@ def test_prefixes_cut_anywhere_change_no_answer(params, dynamics):
 
 def test_a_memory_in_a_wkv_states_place_is_refused_beside_the_model_s_own(params):
     paper = filled(empty_state(CONFIG, "replace"))
-    with pytest.raises(ValueError, match=r"Engine: `states` must all have an upscaled"):
+    with pytest.raises(ValueError, match=r"Engine: `states` must all have a memory"):
         Engine(MODEL, params, BYTES, {"paper": paper})
     engine = Engine(MODEL, params, BYTES, wide_states("static"))
     with pytest.raises(ValueError, match=r"put_state: `state` must have the form"):
