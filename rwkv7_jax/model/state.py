@@ -277,10 +277,8 @@ def check_whole_state(state: Any, argument: str) -> None:
                 f"`{name}.{field}` must be an array; got {type(leaf).__name__}."
             )
         shape = tuple(leaf.shape)
-        fits = len(shape) == len(axes.split()) and shape[:2] == tuple(
-            state.wkv.shape[:2]
-        )
-        if not fits:
+        leading = tuple(state.wkv.shape[:2])
+        if len(shape) != len(axes.split()) or shape[:2] != leading:
             raise ValueError(f"`{name}.{field}` must have shape {axes}; got {shape}.")
 
 
@@ -407,16 +405,14 @@ def stack(states: list[RWKV7State]) -> RWKV7State:
 
     Raises:
         TypeError: something else than a list of states.
-        ValueError: no state, states of different models, or upscaled memories that differ in
-            dynamics, kind or number of features.
+        ValueError: no state, states of different models, upscaled memories that differ in dynamics,
+            kind or number of features, or only some states with a memory of the paper's form.
     """
     with prefix_errors("stack"):
         states = _check_states(states)
-    like = next(
-        (state.upscaled for state in states if state.upscaled is not None), None
-    )
-    if like is not None:
-        states = [_with_upscaled(state, like) for state in states]
+        memories = [one.upscaled for one in states if one.upscaled is not None]
+        if memories:
+            states = [_with_upscaled(state, memories[0]) for state in states]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *states)
 
 
@@ -449,13 +445,17 @@ def _with_upscaled(state: RWKV7State, like: Upscaled) -> RWKV7State:
     """
     upscaled = state.upscaled
     if upscaled is None:
+        if like.form.replaces_wkv:
+            raise ValueError(
+                f"`states` must all have a memory of the paper's form ({like.dynamics}), or none."
+            )
         one_row = jax.tree.map(lambda leaf: leaf[:, :1], like)
         upscaled = one_row.replace(
             memory=jnp.zeros_like(one_row.memory), write=jnp.zeros_like(one_row.write)
         )
     if _shapes_without_batch(upscaled) != _shapes_without_batch(like):
         raise ValueError(
-            "stack: `states` must have upscaled memories of one form; got "
+            "`states` must have upscaled memories of one form; got "
             f"{_description(like)} and {_description(upscaled)}."
         )
 
@@ -471,10 +471,11 @@ def _shapes_without_batch(upscaled: Upscaled) -> Upscaled:
 
 
 def _description(upscaled: Upscaled) -> str:
-    kind = upscaled.features.kind
-    width = upscaled.memory.shape[-1]
-    mapped = "no map" if upscaled.features.map is None else "a map"
-    return f"{upscaled.dynamics} {kind} with {width} features and {mapped}"
+    features = upscaled.features
+    kind = (
+        f"{upscaled.dynamics} {features.kind} with {features.mean.shape[-1]} features"
+    )
+    return f"{kind} and {'no map' if features.map is None else 'a map'}"
 
 
 def _write_words(words: Any) -> bytes:

@@ -21,6 +21,7 @@ import runpy
 import sys
 import traceback
 import typing
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,10 @@ def _read_value(kind: Any, text: str) -> Any:
         # Something like 0x10, or no number.
         pass
     try:
-        value = ast.literal_eval(text)
+        with warnings.catch_warnings():
+            # Of what is no value, Python warns before it says so.
+            warnings.simplefilter("ignore")
+            value = ast.literal_eval(text)
     # A set or a key that cannot be hashed is a TypeError; deep nesting ends in one of the last two.
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         value = text

@@ -29,7 +29,7 @@ from rwkv7_jax.generation.decode_loop import (
 )
 from rwkv7_jax.generation.generate import commit_like
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State, select
+from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.model.unrolled import split_params
 from rwkv7_jax.serving.requests import MOST_ALTERNATIVES, TokenScore
 from rwkv7_jax.sharding import to_host
@@ -108,7 +108,7 @@ class Slots:
         self._is_new[:] = False
         count = len(self._options)
         run = DecodeState.create(
-            select(self._start, [0] * count),
+            _own_rows(self._start, count),
             jnp.zeros((count, self._model.config.vocab_size), jnp.float32),
         )
         run = run._replace(status=jnp.full_like(run.status, STOPPED))
@@ -202,6 +202,17 @@ def _token_scores(
         )
         found.append(score)
     return found
+
+
+def _own_rows(state: RWKV7State, count: int) -> RWKV7State:
+    """Makes rows of a state of one row that share nothing: each will be written by itself."""
+
+    def own(leaf: Array) -> Array:
+        rows = jnp.broadcast_to(leaf, (leaf.shape[0], count, *leaf.shape[2:]))
+        # The rows are donated, and the state stays.
+        return jnp.array(rows, copy=True)
+
+    return jax.tree.map(own, state)
 
 
 class _Rows(NamedTuple):

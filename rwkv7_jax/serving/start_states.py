@@ -69,12 +69,16 @@ class StartStates:
         """
         check_state(state, 1, self._config)
         nothing = self._starts[None].state
-        row = select(_cast(stack([nothing, state]), self._config), [1])
+        other_form = ValueError(
+            "`state` must have the form of the states from the beginning; its memory is of "
+            "another kind or size, and every program would be compiled anew."
+        )
+        try:
+            row = select(_cast(stack([nothing, state]), self._config), [1])
+        except ValueError:
+            raise other_form from None
         if jax.tree.map(jax.typeof, row) != jax.tree.map(jax.typeof, nothing):
-            raise ValueError(
-                "`state` must have the form of the states from the beginning; its memory is of "
-                "another kind or size, and every program would be compiled anew."
-            )
+            raise other_form
         self._starts[name] = Start(next(self._keys), row)
 
     def remove(self, name: str) -> None:

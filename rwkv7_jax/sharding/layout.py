@@ -24,6 +24,10 @@ AXES = (DATA, FSDP, SEQUENCE, TENSOR)
 # the heads of a block, and the channels inside of its channel mix.
 ROWS = (DATA, FSDP)
 
+# The sets of a stack lie along these. A row of a set is on one device, which leaves the third axis
+# without another use.
+SETS = (DATA, FSDP, SEQUENCE)
+
 # An axis of a leaf lies along one axis of the mesh, or along several, the outermost first.
 _Axes = tuple[str | tuple[str, ...] | None, ...]
 
@@ -226,4 +230,4 @@ def share_of_rows(rows: int, sizes: Mapping[str, int]) -> int:
 
 def share_of_sets(sets: int, sizes: Mapping[str, int]) -> int:
     """Counts the sets of a stack that one device updates; they need not be divided evenly."""
-    return -(-sets // math.prod(sizes.get(axis, 1) for axis in ROWS))
+    return -(-sets // math.prod(sizes.get(axis, 1) for axis in SETS))

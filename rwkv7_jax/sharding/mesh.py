@@ -333,7 +333,10 @@ def shard_batch(mesh: Mesh | None, batch: Any, *, rows: int | None = None) -> An
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """Makes the mesh known to everything that is traced inside the block.
 
-    The weights must lie on it, as `place` or `load_model(mesh=...)` puts them.
+    The weights must lie on it, as `place` or `load_model(mesh=...)` puts them. Of others, a public
+    function says so; a program of your own, made by `jax.jit`, fails in XLA's words, about a custom
+    call such as `GlobalToLocalShape`. While such a program is traced, nothing tells these weights
+    from those that `jax.set_mesh` will place.
 
     Raises:
         ValueError: a mesh with axes of the type `AxisType.Explicit`.

@@ -22,7 +22,7 @@ from jaxtyping import Array
 
 from rwkv7_jax.checks import check_count, prefix_errors
 from rwkv7_jax.sharding import (
-    ROWS,
+    SETS,
     TENSOR,
     as_shards,
     constrain_layout,
@@ -80,7 +80,7 @@ def _on_each_device(update: Callable, mesh: Mesh, sets: int) -> Callable:
     Where the devices do not divide the sets evenly, some are updated twice, and the copies dropped:
     no device has more of them than it would with the next larger number that is divided.
     """
-    axes = tuple(axis for axis in ROWS if mesh.shape.get(axis, 1) > 1)
+    axes = tuple(axis for axis in SETS if mesh.shape.get(axis, 1) > 1)
     parts = math.prod(mesh.shape[axis] for axis in axes)
     shared = PartitionSpec(axes or None)
     fields = _axes(shared, PartitionSpec())
@@ -178,8 +178,8 @@ def make_stacked_step(
         statistics: of one set and its own rows.
         accumulate: pieces into which each set's rows are cut.
         at_once: sets that are computed at the same time, if memory is short; None for all.
-        mesh: devices that share the sets; the arrays of `loss` and `statistics` are placed there,
-            without one on the default device.
+        mesh: devices that share the sets, also those along `sequence`; the arrays of `loss` and
+            `statistics` are placed there, without one on the default device.
         donate: as in `make_train_step`.
 
     Raises:

@@ -207,6 +207,15 @@ def test_memories_of_different_forms_are_not_stacked():
         stack([static, one_state("delta", seed=1)])
 
 
+@pytest.mark.parametrize("kind", REPLACING)
+def test_a_memory_in_a_wkv_states_place_is_not_stacked_with_plain_states(kind):
+    states = [one_state(None, seed=1), one_state(kind, seed=2)]
+    sentence = rf"stack: `states` must all have a memory of the paper's form \({kind}\)"
+    for some in (states, states[::-1]):
+        with pytest.raises(ValueError, match=sentence):
+            stack(some)
+
+
 @kinds
 def test_linear_leaves_are_added_and_features_stay_those_of_the_first(kind):
     first = one_state(kind, seed=1)

@@ -1,10 +1,15 @@
 """The command line of train.py becomes settings, or one sentence."""
 
+import contextlib
+import dataclasses
 import sys
+import time
+import warnings
 
 import pytest
 from absl import flags
 
+from rwkv7_jax.runs import config_flags
 from rwkv7_jax.runs.config_flags import _parse, config_values
 from rwkv7_jax.runs.settings import read_settings
 
@@ -120,3 +125,56 @@ def test_what_cannot_be_read_ends_the_program_in_one_line(
 def test_settings_that_do_not_exist_are_named(parse, words, sentence):
     with pytest.raises(ValueError, match=sentence):
         parse(*words)
+
+
+# As parsers meet them: nesting, runs of quotes and of backslashes, and what some programs expand.
+STRANGE = [
+    unit * count + end
+    for unit in (
+        "{",
+        "[",
+        "(",
+        "{1:",
+        "{'a':[",
+        "'",
+        '"',
+        "\\",
+        "'\\",
+        "$",
+        "a,",
+        "a|",
+        "9",
+    )
+    for count in (30, 199)
+    for end in ("", "!", "}" * count)
+]
+
+
+@pytest.mark.parametrize("kind", ["text", "number", "list"])
+def test_strange_texts_are_answered_within_a_second(kind):
+    kinds = {"text": str, "number": float, "list": tuple}
+    for name, hint in config_flags._TYPES.items():
+        shown = str(hint)
+        is_list = "tuple" in shown
+        wanted = kinds[kind].__name__ in shown and is_list == (kind == "list")
+        if not wanted or dataclasses.is_dataclass(hint):
+            continue
+        group, _, last = name.removeprefix("config.").rpartition(".")
+        for text in STRANGE:
+            began = time.perf_counter()
+            value = config_flags._read_value(hint, text)
+            values: dict = {last: value}
+            for part in reversed(group.split(".") if group else []):
+                values = {part: values}
+            # A text may be a value, and a number is none of these.
+            with contextlib.suppress(ValueError):
+                read_settings(values)
+            assert time.perf_counter() - began < 1, (name, text[:20], len(text))
+
+
+@pytest.mark.parametrize("text", ["1if", "0x1for", "'\\d'"])
+def test_python_does_not_warn_of_what_is_no_number(text):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        config_flags._read_value(int, text)
+    assert not said

@@ -15,6 +15,7 @@ from rwkv7_jax.runs.exit_codes import exit_code
 from rwkv7_jax.runs.modes.registry import make_mode
 from rwkv7_jax.runs.monitoring.memory_advice import explain_out_of_memory
 from rwkv7_jax.runs.process import exit_with_code
+from rwkv7_jax.training.costs import tree_bytes
 
 ERRORS = [
     MemoryError(),
@@ -101,6 +102,31 @@ def test_the_estimate_is_of_the_rows_and_tokens_that_one_device_has(
     assert (shared.parameters < own.parameters) == has_shards
     if not has_shards:
         assert shared == own
+
+
+def test_each_device_has_whole_rows_of_its_share_of_a_stack(tmp_path):
+    save_base_model(tmp_path / "base.pth")
+    base = tmp_path / "base.pth"
+    texts = {"poet": "task:mapping", "cook": "task:facts-8", "judge": "task:dictionary"}
+    stack = {"data__path": "", "tuning__states": texts}
+    for mode in ("state", "upscaled_state"):
+        many = make_mode(mode_settings(mode, base, **stack), tmp_path)
+        alone = make_mode(mode_settings(mode, base), tmp_path)
+        shared = many.memory_estimate(mesh_of(1, 1, 3))
+        own = alone.memory_estimate()
+        assert shared.activations == own.activations
+        assert shared.moments == 3 * own.moments
+        trained = tree_bytes(alone.abstract_params)
+        assert shared.parameters == own.parameters + 2 * trained
+
+
+def test_a_memorys_features_are_estimated_of_a_devices_own_tokens(tmp_path):
+    save_base_model(tmp_path / "base.pth")
+    base = tmp_path / "base.pth"
+    mode = make_mode(mode_settings("upscaled_state", base), tmp_path)
+    short = mode_settings("upscaled_state", base, data__length=8)
+    shared = mode.memory_estimate(mesh_of(1, 1, 3))
+    assert shared == make_mode(short, tmp_path).memory_estimate()
 
 
 def test_rows_that_devices_cannot_share_are_estimated_on_each(tmp_path):

@@ -2,10 +2,13 @@
 
 import pytest
 
+from rwkv7_jax.data.records.conversations import asked_conversation
 from rwkv7_jax.data.records.record import parse_record
 from rwkv7_jax.serving.chats import EFFORTS, read_chat
 from rwkv7_jax.serving.fields import Fields, Refused
+from rwkv7_jax.text.chat_answers import read_answer
 from rwkv7_jax.text.chat_template import THINK_MODES, answer_opening, tool_text
+from rwkv7_jax.text.tokenizer import Tokenizer
 
 HI = [{"role": "user", "content": "hi"}]
 FIND = {
@@ -60,6 +63,44 @@ def test_functions_are_in_the_prompt_and_the_model_chooses():
     thinking = chat_of(tools=[FIND], think="short")
     assert "".join(thinking.parts).endswith("hi (think a bit)\n\nAssistant: <think")
     assert not chat_of(tools=[FIND], parallel_tool_calls=False).parallel
+
+
+CALLED = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [
+        {"type": "function", "function": {"name": "find", "arguments": "{}"}}
+    ],
+}
+ANSWERS = {"words": {"role": "assistant", "content": "Hello."}, "call": CALLED}
+
+
+@pytest.mark.parametrize("think", THINK_MODES)
+@pytest.mark.parametrize(
+    ("tools", "last"), [([], "words"), ([FIND], "words"), ([FIND], "call")]
+)
+def test_a_model_is_asked_for_the_ids_that_it_learns_in_tuning(think, tools, last):
+    turns = [*HI, CALLED, {"role": "tool", "content": "1"}] if tools else HI
+    if THINK_MODES[think].filler is None:
+        thought = {"reasoning_content": "Hm."}
+        turns = [turn | thought if turn == CALLED else turn for turn in turns]
+        answer = ANSWERS[last] | thought
+    else:
+        answer = ANSWERS[last]
+    record = {"messages": [*turns, answer], "think": think, "tools": tools}
+    learnt = [part.text for part in parse_record(record).segments]
+    chat = chat_of(messages=turns, think=think, tools=tools)
+    tokenizer = Tokenizer.world()
+    asked = [tokenizer.encode(part) for part in chat.parts]
+    assert asked == [tokenizer.encode(part) for part in learnt[:-1]]
+    # All of a call is the model's to write, and its answer is what the server reads.
+    read = read_answer(chat.opening + learnt[-1].decode(), chat.tools)
+    assert read.words == (answer["content"] or "")
+    assert [call.name for call in read.calls] == ["find"] * (last == "call")
+    prompt, _ = asked_conversation(
+        record["messages"], think=think, tools=list(chat.tools)
+    )
+    assert prompt == chat.parts
 
 
 @pytest.mark.parametrize(

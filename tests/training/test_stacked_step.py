@@ -185,6 +185,25 @@ def test_devices_that_do_not_divide_the_sets_each_update_all_of_them():
     assert_close(sharded["loss"], metrics["loss"], SAME["model"])
 
 
+def test_devices_along_the_tokens_of_a_row_share_the_sets_as_well():
+    batch = joined([batch_of(i, 0) for i in range(SETS)])
+    start = stack_params(starts())
+    expected, metrics = together(start, [batch])
+    mesh = sharding.make_mesh({"sequence": 2}, SETS)
+    train, sharded = together(start, [batch], mesh=mesh)
+    assert_trees_close(train.params, expected.params, SAME["model"])
+    assert_close(sharded["loss"], metrics["loss"], SAME["model"])
+    assert flops(mesh, start, batch) < 0.6 * flops(None, start, batch)
+
+
+def flops(mesh, start, batch) -> float:
+    """Counts what one device computes in a step of all sets."""
+    tx, step = stacked(tuple(RATES.tolist()), mesh=mesh)
+    train = sharding.place(mesh, create_stack(start, tx))
+    program = step.lower(train, sharding.shard_batch(mesh, batch)).compile()
+    return program.cost_analysis()["flops"]
+
+
 def test_devices_that_share_heads_are_refused():
     mesh = sharding.make_mesh({"tensor": 2}, SETS)
     with pytest.raises(ValueError, match=r"`mesh` must have no tensor axis: .* of 2\."):

@@ -109,7 +109,8 @@ def conversation(
         raise ValueError(f'no answer of "{name}" is learnt: all have a weight of 0')
     flags = iter(learnt)
     segments = []
-    for part in write_conversation(turns, think=think, tools=tools):
+    # A model that may choose writes the beginning of a call itself, so this is learnt.
+    for part in write_conversation(turns, think=think, tools=tools, must_call=False):
         in_loss = part.is_answer and next(flags)
         segments.append(Segment(part.text.encode(), in_loss=in_loss))
     return Document(tuple(segments))
@@ -147,7 +148,9 @@ def asked_conversation(
         answer = turns.pop().content
     if not turns or turns[-1].role not in ("user", "tool"):
         raise ValueError(f'"{name}" must end with a question, or with its answer')
-    parts = write_conversation(turns, think=think, tools=tools, ask=True)
+    parts = write_conversation(
+        turns, think=think, tools=tools, must_call=False, ask=True
+    )
     return tuple(part.text for part in parts), answer
 
 

@@ -289,28 +289,29 @@ class TrainingMode(abc.ABC):
         """
         if self.gradients_of is None:
             return None
-        rows = sharding.share_of_rows(
-            self.settings.rows_per_step, sharding.sizes_of(mesh)
-        )
-        return self.step_memory(rows, mesh, trained=self.gradients_of)
+        sizes = sharding.sizes_of(mesh)
+        rows = sharding.share_of_rows(self.settings.rows_per_step, sizes)
+        return self.step_memory(rows, sizes, trained=self.gradients_of)
 
     def step_memory(
-        self, rows: int, mesh: Mesh | None, *, trained: Literal["weights", "state"]
+        self,
+        rows: int,
+        sizes: Mapping[str, int],
+        *,
+        trained: Literal["weights", "state"],
     ) -> Memory:
         """Estimates the memory of a step that is one pass of the mode's model.
 
         Args:
             rows: that one device computes at once.
-            mesh: as in `memory_estimate`.
+            sizes: of the mesh's axes, by name.
             trained: what has gradients.
         """
-        sizes = sharding.sizes_of(mesh)
         accumulate = self.settings.optimizer.accumulate
         return training_memory(
             self.model.config,
             batch=rows * accumulate,
-            # A row that devices share is filled up to pieces of one length.
-            length=-(-self.settings.data.length // sizes.get(sharding.SEQUENCE, 1)),
+            length=self.own_length(sizes),
             trained=trained,
             accumulate=accumulate,
             weight_bytes=mean_weight_bytes(self.frozen, self.model.config),
@@ -318,6 +319,11 @@ class TrainingMode(abc.ABC):
             # An approximation: `tensor` divides neither the embedding nor most activations.
             shards=sizes.get(sharding.FSDP, 1) * sizes.get(sharding.TENSOR, 1),
         )
+
+    def own_length(self, sizes: Mapping[str, int]) -> int:
+        """Counts the tokens of a row that one device has on a mesh of some sizes."""
+        # A row that devices share is filled up to pieces of one length.
+        return -(-self.settings.data.length // sizes.get(sharding.SEQUENCE, 1))
 
     def evaluate(self, params: Any) -> Metrics:
         """Measures the parameters on held-out data and on what they must not forget.

@@ -29,7 +29,7 @@ from rwkv7_jax.runs.modes.scheduled_optimizer import (
 from rwkv7_jax.runs.modes.state_tuning import StateTuningMode, UpscaledStateMode
 from rwkv7_jax.runs.resume.run_identity import json_digest
 from rwkv7_jax.sharding import own_rows
-from rwkv7_jax.training.costs import Memory
+from rwkv7_jax.training.costs import Memory, tree_bytes
 from rwkv7_jax.training.stacked_step import (
     create_stack,
     make_stacked_step,
@@ -257,12 +257,20 @@ class StackMode(TrainingMode):
     def memory_estimate(self, mesh: Mesh | None = None) -> Memory:
         """Estimates one step's memory on one device, which has its share of the states."""
         states = len(self.names)
-        own = sharding.share_of_sets(states, sharding.sizes_of(mesh))
+        sizes = sharding.sizes_of(mesh)
+        own = sharding.share_of_sets(states, sizes)
         rows = self.settings.rows_per_step * min(own, self.at_once)
-        one = self.step_memory(rows, mesh, trained="state")
+        first = next(iter(self.members.values()))
+        # The rows of a set are on one device.
+        whole_rows = {**sizes, sharding.SEQUENCE: 1}
+        one = first.step_memory(rows, whole_rows, trained="state")
         # Every device holds all states and their moments.
         return dataclasses.replace(
-            one, moments=states * one.moments, gradients=states * one.gradients
+            one,
+            parameters=one.parameters
+            + (states - 1) * tree_bytes(first.abstract_params),
+            moments=states * one.moments,
+            gradients=states * one.gradients,
         )
 
     def readers(self) -> list[tuple[StateTuningMode, int]]:

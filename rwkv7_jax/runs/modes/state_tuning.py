@@ -1,10 +1,10 @@
 """The modes that tune a start state or an upscaled state on text."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
-from jax.sharding import Mesh
 
 from rwkv7_jax import sharding
 from rwkv7_jax.evaluation.metric import Metrics
@@ -62,17 +62,21 @@ class UpscaledStateMode(StateTuningMode):
         return ("memory",)
 
     def step_memory(
-        self, rows: int, mesh: Mesh | None, *, trained: Literal["weights", "state"]
+        self,
+        rows: int,
+        sizes: Mapping[str, int],
+        *,
+        trained: Literal["weights", "state"],
     ) -> Memory:
         """Estimates the memory of a step: that of a start state, and what a memory adds."""
-        need = super().step_memory(rows, mesh, trained=trained)
+        need = super().step_memory(rows, sizes, trained=trained)
         upscaled = self.abstract_params.upscaled
         held = sum(leaf.size * 4 for leaf in jax.tree.leaves(upscaled))
         memory = 4 * upscaled.memory.size
         config = self.model.config
         # Of the layer that is computed: a head's features of each token.
         features = 4 * config.num_heads * upscaled.features.mean.shape[-1]
-        made = rows * self.settings.data.length * features * _FEATURE_COPIES
+        made = rows * self.own_length(sizes) * features * _FEATURE_COPIES
         return dataclasses.replace(
             need,
             parameters=need.parameters + held,

@@ -1,0 +1,102 @@
+"""Upscaled states, and mixtures of them, answer as alone: in any row, and from the cache."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from engine_cases import (
+    BYTES,
+    CONFIG,
+    MODEL,
+    STATES,
+    alone,
+    answer,
+    ask,
+    assert_same,
+    work,
+)
+from tiny_models import lively
+from tolerances import SAME, assert_close
+from upscaled_states import ADDITIVE, empty_state, filled
+
+from rwkv7_jax.serving.engine import Engine
+from rwkv7_jax.serving.requests import Request
+from rwkv7_jax.tuning.state_arithmetic import weighted_sum
+
+PROMPT = tuple(np.random.default_rng(0).integers(1, 256, 300).tolist())
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Weights with which each start state says something else."""
+    return lively(CONFIG)
+
+
+def wide_states(dynamics):
+    """A plain state, two upscaled ones, and a mixture of these."""
+    write = 0.0 if dynamics == "static" else 0.4
+    empty = empty_state(CONFIG, dynamics)
+    first = filled(empty, seed=1, size=20.0, write=write)
+    second = filled(empty, seed=2, size=20.0, write=write)
+    first = first.replace(wkv=STATES["poet"].wkv)
+    mixed = weighted_sum([first, second], [0.6, 0.4])
+    return {"poet": STATES["poet"], "one": first, "two": second, "mixed": mixed}
+
+
+def requests_of(states):
+    """A request of each state, and one of none."""
+    plain = Request((40, 41), tokens=6, temperature=0.0)
+    return [dataclasses.replace(plain, state=name) for name in (None, *states)]
+
+
+@pytest.mark.parametrize("dynamics", ADDITIVE)
+@pytest.mark.parametrize("slots", [1, 3])
+def test_states_that_share_the_rows_answer_as_alone(params, dynamics, slots):
+    states = wide_states(dynamics)
+    engine = Engine(MODEL, params, BYTES, states, slots=slots)
+    # Twice, since a row is taken again by a request from another state.
+    requests = requests_of(states)
+    requests += reversed(requests)
+    asked = [ask(engine, request) for request in requests]
+    work(engine)
+    assert len({only.tokens for _, (only,) in asked}) == len(states) + 1
+    for request, (_, (only,)) in zip(requests, asked, strict=True):
+        assert_same(only, alone(params, request, states))
+
+
+@pytest.mark.parametrize("dynamics", ADDITIVE)
+def test_prefixes_cut_anywhere_change_no_answer(params, dynamics):
+    states = wide_states(dynamics)
+    nothing_kept = Engine(MODEL, params, BYTES, states, slots=2, cache_bytes=0)
+    kept = Engine(MODEL, params, BYTES, states, slots=2)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(states["one"]))
+    # Two states and ids: most of what is kept is dropped soon.
+    two_kept = Engine(MODEL, params, BYTES, states, slots=2, cache_bytes=3 * size)
+    draws = np.random.default_rng(1)
+    cached = 0
+    for index, request in enumerate(5 * requests_of(states)):
+        end = int(draws.integers(1, len(PROMPT)))
+        prompt = (*PROMPT[:end], *range(60, 60 + index % 3))
+        request = dataclasses.replace(
+            request, prompt=prompt, seed=index, temperature=0.7 * (index % 2)
+        )
+        request = dataclasses.replace(request, alternatives=0)
+        expected = answer(nothing_kept, request)
+        logps = [score.logp for score in expected.scores]
+        for engine in (kept, two_kept):
+            found = answer(engine, request)
+            cached += found.cached_tokens
+            assert found.tokens == expected.tokens
+            scores = [score.logp for score in found.scores]
+            assert_close(scores, logps, SAME["model"])
+    assert cached > len(PROMPT)
+
+
+def test_a_memory_in_a_wkv_states_place_is_refused_beside_the_model_s_own(params):
+    paper = filled(empty_state(CONFIG, "replace"))
+    with pytest.raises(ValueError, match=r"Engine: `states` must all have a memory"):
+        Engine(MODEL, params, BYTES, {"paper": paper})
+    engine = Engine(MODEL, params, BYTES, wide_states("static"))
+    with pytest.raises(ValueError, match=r"put_state: `state` must have the form"):
+        engine.put_state("paper", paper)
