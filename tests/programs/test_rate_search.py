@@ -11,6 +11,7 @@ from rwkv7_jax.checkpoints.state_files import load_state
 from rwkv7_jax.evaluation.metric import Metric
 from rwkv7_jax.runs.exit_codes import Stopped
 from rwkv7_jax.runs.modes.rate_stack import RateStackMode
+from rwkv7_jax.runs.modes.registry import make_mesh_of, make_mode
 from rwkv7_jax.runs.modes.state_tuning import StateTuningMode
 from rwkv7_jax.runs.rate_record import RECORD
 
@@ -160,6 +161,20 @@ def test_settings_of_a_search_are_refused_in_one_sentence(tmp_path, base_model):
     (tmp_path / RECORD).write_text("{}")
     with pytest.raises(ValueError, match="must be the record of a search"):
         train_here(searched(base_model), tmp_path)
+
+
+@pytest.mark.parametrize("mesh", ["data=2", "sequence=2"])
+def test_a_search_on_a_mesh_takes_no_more_memory_of_a_device_than_the_run(
+    tmp_path, base_model, mesh
+):
+    def at_once(mesh):
+        settings = searched(base_model, mesh=mesh, data__batch_size=8)
+        made = make_mode(settings, tmp_path, make_mesh_of(settings))
+        return RateStackMode(made).at_once
+
+    # Three rates of a few rows each: all of them, or one at a time.
+    assert at_once("data=1") == 3
+    assert at_once(mesh) == 1
 
 
 def test_only_states_that_are_tuned_on_text_find_a_rate(base_model):

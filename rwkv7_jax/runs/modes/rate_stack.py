@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from rwkv7_jax import sharding
@@ -84,9 +85,14 @@ class RateStackMode(StackMode):
 
     @property
     def at_once(self) -> int:
-        """As many states as need no more memory than a step of the run; a part of all of them."""
+        """As many states on a device as need no more memory there than a step of the run.
+
+        Devices have parts of the run's rows, and whole rows of their states.
+        """
         states = len(self.members)
-        room = _SLACK * self._rows_of_run / self.plan.rows
+        processes = 1 if sharding.is_shared(self.mesh) else jax.process_count()
+        own = sharding.share_of_sets(self._rows_of_run, sharding.sizes_of(self.mesh))
+        room = _SLACK * own / processes / self.plan.rows
         fitting = [n for n in range(1, states + 1) if states % n == 0 and n <= room]
         return max(fitting, default=1)
 
