@@ -2,7 +2,7 @@
 
 0 done, or saved on a signal where `--stopped_code` names no code for that; 2 bad settings or data;
 3 no valid checkpoint; 4 stopped because numbers were not finite; 5 disk; 6 another process of the
-run was lost; 7 out of memory; 130 Ctrl-C.
+run was lost; 7 out of memory; 75 another process works there; 130 Ctrl-C.
 """
 
 import errno
@@ -52,10 +52,17 @@ _LOST_PROCESS = re.compile(r"\bGloo [\w -]+ failed\b")
 # Paths and other words of the user's, as messages have them.
 _QUOTED = re.compile(r"`[^`]*`|\"[^\"]*\"")
 
-# Exit codes without a meaning here; from 126 on they are the shell's.
+# What `sysexits.h` calls a temporary failure.
+_LATER = 75
+
+# Exit codes without a meaning here, or with that of "later"; from 126 on they are the shell's.
 _FREE_CODES = (8, 125)
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
+
+
+class InUse(ValueError):
+    """A folder or a store in which another process works, which may end at any time."""
 
 
 class NoValidCheckpoint(RuntimeError):
@@ -130,6 +137,8 @@ def exit_code(error: BaseException) -> int | None:
         return 3
     if isinstance(error, NotFinite):
         return 4
+    if isinstance(error, InUse):
+        return _LATER
     # Before the classes below: for a lost process JAX also raises ValueError, which is code 2.
     if _is_lost_process(error):
         return 6

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.json_files import parse_json
+from rwkv7_jax.runs.exit_codes import InUse
 
 # The lock's name in a run's directory and in its backup.
 LOCK = "run.lock"
@@ -44,7 +45,7 @@ class RunLock:
         """Takes the lock.
 
         Raises:
-            ValueError: another process holds it.
+            InUse: another process holds it.
             OSError: the file cannot be written.
         """
         self._path = path
@@ -61,7 +62,7 @@ class RunLock:
         must_watch = bool(text) and (on_other_machine or locked is None)
         if locked is False or (must_watch and _is_touched(path, who)):
             self._file.close()
-            raise ValueError(
+            raise InUse(
                 f"`{path.parent}` is in use by {who}; wait for it or take another folder."
             )
         if text:

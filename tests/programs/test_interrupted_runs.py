@@ -116,7 +116,7 @@ def test_a_signal_saves_the_last_finished_step_within_five_seconds(tmp_path, nam
     training(tmp_path, process)
     if name == "SIGTERM":  # In the meantime no other process may use the folder.
         second = run(tmp_path, steps=1_000_000)
-        reason = last_line(finish(second, 2)[1])
+        reason = last_line(finish(second, 75)[1])
         assert f"is in use by process {process.pid} on " in reason
     with ends_within(5, process):
         process.send_signal(getattr(signal, name))

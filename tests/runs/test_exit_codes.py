@@ -5,6 +5,7 @@ import pytest
 
 from rwkv7_jax.runs.exit_codes import (
     DiskError,
+    InUse,
     NotFinite,
     NoValidCheckpoint,
     Stopped,
@@ -23,6 +24,7 @@ FULL = "Failed to write 624898 bytes to file 4: No space left on device [os_erro
     [
         (ValueError("no"), 2),
         (FileNotFoundError(2, "no", "x"), 2),
+        (InUse("no"), 75),
         (NoValidCheckpoint("no"), 3),
         (NotFinite("no"), 4),
         (DiskError("no"), 5),

@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path, PurePosixPath
 
-from rwkv7_jax.runs.exit_codes import DiskError, warn
+from rwkv7_jax.runs.exit_codes import DiskError, InUse, warn
 from rwkv7_jax.runs.resume.object_store import ObjectStore, is_inside
 from rwkv7_jax.runs.resume.step_directories import (
     SAVING,
@@ -61,7 +61,8 @@ class Backup:
             workdir: the folder of the run.
 
         Raises:
-            ValueError: another process works there, or the store lies inside the folder.
+            InUse: another process works there.
+            ValueError: the store lies inside the folder.
             DiskError: the store cannot be read or written.
         """
         self._store = store
@@ -89,13 +90,13 @@ class Backup:
             before = generation
             text, generation = self._store.read(LOCK)
             if generation != before and parse_holder(text):
-                raise ValueError(
+                raise InUse(
                     f"`config.backup` {self._store.url} is in use by {who}; wait for it or name "
                     "another place."
                 )
         taken = self._write_lock(generation)
         if not taken:
-            raise ValueError(
+            raise InUse(
                 f"`config.backup` {self._store.url} was taken by another process at this moment; "
                 "name another place."
             )
