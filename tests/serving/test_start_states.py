@@ -15,6 +15,7 @@ from engine_cases import (
     answer,
     ask,
     assert_same,
+    drawn_requests,
     drawn_state,
     work,
 )
@@ -25,6 +26,17 @@ from rwkv7_jax.serving.engine import Engine
 from rwkv7_jax.serving.requests import Request, UnknownState
 from rwkv7_jax.serving.state_files import StateFiles
 from rwkv7_jax.tuning.upscaling import upscale
+
+
+def test_the_states_of_these_tests_say_different_things(engine):
+    # Otherwise a request that read another one's state would pass unseen.
+    differ = 0
+    for request in drawn_requests(18):
+        said = set()
+        for state in (None, *STATES):
+            said.add(answer(engine, dataclasses.replace(request, state=state)).tokens)
+        differ += len(said) == 3
+    assert differ >= 9
 
 
 def test_states_come_and_go_while_requests_are_answered(params, engine):

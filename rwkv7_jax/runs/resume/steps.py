@@ -5,6 +5,7 @@ manifest is complete, and one with other files than the manifest says was damage
 saved.
 """
 
+import abc
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,7 @@ MANIFEST = "files.json"
 _MOST_DIGITS = 10
 
 
-class Steps:
+class Steps(abc.ABC):
     """The steps of one run, wherever they lie.
 
     Attributes:
@@ -28,46 +29,47 @@ class Steps:
 
     place: Any
 
+    @abc.abstractmethod
     def numbers(self) -> list[int]:
         """Returns the steps, intact or not, the newest first."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def complete(self) -> list[int]:
         """Returns the steps that were saved whole, which have a manifest, the newest first."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def path(self, number: int) -> Any:
         """Returns the folder that Orbax reads a step from."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def clean(self) -> None:
         """Deletes what an ended process left half written, and warns of it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def unfinished(self, number: int) -> Any:
         """Returns the folder that Orbax writes a step to."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def begin(self, number: int) -> None:
         """Makes way for the folder that a step is written to."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def commit(self, number: int) -> None:
         """Lets a step count that was begun and is written."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def keep_only(self, numbers: Iterable[int]) -> None:
         """Deletes the complete steps that are not named."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def give_up(self) -> None:
         """Deletes what a save that failed has left."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def free_bytes(self) -> int | None:
         """Returns how much can still be written; None where that has no bound."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def broken_files(self, number: int, share: slice = slice(None)) -> list[str]:
         """Returns the files of a step that differ from its manifest, are missing or are new.
 
@@ -75,19 +77,18 @@ class Steps:
             number: of the step.
             share: of the list of files, where several processes compare the files of a step.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def drop_if_empty(self, number: int) -> bool:
         """Deletes a step without any file; tells whether it was one."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def set_aside(self, number: int) -> str:
         """Lets a damaged step count no longer; returns where it lies now."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def damaged(self) -> str:
         """Returns where steps lie that were set aside; empty if there are none."""
-        raise NotImplementedError
 
 
 def is_step_name(name: str) -> bool:
