@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlparse
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checks import first_line
 from rwkv7_jax.runs.exit_codes import DiskError
+from rwkv7_jax.runs.resume.steps import new_hash
 
 # Seconds after which a store that does not answer counts as absent.
 _TIMEOUT_SECONDS = 120.0
@@ -141,19 +142,13 @@ class ObjectStore:
         with self._named_errors():
             _in_parallel(get, files)
 
-    def digests(
-        self, keys: Mapping[str, str], digest: Callable[[bytes], str]
-    ) -> dict[str, str]:
-        """Returns the digest of the value of each key, by the names of the keys.
-
-        Args:
-            keys: by name.
-            digest: of a value.
-        """
+    def digests(self, keys: Mapping[str, str]) -> dict[str, str]:
+        """Returns the digests of values, as manifests have them, by the names of their keys."""
         found = {}
 
         def read(name: str, key: str) -> None:
-            found[name] = digest(self._keys.read(key).result().value)
+            value = self._keys.read(key).result().value
+            found[name] = new_hash(value).hexdigest()
 
         with self._named_errors():
             _in_parallel(read, keys)

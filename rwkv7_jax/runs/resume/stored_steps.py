@@ -14,7 +14,6 @@ from rwkv7_jax.runs.resume.steps import (
     Steps,
     is_step_name,
     manifest_text,
-    new_hash,
     read_manifest,
 )
 
@@ -115,11 +114,8 @@ class StoredSteps(Steps):
     def commit(self, number: int) -> None:
         """Writes the manifest, with the digests of what the store has."""
         self._check()
-        digests = self._digests(self.files(number))
+        digests = self._store.digests(self.files(number))
         self._store.put(self.key(number, MANIFEST), manifest_text(digests))
-
-    def _digests(self, files: dict[str, str]) -> dict[str, str]:
-        return self._store.digests(files, lambda content: new_hash(content).hexdigest())
 
     def keep_only(self, numbers: Iterable[int]) -> None:
         """Deletes the other steps that have a manifest."""
@@ -146,7 +142,9 @@ class StoredSteps(Steps):
             return [MANIFEST]
         files = self.files(number)
         names = list(dict.fromkeys([*expected, *sorted(files)]))[share]
-        found = self._digests({name: files[name] for name in names if name in files})
+        found = self._store.digests(
+            {name: files[name] for name in names if name in files}
+        )
         return [name for name in names if expected.get(name) != found.get(name)]
 
     def drop_if_empty(self, number: int) -> bool:
