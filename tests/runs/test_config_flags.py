@@ -151,7 +151,7 @@ STRANGE = [
 
 
 @pytest.mark.parametrize("kind", ["text", "number", "list"])
-def test_strange_texts_are_answered_within_a_second(kind):
+def test_no_strange_text_holds_up_a_parser(kind):
     kinds = {"text": str, "number": float, "list": tuple}
     for name, hint in config_flags._TYPES.items():
         shown = str(hint)
@@ -161,7 +161,8 @@ def test_strange_texts_are_answered_within_a_second(kind):
             continue
         group, _, last = name.removeprefix("config.").rpartition(".")
         for text in STRANGE:
-            began = time.perf_counter()
+            # Of this thread: the machine may be busy. What grows with the depth's power never ends.
+            began = time.thread_time()
             value = config_flags._read_value(hint, text)
             values: dict = {last: value}
             for part in reversed(group.split(".") if group else []):
@@ -169,7 +170,7 @@ def test_strange_texts_are_answered_within_a_second(kind):
             # A text may be a value, and a number is none of these.
             with contextlib.suppress(ValueError):
                 read_settings(values)
-            assert time.perf_counter() - began < 1, (name, text[:20], len(text))
+            assert time.thread_time() - began < 5, (name, text[:20], len(text))
 
 
 @pytest.mark.parametrize("text", ["1if", "0x1for", "'\\d'"])
