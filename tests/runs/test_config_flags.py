@@ -129,7 +129,7 @@ def test_settings_that_do_not_exist_are_named(parse, words, sentence):
 
 # As parsers meet them: nesting, runs of quotes and of backslashes, and what some programs expand.
 STRANGE = [
-    unit * count + end
+    unit * 199 + end
     for unit in (
         "{",
         "[",
@@ -145,20 +145,22 @@ STRANGE = [
         "a|",
         "9",
     )
-    for count in (30, 199)
-    for end in ("", "!", "}" * count)
+    for end in ("", "!", "}" * 199)
 ]
 
 
 @pytest.mark.parametrize("kind", ["text", "number", "list"])
 def test_no_strange_text_holds_up_a_parser(kind):
     kinds = {"text": str, "number": float, "list": tuple}
+    seen = set()
     for name, hint in config_flags._TYPES.items():
         shown = str(hint)
         is_list = "tuple" in shown
         wanted = kinds[kind].__name__ in shown and is_list == (kind == "list")
-        if not wanted or dataclasses.is_dataclass(hint):
+        # Settings of one type are read in one way.
+        if not wanted or dataclasses.is_dataclass(hint) or shown in seen:
             continue
+        seen.add(shown)
         group, _, last = name.removeprefix("config.").rpartition(".")
         for text in STRANGE:
             # Of this thread: the machine may be busy. What grows with the depth's power never ends.
