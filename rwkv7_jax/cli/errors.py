@@ -12,7 +12,7 @@ _LESS_MEMORY = (
 def reason(error: Exception) -> str:
     """Formats an error; those of the operating system name their file first.
 
-    What is in the way of a terminal, such as a file's name that moves the cursor, is escaped.
+    Characters that a terminal would obey, as in a file's name, are escaped.
     """
     if is_out_of_memory(error):
         return memory_sentence(error, _LESS_MEMORY)

@@ -140,14 +140,7 @@ def run_serve(options: argparse.Namespace) -> None:
     app: Any = importlib.import_module("rwkv7_jax.serving.app")
     server: Any = importlib.import_module("rwkv7_jax.serving.http_server")
     # Before the model is read: a port that is in use should not cost minutes.
-    try:
-        listener = server.bind(options.host, options.port)
-    # A name that no host can have is a UnicodeError.
-    except (OSError, UnicodeError) as error:
-        raise ValueError(
-            f"serve: `--host` and `--port` must be an address to listen at; "
-            f"{options.host}:{options.port} is none: {error}."
-        ) from None
+    listener = _listener(server, options.host, options.port)
     with listener:
         model = read_model(options.model, weights=options.weights, dtype=options.dtype)
         states = StateFiles(
@@ -193,6 +186,22 @@ def run_serve(options: argparse.Namespace) -> None:
             drain=options.drain,
             keep_alive=options.keep_alive,
         )
+
+
+def _listener(server: Any, host: str, port: int) -> socket.socket:
+    """Takes an address.
+
+    Raises:
+        ValueError: it is in use, or none of this machine.
+    """
+    try:
+        return server.bind(host, port)
+    # A name that no host can have is a UnicodeError.
+    except (OSError, UnicodeError) as error:
+        raise ValueError(
+            "serve: `--host` and `--port` must be an address to listen at; "
+            f"{host}:{port} is none: {error}."
+        ) from None
 
 
 def _state_places(words: list[str]) -> tuple[dict[str, Path], list[Path]]:
@@ -248,7 +257,7 @@ def _check_origin(origin: str) -> None:
 
 
 def _check_host(host: str) -> None:
-    """Refuses what is no name of a machine, such as an address with a port."""
+    """Refuses anything but a host name, such as an address with a port."""
     if not re.fullmatch(r"[\w.-]+", host):
         raise ValueError(
             "serve: `--allow-host` must be a name like models.example, without a scheme, a port "

@@ -70,6 +70,14 @@ def wait_for_checkpoint(folder, processes):
         time.sleep(0.05)
 
 
+def state_tuning(folder):
+    """Settings of a run that tunes a state for a base model, which is written."""
+    base = folder / "base.pth"
+    save_base_model(base)
+    run = {name: one for name, one in RUN.items() if not name.startswith("model.")}
+    return run | {"config": "state_tuning", "init": base, "model.dtype": "float32"}
+
+
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
     """A run that lost its second process: its folder, its first process, and seconds to its end."""
@@ -129,12 +137,7 @@ def test_a_signal_to_one_process_stops_both_whatever_they_share(tmp_path, mesh):
 def test_a_state_tuned_on_own_answers_by_two_processes_has_the_bits_and_the_base_of_one(
     tmp_path, mesh
 ):
-    base = tmp_path / "base.pth"
-    save_base_model(base)
-    run = {name: one for name, one in RUN.items() if not name.startswith("model.")}
-    run |= {
-        "config": "state_tuning",
-        "init": base,
+    run = state_tuning(tmp_path) | {
         "steps": 2,
         "optimizer.learning_rate": 0.1,
         "mesh": mesh,
@@ -145,7 +148,6 @@ def test_a_state_tuned_on_own_answers_by_two_processes_has_the_bits_and_the_base
         "test_time.group": 4,
         "test_time.tokens": 6,
         "test_time.redraws": 1,
-        "model.dtype": "float32",
     }
     processes = start_pair(tmp_path / "two", **run)
     for process in processes:
@@ -208,13 +210,7 @@ def test_processes_without_a_common_folder_keep_their_shards_in_the_backup(tmp_p
 
 
 def test_a_search_for_a_rate_needs_no_common_folder_either(tmp_path):
-    base = tmp_path / "base.pth"
-    save_base_model(base)
-    run = {name: one for name, one in RUN.items() if not name.startswith("model.")}
-    run |= {
-        "config": "state_tuning",
-        "init": base,
-        "model.dtype": "float32",
+    run = state_tuning(tmp_path) | {
         "optimizer.learning_rate": "none",
         "tuning.rates": "(0.01, 0.1)",
         "steps": 4,

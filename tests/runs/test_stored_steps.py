@@ -149,11 +149,16 @@ def test_a_store_that_is_away_during_a_save_does_not_end_the_run(
 def test_a_process_that_was_displaced_lets_no_step_count(bucket, tmp_path):
     (tmp_path / "run").mkdir()
     backup = Backup(ObjectStore(f"file://{bucket}"), tmp_path / "run")
-    backup._displaced = True
     checkpoints = Checkpointer(backup.steps, tmp_path / "run", Settings())
+    backup._displaced = True
+    # What the other process is writing.
+    theirs = bucket / "checkpoints" / "9" / "train"
+    theirs.mkdir(parents=True)
+    (theirs / "d").write_text("half")
     checkpoints.save(train_state(9), PROGRESS, IDENTITY)
     with pytest.raises(DiskError, match="another process has taken it over"):
         checkpoints.close()
+    assert (theirs / "d").read_text() == "half"
     backup.release()
     assert restored_step(bucket) == 6
 

@@ -1,4 +1,4 @@
-"""Which pages in a browser a server without a key answers."""
+"""Who is answered: clients with the key, and without one no pages of other sites."""
 
 import dataclasses
 
@@ -114,3 +114,37 @@ def test_names_of_this_machine_and_of_its_proxy_are_answered(host):
 def test_a_client_that_names_no_host_is_answered():
     app = make_app(Silent(), name="base", hosts=())
     assert Client(app).get("/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize("sent", ["", "secre", "secret ", "Bearer", "secr\u00e8t"])
+def test_without_its_key_a_server_only_says_that_it_is_well(sent):
+    client = Client(make_app(Silent(), name="base", key="secret"))
+    assert client.get("/health").status_code == 200
+    for address in ("/v1/models", "/v1/states", "/nothing"):
+        refused = client.get(address, authorization=f"Bearer {sent}")
+        assert refused.status_code == 401
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+        assert refused.headers["www-authenticate"] == "Bearer"
+    assert client.post("/v1/completions", {"prompt": "a"}).status_code == 401
+    found = client.get("/v1/models", authorization="Bearer secret")
+    assert found.status_code == 200
+
+
+def test_a_browser_may_read_answers_for_pages_that_were_named():
+    page = "https://a.example"
+    app = make_app(Silent(), name="base", key="secret", origins=[page])
+    client = Client(app)
+    asks = {
+        "access_control_request_method": "POST",
+        "access_control_request_headers": "authorization,content-type",
+    }
+    address = "/v1/completions"
+    asked = client.request("OPTIONS", address, headers=asks | {"origin": page})
+    assert asked.status_code == 200
+    assert asked.headers["access-control-allow-origin"] == page
+    other = {"origin": "https://b.example"}
+    assert client.request("OPTIONS", address, headers=asks | other).status_code == 400
+    # A page must be able to read why it was refused.
+    refused = client.get("/v1/models", origin=page)
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == page

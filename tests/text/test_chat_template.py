@@ -1,8 +1,6 @@
 """RWKV-7's chat templates: the same text in training data, at the prompt and in Jinja."""
 
 import json
-import re
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -469,29 +467,6 @@ def test_blank_lines_stand_between_turns_alone(name, think):
     messages, tools = CONVERSATIONS[name]
     for turn in ours(messages, tools, think, True).split("\n\n"):
         assert turn.startswith(("System:", "User:", "Assistant:"))
-
-
-@settings(max_examples=400)
-@given(st.text(st.sampled_from("ab \n\n\n\r\t\x85\u00a0\u2028"), max_size=30))
-def test_a_cleaned_message_is_what_the_shortest_pattern_says(text):
-    plain = text.replace("\r\n", "\n")
-    assert clean_message(text) == re.sub(r"\s*\n\s*\n", "\n", plain).strip()
-
-
-@pytest.mark.parametrize("blanks", [" ", "\n", "\n ", " \t\u3000"])
-def test_the_time_of_cleaning_grows_with_the_length_alone(blanks):
-    """A square would make it 16 times as long from 4 times the blanks; the bound is generous."""
-
-    def seconds(count):
-        text = "a" + blanks * count + "\n" + blanks * count + "b"
-        best = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            clean_message(text)
-            best.append(time.perf_counter() - begin)
-        return min(best)
-
-    assert seconds(4_000) < 10 * seconds(1_000) + 0.01
 
 
 @settings(max_examples=150)

@@ -93,6 +93,7 @@ class StoredSteps(Steps):
 
     def clean(self) -> None:
         """Deletes folders with neither a manifest nor one of a damaged step."""
+        self._check()
         whole = self._with(MANIFEST) | self._with(_BAD_MANIFEST)
         folders = {match[0] for name in self._names() if (match := _FOLDER.match(name))}
         for folder in folders:
@@ -124,6 +125,8 @@ class StoredSteps(Steps):
 
     def discard(self, number: int) -> None:
         """Deletes a step, its manifest first."""
+        # Of a process that was displaced, the steps are another one's.
+        self._check()
         self._store.put(self.key(number, MANIFEST), None)
         self._store.delete_folder(self.key(number))
 
@@ -153,6 +156,7 @@ class StoredSteps(Steps):
 
     def set_aside(self, number: int) -> str:
         """Gives the manifest another name."""
+        self._check()
         key = self.key(number, MANIFEST)
         manifest, _ = self._store.read(key)
         self._store.put(self.key(number, _BAD_MANIFEST), manifest)
