@@ -102,7 +102,7 @@ _quantize_rows = jax.jit(quantize_rows, static_argnames="origin")
 def load_model(
     path: str | Path,
     *,
-    dtype=None,
+    dtype: Any = None,
     weights: str | None = None,
     allow_nan: bool = False,
     verify: bool = False,

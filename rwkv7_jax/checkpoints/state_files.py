@@ -86,7 +86,7 @@ def save_state(
     *,
     config: RWKV7Config | None = None,
     info: Mapping[str, Any] | None = None,
-    dtype=None,
+    dtype: Any = None,
     logits: Any = None,
 ) -> None:
     """Saves a start state and its sidecar; a write that fails leaves what was there before.

@@ -1,4 +1,7 @@
-"""Strings and bytes to token ids and back, at once or as a stream. Imports nothing of ours."""
+"""Strings and bytes to token ids and back, at once or as a stream.
+
+Of other rooms, this one imports only `checks`.
+"""
 
 from rwkv7_jax.text.chat_template import THINK_MODES, Message, write_conversation
 from rwkv7_jax.text.detokenizer import (
