@@ -117,7 +117,10 @@ MISUSE = [
     ("convert m.pth t.txt/a/b", "`target` must be in a folder; `t.txt` is a file"),
     ("convert m.pth hf:o/m", "write to a local place"),
     ("convert m.pth gs:b/out.pth", "`target` must be on this machine"),
-    ("convert a.pth out.st", "`a.pth` is a start state: in Python load_state reads it"),
+    (
+        "convert a.pth out.st",
+        "`a.pth` is a start state, not a model: read it with load_state",
+    ),
     # inspect
     ("inspect", "arguments are required: path"),
     ("inspect _", "`path` must name a file or a folder"),
@@ -130,7 +133,7 @@ MISUSE = [
     ("inspect --verify o/m", "hf download o/m"),
     ("inspect --verify none.pth", "`none.pth` does not exist"),
     ("inspect --state gs:b/s.pth", "must be on this machine"),
-    ("inspect a.pth", "on the command line `rwkv7 state info`"),
+    ("inspect a.pth", "with `rwkv7 state info`"),
     # report
     ("report", "arguments are required: folder"),
     ("report _", "`folder` must name a file or a folder"),
@@ -218,7 +221,7 @@ MISUSE = [
     ("generate --model _ --prompt a", "`--model` must name a file or a folder"),
     ("generate --model none.pth --prompt a", "`none.pth` does not exist"),
     ("generate --model t.txt --prompt a", "t.txt"),
-    ("generate --model a.pth --prompt a", "`rwkv7 state convert` and `--state`"),
+    ("generate --model a.pth --prompt a", "`rwkv7 state convert` or `--state`"),
     (
         "generate --model session --prompt a",
         "`session` holds a start state alone, s.st",

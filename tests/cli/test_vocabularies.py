@@ -223,7 +223,7 @@ def test_a_vocabulary_that_cannot_be_read_is_refused_before_anything_is_replaced
     for options in (hf, ["--format", "transformers"]):
         code, _, err = command("convert", target, target, *options)
         assert code == 2 and err.count("\n") == 1
-        assert "`--vocabulary` (`config.data.vocabulary`) names another" in err
+        assert "name another with `--vocabulary` (`config.data.vocabulary`)" in err
     after = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
     assert after == before
     # Weights alone need none, and another may be named.
