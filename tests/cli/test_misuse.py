@@ -183,7 +183,10 @@ MISUSE = [
     ("data t.bin out", "`SOURCE` must be text; got the ids of"),
     ("data t.BIN out", "`SOURCE` must be text; got the ids of"),
     ("data t.bin --show 1", "t.bin` does not exist"),
-    ("data t.txt out --vocabulary gpt2", "bytes256, ids or a file; got 'gpt2'"),
+    (
+        "data t.txt out --vocabulary gpt2",
+        "bytes256, ids or an existing file; got 'gpt2'",
+    ),
     ("data t.txt out --on-bad ignore", "invalid choice: 'ignore'"),
     ("data t.txt out --packing rows", "invalid choice: 'rows'"),
     ("data t.txt out --encoding klingon", "`encoding` must be a text encoding"),
@@ -224,7 +227,7 @@ MISUSE = [
     ("generate --model a.pth --prompt a", "`rwkv7 state convert` or `--state`"),
     (
         "generate --model session --prompt a",
-        "`session` holds a start state alone, s.st",
+        "`session` holds only a start state, s.st",
     ),
     ("generate --model gs://b/m.pth --prompt a", "`--model` must be on this machine"),
     (f"{GENERATE} --tokens -1", "`--tokens` must be at least 0; got -1"),
