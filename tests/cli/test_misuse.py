@@ -165,7 +165,7 @@ MISUSE = [
     ("data . t", "must not write over `SOURCE`; `t.mask` is read from `.`"),
     ("data task:copy out", "task:copy"),
     ("data t.csv out", 'its keys are "a", "b"'),
-    ("data t.parquet out", "t.parquet` is no Parquet table"),
+    ("data t.parquet out", "t.parquet` is not a Parquet table"),
     ("data t.zip out", "t.zip` is a zip archive"),
     ("data t.png out", "t.png` is a picture"),
     ("data utf16.txt out", "encoding=utf-16"),

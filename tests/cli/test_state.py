@@ -307,7 +307,7 @@ def test_doctor_prints_losses_heads_positions_and_advice(folder, capsys, tmp_pat
         ("doctor {a} --model {base} --data task:none", "`name` must be one of copy"),
         (
             "doctor {a} --model {base} --data nowhere.txt",
-            "`nowhere.txt` is no file, no folder",
+            "`nowhere.txt` must be a file, a folder",
         ),
         (
             "doctor {a} --model {base} --data {text} --windows 0",
