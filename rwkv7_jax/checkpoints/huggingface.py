@@ -75,7 +75,7 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / stem]
     files = files_of_weights(folder)
     if not files:
-        _refuse_shards_of_trainers(folder)
+        _reject_trainer_shards(folder)
         raise ValueError(
             f"`{folder}` is not a checkpoint: it holds neither rwkv7_jax.json nor a "
             f"file of weights ({', '.join(_WEIGHT_SUFFIXES)})."
@@ -92,7 +92,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _refuse_shards_of_trainers(folder: Path) -> None:
+def _reject_trainer_shards(folder: Path) -> None:
     """Rejects a trainer's sharded checkpoint and names the tool that consolidates it.
 
     Raises:

@@ -99,7 +99,7 @@ def save_hf(
     # RWKV uses one id for BOS, EOS and padding. No sampling settings are written.
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     filling = {"pad_token_id": end_of_text}
-    texts[_GENERATION_FILE] = _pretty(ids | filling | {"use_cache": True})
+    texts[_GENERATION_FILE] = _indented_json(ids | filling | {"use_cache": True})
     dtype = str(params["emb"]["weight"].dtype)
     if layout == "hf":
         # fla gives the embedding row of the padding id no gradient, so the end of text could not
@@ -107,7 +107,7 @@ def save_hf(
         table = _fla_config(config, dtype)
     else:
         table = _transformers_config(config, dtype) | filling
-    texts[CONFIG_FILE] = _pretty(table | ids)
+    texts[CONFIG_FILE] = _indented_json(table | ids)
 
     def fill(folder: Path) -> None:
         folder.mkdir()
@@ -141,7 +141,7 @@ def _check_epsilons(config: RWKV7Config, layout: Layout) -> None:
         )
 
 
-def _pretty(table: dict[str, Any]) -> str:
+def _indented_json(table: dict[str, Any]) -> str:
     """Formats a table as indented JSON."""
     return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
 
@@ -162,7 +162,7 @@ def _vocabulary_files(vocabulary: Tokenizer | None, vocab_size: int) -> dict[str
         end_of_text = None if vocabulary.end_of_text is None else END_OF_TEXT_NAME
     return {
         _TOKENIZER_FILE: content,
-        _TOKENIZER_CONFIG_FILE: _pretty(tokenizer_config(end_of_text)),
+        _TOKENIZER_CONFIG_FILE: _indented_json(tokenizer_config(end_of_text)),
         _CHAT_FILE: chat_template_jinja(),
     }
 
@@ -214,7 +214,7 @@ def _sizes(config: RWKV7Config, dtype: str) -> dict[str, Any]:
 
 
 def _fla_config(config: RWKV7Config, dtype: str) -> dict[str, Any]:
-    """Makes the config.json that fla and rwkv7-hf read."""
+    """Builds the config.json that fla and rwkv7-hf read."""
     return {
         "architectures": ["RWKV7ForCausalLM"],
         **_sizes(config, dtype),
@@ -229,7 +229,7 @@ def _fla_config(config: RWKV7Config, dtype: str) -> dict[str, Any]:
 
 
 def _transformers_config(config: RWKV7Config, dtype: str) -> dict[str, Any]:
-    """Makes the config.json of the model that is proposed for transformers."""
+    """Builds the config.json of the model that is proposed for transformers."""
     return {
         "architectures": ["Rwkv7ForCausalLM"],
         **_sizes(config, dtype),

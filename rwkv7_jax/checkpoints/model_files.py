@@ -86,7 +86,7 @@ from rwkv7_jax.sharding import (
 )
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-_LARGEST_HALF = 65504
+_LARGEST_FLOAT16 = 65504
 
 # Formats that are folders, and the only files that a folder may hold if it is to be replaced.
 _CONTENT_OF_FOLDERS: dict[Format, set[str]] = {
@@ -292,8 +292,8 @@ def _web_rwkv_tensors(
             half = np.asarray(array).astype(np.float16)
         if overflows(array, half):
             raise ValueError(
-                f"`params` of a .st file must be at most {_LARGEST_HALF} in magnitude; got larger "
-                f"values in {name}."
+                f"`params` of a .st file must be at most {_LARGEST_FLOAT16} in magnitude; got "
+                f"larger values in {name}."
             )
         if tensor_names.LOW_RANK.search(name):
             half = half.swapaxes(-1, -2)

@@ -145,7 +145,7 @@ class RestrictedUnpickler:
             value = self._stack.pop()
         return values[::-1]
 
-    def _nothing(self, _: Any) -> None:
+    def _ignore(self, _: Any) -> None:
         """Ignores the opcode, as protocol and frames do not matter here."""
 
     def _put(self, key: int) -> None:
@@ -335,8 +335,8 @@ _TUPLE_SIZES = {
 }
 
 _HANDLERS: dict[str, Callable[[RestrictedUnpickler, Any], None]] = {
-    "PROTO": RestrictedUnpickler._nothing,
-    "FRAME": RestrictedUnpickler._nothing,
+    "PROTO": RestrictedUnpickler._ignore,
+    "FRAME": RestrictedUnpickler._ignore,
     "BINPUT": RestrictedUnpickler._put,
     "LONG_BINPUT": RestrictedUnpickler._put,
     "MEMOIZE": RestrictedUnpickler._memoize,

@@ -132,7 +132,7 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
 
 
 def common_base_model(paths: Sequence[str | Path]) -> str | None:
-    """Returns the base model that the states' sidecars name; None if none of them names one.
+    """Returns the base model that the states' sidecars name; None if none names one.
 
     Raises:
         ValueError: the sidecars name different models.

@@ -261,7 +261,7 @@ def _cutoff(
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
-def _most_mass(probs: Scores, top_p: Number) -> Bool[Array, "B V"]:
+def _top_p_mask(probs: Scores, top_p: Number) -> Bool[Array, "B V"]:
     """Returns a mask of the most probable tokens whose total probability is `top_p`."""
     cutoff = _cutoff(
         probs,
@@ -273,7 +273,7 @@ def _most_mass(probs: Scores, top_p: Number) -> Bool[Array, "B V"]:
     return most | (jnp.asarray(top_p) >= 1)
 
 
-def _highest_ranks(probs: Scores, top_k: Number) -> Bool[Array, "B V"]:
+def _top_k_mask(probs: Scores, top_k: Number) -> Bool[Array, "B V"]:
     """Returns a mask of the `top_k` most probable tokens."""
     cutoff = _cutoff(probs, lambda kept: jnp.sum(kept, axis=-1) >= top_k)
     above = probs > cutoff
@@ -316,12 +316,12 @@ def log_probabilities(
     kept = jax.lax.cond(
         jnp.all(jnp.asarray(top_p) >= 1),
         lambda: everything,
-        lambda: _most_mass(probs, top_p),
+        lambda: _top_p_mask(probs, top_p),
     )
     kept &= jax.lax.cond(
         jnp.all(jnp.asarray(top_k) == 0),
         lambda: everything,
-        lambda: _highest_ranks(probs, top_k),
+        lambda: _top_k_mask(probs, top_k),
     )
     is_best = jnp.arange(logits.shape[1])[None] == _best_ids(logits)[:, None]
     greedy = jnp.asarray(temperature) < _COLDEST
@@ -347,11 +347,11 @@ def sample_with_logp(
         The ids and their log-probabilities, which are 0 for greedy rows.
     """
     if jnp.ndim(options.temperature) and platforms.target_platform() == "cpu":
-        return _sample_in_turns(keys, logits, options)
-    return _sample_together(keys, logits, options)
+        return _sample_row_by_row(keys, logits, options)
+    return _sample_rows(keys, logits, options)
 
 
-def _sample_in_turns(
+def _sample_row_by_row(
     keys: Array, logits: Scores, options: SamplingParams
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Samples row by row, so that a sampling row does not slow down free or greedy rows."""
@@ -360,14 +360,14 @@ def _sample_in_turns(
         # Restores a batch axis of size 1.
         key, scores, *numbers = jax.tree.map(lambda array: array[None], row)
         own = options._replace(**dict(zip(_NUMBERS, numbers, strict=True)))
-        ids, logps = _sample_together(key, scores, own)
+        ids, logps = _sample_rows(key, scores, own)
         return ids[0], logps[0]
 
     numbers = [getattr(options, name) for name in _NUMBERS]
     return jax.lax.map(sample_row, (keys, logits, *numbers))
 
 
-def _sample_together(
+def _sample_rows(
     keys: Array, logits: Scores, options: SamplingParams
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Samples all rows at once."""

@@ -51,7 +51,7 @@ def longest_entries(
     entries = _spelled(names)
     if not entries or (END_OF_TEXT in entries) == bool(special):
         return None
-    return entries if _takes_longest(table, entries) else None
+    return entries if _is_longest_match(table, entries) else None
 
 
 def _as_dict(value: Any) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _spelled(names: Mapping[str, int]) -> dict[int, bytes]:
     return entries
 
 
-def _takes_longest(table: Mapping[str, Any], entries: Mapping[int, bytes]) -> bool:
+def _is_longest_match(table: Mapping[str, Any], entries: Mapping[int, bytes]) -> bool:
     """Returns whether a file encodes by greedy longest match."""
     model = table["model"]
     before = table.get("pre_tokenizer")
