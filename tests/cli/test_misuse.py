@@ -144,7 +144,7 @@ MISUSE = [
     # data
     ("data", "arguments are required: SOURCE"),
     ("data t.txt", "`OUT` must be given, or `--show`"),
-    ("data none.txt out", "`none.txt` is no file"),
+    ("data none.txt out", "`none.txt` must be a file"),
     ("data _ out", "`SOURCE` must name what to read"),
     ("data t.txt _", "`OUT` must name a file or a folder"),
     ("data t.txt, out", "`SOURCE` must have a name between commas; entry 2"),
@@ -356,7 +356,7 @@ MISUSE = [
     ("state doctor a.pth --model m.pth", "arguments are required: --data"),
     ("state doctor none.pth --model m.pth --data t.txt", "`none.pth` does not exist"),
     ("state doctor a.pth --model none.pth --data t.txt", "`none.pth` does not exist"),
-    ("state doctor a.pth --model m.pth --data none.txt", "`none.txt` is no file"),
+    ("state doctor a.pth --model m.pth --data none.txt", "`none.txt` must be a file"),
     ("state doctor a.pth --model m.pth --data _", "`--data` must name what to read"),
     ("state doctor a.pth --model m.pth --data t.txt,", "`--data` must have a name"),
     ("state doctor a.pth --model m.pth --data task:fly", "fly"),
