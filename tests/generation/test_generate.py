@@ -152,7 +152,7 @@ def test_generate_under_jit_raises_a_sentence_with_the_remedy(params):
 
     for transformed in (jax.jit(logits), jax.jacrev(logits)):
         with pytest.raises(
-            TypeError, match=r"^generate: it must be called outside of jit"
+            TypeError, match=r"^generate: it must be called outside jit"
         ):
             transformed(params)
 
@@ -404,6 +404,6 @@ def test_huge_penalties_still_give_tokens(params, size):
 def test_weights_that_give_nan_are_reported(params):
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
     with pytest.raises(
-        ValueError, match=r"generate: .* finite logits; row 0 got others after"
+        ValueError, match=r"generate: .* finite logits; row 0 got non-finite ones after"
     ):
         run(broken, PROMPTS[0], key=jax.random.key(0))

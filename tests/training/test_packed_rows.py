@@ -101,7 +101,7 @@ def test_pieces_of_a_packed_batch_add_up():
 
 def test_a_loss_without_support_for_packed_rows_rejects_them(unchecked):
     packed, _ = batches()
-    with pytest.raises(ValueError, match="`batch` must have one sequence a row here"):
+    with pytest.raises(ValueError, match="`batch` must have one sequence per row here"):
         Batch.of(packed)
 
 
