@@ -8,8 +8,8 @@ import numpy as np
 
 from rwkv7_jax.data.token_streams import TokenStream
 
-# A row may have this many times the mean number of documents. The rows of a batch share one number
-# of sequences, and each sequence costs a state.
+# A row has at most this many times the mean number of documents. All rows of a batch share one
+# number of sequences, and each sequence costs a state.
 _MOST_OVER_MEAN = 2
 
 

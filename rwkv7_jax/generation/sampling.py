@@ -262,7 +262,7 @@ def _cutoff(
 
 
 def _top_p_mask(probs: Scores, top_p: Number) -> Bool[Array, "B V"]:
-    """Returns a mask of the most probable tokens whose total probability is `top_p`."""
+    """Returns a mask of the most probable tokens whose total probability reaches `top_p`."""
     cutoff = _cutoff(
         probs,
         lambda kept: jnp.sum(jnp.where(kept, probs[:, None], 0), axis=-1) >= top_p,

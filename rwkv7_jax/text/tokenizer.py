@@ -164,7 +164,7 @@ class Tokenizer:
 
     @property
     def identity(self) -> str:
-        """The id in cards and sidecars: a built-in vocabulary's name, else kind and digest."""
+        """What cards and sidecars store: a built-in vocabulary's name, else kind and digest."""
         return self.kind if self._is_built_in else f"{self.kind} {self.digest}"
 
     @property
