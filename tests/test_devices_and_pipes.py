@@ -116,7 +116,7 @@ def test_a_device_file_is_not_replaced(tmp_path):
     except PermissionError:
         pytest.skip("only root may make devices")
     with (
-        pytest.raises(ValueError, match="a device or a pipe is there"),
+        pytest.raises(ValueError, match="it is a device or a pipe"),
         atomic_write(device) as file,
     ):
         file.write(b"x")

@@ -101,7 +101,7 @@ def test_an_address_is_rejected_with_its_download_command(address, command):
         assert said.startswith("f: `path` must be on this machine; got ")
         assert "download it first" in said
         assert command in said
-    with pytest.raises(ValueError, match="write to a local place and copy it there"):
+    with pytest.raises(ValueError, match="write to a local path and copy it there"):
         local_path(address, "f: `path`", target=True)
 
 
@@ -123,8 +123,7 @@ def test_an_existing_file_takes_precedence_over_an_address(tmp_path, name):
 def test_a_hub_name_is_distinguished_from_a_missing_file(tmp_path, name):
     with pytest.raises(ValueError, match=f"hf download {name} --local-dir") as caught:
         existing_path(name, "`path`")
-    # Most names of this form are of a folder that was not made yet.
-    missing = f"`path` must name what is there; `{name}` does not exist, so make it or"
+    missing = f"`path` must name an existing file or folder; `{name}` does not exist."
     assert str(caught.value).startswith(missing)
     with pytest.raises(ValueError, match=f"--repo-type dataset {name}"):
         refuse_hub_name(name, "`path`", kind="dataset")
@@ -172,7 +171,7 @@ def test_a_list_may_not_name_a_file_twice(tmp_path, monkeypatch):
     first, *others = spellings(tmp_path)
     (tmp_path / "y").write_text("text")
     for other in others:
-        with pytest.raises(ValueError, match="`p` must name a file once; 'x' and "):
+        with pytest.raises(ValueError, match="`p` must name each file once; 'x' and "):
             split_paths(f"{first},y,{other}", "`p`")
     with pytest.raises(ValueError, match="'b' and 'b/'"):
         split_paths("b,b/", "`p`")
@@ -237,7 +236,7 @@ def test_an_output_path_needs_a_writable_folder(tmp_path, monkeypatch):
         check_target(tmp_path / "file" / "x.pth", "`path`")
     # A folder is replaced by one that is made next to it.
     for name in ("x.pth", "new/x.pth", "mine"):
-        with pytest.raises(ValueError, match="must be where you may write"):
+        with pytest.raises(ValueError, match="must be in a writable folder"):
             check_target(tmp_path / name, "`path`")
 
 

@@ -139,7 +139,7 @@ def test_an_interrupt_is_quiet_and_has_the_shells_exit_code(monkeypatch, capsys)
 
 def test_a_report_of_what_is_no_run_is_refused_and_nothing_is_written(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "must be a run directory" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

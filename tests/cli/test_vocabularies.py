@@ -242,7 +242,7 @@ def test_data_of_a_file_are_known_by_its_content(command, folder, tmp_path):
     code, out, _ = command(*show, "--vocabulary", "digits.txt")
     assert code == 0 and "\n[[2]]1#31,13\n" in out and "ends a document" not in out
     code, _, err = command(*show)
-    assert code == 2 and "`--vocabulary` must name the file that" in err
+    assert code == 2 and "`--vocabulary` must name the vocabulary file that" in err
     code, _, err = command(*show, "--vocabulary", "words.txt")
     assert code == 2 and "must be of the model's vocabulary, file " in err
     (tmp_path / "renamed.txt").write_text(DIGITS)
@@ -284,7 +284,7 @@ def test_data_of_numbers_may_have_large_ids(command, tmp_path):
         ),
         (
             "generate --model m12.pth --prompt= --vocabulary digits.txt",
-            "`--prompt` must hold a token; digits.txt has no end of text that a text",
+            "`--prompt` must hold a token, because digits.txt has no end of text",
         ),
         (
             "generate --model m12.pth --prompt 1 --vocabulary ids --stop-ids 12",

@@ -231,7 +231,9 @@ def test_bytes_are_those_that_the_vocabulary_decodes(tmp_path, kind):
 
 
 def test_ids_that_the_vocabulary_does_not_have_are_refused(params, batch):
-    with pytest.raises(ValueError, match="below the 256 of `tokenizer`; got 256"):
+    with pytest.raises(
+        ValueError, match="below the vocabulary size of `tokenizer`, 256; got 256"
+    ):
         score(MODEL, params, init_state(CONFIG), batch, Tokenizer.bytes256())
 
 

@@ -201,7 +201,10 @@ def test_another_models_state_is_refused(model, params):
 def test_a_state_that_drowns_what_is_read_is_called_large(model, params, bare):
     huge, small = (scaled(bare[0], size) for size in (1000.0, 0.01))
     said = [diagnose(model, params, state, text()).advice for state in (huge, small)]
-    assert [any("times the norm" in line for line in lines) for lines in said] == [
+    assert [
+        any("that of a state made by reading" in line for line in lines)
+        for lines in said
+    ] == [
         True,
         False,
     ]

@@ -57,7 +57,7 @@ def test_the_error_of_a_difference_is_that_of_repeated_experiments():
 
 
 def test_other_questions_have_no_difference():
-    with pytest.raises(ValueError, match="must be of the same questions"):
+    with pytest.raises(ValueError, match="must have the same questions"):
         scores([1, 0]).difference(scores([1, 0], questions=("0", "2")))
 
 

@@ -229,7 +229,7 @@ def test_numbers_that_no_run_has_do_not_break_the_page(run):
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path, capsys):
-    with pytest.raises(ValueError, match="`folder` must be a run's folder; got"):
+    with pytest.raises(ValueError, match="`folder` must be a run directory; got"):
         report_page(tmp_path / "none")
     assert main(["report", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("rwkv7: report_page: `folder` must be")

@@ -113,7 +113,9 @@ def test_a_row_that_a_full_disk_cut_does_not_take_the_next_one_with_it(tmp_path)
 def test_an_unknown_tracker_is_refused(tmp_path):
     with pytest.raises(ValueError) as caught:
         MetricFiles(tmp_path, also=("tensorbord",))
-    sentence = "MetricFiles: `also` must be of tensorboard, wandb; got 'tensorbord'."
+    sentence = (
+        "MetricFiles: `also` must name only tensorboard, wandb; got 'tensorbord'."
+    )
     assert str(caught.value) == sentence
 
 
