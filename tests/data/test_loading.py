@@ -1,4 +1,4 @@
-"""Batches are a pure function of seed and step; an epoch reads each token once; splits are disjoint."""
+"""Batches depend only on seed and step; an epoch reads each token once; splits are disjoint."""
 
 import itertools
 

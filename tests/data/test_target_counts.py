@@ -9,7 +9,7 @@ from rwkv7_jax.data.token_streams import TokenArray, TokenStream
 
 
 def random_stream(seed, documents=30):
-    """Join three arrays of documents of 1 to 19 ids, two of them masked; some documents are left out."""
+    """Join three arrays of documents of 1 to 19 ids; two have masks, all lack some documents."""
     random = np.random.default_rng(seed)
     streams = []
     for masked in (True, False, True):
