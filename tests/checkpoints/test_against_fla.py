@@ -1,4 +1,4 @@
-"""flash-linear-attention on CPU: HF folders that we wrote, and gradients of every weight."""
+"""Comparison with flash-linear-attention on CPU: our HF folders, and every weight's gradient."""
 
 import importlib.util
 
@@ -23,7 +23,7 @@ CONFIG = calm_models.config(32, width=64, group_norm_eps=32 * 1e-5)
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Our model as read from a folder that we wrote, the data, and what fla makes of them."""
+    """Our model loaded from a folder that we wrote, the data, and fla's results on them."""
     # The child alone imports them: that takes seconds, also of those who run no slow test.
     if not all(map(importlib.util.find_spec, ("torch", "fla", "triton"))):
         pytest.skip("the oracle extra is not installed")
@@ -47,7 +47,7 @@ def both(tmp_path_factory):
     return RWKV7(config), params, data, dict(np.load(folder / "out.npz"))
 
 
-def test_logits_and_states_of_a_folder_are_flas(both):
+def test_logits_and_states_match_fla(both):
     model, params, data, theirs = both
     logits, end = jax.jit(model.apply)(
         {"params": params}, data["ids"], init_state(CONFIG, 2)
@@ -60,7 +60,7 @@ def test_logits_and_states_of_a_folder_are_flas(both):
         assert np.abs(wkv.swapaxes(-1, -2) - found).max() > 0.1 * np.abs(found).max()
 
 
-def test_gradients_of_every_weight_with_l2wrap_are_flas(both, tmp_path):
+def test_gradients_with_l2wrap_match_fla(both, tmp_path):
     model, params, data, theirs = both
     batch = {"tokens": data["batch"], "mask": np.ones((2, 33), np.float32)}
 

@@ -1,4 +1,4 @@
-"""llama.cpp on CPU, in the wheel `xllamacpp`, from GGUF files that this project wrote."""
+"""Comparison with llama.cpp (the wheel `xllamacpp`, on CPU) on our GGUF files."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ SLOW = pytest.mark.slow
 
 
 def serve(path):
-    """A server of a file, which ends with its last reference."""
+    """Serve a file until the last reference to the server is gone."""
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx = 256
@@ -42,7 +42,7 @@ def serve(path):
 
 
 def theirs(server, ids, vocab_size) -> np.ndarray:
-    """The log-probabilities of every id after these."""
+    """Return llama.cpp's log-probabilities of every next id."""
     answer = server.handle_completions(
         {
             "prompt": [int(number) for number in ids],
@@ -60,7 +60,7 @@ def theirs(server, ids, vocab_size) -> np.ndarray:
 
 
 def ours(params, config, ids) -> np.ndarray:
-    """The same of the model in memory, computed in float32."""
+    """Return our log-probabilities in float32."""
     model = RWKV7(dataclasses.replace(config, implementation="scan"))
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     logits, _ = jax.jit(model.apply)(
@@ -74,7 +74,7 @@ def some_ids(config) -> np.ndarray:
 
 
 def letters(vocab_size) -> Tokenizer:
-    """A vocabulary for ids that mean nothing."""
+    """A vocabulary for random ids."""
     entries = {number: bytes([number]) for number in range(1, vocab_size)}
     return Tokenizer(entries, vocab_size=vocab_size, name="letters")
 
@@ -83,7 +83,7 @@ def letters(vocab_size) -> Tokenizer:
     "head_size",
     [32, 64, pytest.param(96, marks=SLOW), pytest.param(128, marks=SLOW)],
 )
-def test_a_made_model_agrees(tmp_path, head_size):
+def test_a_random_model_matches(tmp_path, head_size):
     width = 192 if head_size == 96 else 128
     config = calm_models.config(head_size, width=width)
     params = calm_models.calm(config)
@@ -104,7 +104,7 @@ def test_a_made_model_agrees(tmp_path, head_size):
         ("bfloat16", BFLOAT16),
     ],
 )
-def test_the_model_that_ships_here_agrees(tmp_path, dtype, tolerance):
+def test_the_bundled_model_matches(tmp_path, dtype, tolerance):
     params, config = load_model(ROOT / "assets" / "tiny.pth", dtype=dtype)
     save_model(tmp_path / "m.gguf", params, config)
     ids = some_ids(config)
@@ -114,7 +114,7 @@ def test_the_model_that_ships_here_agrees(tmp_path, dtype, tolerance):
     assert found.argmax() == expected.argmax()
 
 
-def test_a_genuine_model_agrees(tmp_path):
+def test_a_published_model_matches_rwkv_cpp(tmp_path):
     params, config = load_model(genuine(TINY), dtype="float32")
     save_model(tmp_path / "m.gguf", params, config)
     ids = [34, 105, 110]
@@ -126,7 +126,7 @@ def test_a_genuine_model_agrees(tmp_path):
 
 
 def asked(server, path, question) -> dict:
-    """The answer of one of a server's addresses."""
+    """Return the response of one endpoint of the server."""
     request = urllib.request.Request(
         f"{server.listening_address}/{path}",
         json.dumps(question).encode(),
@@ -138,14 +138,14 @@ def asked(server, path, question) -> dict:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A server of the smallest model with World's vocabulary."""
+    """A server of the smallest model with the World vocabulary."""
     config = RWKV7Config(vocab_size=65536, num_layers=1, width=64, head_size=64)
     path = tmp_path_factory.mktemp("world") / "m.gguf"
     save_model(path, random_params(config, scale=0.1), config)
     return serve(path)
 
 
-def test_text_becomes_the_ids_of_our_tokenizer(world):
+def test_llama_cpp_tokenizes_like_our_tokenizer(world):
     texts = [
         "Hello, world! <s> </s>\n\nUser: who?",
         "é e\u0301 \U0001f600\U0001f9d1\u200d\U0001f680 \uac00\ud7a3 中文",
@@ -159,7 +159,7 @@ def test_text_becomes_the_ids_of_our_tokenizer(world):
         assert ids == Tokenizer.world().encode(text), text[:40]
 
 
-def test_a_conversation_becomes_the_prompt_of_our_template(world):
+def test_llama_cpp_renders_chats_like_our_template(world):
     messages = [
         {"role": "user", "content": " Hi\n\n there \n"},
         {"role": "assistant", "content": "Hello."},

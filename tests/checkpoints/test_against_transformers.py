@@ -1,4 +1,4 @@
-"""transformers and rwkv7-hf on CPU, from folders that this project wrote."""
+"""Comparison with transformers and rwkv7-hf on CPU, on folders that we wrote."""
 
 import dataclasses
 import importlib.util
@@ -34,7 +34,7 @@ MESSAGES = [
 
 
 def packages(*names) -> None:
-    """Skips a test where one of these is absent."""
+    """Skip the test if one of these packages is missing."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"the oracle extra is not installed ({name})")
@@ -42,7 +42,7 @@ def packages(*names) -> None:
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def answered(request, tmp_path_factory):
-    """A model, the questions, and what the libraries answer with its folder."""
+    """A model, the prompts, and the libraries' results on its folder."""
     packages("torch", "transformers", "rwkv7_hf")
     folder = tmp_path_factory.mktemp(request.param)
     save_model(folder / "m", calm_models.calm(CONFIG), CONFIG, format=request.param)
@@ -67,14 +67,14 @@ def answered(request, tmp_path_factory):
     return folder / "m", questions, json.loads((folder / "out.json").read_text())
 
 
-def test_the_tokenizer_is_fast_and_gives_our_ids(answered):
+def test_the_fast_tokenizer_gives_our_ids(answered):
     _, questions, answers = answered
     assert answers["is_fast"] and answers["end"] == [0, 0]
     assert answers["ids"] == questions["tokens"]
     assert answers["texts"] == TEXTS
 
 
-def test_the_chat_template_writes_what_ours_does(answered):
+def test_the_chat_template_matches_ours(answered):
     *_, answers = answered
     told = (
         "System: Be brief.\n\nUser: Hi\n there\nyou\n\nAssistant: Hello.\n\nUser: Who?"
@@ -84,12 +84,12 @@ def test_the_chat_template_writes_what_ours_does(answered):
     assert answers["chat"].endswith(chat_prompt(b"Who?").decode())
 
 
-def test_generation_ends_at_the_end_of_text(answered):
+def test_generation_stops_at_the_end_of_text(answered):
     *_, answers = answered
     assert answers["generation"]["eos_token_id"] == 0
 
 
-def test_logits_of_rwkv7_hf_are_ours(answered):
+def test_rwkv7_hf_logits_match_ours(answered):
     folder, questions, answers = answered
     if folder.parent.name.startswith("transformers"):
         # No release of transformers has this model yet; the next test is for the one that does.
@@ -105,7 +105,7 @@ def test_logits_of_rwkv7_hf_are_ours(answered):
     assert np.abs(np.asarray(logits) - expected).max() <= LOGITS
 
 
-def test_transformers_own_model_reads_official_names(tmp_path):
+def test_the_transformers_model_loads_official_names(tmp_path):
     packages("torch", "transformers")
     if importlib.util.find_spec("transformers.models.rwkv7") is None:
         pytest.skip("this transformers has no RWKV-7")

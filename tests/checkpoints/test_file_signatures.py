@@ -1,4 +1,4 @@
-"""Bytes decide what a file is, not its name: each kind has a sentence that says what to do."""
+"""A file's content decides its format; each unsupported kind has a message with a remedy."""
 
 import json
 
@@ -57,7 +57,7 @@ OTHER_FILES = {
 
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a.st"])
 @pytest.mark.parametrize("kind", OTHER_FILES)
-def test_what_is_no_checkpoint_is_named_with_what_to_do(tmp_path, name, kind):
+def test_other_kinds_of_files_are_named_with_a_remedy(tmp_path, name, kind):
     data, sentence = OTHER_FILES[kind]
     path = tmp_path / name
     path.write_bytes(data)
@@ -70,7 +70,7 @@ def test_what_is_no_checkpoint_is_named_with_what_to_do(tmp_path, name, kind):
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a", "a.ckpt", "a.json"])
-def test_a_file_of_an_unknown_name_is_named_by_its_bytes(tmp_path, name):
+def test_an_unknown_suffix_is_identified_by_content(tmp_path, name):
     (tmp_path / name).write_bytes(POINTER)
     with pytest.raises(ValueError, match="is a Git LFS pointer"):
         load_model(tmp_path / name)
@@ -79,7 +79,7 @@ def test_a_file_of_an_unknown_name_is_named_by_its_bytes(tmp_path, name):
         load_model(tmp_path / name)
 
 
-def test_a_file_under_the_name_of_another_format_opens_as_what_it_is(tmp_path):
+def test_content_overrules_the_suffix(tmp_path):
     save_model(tmp_path / "m.pth", random_params(), CONFIG)
     save_model(tmp_path / "m.safetensors", random_params(), CONFIG)
     (tmp_path / "m.pth").rename(tmp_path / "z.safetensors")
@@ -89,7 +89,7 @@ def test_a_file_under_the_name_of_another_format_opens_as_what_it_is(tmp_path):
         assert differing(loaded, random_params()) == []
 
 
-def test_a_reader_of_one_format_says_how_to_rename_a_file_of_another(tmp_path):
+def test_single_format_readers_suggest_the_right_suffix(tmp_path):
     save_model(tmp_path / "m.pth", random_params(), CONFIG)
     save_model(tmp_path / "m.safetensors", random_params(), CONFIG)
     with pytest.raises(ValueError, match=r"zip archive.*rename it to \.pth"):
@@ -101,7 +101,7 @@ def test_a_reader_of_one_format_says_how_to_rename_a_file_of_another(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["m.pth", "m.safetensors", "m.st"])
-def test_a_cut_download_says_where_the_file_ends(tmp_path, name):
+def test_a_truncated_download_reports_where_it_ends(tmp_path, name):
     path = tmp_path / name
     save_model(path, random_params(), CONFIG)
     data = path.read_bytes()
@@ -121,9 +121,7 @@ def test_a_cut_download_says_where_the_file_ends(tmp_path, name):
         ("s.pth", lambda path: save_state(path, random_state()), load_state),
     ],
 )
-def test_a_damaged_tensor_of_pytorchs_file_is_named_by_whoever_reads_it(
-    tmp_path, name, write, load
-):
+def test_every_reader_names_a_damaged_pth_tensor(tmp_path, name, write, load):
     path = tmp_path / name
     write(path)
     damage(path)
@@ -134,14 +132,14 @@ def test_a_damaged_tensor_of_pytorchs_file_is_named_by_whoever_reads_it(
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_int8_weights_are_not_made_of_damaged_numbers(tmp_path):
+def test_damaged_tensors_are_not_quantized(tmp_path):
     save_model(tmp_path / "m.pth", random_params(), CONFIG)
     damage(tmp_path / "m.pth")
     with pytest.raises(ValueError, match="is damaged"):
         load_model(tmp_path / "m.pth", weights="int8")
 
 
-def test_a_storage_of_several_tensors_is_compared_with_any_of_them(tmp_path):
+def test_shared_storage_is_verified_for_each_tensor(tmp_path):
     torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
     path = tmp_path / "a.pth"
     numbers = torch.arange(4096.0)
@@ -156,7 +154,7 @@ def test_a_storage_of_several_tensors_is_compared_with_any_of_them(tmp_path):
             opened[name].read()
 
 
-def test_a_part_of_a_tensor_is_read_without_the_rest(tmp_path):
+def test_a_slice_is_read_without_the_rest_of_the_tensor(tmp_path):
     write_pth(tmp_path / "a.pth", [("x", np.arange(8192.0).reshape(64, 128))])
     damage(tmp_path / "a.pth")
     part = read_tensors(tmp_path / "a.pth")["x"].part((slice(0, 2), slice(0, 3)))
@@ -164,7 +162,7 @@ def test_a_part_of_a_tensor_is_read_without_the_rest(tmp_path):
 
 
 def damage(path):
-    """Flips 64 bytes in the middle of a file."""
+    """Invert 64 bytes in the middle of a file."""
     data = bytearray(path.read_bytes())
     for place in range(len(data) // 2, len(data) // 2 + 64):
         data[place] ^= 255
@@ -199,7 +197,7 @@ def test_inspect_and_convert_verify_models(tmp_path, capsys, name):
 
 
 def size(file) -> int:
-    """The size of a file."""
+    """Return the size of a file."""
     return file.stat().st_size
 
 
@@ -222,7 +220,7 @@ def size(file) -> int:
         ("\ud83d".encode("utf-8", "surrogatepass"), "is not JSON, or is truncated"),
     ],
 )
-def test_a_sidecar_that_is_no_table_is_named(tmp_path, text, sentence):
+def test_a_sidecar_that_is_not_an_object_is_named(tmp_path, text, sentence):
     path = tmp_path / "s.pth"
     save_state(path, random_state())
     sidecar(path).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -233,7 +231,7 @@ def test_a_sidecar_that_is_no_table_is_named(tmp_path, text, sentence):
 
 
 def write_merged(path):
-    """Writes a model with a state merged into it."""
+    """Write a model with a state merged into it."""
     tensors = dict(official_tensors(random_params(), CONFIG))
     for layer, wkv in enumerate(np.asarray(random_state().wkv[:, 0])):
         tensors[f"blocks.{layer}.att.time_state"] = wkv
@@ -242,7 +240,7 @@ def write_merged(path):
 
 @pytest.mark.filterwarnings("ignore:.*holds a tuned state as well")
 @pytest.mark.parametrize("name", ["out.state.pth", "out.state.pth.json"])
-def test_convert_replaces_no_state_that_nobody_named(
+def test_convert_does_not_overwrite_a_state_implicitly(
     tmp_path, monkeypatch, capsys, name
 ):
     monkeypatch.chdir(tmp_path)
@@ -256,7 +254,7 @@ def test_convert_replaces_no_state_that_nobody_named(
         assert not (tmp_path / target).exists()
 
 
-def test_convert_splits_a_model_and_the_state_that_was_merged_into_it(tmp_path, capsys):
+def test_convert_splits_a_merged_state_from_its_model(tmp_path, capsys):
     write_merged(tmp_path / "merged.pth")
     assert has_merged_state(tmp_path / "merged.pth")
     for target, state in (
@@ -276,7 +274,7 @@ def test_convert_splits_a_model_and_the_state_that_was_merged_into_it(tmp_path, 
         assert not has_merged_state(tmp_path / target)
 
 
-def test_a_list_of_the_rwkv_package_is_a_state_with_all_three_parts(tmp_path):
+def test_a_state_list_of_the_rwkv_package_loads_completely(tmp_path):
     torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
     state = random_state()
     state = state.replace(
@@ -292,7 +290,7 @@ def test_a_list_of_the_rwkv_package_is_a_state_with_all_three_parts(tmp_path):
         load_state(tmp_path / "short.pth")
 
 
-def test_a_sidecar_of_an_upscaled_state_cannot_be_changed_by_hand(tmp_path):
+def test_a_hand_edited_sidecar_is_rejected(tmp_path):
     save_state(tmp_path / "s.pth", random_state())
     card = json.loads(sidecar(tmp_path / "s.pth").read_text())
     for change in (

@@ -1,4 +1,4 @@
-"""States as other programs name them: the first bytes tell what a file is."""
+"""States in the files of other programs; the first bytes identify the format."""
 
 import foreign_layouts as layouts
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def unchanged(arrays):
 
 
 @pytest.mark.parametrize("name", ["s.state", "s.pth", "s", "s.bin"])
-def test_a_state_of_pytorch_loads_under_any_name(tmp_path, name):
+def test_a_pytorch_state_loads_under_any_suffix(tmp_path, name):
     save_state(tmp_path / "first.pth", random_state())
     (tmp_path / "first.pth").rename(tmp_path / name)
     assert differing(load_state(tmp_path / name), random_state()) == []
@@ -37,13 +37,13 @@ def test_a_state_of_pytorch_loads_under_any_name(tmp_path, name):
         ("first.safetensors", "s.safetensors"),
     ],
 )
-def test_safetensors_called_state_are_transposed_like_st(tmp_path, written, name):
+def test_safetensors_with_suffix_state_are_read_like_st(tmp_path, written, name):
     save_state(tmp_path / written, random_state())
     (tmp_path / written).rename(tmp_path / name)
     assert differing(load_state(tmp_path / name), random_state()) == []
 
 
-def test_safetensors_of_a_name_that_does_not_tell_need_the_sidecar(tmp_path):
+def test_safetensors_with_another_suffix_need_the_sidecar(tmp_path):
     save_state(tmp_path / "first.st", random_state())
     (tmp_path / "first.st").rename(tmp_path / "s.bin")
     with pytest.raises(
@@ -62,9 +62,7 @@ def test_safetensors_of_a_name_that_does_not_tell_need_the_sidecar(tmp_path):
         ("m.st", unchanged),
     ],
 )
-def test_a_model_tells_the_axes_of_the_state_in_its_file(
-    arrays, tmp_path, name, change
-):
+def test_a_merged_state_has_the_axis_order_of_its_model(arrays, tmp_path, name, change):
     merged = dict(change(arrays))
     for layer, wkv in enumerate(np.asarray(random_state().wkv[:, 0], np.float16)):
         is_turned = change is layouts.transposed
@@ -77,7 +75,7 @@ def test_a_model_tells_the_axes_of_the_state_in_its_file(
     np.testing.assert_array_equal(load_state(tmp_path / name).wkv, expected)
 
 
-def test_a_state_in_a_folder_of_shards_loads(arrays, tmp_path):
+def test_a_state_in_a_sharded_folder_loads(arrays, tmp_path):
     merged = dict(arrays)
     for layer, wkv in enumerate(np.asarray(random_state().wkv[:, 0])):
         merged[f"blocks.{layer}.att.time_state"] = wkv
@@ -91,8 +89,8 @@ def test_a_state_in_a_folder_of_shards_loads(arrays, tmp_path):
     assert differing(load_state(tmp_path / "m"), random_state()) == []
 
 
-def test_a_state_file_is_what_ai00_mounts(tmp_path):
-    """Safetensors in half precision, each head transposed; web-rwkv reads no other dtype.
+def test_a_state_file_has_the_layout_of_ai00(tmp_path):
+    """Safetensors in float16, each head transposed; web-rwkv reads no other dtype.
 
     Source: cryscan/web-rwkv@1991c4b src/runtime/v7.rs, `read_state`.
     """
@@ -109,7 +107,7 @@ def test_a_state_file_is_what_ai00_mounts(tmp_path):
     assert differing(load_state(tmp_path / "again.pth"), half) == []
 
 
-def test_a_state_that_half_precision_cannot_hold_is_not_written_as_state(tmp_path):
+def test_a_state_that_overflows_float16_is_not_saved_as_state(tmp_path):
     large = random_state().replace(wkv=1e6 * random_state().wkv)
     with pytest.raises(ValueError, match="save_state: `dtype` must hold the state's"):
         save_state(tmp_path / "s.state", large)

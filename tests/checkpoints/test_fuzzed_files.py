@@ -1,6 +1,6 @@
-"""Thousands of damaged files: each is refused by name, or gives what was written.
+"""Thousands of damaged files: each is rejected by name or reads unchanged.
 
-The seed is fixed, so that every run damages the same files in the same way.
+The seed is fixed, so every run damages the same files in the same way.
 """
 
 import collections
@@ -71,14 +71,14 @@ def shifted_state():
 
 
 def make_observer(folder):
-    """Writes an observer of the small model."""
+    """Write an observer of the small model."""
     observer, params = init_observer(CONFIG, CONFIG, jax.random.key(0))
     params = params | {"model": random_params(CONFIG, dtype=jnp.float32)}
     save_observer(folder, observer, params, info={"base_model": "abc"})
 
 
 def make_cache(path):
-    """Writes a cache of two documents, one of which is not completely in the loss."""
+    """Write a cache of two documents, one of them with loss-masked tokens."""
     lines = [{"text": "abc"}, {"prompt": "de", "answer": "fgh"}]
     source = path.parent / "source.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -87,7 +87,7 @@ def make_cache(path):
 
 
 def read_cache(path):
-    """Reads all that a cache holds."""
+    """Read everything in a cache."""
     stream = open_cache(path, Tokenizer.bytes(), split="train", held_out=0.0)
     masks = [mask for _, mask in stream.pieces(0, len(stream))]
     return jax.tree.map(jnp.asarray, (stream[:], masks))
@@ -95,7 +95,7 @@ def read_cache(path):
 
 @functools.cache
 def params():
-    """Random weights, made when they are used and not by those who only collect the tests."""
+    """Random weights, made on first use and not during collection."""
     return random_params(CONFIG)
 
 
@@ -202,7 +202,7 @@ FORMATS = {
 
 
 def damage_json(data: bytes, rng) -> bytes:
-    """Changes the value of one entry of a JSON object, or its kind, or removes it."""
+    """Change the value or type of one entry of a JSON object, or remove the entry."""
     table = json.loads(data)
     holder = table
     while True:
@@ -235,7 +235,7 @@ def damage_json(data: bytes, rng) -> bytes:
 
 
 def damage(data: bytes, rng, *, is_json: bool) -> bytes:
-    """Damages bytes in one of the ways in which files are damaged."""
+    """Damage bytes as real files get damaged."""
     if is_json and rng.random() < 0.6:
         choices = (
             b"[]",
@@ -276,7 +276,7 @@ def damage(data: bytes, rng, *, is_json: bool) -> bytes:
 
 
 def content(result) -> list:
-    """The bits of what was read, and what is said of them."""
+    """Return the bits of the loaded value and its metadata."""
     leaves, structure = jax.tree.flatten(result)
     bits = []
     for leaf in leaves:
@@ -290,7 +290,7 @@ def content(result) -> list:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_damaged_file_is_refused_by_name_or_reads_as_before(tmp_path, name):
+def test_a_damaged_file_is_rejected_by_name_or_reads_unchanged(tmp_path, name):
     count, file_name, write, read, finder = FORMATS[name]
     good = tmp_path / "good"
     good.mkdir()
@@ -323,7 +323,7 @@ def test_a_damaged_file_is_refused_by_name_or_reads_as_before(tmp_path, name):
 
 
 def judge(folder: Path, path: Path, read, before: list, finder: str) -> str:
-    """Says how a damaged file was received; a fault has a colon and the reason."""
+    """Return how a damaged file was handled; a fault is followed by a colon and the reason."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

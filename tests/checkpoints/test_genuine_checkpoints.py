@@ -1,6 +1,6 @@
-"""Files of other people: their own tests' numbers, from every layout and format.
+"""Published checkpoints give the numbers of their authors' tests in every layout and format.
 
-The files are not part of this project; without them the tests skip.
+The files are not part of this project. Without them the tests are skipped.
 """
 
 import dataclasses
@@ -36,13 +36,13 @@ MODELS = {"tiny": TINY, "reverse": REVERSE}
 
 
 def plain(path):
-    """A checkpoint without the tensors that no model reads, and its config."""
+    """Return a checkpoint without unused tensors, and its config."""
     params, config = load_model(path)
     return without_unused_value_residual(params), config
 
 
 def written(name, format=None):
-    """A row of the table: one of our own writers."""
+    """A row of the table: one of our writers."""
 
     def make(folder, params, config):
         if name.endswith(".gguf"):
@@ -122,7 +122,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def last_logits():
-    """The logits of the prompt's last id; compiled once for all files."""
+    """Return the logits at the last prompt token; compiled once for all files."""
 
     @functools.partial(jax.jit, static_argnums=1)
     def apply(params, config):
@@ -144,18 +144,18 @@ def assert_as_rwkv_cpp_expects(logits):
 
 
 @pytest.mark.parametrize("file", [TINY_BIN, TINY])
-def test_rwkv_cpps_own_file_gives_the_logits_that_its_tests_expect(last_logits, file):
+def test_an_rwkv_cpp_file_gives_the_logits_of_rwkv_cpps_tests(last_logits, file):
     assert_as_rwkv_cpp_expects(last_logits(genuine(file)))
 
 
 @pytest.mark.parametrize("format", EXACT | OTHERS)
-def test_the_logits_are_the_same_from_every_format(last_logits, tmp_path, format):
+def test_every_format_gives_the_same_logits(last_logits, tmp_path, format):
     params, config = plain(genuine(TINY))
     path = (EXACT | OTHERS)[format](tmp_path, params, config)
     assert_as_rwkv_cpp_expects(last_logits(path))
 
 
-def test_the_derived_file_holds_the_numbers_of_rwkv_cpps():
+def test_the_bfloat16_file_equals_the_rwkv_cpp_file():
     wide, config = plain(genuine(TINY_BIN))
     narrow, config_of_derived = plain(genuine(TINY))
     assert config == config_of_derived
@@ -164,7 +164,7 @@ def test_the_derived_file_holds_the_numbers_of_rwkv_cpps():
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("format", EXACT)
-def test_every_bit_survives_every_format_both_ways(tmp_path, model, format):
+def test_every_format_round_trips_bit_exactly(tmp_path, model, format):
     source = genuine(MODELS[model])
     params, config = load_model(source)
     path = EXACT[format](tmp_path, params, config)
@@ -185,7 +185,7 @@ def test_every_bit_survives_every_format_both_ways(tmp_path, model, format):
     assert not any(array.any() for array in back.values())
 
 
-def test_the_hash_of_a_genuine_model_is_that_of_every_format(tmp_path):
+def test_every_format_gives_the_same_hash(tmp_path):
     params, config = plain(genuine(REVERSE))
     hashes = {model_hash(params, config)}
     for format in ("pth", "safetensors", "orbax"):
@@ -195,7 +195,7 @@ def test_the_hash_of_a_genuine_model_is_that_of_every_format(tmp_path):
 
 
 @pytest.mark.parametrize("file", [TINY_BIN, TINY])
-def test_the_number_of_parameters_is_the_same_from_every_file(tmp_path, capsys, file):
+def test_every_file_has_the_same_parameter_count(tmp_path, capsys, file):
     for path in (genuine(file), tmp_path / "m.safetensors"):
         assert main(["inspect", str(path)]) == 0
         assert "829,888 parameters, 12 layers, width 64" in capsys.readouterr().out
@@ -204,14 +204,14 @@ def test_the_number_of_parameters_is_the_same_from_every_file(tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("file", [ORIGINAL_REVERSE, ROSA])
-def test_models_with_rosa_are_refused_by_name(file):
+def test_rosa_models_are_rejected_by_name(file):
     with pytest.raises(ValueError, match=r"is an RWKV-8 \(ROSA\) checkpoint") as caught:
         load_model(genuine(file))
     assert "\n" not in str(caught.value)
 
 
 def reversing_strings() -> list[str]:
-    """The numbers of the author's own test.
+    """Return the numbers of the author's test.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v8/251105_reverse_run.py.
     """
@@ -226,7 +226,7 @@ def reversing_strings() -> list[str]:
 
 
 @pytest.mark.parametrize("implementation", ["scan", "chunked", None])
-def test_the_reversing_model_makes_no_mistake(implementation):
+def test_the_reversal_model_makes_no_mistakes(implementation):
     params, config = load_model(genuine(REVERSE))
     config = dataclasses.replace(config, implementation=implementation)
     numbers = reversing_strings()

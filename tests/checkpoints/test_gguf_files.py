@@ -1,4 +1,4 @@
-"""GGUF files: every bit comes back, and what llama.cpp cannot compute with is refused."""
+"""GGUF files round-trip bit-exactly; models that llama.cpp cannot run are rejected."""
 
 import dataclasses
 import struct
@@ -24,13 +24,13 @@ BYTES = dataclasses.replace(CONFIG, vocab_size=257)
 
 
 def values(path) -> dict:
-    """The metadata of a file."""
+    """Return the metadata of a file."""
     reader = gguf.GGUFReader(path)
     return {key: field.contents() for key, field in reader.fields.items()}
 
 
 def rewritten(path, target, *, metadata=None, tensors=None):
-    """Writes a copy of a file with other metadata (None removes a key) or other tensors."""
+    """Write a copy of a file with other metadata (None removes a key) or other tensors."""
     changes = metadata or {}
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(
@@ -59,14 +59,14 @@ def rewritten(path, target, *, metadata=None, tensors=None):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A file of random numbers in bfloat16."""
+    """A file of random weights in bfloat16."""
     path = tmp_path_factory.mktemp("gguf") / "m.gguf"
     save_model(path, random_params(BYTES), BYTES)
     return path
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_every_bit_comes_back_in_its_dtype(tmp_path, dtype):
+def test_a_round_trip_keeps_bits_and_dtypes(tmp_path, dtype):
     params = random_params(BYTES, dtype=dtype)
     save_model(tmp_path / "m.gguf", params, BYTES)
     again, config = load_model(tmp_path / "m.gguf")
@@ -74,7 +74,7 @@ def test_every_bit_comes_back_in_its_dtype(tmp_path, dtype):
     assert differing(params, again) == []
 
 
-def test_mixed_dtypes_come_back_one_by_one(tmp_path):
+def test_a_round_trip_keeps_mixed_dtypes(tmp_path):
     params = random_params(BYTES, dtype=jnp.float32)
     params["layers"]["att"]["x_r"] = params["layers"]["att"]["x_r"].astype(jnp.bfloat16)
     params["layer_0"]["att"]["w1"] = params["layer_0"]["att"]["w1"].astype(jnp.float16)
@@ -85,7 +85,7 @@ def test_mixed_dtypes_come_back_one_by_one(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["assets/tiny.pth", TINY])
-def test_real_models_go_to_gguf_and_back(tmp_path, source):
+def test_published_models_round_trip(tmp_path, source):
     path = genuine(source) if source == TINY else ROOT / source
     params, config = load_model(path)
     save_model(tmp_path / "m.gguf", params, config)
@@ -99,7 +99,7 @@ def test_real_models_go_to_gguf_and_back(tmp_path, source):
     assert model_hash(again, config) == model_hash(params, config)
 
 
-def test_the_vocabulary_is_escaped_bytes(written):
+def test_the_vocabulary_is_stored_as_escaped_bytes(written):
     table = values(written)
     assert table["tokenizer.ggml.model"] == "rwkv"
     tokens = table["tokenizer.ggml.tokens"]
@@ -111,7 +111,7 @@ def test_the_vocabulary_is_escaped_bytes(written):
     assert kinds == [gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * 256
 
 
-def test_world_ends_a_turn_at_a_blank_line_and_pads_its_ids(tmp_path):
+def test_world_has_an_end_of_turn_id_and_padding_ids(tmp_path):
     config = dataclasses.replace(CONFIG, vocab_size=65536)
     save_model(tmp_path / "m.gguf", random_params(config), config)
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
@@ -121,8 +121,8 @@ def test_world_ends_a_turn_at_a_blank_line_and_pads_its_ids(tmp_path):
     assert kinds[-6:] == [gguf.TokenType.UNUSED] * 6 and len(kinds) == 65536
 
 
-def test_a_file_of_the_converter_reads_alike(written, tmp_path):
-    """Its vectors are float32 and nothing says what they were."""
+def test_a_file_without_our_metadata_loads_the_same_weights(written, tmp_path):
+    """llama.cpp's converter stores vectors in float32 and does not record their dtype."""
     keys = {key: None for key in values(written) if key.startswith("rwkv7_jax.")}
     assert keys
     rewritten(written, tmp_path / "m.gguf", metadata=keys)
@@ -135,7 +135,7 @@ def test_a_file_of_the_converter_reads_alike(written, tmp_path):
     assert differing(widened, again) == []
 
 
-def test_block_0_has_the_copies_that_llama_cpp_asks_for(written):
+def test_block_0_has_the_tensors_that_llama_cpp_requires(written):
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(written).tensors}
     for part in "012":
         copy = tensors[f"blk.0.time_mix_v{part}.weight"]
@@ -167,9 +167,7 @@ def test_block_0_has_the_copies_that_llama_cpp_asks_for(written):
         ),
     ],
 )
-def test_metadata_that_makes_no_model_is_one_sentence(
-    written, tmp_path, changes, sentence
-):
+def test_invalid_metadata_is_rejected(written, tmp_path, changes, sentence):
     rewritten(written, tmp_path / "m.gguf", metadata=changes)
     with pytest.raises(ValueError, match=rf"m\.gguf` .*{sentence}"):
         load_model(tmp_path / "m.gguf")
@@ -188,7 +186,7 @@ MATRICES = {
 
 
 @pytest.mark.parametrize("name", [*WRITABLE, *SUPER_BLOCKS])
-def test_quantised_matrices_are_the_numbers_that_they_stand_for(tmp_path, name):
+def test_quantized_matrices_are_dequantized(tmp_path, name):
     kind = gguf.GGMLQuantizationType[name]
     config = dataclasses.replace(BYTES, width=256, num_layers=2, ffn_width=512)
     params = random_params(config, dtype=jnp.float32)
@@ -234,7 +232,7 @@ def test_quantised_matrices_are_the_numbers_that_they_stand_for(tmp_path, name):
     assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {np.dtype(jnp.bfloat16)}
 
 
-def test_types_without_numbers_are_refused_by_name(written, tmp_path):
+def test_unsupported_tensor_types_are_rejected_by_name(written, tmp_path):
     kind = gguf.GGMLQuantizationType.Q8_K
     stored = np.zeros((64, 292), np.uint8)
     name = "blk.1.time_mix_key.weight"
@@ -245,9 +243,7 @@ def test_types_without_numbers_are_refused_by_name(written, tmp_path):
         load_model(tmp_path / "m.gguf")
 
 
-def test_numbers_that_were_changed_to_what_their_dtype_cannot_hold_are_refused(
-    written, tmp_path
-):
+def test_values_that_do_not_fit_their_recorded_dtype_are_rejected(written, tmp_path):
     numbers = np.full(64, 1 / 3, np.float32)
     kind = gguf.GGMLQuantizationType.F32
     rewritten(
@@ -259,7 +255,7 @@ def test_numbers_that_were_changed_to_what_their_dtype_cannot_hold_are_refused(
         load_model(tmp_path / "m.gguf")
 
 
-def test_a_changed_number_is_found_by_the_digest(written, tmp_path):
+def test_the_digest_detects_a_changed_value(written, tmp_path):
     assert verify(written) == ["m.gguf: the digest of tensors and sizes agrees"]
     content = bytearray(written.read_bytes())
     content[-3000] ^= 1
@@ -277,15 +273,15 @@ def test_a_changed_number_is_found_by_the_digest(written, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 300, 5_000, -1])
-def test_a_cut_file_is_one_sentence(written, tmp_path, kept):
+def test_a_truncated_file_is_rejected(written, tmp_path, kept):
     (tmp_path / "m.gguf").write_bytes(written.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"load_model: .*m\.gguf`") as caught:
         load_model(tmp_path / "m.gguf")
     assert "\n" not in str(caught.value)
 
 
-def test_damaged_headers_are_one_sentence(written, tmp_path, unchecked):
-    """A flipped bit is found, or changes nothing that is read."""
+def test_damaged_headers_are_rejected_or_harmless(written, tmp_path, unchecked):
+    """A flipped bit is detected or changes nothing that is loaded."""
     content = bytearray(written.read_bytes())
     rng = np.random.default_rng(0)
     refused = 0
@@ -301,7 +297,7 @@ def test_damaged_headers_are_one_sentence(written, tmp_path, unchecked):
     assert refused > 5
 
 
-def test_lists_in_lists_without_end_are_one_sentence(tmp_path):
+def test_deeply_nested_lists_are_rejected(tmp_path):
     list_type = gguf.GGUFValueType.ARRAY.value
     nested = struct.pack("<IQ", list_type, 1) * 3_000
     key = struct.pack("<Q", 3) + b"a.b" + struct.pack("<I", list_type)
@@ -325,7 +321,7 @@ def test_lists_in_lists_without_end_are_one_sentence(tmp_path):
         ({"vocab_size": 75}, "`tokenizer` must be given for a .gguf file of 75 ids"),
     ],
 )
-def test_what_llama_cpp_would_compute_otherwise_is_not_written(
+def test_configs_that_llama_cpp_computes_differently_are_rejected(
     tmp_path, changes, sentence
 ):
     config = dataclasses.replace(BYTES, **changes)
@@ -335,7 +331,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_not_written(
     assert (tmp_path / "m.gguf").read_text() == "what was there"
 
 
-def test_a_vocabulary_larger_than_the_model_is_not_written(tmp_path):
+def test_a_vocabulary_larger_than_the_model_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="must have ids below the model's 75; got 255"):
         save_model(
             tmp_path / "m.gguf",
@@ -345,7 +341,7 @@ def test_a_vocabulary_larger_than_the_model_is_not_written(tmp_path):
         )
 
 
-def test_raw_bytes_have_no_end_of_text(tmp_path):
+def test_raw_bytes_have_no_end_of_text_id(tmp_path):
     config = dataclasses.replace(CONFIG, vocab_size=256)
     save_model(tmp_path / "m.gguf", random_params(config), config)
     table = values(tmp_path / "m.gguf")
@@ -353,7 +349,7 @@ def test_raw_bytes_have_no_end_of_text(tmp_path):
     assert "tokenizer.ggml.eos_token_id" not in table
 
 
-def test_a_vocabulary_that_llama_cpp_would_encode_otherwise_is_not_written(tmp_path):
+def test_vocabularies_that_llama_cpp_encodes_differently_are_rejected(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(
         tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])
@@ -366,7 +362,7 @@ def test_a_vocabulary_that_llama_cpp_would_encode_otherwise_is_not_written(tmp_p
         )
 
 
-def test_nan_is_not_written(tmp_path):
+def test_nan_is_not_saved(tmp_path):
     params = random_params(BYTES)
     params["head"]["weight"] = params["head"]["weight"].at[3, 5].set(np.nan)
     with pytest.raises(ValueError, match=r"`params` must be finite.*head\.weight"):
@@ -377,7 +373,7 @@ def test_nan_is_not_written(tmp_path):
     assert differing(params, again) == []
 
 
-def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     monkeypatch.delitem(
         __import__("sys").modules, "rwkv7_jax.checkpoints.gguf_files", raising=False
@@ -386,8 +382,8 @@ def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):
         save_model(tmp_path / "m.gguf", random_params(BYTES), BYTES)
 
 
-def test_the_command_converts_to_gguf_and_on_to_official_names(tmp_path, capsys):
-    """World's size is not known here, so that the vocabulary is named, and kept by the folder."""
+def test_convert_goes_through_gguf_and_official_names(tmp_path, capsys):
+    """The size is not World's, so the vocabulary is named; the folder keeps it."""
     config = dataclasses.replace(CONFIG, head_size=64)
     save_model(tmp_path / "m.pth", random_params(config), config)
     (tmp_path / "digits.txt").write_text(

@@ -1,4 +1,4 @@
-"""Folders for Hugging Face's libraries: both layouts, complete, and read again bit for bit."""
+"""Folders for Hugging Face libraries: both layouts are complete and round-trip bit-exactly."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def table(path) -> dict:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_folder_comes_back_bit_for_bit(tmp_path, layout, dtype):
+def test_a_folder_round_trips_bit_exactly(tmp_path, layout, dtype):
     params = random_params(BYTES, dtype=dtype)
     save_model(tmp_path / "m", params, BYTES, format=layout)
     again, config = load_model(tmp_path / "m")
@@ -47,7 +47,7 @@ def test_a_folder_comes_back_bit_for_bit(tmp_path, layout, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_genuine_model_goes_through_a_folder_and_back(tmp_path, layout):
+def test_a_published_model_round_trips(tmp_path, layout):
     params, config = load_model(genuine(TINY))
     save_model(tmp_path / "m", params, config, format=layout)
     again, same = load_model(tmp_path / "m")
@@ -58,7 +58,7 @@ def test_a_genuine_model_goes_through_a_folder_and_back(tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_folder_is_complete_and_may_be_written_again(tmp_path, layout):
+def test_a_folder_is_complete_and_can_be_overwritten(tmp_path, layout):
     for _ in range(2):
         save_model(tmp_path / "m", random_params(BYTES), BYTES, format=layout)
         assert names(tmp_path / "m") == COMPLETE
@@ -69,8 +69,8 @@ def test_a_folder_is_complete_and_may_be_written_again(tmp_path, layout):
     assert differing(random_params(BYTES, seed=1), again) == []
 
 
-def test_official_names_are_those_of_the_projects_repositories(tmp_path):
-    """As aabbdev/rwkv-publisher@67f4b55 src/rwkv_publisher/conversion.py expects them."""
+def test_official_names_match_the_rwkv_publisher(tmp_path):
+    """The names are those of aabbdev/rwkv-publisher@67f4b55 src/rwkv_publisher/conversion.py."""
     save_model(tmp_path / "m", random_params(BYTES), BYTES, format="transformers")
     tensors = read_tensors(tmp_path / "m" / "model.safetensors")
     expected = {}
@@ -85,7 +85,7 @@ def test_official_names_are_those_of_the_projects_repositories(tmp_path):
     assert {name: tensor.shape for name, tensor in tensors.items()} == expected
 
 
-def test_the_config_of_official_names_has_the_models_keys(tmp_path):
+def test_a_config_with_official_names_has_the_expected_keys(tmp_path):
     save_model(tmp_path / "m", random_params(BYTES), BYTES, format="transformers")
     config = table(tmp_path / "m" / "config.json")
     wanted = {
@@ -116,13 +116,13 @@ def test_the_config_of_official_names_has_the_models_keys(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_vocabulary_that_nobody_named_is_left_out(tmp_path, layout):
+def test_no_vocabulary_is_saved_unless_one_is_given(tmp_path, layout):
     save_model(tmp_path / "m", random_params(HEADS_OF_64), HEADS_OF_64, format=layout)
     assert names(tmp_path / "m") == WITHOUT_VOCABULARY
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_vocabulary_that_was_given_comes_back(tmp_path, layout):
+def test_a_given_vocabulary_round_trips(tmp_path, layout):
     entries = {number: bytes([number + 47]) for number in range(1, 75)}
     letters = Tokenizer(entries, vocab_size=75, name="letters", kind="file")
     params = random_params(HEADS_OF_64)
@@ -138,7 +138,7 @@ def test_the_vocabulary_that_was_given_comes_back(tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_ids_that_are_no_text_have_no_tokenizer(tmp_path, layout):
+def test_plain_ids_have_no_tokenizer_files(tmp_path, layout):
     params = random_params(HEADS_OF_64)
     numbers = IdTokenizer(75)
     save_model(tmp_path / "m", params, HEADS_OF_64, format=layout, tokenizer=numbers)
@@ -147,7 +147,7 @@ def test_ids_that_are_no_text_have_no_tokenizer(tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_vocabulary_larger_than_the_model_is_not_written(tmp_path, layout):
+def test_a_vocabulary_larger_than_the_model_is_rejected(tmp_path, layout):
     with pytest.raises(ValueError, match="save_model: `tokenizer` must have ids below"):
         save_model(
             tmp_path / "m",
@@ -171,7 +171,7 @@ def test_a_vocabulary_larger_than_the_model_is_not_written(tmp_path, layout):
         ),
     ],
 )
-def test_epsilons_that_a_reader_would_take_otherwise_are_not_written(
+def test_epsilons_that_a_layout_cannot_express_are_rejected(
     tmp_path, layout, changes, sentence
 ):
     config = dataclasses.replace(BYTES, **changes)
@@ -180,6 +180,6 @@ def test_epsilons_that_a_reader_would_take_otherwise_are_not_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_layout_is_one_sentence(tmp_path):
+def test_an_unknown_layout_is_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"`format` must be one of .*transformers"):
         save_model(tmp_path / "m", random_params(BYTES), BYTES, format="huggingface")

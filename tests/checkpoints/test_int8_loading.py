@@ -1,4 +1,4 @@
-"""Checkpoints that are loaded with their matrices in 8 bits: every format, what is refused."""
+"""Loading with int8 matrices: every format, and what is rejected."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_loaded_model_is_the_float_one_rounded(folder, name, dtype):
+def test_loading_in_int8_equals_quantizing_the_float_model(folder, name, dtype):
     floats, config = load_model(folder / name, dtype=dtype)
     found, same = load_model(folder / name, dtype=dtype, weights="int8")
     assert same == config
@@ -40,14 +40,14 @@ def test_a_loaded_model_is_the_float_one_rounded(folder, name, dtype):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_hash_is_that_of_the_model_itself(folder, name):
-    """A state that is tuned with rounded weights belongs to the checkpoint."""
+def test_int8_loading_keeps_the_model_hash(folder, name):
+    """A state tuned on int8 weights belongs to the checkpoint that they came from."""
     floats, config = load_model(folder / name)
     rounded, _ = load_model(folder / name, weights="int8")
     assert model_hash(rounded, config) == model_hash(floats, config)
 
 
-def test_a_file_of_mixed_dtypes_has_the_hash_of_the_tree_made_of_it(tmp_path):
+def test_a_file_with_mixed_dtypes_hashes_like_its_tree(tmp_path):
     params = random_params(CONFIG)
     params["head"] = {"weight": params["head"]["weight"].astype(jnp.float32)}
     save_model(tmp_path / "m.pth", params, CONFIG)
@@ -58,7 +58,7 @@ def test_a_file_of_mixed_dtypes_has_the_hash_of_the_tree_made_of_it(tmp_path):
 
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 @pytest.mark.parametrize("name", FORMATS)
-def test_numbers_that_are_not_finite_are_refused(tmp_path, name, number):
+def test_non_finite_values_are_rejected(tmp_path, name, number):
     params = random_params(CONFIG)
     weight = params["head"]["weight"]
     params["head"] = {"weight": weight.at[1, 2].set(number)}
@@ -71,7 +71,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, name, number):
 
 
 @pytest.mark.parametrize("weights", ["int4", "float32", ""])
-def test_another_form_of_weights_is_refused(folder, weights):
+def test_unknown_weight_formats_are_rejected(folder, weights):
     sentence = f"load_model: `weights` must be one of int8; got {weights!r}."
     with pytest.raises(ValueError) as caught:
         load_model(folder / "m.pth", weights=weights)
@@ -79,7 +79,7 @@ def test_another_form_of_weights_is_refused(folder, weights):
 
 
 @pytest.mark.parametrize("name", ["n.pth", "n.safetensors", "n.st", "folder"])
-def test_rounded_weights_are_not_saved(folder, tmp_path, name):
+def test_int8_weights_are_not_saved(folder, tmp_path, name):
     rounded, config = load_model(folder / "m.pth", weights="int8")
     sentence = (
         r"^save_model: `params` must be floating-point; got int8 weights.*dequantize"
@@ -89,7 +89,7 @@ def test_rounded_weights_are_not_saved(folder, tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_they_stand_for_is_saved_as_a_model_of_its_own(folder, tmp_path):
+def test_dequantized_weights_are_saved_as_a_separate_model(folder, tmp_path):
     rounded, config = load_model(folder / "m.pth", weights="int8")
     floats = dequantize(rounded)
     save_model(tmp_path / "n.pth", floats, config)

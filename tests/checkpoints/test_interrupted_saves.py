@@ -1,4 +1,4 @@
-"""Saves that are killed at any moment leave the old or the new pair or folder, and it loads."""
+"""A save killed at any point leaves the old or the new files, and they load."""
 
 import _thread
 import dataclasses
@@ -25,11 +25,11 @@ HF_CONFIG = dataclasses.replace(
 
 
 class Killed(BaseException):
-    """What ends a save in these tests, in place of SIGKILL."""
+    """The exception that ends a save in these tests, in place of SIGKILL."""
 
 
 def interrupt(monkeypatch, step, *, after):
-    """Ends the process, so to speak, at the given rename: just before it or just after it."""
+    """Simulate a kill just before or just after the given rename."""
     replace = os.replace
     exchange = model_folder.exchange_paths
     done = 0
@@ -56,7 +56,7 @@ def interrupt(monkeypatch, step, *, after):
 @pytest.mark.parametrize("has_digest", [True, False])
 @pytest.mark.parametrize("after", [True, False])
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_a_state_and_its_sidecar_load_whenever_the_save_is_killed(
+def test_a_state_loads_after_a_save_killed_at_any_point(
     tmp_path, monkeypatch, suffix, has_digest, after, step
 ):
     path = tmp_path / f"s{suffix}"
@@ -80,7 +80,7 @@ def test_a_state_and_its_sidecar_load_whenever_the_save_is_killed(
 
 @pytest.mark.parametrize("after", [True, False])
 @pytest.mark.parametrize("format", ["hf", None])
-def test_a_model_folder_loads_whenever_the_save_is_killed(
+def test_a_model_folder_loads_after_a_save_killed_at_any_point(
     tmp_path, monkeypatch, format, after
 ):
     if not exchanges(tmp_path):
@@ -102,7 +102,7 @@ def test_a_model_folder_loads_whenever_the_save_is_killed(
 
 
 def interrupt_exchange(monkeypatch, *, after):
-    """Ends the save at the exchange of two folders, and keeps it from cleaning up."""
+    """Simulate a kill at the exchange of two folders, without cleanup."""
     exchange = model_folder.exchange_paths
 
     def run(*arguments):
@@ -115,7 +115,7 @@ def interrupt_exchange(monkeypatch, *, after):
 
 
 def exchanges(folder) -> bool:
-    """Returns whether this system exchanges two folders in one step."""
+    """Return whether this system can exchange two folders atomically."""
     one = folder / "one"
     two = folder / "two"
     (one / "a").mkdir(parents=True)
@@ -124,7 +124,9 @@ def exchanges(folder) -> bool:
 
 
 @pytest.mark.parametrize("after", [True, False])
-def test_an_observer_loads_whenever_the_save_is_killed(tmp_path, monkeypatch, after):
+def test_an_observer_loads_after_a_save_killed_at_any_point(
+    tmp_path, monkeypatch, after
+):
     if not exchanges(tmp_path):
         pytest.skip("this file system cannot exchange two folders in one step")
     observer, old = tiny_observers.made()
@@ -140,9 +142,7 @@ def test_an_observer_loads_whenever_the_save_is_killed(tmp_path, monkeypatch, af
     assert differing(loaded, new if after else old) == []
 
 
-def test_without_an_exchange_two_renames_do_and_put_the_old_folder_back(
-    tmp_path, monkeypatch
-):
+def test_two_renames_replace_an_atomic_exchange(tmp_path, monkeypatch):
     monkeypatch.setattr(model_folder, "exchange_paths", lambda one, two: False)
     old = random_params(seed=1)
     save_model(tmp_path / "m", old, CONFIG)
@@ -179,21 +179,21 @@ FOLDERS = {
 
 
 def save_among_others(path, seed):
-    """Saves an observer to a folder that cannot be exchanged as one."""
+    """Save an observer to a folder that cannot be exchanged atomically."""
     path.mkdir(exist_ok=True)
     (path / "notes.txt").write_text("mine")
     save_observer(path, *observer_of(seed))
 
 
 def observer_of(seed):
-    """An observer, and parameters that the seed tells apart."""
+    """Return an observer and parameters that depend on the seed."""
     observer, params = tiny_observers.made()
     model = jax.tree.map(lambda leaf: leaf * seed, params["model"])
     return observer, params | {"bias": params["bias"] + seed, "model": model}
 
 
 def kill_at(patch, step):
-    """Ends the process, so to speak, after so many renames: nothing is done from then on."""
+    """Simulate a kill after the given number of renames; later operations do nothing."""
     replace = os.replace
     done = 0
 
@@ -214,7 +214,7 @@ def kill_at(patch, step):
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_without_an_exchange_a_folder_loads_after_a_kill_at_any_rename(
+def test_without_atomic_exchange_a_folder_survives_a_kill_at_any_rename(
     tmp_path, monkeypatch, kind
 ):
     write, read, expected = FOLDERS[kind]
@@ -248,7 +248,7 @@ def test_without_an_exchange_a_folder_loads_after_a_kill_at_any_rename(
     assert seen == ({True, False} if moves_folders else {True})
 
 
-def test_a_folder_that_was_moved_aside_is_put_back_through_a_link_too(tmp_path):
+def test_a_displaced_folder_is_restored_through_a_symlink(tmp_path):
     save_model(tmp_path / "m", random_params(seed=1), CONFIG)
     (tmp_path / "link").symlink_to("m")
     (tmp_path / ".m.abc").mkdir()
@@ -260,9 +260,7 @@ def test_a_folder_that_was_moved_aside_is_put_back_through_a_link_too(tmp_path):
     assert differing(load_model(tmp_path / "m")[0], random_params(seed=1)) == []
 
 
-def test_an_orbax_folder_that_does_not_read_back_never_replaces_a_good_one(
-    tmp_path, monkeypatch
-):
+def test_an_unreadable_orbax_folder_never_replaces_a_good_one(tmp_path, monkeypatch):
     old = random_params(seed=1)
     save_model(tmp_path / "m", old, CONFIG)
     restore = orbax_folder._restore
@@ -276,7 +274,7 @@ def test_an_orbax_folder_that_does_not_read_back_never_replaces_a_good_one(
     assert differing(load_model(tmp_path / "m")[0], old) == []
 
 
-def test_ctrl_c_counts_when_a_thread_is_done():
+def test_ctrl_c_waits_for_the_thread():
     done = []
 
     def work():
@@ -291,8 +289,8 @@ def test_ctrl_c_counts_when_a_thread_is_done():
     assert done
 
 
-def test_ctrl_c_in_an_orbax_save_leaves_nothing_beside_the_model(tmp_path, monkeypatch):
-    """Orbax's threads went on, and wrote to the folder that was being removed."""
+def test_ctrl_c_in_an_orbax_save_leaves_no_extra_files(tmp_path, monkeypatch):
+    """Orbax's threads once kept writing to the folder that was being removed."""
     path = tmp_path / "m"
     params = random_params()
     save_model(path, params, CONFIG)

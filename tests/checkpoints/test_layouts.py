@@ -1,4 +1,4 @@
-"""Every layout of other programs opens with the same numbers, or is refused in one sentence."""
+"""Every layout of other programs loads the same weights or is rejected in one sentence."""
 
 import dataclasses
 
@@ -166,7 +166,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_opens_with_the_same_numbers(params, arrays, tmp_path, layout):
+def test_every_layout_loads_the_same_weights(params, arrays, tmp_path, layout):
     path = LAYOUTS[layout](tmp_path, arrays)
     loaded, config = load_model(path)
     expected = CONFIG
@@ -181,7 +181,7 @@ def test_every_layout_opens_with_the_same_numbers(params, arrays, tmp_path, layo
     assert differing(loaded, params) == []
 
 
-def test_rwkv_cpp_files_in_half_precision_keep_both_dtypes(params, arrays, tmp_path):
+def test_float16_rwkv_cpp_files_keep_both_dtypes(params, arrays, tmp_path):
     layouts.write_rwkv_cpp(tmp_path / "m.bin", arrays, half=True)
     loaded, config = load_model(tmp_path / "m.bin")
     assert config == CONFIG
@@ -193,7 +193,7 @@ def test_rwkv_cpp_files_in_half_precision_keep_both_dtypes(params, arrays, tmp_p
     assert differing(wide, expected) == []
 
 
-def test_one_file_of_a_folder_opens_like_the_folder(arrays, tmp_path):
+def test_a_file_of_a_folder_loads_like_the_folder(arrays, tmp_path):
     fla = layouts.in_fla_names(arrays)
     layouts.write_folder(tmp_path / "m", fla, config=RIGHT | {"norm_eps": 1e-4})
     of_folder, config = load_model(tmp_path / "m")
@@ -204,7 +204,7 @@ def test_one_file_of_a_folder_opens_like_the_folder(arrays, tmp_path):
     assert differing(of_folder, of_file) == []
 
 
-def test_a_folder_of_one_gguf_file_opens(tmp_path):
+def test_a_folder_with_one_gguf_file_loads(tmp_path):
     pytest.importorskip("gguf", reason="the gguf extra is not installed")
     # Bytes and an end of text: the file holds a vocabulary too.
     config = dataclasses.replace(CONFIG, vocab_size=257)
@@ -216,9 +216,7 @@ def test_a_folder_of_one_gguf_file_opens(tmp_path):
     assert differing(without_unused_value_residual(loaded), params) == []
 
 
-def test_the_epsilon_of_a_folder_with_official_names_is_of_its_norms_alone(
-    arrays, tmp_path
-):
+def test_norm_eps_of_official_names_excludes_the_group_norm(arrays, tmp_path):
     table = RIGHT | {"layer_norm_epsilon": 1e-4}
     layouts.write_folder(tmp_path / "m", arrays, config=table)
     config = load_model(tmp_path / "m")[1]
@@ -250,9 +248,7 @@ SQUARE_LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", SQUARE_LAYOUTS)
-def test_the_names_or_the_format_decide_where_ranks_equal_the_width(
-    square, tmp_path, layout
-):
+def test_names_or_format_settle_the_layout_of_square_ranks(square, tmp_path, layout):
     path = SQUARE_LAYOUTS[layout](tmp_path, layouts.official(square, SQUARE))
     loaded = jax.tree.map(lambda leaf: leaf.astype(DTYPE), load_model(path)[0])
     assert differing(loaded, square) == []
@@ -260,7 +256,7 @@ def test_the_names_or_the_format_decide_where_ranks_equal_the_width(
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m.st"])
 @pytest.mark.parametrize("change", [unchanged, layouts.transposed])
-def test_where_nothing_decides_the_file_is_refused(square, tmp_path, name, change):
+def test_an_ambiguous_layout_is_rejected(square, tmp_path, name, change):
     square = change(layouts.official(square, SQUARE))
     layouts.write_plain_safetensors(tmp_path / name, square)
     with pytest.raises(
@@ -271,9 +267,7 @@ def test_where_nothing_decides_the_file_is_refused(square, tmp_path, name, chang
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m.st", "m.pth"])
-def test_what_we_write_with_ranks_of_the_width_opens_under_any_name(
-    square, tmp_path, name
-):
+def test_our_square_rank_files_load_under_any_suffix(square, tmp_path, name):
     save_model(tmp_path / name, square, SQUARE)
     other = tmp_path / "renamed.bin"
     (tmp_path / name).rename(other)
@@ -284,16 +278,14 @@ def test_what_we_write_with_ranks_of_the_width_opens_under_any_name(
     ("name", "change"),
     [("m.safetensors", unchanged), ("m.st", layouts.transposed)],
 )
-def test_our_files_from_before_they_said_it_open_by_their_suffix(
-    square, tmp_path, name, change
-):
+def test_our_older_files_load_by_their_suffix(square, tmp_path, name, change):
     named = change(layouts.official(square, SQUARE))
     # With a digest and without the entry, as our earlier versions wrote.
     write_safetensors(tmp_path / name, named.items())
     assert differing(load_model(tmp_path / name)[0], square) == []
 
 
-def test_matrices_that_lie_both_ways_are_reported(arrays, tmp_path):
+def test_mixed_matrix_orientations_are_rejected(arrays, tmp_path):
     mixed = arrays | {"blocks.1.att.w1": arrays["blocks.1.att.w1"].T}
     layouts.write_plain_safetensors(tmp_path / "m.safetensors", mixed)
     with pytest.raises(ValueError, match="1 differences") as caught:
@@ -305,7 +297,7 @@ def test_matrices_that_lie_both_ways_are_reported(arrays, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["rwkv.cpp", "folder, bin in shards", "folder, fla"])
-def test_foreign_layouts_are_inspected_verified_and_converted(
+def test_inspect_verify_and_convert_accept_foreign_layouts(
     arrays, tmp_path, capsys, layout
 ):
     path = str(LAYOUTS[layout](tmp_path, arrays))
@@ -316,9 +308,7 @@ def test_foreign_layouts_are_inspected_verified_and_converted(
     assert verify(tmp_path / "out.pth") != []
 
 
-def test_the_number_of_parameters_does_not_count_what_no_model_reads(
-    params, arrays, tmp_path, capsys
-):
+def test_the_parameter_count_excludes_unused_tensors(params, arrays, tmp_path, capsys):
     numbers = sum(array.size for array in arrays.values())
     write_pth(tmp_path / "without.pth", arrays.items())
     save_model(tmp_path / "with.pth", params, CONFIG)

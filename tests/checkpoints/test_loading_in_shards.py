@@ -1,4 +1,4 @@
-"""A checkpoint is read into shards slice by slice, and nothing of it is ever whole on the host."""
+"""A checkpoint is read into shards slice by slice; no whole tensor is ever on the host."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def mesh(request):
 
 
 def saved(params, folder, name):
-    """Saves a model, and returns its path."""
+    """Save a model and return its path."""
     if name.endswith(".gguf"):
         pytest.importorskip("gguf")
     path = folder / name
@@ -50,7 +50,7 @@ def saved(params, folder, name):
 
 
 def assert_same_in_shards(loaded, whole, mesh):
-    """Fails unless two trees have the same bits, and the first lies as the layout says."""
+    """Check that two trees have the same bits and that the first is sharded as the layout says."""
     wanted = sharding.shardings(mesh, whole)
     pairs = zip(
         jax.tree_util.tree_leaves_with_path(loaded),
@@ -66,7 +66,7 @@ def assert_same_in_shards(loaded, whole, mesh):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_shards_have_the_bits_of_the_whole(params, mesh, tmp_path, name):
+def test_sharded_loading_is_bit_exact(params, mesh, tmp_path, name):
     path = saved(params, tmp_path, name)
     loaded, config = load_model(path, mesh=mesh)
     whole, whole_config = load_model(path)
@@ -75,14 +75,14 @@ def test_shards_have_the_bits_of_the_whole(params, mesh, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "folder"])
-def test_shards_in_8_bits_have_the_integers_of_the_whole(params, mesh, tmp_path, name):
+def test_sharded_int8_loading_is_bit_exact(params, mesh, tmp_path, name):
     path = saved(params, tmp_path, name)
     loaded, _ = load_model(path, weights="int8", mesh=mesh)
     whole, _ = load_model(path, weights="int8")
     assert_same_in_shards(loaded, whole, mesh)
 
 
-def test_every_number_is_read_once_and_a_shard_at_a_time(
+def test_each_value_is_read_once_and_one_shard_at_a_time(
     params, mesh, tmp_path, monkeypatch
 ):
     path = saved(params, tmp_path, "model.safetensors")
@@ -138,7 +138,7 @@ MEASURE = """
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/status"), reason="memory is read from /proc"
 )
-def test_loading_takes_the_memory_of_the_weights_and_two_shards(tmp_path):
+def test_peak_memory_is_the_weights_plus_two_shards(tmp_path):
     config = RWKV7Config(vocab_size=65536, num_layers=1, width=512)
     path = tmp_path / "large.safetensors"
     zeros = jax.tree.map(
@@ -169,7 +169,7 @@ def test_loading_takes_the_memory_of_the_weights_and_two_shards(tmp_path):
     assert rise <= size + 2 * largest_shard
 
 
-def test_heads_that_the_devices_do_not_divide_are_refused_before_numbers_are_read(
+def test_indivisible_heads_are_rejected_before_reading(
     tmp_path,
 ):
     config = dataclasses.replace(CONFIG, head_size=64)
@@ -179,7 +179,7 @@ def test_heads_that_the_devices_do_not_divide_are_refused_before_numbers_are_rea
         load_model(tmp_path / "model.pth", mesh=mesh)
 
 
-def test_a_number_that_is_not_finite_is_found_in_its_shard(params, mesh, tmp_path):
+def test_a_non_finite_value_in_any_shard_is_rejected(params, mesh, tmp_path):
     broken = jax.tree.map(lambda leaf: leaf, params)
     key = broken["layers"]["ffn"]["key"]
     key["weight"] = key["weight"].at[1, -1, -1].set(np.nan)

@@ -1,4 +1,4 @@
-"""Files that are mapped cost no memory besides what is made of them."""
+"""Memory-mapped files cost no memory beyond the arrays made from them."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ MIB = 2**20
 
 
 def resident_bytes(path):
-    """How many bytes of a mapped file count as memory of this process."""
+    """Return how many bytes of a mapped file are resident in this process."""
     text = Path("/proc/self/smaps").read_text()
     found = re.findall(rf"{re.escape(str(path))}\n.*\n.*\n.*\nRss: +(\d+) kB", text)
     assert found, text[:500]
@@ -29,9 +29,7 @@ def resident_bytes(path):
         ("m.safetensors", write_safetensors, read_safetensors),
     ],
 )
-def test_a_file_that_was_compared_with_its_digests_is_not_held_in_memory(
-    tmp_path, name, write, read
-):
+def test_a_verified_file_does_not_stay_resident(tmp_path, name, write, read):
     path = tmp_path / name
     array = np.random.default_rng(0).normal(size=(2, MIB)).astype(np.float32)
     write(path, [("a", array[0]), ("b", array[1])])

@@ -1,4 +1,4 @@
-"""Models as files: bit-exact both ways, and one clear sentence or table for every fault."""
+"""Model files round-trip bit-exactly; every fault gives one clear sentence or table."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def params():
 
 
 def official(params, config=CONFIG) -> dict[str, np.ndarray]:
-    """The flat official dict, with the vectors of time and channel mix shaped [1, 1, D]."""
+    """Return the flat official dict, with time-mix and channel-mix vectors shaped [1, 1, D]."""
     tensors = {}
     for name, array in official_tensors(params, config):
         is_vector = array.ndim == 1
@@ -50,7 +50,7 @@ def test_a_round_trip_is_bit_exact(params, tmp_path, name):
     assert differing(params, without_unused_value_residual(again)) == []
 
 
-def test_pth_to_orbax_to_pth_keeps_every_bit_of_the_first_file(params, tmp_path):
+def test_pth_to_orbax_to_pth_is_bit_exact(params, tmp_path):
     rng = np.random.default_rng(1)
     unused = {
         "blocks.0.att.v0": rng.normal(size=(1, 1, 64)),
@@ -65,7 +65,7 @@ def test_pth_to_orbax_to_pth_keeps_every_bit_of_the_first_file(params, tmp_path)
     assert differing(first, last) == []
 
 
-def test_hf_to_orbax_to_hf_keeps_every_bit(params, tmp_path):
+def test_hf_to_orbax_to_hf_is_bit_exact(params, tmp_path):
     save_model(tmp_path / "hf", params, HF_CONFIG, format="hf")
     save_model(tmp_path / "orbax", *load_model(tmp_path / "hf"))
     save_model(tmp_path / "hf2", *load_model(tmp_path / "orbax"), format="hf")
@@ -80,7 +80,7 @@ def test_hf_to_orbax_to_hf_keeps_every_bit(params, tmp_path):
     assert load_model(tmp_path / "hf2")[1] == HF_CONFIG
 
 
-def test_web_rwkv_files_are_half_precision_transposed_and_recognised(params, tmp_path):
+def test_web_rwkv_files_are_float16_and_transposed(params, tmp_path):
     save_model(tmp_path / "m.st", params, CONFIG)
     stored = {name: t for name, t in read_tensors(tmp_path / "m.st").items()}
     assert stored["blocks.1.att.w1"].shape == (8, 64)
@@ -105,7 +105,7 @@ def test_every_format_gives_the_same_fingerprint(params, tmp_path):
     assert model_hash(random_params(seed=1), CONFIG) not in hashes
 
 
-def test_a_file_without_block_0s_unused_tensors_loads_and_gains_zeros(params, tmp_path):
+def test_missing_unused_tensors_of_block_0_are_saved_as_zeros(params, tmp_path):
     write_pth(tmp_path / "a.pth", official(params).items())
     loaded, config = load_model(tmp_path / "a.pth")
     assert not any(name in loaded["layer_0"]["att"] for name in UNUSED)
@@ -127,7 +127,7 @@ def test_the_unused_value_residual_does_not_change_the_logits(params, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["_forward_module.", "base_model.model.", "module."])
-def test_prefixes_of_trainers_are_taken_off(params, tmp_path, prefix):
+def test_trainer_prefixes_are_stripped(params, tmp_path, prefix):
     named = {f"{prefix}{name}": array for name, array in official(params).items()}
     write_pth(tmp_path / "a.pth", named.items())
     assert differing(params, load_model(tmp_path / "a.pth")[0]) == []
@@ -148,7 +148,7 @@ AROUND = {
 
 
 @pytest.mark.parametrize("name", AROUND)
-def test_wrappers_of_trainers_are_taken_off(params, tmp_path, name):
+def test_trainer_wrappers_are_unwrapped(params, tmp_path, name):
     torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
     content = {}
     for key, array in official(params).items():
@@ -159,7 +159,7 @@ def test_wrappers_of_trainers_are_taken_off(params, tmp_path, name):
     assert differing(params, load_model(tmp_path / "a.pth")[0]) == []
 
 
-def test_mixed_dtypes_are_kept_by_leaf_and_promoted_within_a_stack(params, tmp_path):
+def test_mixed_dtypes_are_promoted_only_within_a_stack(params, tmp_path):
     named = official(params)
     named["blocks.2.att.w0"] = named["blocks.2.att.w0"].astype(np.float32)
     named["head.weight"] = named["head.weight"].astype(np.float32)
@@ -184,7 +184,7 @@ def test_old_hf_files_with_packed_lerps_load(params, tmp_path):
     assert differing(params, load_model(tmp_path / "hf")[0]) == []
 
 
-def test_wrong_metadata_of_an_hf_folder_is_ignored(params, tmp_path):
+def test_shapes_overrule_wrong_hf_metadata(params, tmp_path):
     save_model(tmp_path / "hf", params, HF_CONFIG, format="hf")
     card = tmp_path / "hf" / "config.json"
     wrong = {"num_heads": 32, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 4096}
@@ -192,7 +192,7 @@ def test_wrong_metadata_of_an_hf_folder_is_ignored(params, tmp_path):
     assert load_model(tmp_path / "hf")[1] == HF_CONFIG
 
 
-def test_all_faults_come_in_one_table(params, tmp_path):
+def test_one_table_lists_all_faults(params, tmp_path):
     named = official(params)
     del named["blocks.1.att.k_k"], named["ln_out.bias"]
     named["blocks.2.ffn.key.weight"] = named["blocks.2.ffn.key.weight"].T
@@ -219,7 +219,7 @@ def test_all_faults_come_in_one_table(params, tmp_path):
         ("model.layers.0.attn.q_proj.weight", "a hybrid"),
     ],
 )
-def test_variants_are_refused_by_name(params, tmp_path, name, sentence):
+def test_rwkv_variants_are_rejected_by_name(params, tmp_path, name, sentence):
     named = official(params) | {name: np.zeros((3, 3), np.float32)}
     write_pth(tmp_path / "a.pth", named.items())
     with pytest.raises(ValueError, match=sentence) as caught:
@@ -228,7 +228,7 @@ def test_variants_are_refused_by_name(params, tmp_path, name, sentence):
 
 
 @pytest.mark.parametrize("name", ["a.pth", "folder"])
-def test_nan_is_refused_with_the_tensors_name_unless_asked_for(params, tmp_path, name):
+def test_nan_is_rejected_with_the_tensor_name_by_default(params, tmp_path, name):
     leaf = params["layers"]["att"]["a0"].at[1, 5].set(jnp.nan)
     att = params["layers"]["att"] | {"a0": leaf}
     bad = params | {"layers": params["layers"] | {"att": att}}
@@ -246,7 +246,7 @@ def test_nan_is_refused_with_the_tensors_name_unless_asked_for(params, tmp_path,
     assert bool(jnp.isnan(loaded["layers"]["att"]["a0"][1, 5]))
 
 
-def test_a_merged_state_is_announced_not_dropped_in_silence(params, tmp_path):
+def test_loading_warns_of_a_merged_state(params, tmp_path):
     named = official(params) | {
         "blocks.0.att.time_state": np.zeros((2, 32, 32), np.float32)
     }
@@ -283,7 +283,7 @@ def good_safetensors(tmp_path) -> bytes:
         "html",
     ],
 )
-def test_a_malformed_safetensors_file_is_one_sentence_with_its_path(tmp_path, spoil):
+def test_a_malformed_safetensors_file_is_named(tmp_path, spoil):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(spoil(good_safetensors(tmp_path)))
     with pytest.raises(ValueError, match=r"bad\.safetensors") as caught:
@@ -299,7 +299,7 @@ def test_a_malformed_safetensors_file_is_one_sentence_with_its_path(tmp_path, sp
         ("plain", "not a checkpoint"),
     ],
 )
-def test_a_path_that_is_no_checkpoint_is_one_sentence(tmp_path, path, sentence):
+def test_a_path_without_a_checkpoint_is_named(tmp_path, path, sentence):
     (tmp_path / "model.bin").write_bytes(b"x")
     (tmp_path / "plain").mkdir()
     with pytest.raises(ValueError, match=sentence):
@@ -317,7 +317,7 @@ def test_saving_never_replaces_a_folder_with_other_files(params, tmp_path):
 @pytest.mark.parametrize(
     ("name", "format"), [("m.pth", None), ("orbax", None), ("hf", "hf")]
 )
-def test_saving_a_tree_of_other_shapes_names_the_leaf(params, tmp_path, name, format):
+def test_saving_mismatched_shapes_names_the_leaf(params, tmp_path, name, format):
     wrong = params | {"head": {"weight": jnp.zeros((3, 64))}}
     sentence = (
         r"save_model: `params` must hold head/weight of shape \(75, 64\); got \(3, 64\)"
@@ -327,7 +327,7 @@ def test_saving_a_tree_of_other_shapes_names_the_leaf(params, tmp_path, name, fo
     assert not (tmp_path / name).exists()
 
 
-def test_a_number_that_half_precision_cannot_hold_is_refused(params, tmp_path):
+def test_float16_overflow_is_rejected(params, tmp_path):
     large = params | {"head": {"weight": params["head"]["weight"].at[3, 5].set(1e5)}}
     sentence = "must be at most 65504 in magnitude; got larger values in head.weight"
     with pytest.raises(ValueError, match=sentence):
@@ -335,7 +335,7 @@ def test_a_number_that_half_precision_cannot_hold_is_refused(params, tmp_path):
     assert not (tmp_path / "m.st").exists()
 
 
-def test_an_orbax_folder_with_another_config_is_refused(params, tmp_path):
+def test_an_orbax_folder_with_a_mismatched_config_is_rejected(params, tmp_path):
     save_model(tmp_path / "orbax", params, CONFIG)
     card = tmp_path / "orbax" / "rwkv7_jax.json"
     table = json.loads(card.read_text())
@@ -362,7 +362,7 @@ def test_a_single_layer_model_round_trips(tmp_path):
     assert differing(params, without_unused_value_residual(again)) == []
 
 
-def test_differences_of_parameters_are_saved_like_parameters(params, tmp_path):
+def test_parameter_differences_round_trip(params, tmp_path):
     difference = jax.tree.map(lambda x: x - x, params)
     save_model(tmp_path / "difference.pth", difference, CONFIG)
     assert (
@@ -374,7 +374,7 @@ def test_differences_of_parameters_are_saved_like_parameters(params, tmp_path):
     )
 
 
-def test_torch_loads_our_pth_with_weights_only(params, tmp_path):
+def test_torch_loads_our_pth_files_with_weights_only(params, tmp_path):
     torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
     save_model(tmp_path / "m.pth", params, CONFIG)
     loaded = torch.load(tmp_path / "m.pth", weights_only=True)

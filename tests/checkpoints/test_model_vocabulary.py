@@ -1,4 +1,4 @@
-"""The vocabulary in a folder or a GGUF file, and which one a model has when nobody names it."""
+"""The vocabulary in a folder or a GGUF file, and the default for models without one."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from rwkv7_jax.text.vocabularies import load_vocabulary
 
 
 def save(path, vocab_size, tokenizer):
-    """Writes the smallest model of that many ids."""
+    """Write the smallest model with that many ids."""
     config = RWKV7Config(
         vocab_size=vocab_size, num_layers=1, width=16, head_size=16, ffn_width=16
     )
@@ -50,7 +50,7 @@ def test_a_folder_keeps_a_tokenizer_json_and_its_end_of_text(tmp_path):
     assert kept.identity == tokenizer.identity and kept.stop_ids == (0,)
 
 
-def test_a_folder_may_be_written_again_with_another_vocabulary(tmp_path):
+def test_overwriting_a_folder_can_change_its_vocabulary(tmp_path):
     (tmp_path / "d.txt").write_text(DIGITS)
     save(tmp_path / "m", 300, load_vocabulary(tmp_path / "d.txt"))
     save(tmp_path / "m", 257, Tokenizer.bytes())
@@ -60,7 +60,7 @@ def test_a_folder_may_be_written_again_with_another_vocabulary(tmp_path):
     assert kept_vocabulary(tmp_path / "m", 12) is None
 
 
-def test_a_vocabulary_that_was_changed_or_lost_is_refused(tmp_path):
+def test_a_modified_or_missing_vocabulary_is_rejected(tmp_path):
     (tmp_path / "d.txt").write_text(DIGITS)
     save(tmp_path / "m", 12, load_vocabulary(tmp_path / "d.txt"))
     file = tmp_path / "m" / "vocabulary.txt"
@@ -80,7 +80,7 @@ def test_a_vocabulary_that_was_changed_or_lost_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "name", ["vocab.json", "merges.txt", "tokenizer.model", "spiece.model"]
 )
-def test_a_folder_with_a_vocabulary_of_another_form_is_refused_by_name(tmp_path, name):
+def test_unsupported_vocabulary_files_are_rejected_by_name(tmp_path, name):
     (tmp_path / name).write_text("{}")
     sentence = rf"{name}` holds a vocabulary in a format that cannot be read"
     with pytest.raises(ValueError, match=sentence) as caught:
@@ -92,7 +92,7 @@ def test_a_folder_with_a_vocabulary_of_another_form_is_refused_by_name(tmp_path,
     assert kept_vocabulary(tmp_path, 65536) is None
 
 
-def test_an_unknown_entry_is_refused(tmp_path):
+def test_an_unknown_vocabulary_entry_is_rejected(tmp_path):
     save(tmp_path / "m", 12, load_vocabulary("ids"))
     card = json.loads((tmp_path / "m" / "rwkv7_jax.json").read_text())
     for entry in (3, {"kind": None}, {"kind": "runes"}):
@@ -106,7 +106,7 @@ def test_an_unknown_entry_is_refused(tmp_path):
     ("vocab_size", "name"),
     [(256, "bytes256"), (257, "bytes"), (65530, "world"), (65536, "world")],
 )
-def test_a_size_that_tells_needs_no_name(tmp_path, vocab_size, name):
+def test_an_unambiguous_size_determines_the_vocabulary(tmp_path, vocab_size, name):
     found = model_tokenizer(tmp_path / "x.pth", vocab_size, argument="`x`")
     assert found.name == name
 
@@ -122,7 +122,7 @@ def test_a_size_that_tells_needs_no_name(tmp_path, vocab_size, name):
         (70000, "70,000 ids: bytes256, bytes, world, ids, a vocabulary file or a tok"),
     ],
 )
-def test_a_size_that_does_not_tell_is_a_sentence_with_what_fits(vocab_size, fitting):
+def test_an_ambiguous_size_lists_the_vocabularies_that_fit(vocab_size, fitting):
     with pytest.raises(ValueError) as caught:
         model_tokenizer(None, vocab_size, argument="`--vocabulary`")
     begin = "`--vocabulary` must name the vocabulary of a model of "
@@ -130,7 +130,7 @@ def test_a_size_that_does_not_tell_is_a_sentence_with_what_fits(vocab_size, fitt
 
 
 @pytest.mark.parametrize("vocab_size", [257, 400, 65536])
-def test_a_folders_own_tokenizer_json_counts_whatever_the_size(tmp_path, vocab_size):
+def test_a_folders_tokenizer_json_takes_precedence(tmp_path, vocab_size):
     pytest.importorskip("tokenizers", reason="the extra tokenizers is not installed")
     file = byte_level_bpe(tmp_path, vocab_size=257)
     found = model_tokenizer(tmp_path, vocab_size, argument="`x`")
@@ -139,19 +139,19 @@ def test_a_folders_own_tokenizer_json_counts_whatever_the_size(tmp_path, vocab_s
 
 
 def turned_bytes():
-    """Makes a vocabulary of 257 ids, as many as the bytes have, in the opposite order."""
+    """Make a vocabulary of 257 ids: those of `bytes` in reverse order."""
     entries = {256 - byte: bytes([byte]) for byte in range(256)}
     return Tokenizer(entries, vocab_size=257, name="turned", kind="file")
 
 
 def named(name):
-    """Returns a vocabulary that fits a model of 257 ids."""
+    """Return a vocabulary that fits a model of 257 ids."""
     return turned_bytes() if name == "turned" else load_vocabulary(name, 257)
 
 
 @pytest.mark.parametrize("target", ["hf", "transformers", "m.gguf"])
 @pytest.mark.parametrize("name", ["turned", "bytes", "bytes256", "ids"])
-def test_a_vocabulary_comes_back_where_another_fits_the_size(
+def test_a_vocabulary_round_trips_when_several_fit_the_size(
     tmp_path, monkeypatch, name, target
 ):
     if target == "m.gguf":
@@ -174,7 +174,7 @@ def test_a_vocabulary_comes_back_where_another_fits_the_size(
 
 
 def pieces_of_world():
-    """Makes the `tokenizer.json` of the RWKV project's own folders, which names unused ids."""
+    """Make the `tokenizer.json` of the RWKV project's folders, which names unused ids."""
     content = fast_tokenizer({1: b"a"})
     characters = byte_characters()
     names = {"<|endoftext|>": 0}
@@ -193,7 +193,7 @@ def pieces_of_world():
     return content
 
 
-def test_a_folder_with_worlds_own_table_has_the_built_in_vocabulary(tmp_path):
+def test_a_folder_with_worlds_table_uses_the_built_in_vocabulary(tmp_path):
     content = pieces_of_world()
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     assert model_tokenizer(tmp_path, 65536, argument="`x`") is Tokenizer.world()
@@ -205,7 +205,7 @@ def test_a_folder_with_worlds_own_table_has_the_built_in_vocabulary(tmp_path):
     assert found.kind == "file" and found.encode("a") == [99]
 
 
-def test_a_vocabulary_that_cannot_be_read_is_refused_with_what_to_do(tmp_path):
+def test_an_unreadable_vocabulary_is_rejected_with_a_remedy(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises((ValueError, ImportError)) as caught:
         model_tokenizer(tmp_path, 65536, argument="`x`")
@@ -228,9 +228,7 @@ def test_a_vocabulary_that_cannot_be_read_is_refused_with_what_to_do(tmp_path):
         ("rwkv", [1], r"must have a text and a type for each token"),
     ],
 )
-def test_a_vocabulary_in_a_gguf_file_that_cannot_be_read_is_refused(
-    tmp_path, kind, tokens, sentence
-):
+def test_an_unreadable_gguf_vocabulary_is_rejected(tmp_path, kind, tokens, sentence):
     gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "rwkv7")
     writer.add_tokenizer_model(kind)
@@ -243,7 +241,7 @@ def test_a_vocabulary_in_a_gguf_file_that_cannot_be_read_is_refused(
         kept_vocabulary(tmp_path / "m.gguf", 257)
 
 
-def test_metadata_of_a_gguf_file_that_is_no_text_is_refused(tmp_path):
+def test_gguf_metadata_that_is_not_utf8_is_rejected(tmp_path):
     gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "rwkv7")
     writer.add_tokenizer_model("rwkv")

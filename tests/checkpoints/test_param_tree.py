@@ -1,4 +1,4 @@
-"""Named tensors and the parameter tree: the table of names, inferred sizes, bit-exact copies."""
+"""Named tensors and the parameter tree: the name table, inferred sizes, bit-exact copies."""
 
 import dataclasses
 import math
@@ -38,7 +38,7 @@ CONFIGS = {
 
 
 def initialized_shapes(config):
-    """Shapes of what `model.init` makes, by path in the tree."""
+    """Return the shapes of the parameters from `model.init`, by tree path."""
 
     def init(key):
         return RWKV7(config).init(
@@ -52,7 +52,7 @@ def initialized_shapes(config):
 
 
 def listed_shapes(config):
-    """Shapes of the table of names, stacked as the tree stacks them."""
+    """Return the shapes of the name table, stacked like the tree."""
     shapes = {}
     for name, shape in tensor_names.shapes(config).items():
         path = tree_path(name)
@@ -61,7 +61,7 @@ def listed_shapes(config):
 
 
 def tensors_of(params, config, *, wrap=lambda array: array):
-    """A file's tensors in memory."""
+    """Return a file's tensors in memory."""
     tensors = {}
     for name, array in official_tensors(params, config):
         array = wrap(array)
@@ -75,11 +75,11 @@ def params():
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_the_table_of_names_lists_exactly_what_the_model_initializes(config):
+def test_the_name_table_matches_the_initialized_model(config):
     assert listed_shapes(config) == initialized_shapes(config)
 
 
-def test_every_name_has_an_hf_name_of_its_own_that_leads_back():
+def test_hf_names_are_unique_and_invertible():
     names = list(tensor_names.shapes(CONFIG))
     hf = {tensor_names.to_hf(name): name for name in names}
     assert len(hf) == len(names)
@@ -102,7 +102,7 @@ def test_only_block_0_has_an_unused_value_residual():
         )
 
 
-def test_blocks_after_the_first_are_stacked_in_their_order(params):
+def test_later_blocks_are_stacked_in_order(params):
     tensors = dict(official_tensors(params, CONFIG))
     for layer in (1, 2):
         stacked = params["layers"]["att"]["w1"][layer - 1]
@@ -111,13 +111,13 @@ def test_blocks_after_the_first_are_stacked_in_their_order(params):
     np.testing.assert_array_equal(tensors["blocks.0.att.w1"], first)
 
 
-def test_a_tree_comes_back_from_its_tensors_bit_for_bit(params):
+def test_tree_and_tensors_round_trip_bit_exactly(params):
     tree = build_tree(tensors_of(params, CONFIG), CONFIG, "a file")
     assert differing(tree, params) == []
 
 
-def test_arrays_of_the_tree_do_not_change_with_the_file(params):
-    """JAX may use a buffer of NumPy's as it is, so it must be one of the tree's own."""
+def test_the_tree_does_not_alias_the_file(params):
+    """JAX may alias a NumPy buffer, so the tree must own its buffers."""
     arrays = {name: np.array(array) for name, array in official_tensors(params, CONFIG)}
     tensors = {n: Tensor(x.shape, x.dtype, lambda x=x: x) for n, x in arrays.items()}
     tree = build_tree(tensors, CONFIG, "a file")
@@ -126,7 +126,7 @@ def test_arrays_of_the_tree_do_not_change_with_the_file(params):
     assert differing(tree, params) == []
 
 
-def test_progress_ends_with_all_bytes(params):
+def test_progress_ends_at_the_total_bytes(params):
     calls = []
     tensors = tensors_of(params, CONFIG)
     build_tree(
@@ -140,13 +140,13 @@ def test_progress_ends_with_all_bytes(params):
     assert calls == sorted(calls)
 
 
-def test_a_dtype_that_is_asked_for_is_the_dtype_of_every_leaf(params):
+def test_a_requested_dtype_applies_to_every_leaf(params):
     tree = build_tree(tensors_of(params, CONFIG), CONFIG, "a file", dtype="float32")
     assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_sizes_are_inferred_from_shapes_alone(config):
+def test_sizes_are_inferred_from_shapes(config):
     def refuse():
         raise AssertionError("a number was read")
 
@@ -157,7 +157,7 @@ def test_sizes_are_inferred_from_shapes_alone(config):
     check_names(tensors, config, "a file")
 
 
-def test_the_norms_epsilon_of_an_hf_folder_tells_that_of_the_heads():
+def test_the_hf_norm_eps_determines_the_group_norm_eps():
     shapes = tensor_names.shapes(CONFIG).items()
     tensors = {
         n: Tensor(s, np.dtype(np.float32), lambda: np.zeros(())) for n, s in shapes
@@ -180,7 +180,7 @@ def test_the_norms_epsilon_of_an_hf_folder_tells_that_of_the_heads():
         ("blocks.999999999.att.w1", (64, 8), "has blocks.999999999 but 4 blocks"),
     ],
 )
-def test_sizes_that_cannot_be_inferred_are_one_sentence(params, name, shape, sentence):
+def test_sizes_that_cannot_be_inferred_are_rejected(params, name, shape, sentence):
     tensors = tensors_of(params, CONFIG)
     tensors.pop(name, None)
     if shape is not None:
@@ -189,7 +189,7 @@ def test_sizes_that_cannot_be_inferred_are_one_sentence(params, name, shape, sen
         infer_config(tensors, "a file")
 
 
-def test_tensors_of_integers_are_a_difference(params):
+def test_integer_tensors_in_a_file_are_rejected(params):
     tensors = tensors_of(params, CONFIG)
     integers = np.zeros((75, 64), np.int32)
     tensors["head.weight"] = Tensor((75, 64), integers.dtype, lambda: integers)
@@ -197,7 +197,7 @@ def test_tensors_of_integers_are_a_difference(params):
         check_names(tensors, CONFIG, "a file")
 
 
-def test_a_tree_of_integers_is_refused_as_a_file_of_integers_is(params):
+def test_integer_leaves_in_a_tree_are_rejected(params):
     integers = params | {"head": {"weight": jnp.zeros((75, 64), jnp.int32)}}
     with pytest.raises(
         TypeError, match="`params` must be floating-point; got head/weight int32"
@@ -205,13 +205,13 @@ def test_a_tree_of_integers_is_refused_as_a_file_of_integers_is(params):
         check_all_leaves(integers, CONFIG)
 
 
-def test_a_tree_with_a_further_leaf_is_refused(params):
+def test_a_tree_with_an_extra_leaf_is_rejected(params):
     more = params | {"extra": {"weight": jnp.zeros(3)}}
     with pytest.raises(ValueError, match="only RWKV-7's leaves; got extra/weight too"):
         check_all_leaves(more, CONFIG)
 
 
-def test_a_tree_that_lacks_a_leaf_is_refused(params):
+def test_a_tree_with_a_missing_leaf_is_rejected(params):
     less = {name: leaf for name, leaf in params.items() if name != "ln_out"}
     with pytest.raises(
         ValueError, match=r"must hold ln_out/weight of shape \(64,\); got None"
@@ -221,7 +221,7 @@ def test_a_tree_that_lacks_a_leaf_is_refused(params):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype, value):
+def test_a_single_non_finite_value_is_found_anywhere(dtype, value):
     # Longer than one of the pieces in which the bits are compared.
     array = np.ones((1 << 20) + 7, np.dtype(dtype))
     largest = ml_dtypes.finfo(array.dtype).max

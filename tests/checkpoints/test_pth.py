@@ -1,4 +1,4 @@
-"""PyTorch's zip checkpoints: ours are read by torch, torch's by us."""
+"""PyTorch zip checkpoints: torch reads ours, and we read those of torch."""
 
 import collections
 import os
@@ -28,7 +28,7 @@ DTYPES = (
 
 
 def arrays() -> dict[str, np.ndarray]:
-    """One array of each dtype, of odd shapes, an empty one and a scalar among them."""
+    """Arrays of each dtype and of odd shapes, including an empty one and a scalar."""
     rng = np.random.default_rng(0)
     found = {d: (rng.normal(size=(3, 5)) * 9).astype(np.dtype(d)) for d in DTYPES}
     flags = np.array([True, False, True])
@@ -48,7 +48,7 @@ def same(one: dict, two: dict) -> bool:
     )
 
 
-def test_what_is_written_is_read_bit_for_bit(tmp_path):
+def test_arrays_round_trip_bit_exactly(tmp_path):
     write_pth(tmp_path / "a.pth", ((n, np.asarray(x)) for n, x in arrays().items()))
     assert same(arrays(), read_pth(tmp_path / "a.pth"))
 
@@ -59,7 +59,7 @@ def test_arrays_are_read_only_views_of_the_file(tmp_path):
     assert not x.flags.writeable and not x.flags.owndata
 
 
-def test_data_begin_at_multiples_of_64_bytes(tmp_path):
+def test_data_are_aligned_to_64_bytes(tmp_path):
     write_pth(
         tmp_path / "a.pth", [(n, np.arange(7.0)) for n in ("x", "a longer name", "y")]
     )
@@ -67,7 +67,7 @@ def test_data_begin_at_multiples_of_64_bytes(tmp_path):
         assert array.ctypes.data % 64 == 0
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path):
     write_pth(tmp_path / "a.pth", [("x", np.arange(7.0))])
     before = (tmp_path / "a.pth").read_bytes()
     with pytest.raises(
@@ -81,7 +81,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_torch_reads_our_files_with_weights_only_and_mapped(tmp_path, mapped):
+def test_torch_reads_our_files_with_weights_only_and_mmap(tmp_path, mapped):
     torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
     write_pth(tmp_path / "a.pth", ((n, np.asarray(x)) for n, x in arrays().items()))
     loaded = torch.load(tmp_path / "a.pth", weights_only=True, mmap=mapped)
@@ -95,7 +95,7 @@ def test_torch_reads_our_files_with_weights_only_and_mapped(tmp_path, mapped):
             assert theirs.numpy().tobytes() == ours.tobytes()
 
 
-def test_we_read_files_of_torch_whatever_the_strides_and_storages(tmp_path):
+def test_we_read_any_strides_and_storages_of_torch(tmp_path):
     torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
     base = torch.arange(24.0).reshape(4, 6)
     tensors = {
@@ -120,7 +120,7 @@ def test_we_read_files_of_torch_whatever_the_strides_and_storages(tmp_path):
     assert found["state_dict"]["brain"].dtype == ml_dtypes.bfloat16
 
 
-def test_we_read_a_modules_state_dict_of_torch(tmp_path):
+def test_we_read_a_torch_modules_state_dict(tmp_path):
     torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
     module = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5))
     torch.save(module.state_dict(), tmp_path / "a.pth")
@@ -128,7 +128,7 @@ def test_we_read_a_modules_state_dict_of_torch(tmp_path):
 
 
 def trainers_things(torch) -> dict:
-    """What trainers write next to the tensors, of every kind that torch reads as safe."""
+    """Return objects that trainers save next to tensors, of every type that torch loads as safe."""
     with_attribute = torch.ones(3)
     with_attribute.note = 1
     return {
@@ -154,7 +154,7 @@ def trainers_things(torch) -> dict:
 
 
 @pytest.mark.parametrize("place", ["under a usual name", "under any name"])
-def test_we_read_models_next_to_whatever_torch_reads(tmp_path, place):
+def test_we_find_the_model_among_a_trainers_other_entries(tmp_path, place):
     torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
     content = {"hyper": trainers_things(torch), "loss": torch.tensor(2.0)}
     content["hyper"] = {"nested": content["hyper"]}
@@ -174,9 +174,7 @@ def test_we_read_models_next_to_whatever_torch_reads(tmp_path, place):
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "uint16", "complex64"])
-def test_a_tensor_of_a_dtype_that_is_not_read_is_named_with_those_that_are(
-    tmp_path, dtype
-):
+def test_an_unsupported_dtype_lists_the_supported_ones(tmp_path, dtype):
     torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
     tensors = {"x": torch.ones(2), "w": torch.ones(2).to(getattr(torch, dtype))}
     torch.save(tensors, tmp_path / "a.pth")
@@ -195,8 +193,8 @@ def test_two_models_in_a_file_are_both_named(tmp_path):
         read_tensors(tmp_path / "a.pth")
 
 
-def test_one_dict_of_many_names_is_looked_through_once(tmp_path):
-    """Names and entries multiply: a file of 800 kB held up its reader for minutes."""
+def test_a_dict_with_many_names_is_searched_once(tmp_path):
+    """The cost was names times entries: a file of 800 kB took minutes."""
     inner = pickle.dumps(dict.fromkeys(range(20_000)), 2)[2:-1] + b"q\x00"
     names = b"".join(
         b"J" + struct.pack("<i", name) + b"h\x00" for name in range(20_000)
@@ -212,7 +210,7 @@ def test_one_dict_of_many_names_is_looked_through_once(tmp_path):
         assert time.process_time() - begun < 2
 
 
-def test_two_names_of_one_dict_of_tensors_are_two_dicts(tmp_path):
+def test_one_dict_under_two_names_is_ambiguous(tmp_path):
     path = tmp_path / "a.pth"
     write_pth(path, [("w", np.ones(3, np.float32))])
     content, sums = open_pth(path)

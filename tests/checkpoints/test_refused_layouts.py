@@ -1,4 +1,4 @@
-"""What is not plain RWKV-7, or damaged, is refused in one sentence that says what it is."""
+"""Other architectures and damaged files are rejected in one sentence that names the problem."""
 
 import json
 import struct
@@ -30,7 +30,7 @@ def arrays(params):
 
 
 def old_rwkv(*names):
-    """The names of an older model: no tensor of RWKV-7's time mix but those that both have."""
+    """Return the tensors of an older architecture: only the time-mix names that RWKV-7 shares."""
 
     def change(arrays):
         old = {
@@ -44,7 +44,7 @@ def old_rwkv(*names):
 
 
 def toy(*names):
-    """An experiment's names."""
+    """Return the tensor names of an experiment."""
     return lambda arrays: {name: np.zeros((2, 2), np.float16) for name in names}
 
 
@@ -129,7 +129,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("write", ["pth", "folder"])
-def test_what_is_not_plain_rwkv7_is_refused_by_its_name(arrays, tmp_path, kind, write):
+def test_other_architectures_are_rejected_by_name(arrays, tmp_path, kind, write):
     change, sentence = REFUSED[kind]
     path = tmp_path / "m.pth"
     if write == "pth":
@@ -152,9 +152,7 @@ def test_what_is_not_plain_rwkv7_is_refused_by_its_name(arrays, tmp_path, kind, 
         (["notes.txt"], "is not a checkpoint: it holds neither"),
     ],
 )
-def test_parts_of_a_trainers_folder_are_refused_with_what_joins_them(
-    tmp_path, names, sentence
-):
+def test_unmerged_trainer_folders_are_rejected_with_a_remedy(tmp_path, names, sentence):
     for name in names:
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError, match=sentence):
@@ -191,7 +189,7 @@ def empty_index(folder):
         (empty_index, True, "names no files"),
     ],
 )
-def test_a_folder_whose_shards_do_not_fit_is_refused(
+def test_a_folder_with_inconsistent_shards_is_rejected(
     arrays, tmp_path, damage, index, sentence
 ):
     folder = tmp_path / "m"
@@ -201,7 +199,7 @@ def test_a_folder_whose_shards_do_not_fit_is_refused(
         load_model(folder)
 
 
-def test_a_folder_of_several_checkpoints_asks_which(arrays, tmp_path):
+def test_a_folder_with_several_checkpoints_is_ambiguous(arrays, tmp_path):
     for name in ("a.pth", "b.pth"):
         layouts.write_torch(tmp_path / name, arrays)
     with pytest.raises(ValueError, match=r"several checkpoints, a\.pth and b\.pth"):
@@ -231,7 +229,7 @@ def test_a_folder_of_several_checkpoints_asks_which(arrays, tmp_path):
         ),
     ],
 )
-def test_a_damaged_or_quantised_file_of_rwkv_cpp_is_one_sentence(
+def test_damaged_or_quantized_rwkv_cpp_files_are_rejected(
     arrays, tmp_path, spoil, sentence
 ):
     path = tmp_path / "m.bin"
@@ -243,9 +241,7 @@ def test_a_damaged_or_quantised_file_of_rwkv_cpp_is_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_float64_is_kept_with_x64_and_narrowed_where_that_is_asked_for(
-    params, arrays, tmp_path
-):
+def test_float64_is_kept_with_x64_or_converted_on_request(params, arrays, tmp_path):
     wide = {name: array.astype(np.float64) for name, array in arrays.items()}
     layouts.write_torch(tmp_path / "m.pth", wide)
     narrowed, _ = load_model(tmp_path / "m.pth", dtype="float32")

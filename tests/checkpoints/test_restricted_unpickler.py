@@ -1,4 +1,4 @@
-"""PyTorch's zip checkpoints made to do harm: each is refused in one sentence, and nothing runs."""
+"""Malicious PyTorch zip checkpoints are rejected in one sentence, and nothing runs."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from rwkv7_jax.checkpoints.pth import read_pth, write_pth
 
 
 class Calls:
-    """Pickles as a call of `function` with `arguments`."""
+    """An object that pickles as a call of `function` with `arguments`."""
 
     def __init__(self, function, *arguments):
         """Keep the call."""
@@ -37,7 +37,7 @@ def touch(path) -> str:
 
 
 def tensor(shape, strides, offset=0, *, count=6, key="0") -> bytes:
-    """The pickle of one float32 tensor, however absurd."""
+    """Return the pickle of one float32 tensor with any shape, valid or not."""
     where = ("storage", key, "cpu", count)
     description = b"(" + item(where[0]) + b"ctorch\nFloatStorage\n"
     description += b"".join(map(item, where[1:])) + b"tQ"
@@ -65,20 +65,20 @@ def memo_bomb() -> bytes:
 
 
 def from_type(function: bytes, arguments: bytes) -> bytes:
-    """The pickle of a tensor with attributes: `function` and `arguments` rebuild it."""
+    """Return the pickle of a tensor with attributes, rebuilt by `function(*arguments)`."""
     start = b"ctorch._tensor\n_rebuild_from_type_v2\n("
     return start + function + b"ctorch\nTensor\n" + arguments + b"}tR"
 
 
 def sets_of_one_list() -> bytes:
-    """Calls that would copy one long list thousands of times, and then a forbidden name."""
+    """Return calls that would copy a long list thousands of times, then a forbidden name."""
     numbers = b"]q\x00(" + b"K\x01" * 100_000 + b"e"
     copies = b"c__builtin__\nset\nq\x01" + b"h\x01h\x00\x85R" * 30_000
     return b"\x80\x02" + numbers + copies + b"cos\nsystem\n."
 
 
 def counters_of_one_dict() -> bytes:
-    """The same with a dict."""
+    """Return the same program with a dict."""
     items = b"}q\x00(" + b"".join(
         b"M" + struct.pack("<H", key) + b"N" for key in range(50_000)
     )
@@ -87,7 +87,7 @@ def counters_of_one_dict() -> bytes:
 
 
 def devices_of_one_tuple() -> bytes:
-    """Calls that would look through one long tuple thousands of times."""
+    """Return calls that would scan a long tuple thousands of times."""
     numbers = b"(" + b"K\x01" * 50_000 + b"tq\x00"
     calls = b"ctorch\ndevice\nq\x01" + b"h\x01h\x00R" * 5_000
     return b"\x80\x02" + numbers + calls + b"cos\nsystem\n."
@@ -179,7 +179,7 @@ def archive(path: Path, body: bytes, **entries: bytes) -> Path:
 
 
 def refused(path: Path) -> str:
-    """The sentence with which `path` is refused."""
+    """Return the error message for `path`."""
     with pytest.raises(ValueError) as caught:
         read_pth(path)
     text = str(caught.value)
@@ -189,40 +189,40 @@ def refused(path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", MALICIOUS)
-def test_a_malicious_pickle_is_refused_and_nothing_runs(unchecked, tmp_path, name):
+def test_a_malicious_pickle_is_rejected_and_nothing_runs(unchecked, tmp_path, name):
     refused(archive(tmp_path / "a.pth", MALICIOUS[name](tmp_path)))
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
-def test_the_helper_for_absurd_tensors_makes_good_ones_too(tmp_path):
+def test_the_tensor_helper_also_makes_valid_tensors(tmp_path):
     path = archive(tmp_path / "a.pth", program(tensor((2, 3), (3, 1))))
     np.testing.assert_array_equal(read_pth(path)["x"], np.arange(6.0).reshape(2, 3))
 
 
-def test_the_offending_name_is_in_the_sentence(tmp_path):
+def test_the_error_names_the_forbidden_global(tmp_path):
     body = pickle.dumps(Calls(os.system, "true"), 2)
     assert "system`, which is not allowed" in refused(archive(tmp_path / "a.pth", body))
 
 
-def test_a_refusal_of_any_name_ends_with_what_to_do(tmp_path):
+def test_every_rejected_global_comes_with_a_remedy(tmp_path):
     for name in (b"lightning", b"x" * 500):
         body = b"\x80\x02c" + name + b"\nThing\n."
         sentence = refused(archive(tmp_path / "a.pth", body))
         assert sentence.endswith("load it with PyTorch and save only its state_dict.")
 
 
-def test_what_would_be_bytes_of_any_size_is_a_name(tmp_path):
+def test_a_call_of_bytes_is_never_executed(tmp_path):
     body = program(b"cbuiltins\nbytes\n" + item(1 << 60) + b"\x85R")
     found = read_pth(archive(tmp_path / "a.pth", body))
     assert tuple(found["x"]) == ("builtins", "bytes")
 
 
-def test_control_characters_of_a_hostile_name_do_not_reach_the_terminal(tmp_path):
+def test_control_characters_do_not_reach_the_terminal(tmp_path):
     body = b"\x80\x02cevil\x1b[2J\nname\n."
     assert "evil?[2J.name" in refused(archive(tmp_path / "a.pth", body))
 
 
-def test_tensors_that_overlap_without_end_are_refused(tmp_path):
+def test_excessively_overlapping_tensors_are_rejected(tmp_path):
     count = 4 << 20
     one = tensor((count,), (1,), count=count, key="big")
     body = b"\x80\x02}(" + b"".join(item(f"x{i}") + one for i in range(9)) + b"u."
@@ -230,7 +230,7 @@ def test_tensors_that_overlap_without_end_are_refused(tmp_path):
     assert "overlap so much" in refused(path)
 
 
-def test_compressed_entries_are_refused_before_they_unfold(tmp_path):
+def test_compressed_entries_are_rejected_before_decompression(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("archive/data.pkl", program(tensor((2, 3), (3, 1))))
         file.writestr("archive/data/0", bytes(50 << 20))
@@ -248,20 +248,20 @@ def test_compressed_entries_are_refused_before_they_unfold(tmp_path):
         "alone",
     ],
 )
-def test_entries_that_climb_or_stand_apart_are_refused(tmp_path, name):
+def test_entries_outside_the_archive_root_are_rejected(tmp_path, name):
     body = program(tensor((2, 3), (3, 1)))
     assert "its entry" in refused(archive(tmp_path / "a.pth", body, **{name: b"x"}))
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_an_entry_that_is_there_twice_is_refused(tmp_path):
+def test_a_duplicate_entry_is_rejected(tmp_path):
     body = program(tensor((2, 3), (3, 1)))
     assert "twice" in refused(
         archive(tmp_path / "a.pth", body, **{"archive/data.pkl": body})
     )
 
 
-def test_entries_that_overlap_are_refused(tmp_path):
+def test_overlapping_entries_are_rejected(tmp_path):
     path = archive(
         tmp_path / "a.pth", program(tensor((2, 3), (3, 1))), **{"archive/data/1": b"x"}
     )
@@ -272,7 +272,7 @@ def test_entries_that_overlap_are_refused(tmp_path):
     assert "refused" in refused(path)
 
 
-def test_an_entry_that_reaches_out_of_the_file_is_refused(tmp_path):
+def test_an_entry_beyond_the_end_of_the_file_is_rejected(tmp_path):
     path = archive(tmp_path / "a.pth", program(tensor((2, 3), (3, 1))))
     data = bytearray(path.read_bytes())
     central = data.rfind(b"PK\x01\x02")
@@ -281,7 +281,7 @@ def test_an_entry_that_reaches_out_of_the_file_is_refused(tmp_path):
     assert "extends past the end of the file" in refused(path)
 
 
-def test_an_endless_list_of_entries_is_refused(tmp_path):
+def test_too_many_entries_are_rejected(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as file:
         for i in range(30_000):
             file.writestr(f"archive/data/{i:030}", b"")
@@ -298,12 +298,12 @@ def test_an_endless_list_of_entries_is_refused(tmp_path):
         (bytes(1000), "begins with zeros only"),
     ],
 )
-def test_a_file_that_is_not_a_zip_is_refused(tmp_path, data, sentence):
+def test_a_file_that_is_not_a_zip_is_rejected(tmp_path, data, sentence):
     (tmp_path / "a.pth").write_bytes(data)
     assert sentence in refused(tmp_path / "a.pth")
 
 
-def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
+def test_a_file_truncated_anywhere_is_rejected(tmp_path):
     write_pth(tmp_path / "a.pth", [("x", np.arange(9.0)), ("y", np.arange(99.0))])
     complete = (tmp_path / "a.pth").read_bytes()
     for size in range(0, len(complete) - 1, 37):
@@ -311,7 +311,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
         refused(tmp_path / "b.pth")
 
 
-def test_a_pickle_with_a_changed_byte_gives_arrays_or_a_refusal(tmp_path):
+def test_a_pickle_with_a_changed_byte_loads_or_is_rejected(tmp_path):
     good = program(tensor((2, 3), (3, 1)))
     rng = np.random.default_rng(0)
     for _ in range(300):
@@ -323,7 +323,7 @@ def test_a_pickle_with_a_changed_byte_gives_arrays_or_a_refusal(tmp_path):
             assert str(error).startswith("read_pth: `")
 
 
-def test_a_missing_file_is_refused(tmp_path):
+def test_a_missing_file_is_rejected(tmp_path):
     assert "is not a file" in refused(tmp_path / "none.pth")
 
 
@@ -358,8 +358,8 @@ MEASURE = """
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/status"), reason="memory is read from /proc"
 )
-def test_refusing_takes_under_a_second_each_and_under_30_mb(tmp_path):
-    """In a process of its own, whose peak nothing but the reader raises."""
+def test_rejection_is_fast_and_needs_under_30_mb(tmp_path):
+    """Measure in a separate process whose peak memory comes from the reader alone."""
     paths = []
     for number, build in enumerate(MALICIOUS.values()):
         paths.append(str(archive(tmp_path / f"{number}.pth", build(tmp_path))))

@@ -1,4 +1,4 @@
-"""The .safetensors files that are written here are the package's, and take no second copy."""
+"""Our .safetensors files are those of the package and need no second copy in memory."""
 
 import tracemalloc
 
@@ -44,7 +44,7 @@ def read_here(path):
 
 @settings(max_examples=60)
 @given(tensors=st.dictionaries(st.text('ab.é"\\', min_size=1), TENSOR, min_size=1))
-def test_the_package_reads_what_is_written(tmp_path_factory, tensors):
+def test_the_package_reads_our_files(tmp_path_factory, tensors):
     path = tmp_path_factory.mktemp("written") / "a.safetensors"
     write_safetensors(path, tensors.items(), metadata={"said": "yes"})
     assert_same(safetensors.numpy.load_file(path), tensors)
@@ -54,13 +54,13 @@ def test_the_package_reads_what_is_written(tmp_path_factory, tensors):
 
 @settings(max_examples=60)
 @given(tensors=st.dictionaries(st.text("ab.", min_size=1), TENSOR, min_size=1))
-def test_what_the_package_writes_is_read(tmp_path_factory, tensors):
+def test_we_read_the_packages_files(tmp_path_factory, tensors):
     path = tmp_path_factory.mktemp("theirs") / "a.safetensors"
     safetensors.numpy.save_file(tensors, path)
     assert_same(read_here(path), tensors)
 
 
-def test_a_changed_number_is_found(tmp_path):
+def test_a_changed_value_is_detected(tmp_path):
     path = tmp_path / "a.safetensors"
     write_safetensors(path, [("a", np.arange(9.0))])
     data = bytearray(path.read_bytes())
@@ -87,7 +87,7 @@ def test_writing_and_reading_hold_one_tensor_at_a_time(tmp_path):
     assert total == stack.size and peak < size
 
 
-def test_a_dtype_that_is_not_read_is_named_with_those_that_are(tmp_path):
+def test_an_unsupported_dtype_lists_the_supported_ones(tmp_path):
     path = tmp_path / "a.safetensors"
     safetensors.numpy.save_file({"w": np.ones(3, np.uint16)}, path)
     with pytest.raises(

@@ -20,13 +20,13 @@ SUFFIXES = (".pth", ".safetensors", ".st")
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_state_round_trips_bit_for_bit(tmp_path, suffix):
+def test_a_state_round_trips_bit_exactly(tmp_path, suffix):
     state = random_state()
     save_state(tmp_path / f"s{suffix}", state, config=CONFIG)
     assert differing(state, load_state(tmp_path / f"s{suffix}", config=CONFIG)) == []
 
 
-def test_shift_states_travel_when_they_are_not_zero(tmp_path):
+def test_nonzero_shift_states_are_saved(tmp_path):
     state = random_state()
     state = state.replace(
         att_shift=state.att_shift + 0.25, ffn_shift=state.ffn_shift - 0.5
@@ -38,9 +38,7 @@ def test_shift_states_travel_when_they_are_not_zero(tmp_path):
 @pytest.mark.parametrize(
     ("suffix", "swapped"), [(".pth", False), (".safetensors", False), (".st", True)]
 )
-def test_rows_are_values_in_official_files_and_keys_in_st_files(
-    tmp_path, suffix, swapped
-):
+def test_st_files_swap_the_value_and_key_axes(tmp_path, suffix, swapped):
     state = random_state()
     save_state(tmp_path / f"s{suffix}", state)
     stored = read_tensors(tmp_path / f"s{suffix}")["blocks.1.att.time_state"].read()
@@ -48,7 +46,7 @@ def test_rows_are_values_in_official_files_and_keys_in_st_files(
     np.testing.assert_array_equal(stored, ours.swapaxes(-1, -2) if swapped else ours)
 
 
-def test_the_sidecar_says_axes_sizes_and_what_it_was_told(tmp_path):
+def test_the_sidecar_has_axes_sizes_and_info(tmp_path):
     save_state(
         tmp_path / "s.pth", random_state(), info={"base_model": "abc", "score": 1.5}
     )
@@ -63,7 +61,7 @@ def test_the_sidecar_says_axes_sizes_and_what_it_was_told(tmp_path):
     assert card["base_model"] == "abc" and card["score"] == 1.5
 
 
-def test_a_state_of_another_model_is_refused(tmp_path):
+def test_a_state_of_another_model_is_rejected(tmp_path):
     save_state(tmp_path / "s.pth", random_state())
     other = RWKV7Config(vocab_size=75, num_layers=3, width=64, head_size=64)
     with pytest.raises(
@@ -74,7 +72,7 @@ def test_a_state_of_another_model_is_refused(tmp_path):
         save_state(tmp_path / "t.pth", random_state(), config=other)
 
 
-def test_a_file_whose_sidecar_says_the_other_order_is_refused(tmp_path):
+def test_a_sidecar_with_the_other_axis_order_is_rejected(tmp_path):
     save_state(tmp_path / "s.st", random_state())
     named = {n: t.read() for n, t in read_tensors(tmp_path / "s.st").items()}
     write_pth(tmp_path / "s.pth", named.items())
@@ -84,7 +82,7 @@ def test_a_file_whose_sidecar_says_the_other_order_is_refused(tmp_path):
 
 
 def test_a_transposed_state_fails_the_differential_test(tmp_path):
-    """The negative control: the state that was saved gives equal logits, a transposed one not."""
+    """Check a negative control: the saved state gives equal logits, a transposed one does not."""
     params = jax.tree.map(lambda leaf: 0.2 * leaf, random_params(dtype=jnp.float32))
     state = random_state()
     save_state(tmp_path / "s.pth", state)
@@ -120,7 +118,7 @@ def test_a_state_merged_into_a_model_file_is_found(tmp_path):
         ),
     ],
 )
-def test_a_broken_state_file_is_one_sentence(tmp_path, change, sentence):
+def test_a_broken_state_file_is_rejected(tmp_path, change, sentence):
     wkv = np.asarray(random_state().wkv[:, 0])
     named = {f"blocks.{i}.att.time_state": w.copy() for i, w in enumerate(wkv)}
     change(named)
@@ -132,11 +130,11 @@ def test_a_broken_state_file_is_one_sentence(tmp_path, change, sentence):
     assert "\n" not in str(caught.value)
 
 
-def test_only_one_sequence_is_saved(tmp_path):
+def test_saving_several_sequences_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="must hold one sequence; got 2"):
         save_state(tmp_path / "s.pth", init_state(CONFIG, batch=2))
 
 
-def test_an_unknown_suffix_is_refused(tmp_path):
+def test_an_unknown_suffix_is_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"must end in \.pth, \.safetensors, \.st"):
         save_state(tmp_path / "s.npz", random_state())

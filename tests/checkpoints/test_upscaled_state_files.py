@@ -20,13 +20,13 @@ from rwkv7_jax.tuning.upscaling import upscale
 
 @pytest.fixture(scope="module")
 def state():
-    """Non-square memories with something in them, next to a WKV state that is not zero either."""
+    """A state with nonzero, non-square memories and a nonzero WKV part."""
     wide = upscale(RWKV7(CONFIG), lively(), tokens(3, 40), size=20, dynamics="decay")
     filled = jax.tree.map(lambda x: x + 0.25, wide.upscaled)
     return random_state().replace(upscaled=filled)
 
 
-def test_an_upscaled_state_round_trips_bit_for_bit(tmp_path, state):
+def test_an_upscaled_state_round_trips_bit_exactly(tmp_path, state):
     save_state(tmp_path / "s.safetensors", state, config=CONFIG)
     back = load_state(tmp_path / "s.safetensors", config=CONFIG)
     assert differing(state, back) == []
@@ -35,7 +35,7 @@ def test_an_upscaled_state_round_trips_bit_for_bit(tmp_path, state):
     )
 
 
-def test_features_without_a_map_stay_without_one(tmp_path, state):
+def test_features_without_a_map_round_trip(tmp_path, state):
     plain = state.upscaled.features.replace(map=None)
     state = state.replace(upscaled=state.upscaled.replace(features=plain))
     save_state(tmp_path / "s.safetensors", state)
@@ -43,13 +43,13 @@ def test_features_without_a_map_stay_without_one(tmp_path, state):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".st"])
-def test_formats_of_other_tools_cannot_hold_one(tmp_path, state, suffix):
+def test_other_formats_cannot_hold_an_upscaled_state(tmp_path, state, suffix):
     with pytest.raises(ValueError, match=r"must end in .safetensors; got"):
         save_state(tmp_path / f"s{suffix}", state)
     assert not (tmp_path / f"s{suffix}").exists()
 
 
-def test_a_state_tuned_for_other_weights_is_refused_unless_insisted(tmp_path, state):
+def test_a_state_for_other_weights_is_rejected_by_default(tmp_path, state):
     own = model_hash(lively(), CONFIG)
     other = model_hash(jax.tree.map(lambda x: x + 1, lively()), CONFIG)
     save_state(tmp_path / "s.safetensors", state, info={"base_model": own})
@@ -62,7 +62,7 @@ def test_a_state_tuned_for_other_weights_is_refused_unless_insisted(tmp_path, st
     load_state(tmp_path / "unsaid.safetensors", base_model=other)
 
 
-def test_what_is_missing_or_not_finite_is_named(tmp_path, state):
+def test_invalid_tensors_and_metadata_are_named(tmp_path, state):
     path = tmp_path / "s.safetensors"
     memory = np.asarray(state.upscaled.memory).copy()
     memory[1, 0, 1, 3, 2] = np.nan

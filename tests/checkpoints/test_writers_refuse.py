@@ -1,4 +1,4 @@
-"""What a loader refuses, the writer refuses too, before it touches the old file."""
+"""A writer rejects what the loader rejects, before it touches the old file."""
 
 import json
 
@@ -18,12 +18,12 @@ SUFFIXES = (".pth", ".safetensors", ".st", ".state")
 
 
 def with_number(state, number):
-    """The state with one other number in its WKV part."""
+    """Return the state with one value of its WKV part replaced."""
     return state.replace(wkv=state.wkv.at[1, 0, 0, 2, 3].set(number))
 
 
 def snapshot(folder) -> dict:
-    """The bytes of every file below a folder."""
+    """Return the bytes of every file below a folder."""
     return {str(f): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
@@ -97,9 +97,7 @@ STATES = [
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize(("state", "options", "sentence"), STATES)
-def test_a_state_that_could_not_be_loaded_is_not_written(
-    tmp_path, suffix, state, options, sentence
-):
+def test_an_unloadable_state_is_not_saved(tmp_path, suffix, state, options, sentence):
     path = tmp_path / f"s{suffix}"
     save_state(path, random_state(seed=5), info={"base_model": "abc"})
     before = snapshot(tmp_path)
@@ -109,7 +107,7 @@ def test_a_state_that_could_not_be_loaded_is_not_written(
     assert snapshot(tmp_path) == before
 
 
-def test_info_cannot_say_something_else_of_the_tensors(tmp_path):
+def test_info_cannot_override_the_tensor_metadata(tmp_path):
     info = {"axes": "wrong", "dynamics": 3, "layers": 77, "digest": "", "note": "kept"}
     save_state(tmp_path / "s.pth", random_state(), info=info)
     assert differing(load_state(tmp_path / "s.pth"), random_state()) == []
@@ -119,7 +117,7 @@ def test_info_cannot_say_something_else_of_the_tensors(tmp_path):
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["m.pth", "m.safetensors", "m.st", "orbax"])
-def test_a_model_that_could_not_be_loaded_is_not_written(tmp_path, name, number):
+def test_an_unloadable_model_is_not_saved(tmp_path, name, number):
     good = random_params()
     save_model(tmp_path / name, good, CONFIG)
     before = snapshot(tmp_path)
@@ -138,9 +136,7 @@ def test_a_model_that_could_not_be_loaded_is_not_written(tmp_path, name, number)
 
 
 @pytest.mark.parametrize("name", ["m.pth", "m.safetensors", "orbax"])
-def test_numbers_that_a_narrower_dtype_cannot_hold_are_refused_by_tensor(
-    tmp_path, name
-):
+def test_overflow_in_a_narrower_dtype_names_the_tensor(tmp_path, name):
     large = random_params(dtype=jnp.float32)
     large["head"]["weight"] = large["head"]["weight"].at[3, 5].set(1e6)
     save_model(tmp_path / name, large, CONFIG)
@@ -155,16 +151,14 @@ def test_numbers_that_a_narrower_dtype_cannot_hold_are_refused_by_tensor(
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bool", "float33", "", "uint4", [1]])
-def test_a_dtype_that_weights_cannot_have_is_refused_before_the_file_is_read(
-    tmp_path, dtype
-):
+def test_an_invalid_dtype_is_rejected_before_reading(tmp_path, dtype):
     with pytest.raises(
         TypeError, match="load_model: `dtype` must be a floating-point dtype"
     ):
         load_model(tmp_path / "none.pth", dtype=dtype)
 
 
-def test_an_observer_that_could_not_be_loaded_is_not_written(tmp_path):
+def test_an_unloadable_observer_is_not_saved(tmp_path):
     observer, params = tiny_observers.made()
     save_observer(tmp_path / "o", observer, params)
     before = snapshot(tmp_path)
@@ -182,7 +176,7 @@ def test_an_observer_that_could_not_be_loaded_is_not_written(tmp_path):
     load_observer(tmp_path / "o", tiny_observers.TEACHER)
 
 
-def test_a_sidecar_belongs_to_its_tensors(tmp_path):
+def test_a_sidecar_must_match_its_tensors(tmp_path):
     save_state(tmp_path / "a.pth", random_state(seed=1), info={"score": 1.5})
     save_state(tmp_path / "b.pth", random_state(seed=2))
     good = sidecar(tmp_path / "a.pth").read_bytes()

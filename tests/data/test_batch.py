@@ -11,14 +11,14 @@ MASK = np.ones((3, 3), np.float32)
 BATCH = Batch(tokens=TOKENS, mask=MASK)
 
 
-def test_fields_are_read_by_name_as_from_a_dict():
+def test_fields_are_read_like_dict_items():
     assert BATCH["tokens"] is TOKENS
     assert list(BATCH) == list(BATCH.keys()) == ["tokens", "mask"]
     assert dict(BATCH).keys() == {"tokens", "mask"}
     assert "mask" in BATCH
 
 
-def test_an_absent_field_is_no_key():
+def test_an_absent_field_is_not_a_key():
     assert BATCH.anchor is None
     assert "anchor" not in BATCH
     assert BATCH.get("anchor") is None
@@ -26,7 +26,7 @@ def test_an_absent_field_is_no_key():
         BATCH["anchor"]
 
 
-def test_inputs_and_targets_are_views_of_the_tokens_and_no_fields():
+def test_inputs_and_targets_are_views_and_not_fields():
     assert isinstance(BATCH.inputs, np.ndarray)
     np.testing.assert_array_equal(BATCH.inputs, TOKENS[:, :-1])
     np.testing.assert_array_equal(BATCH.targets, TOKENS[:, 1:])
@@ -35,14 +35,14 @@ def test_inputs_and_targets_are_views_of_the_tokens_and_no_fields():
         Batch.of({"tokens": TOKENS, "targets": TOKENS[:, 1:]})
 
 
-def test_a_mapping_becomes_a_batch_and_a_batch_stays_itself():
+def test_a_mapping_becomes_a_batch_and_a_batch_is_kept():
     converted = Batch.of({"tokens": TOKENS, "mask": MASK})
     assert converted.tokens is TOKENS
     assert converted.mask is MASK
     assert Batch.of(BATCH) is BATCH
 
 
-def test_an_unknown_key_is_refused_with_the_nearest_field():
+def test_an_unknown_key_suggests_the_nearest_field():
     with pytest.raises(
         ValueError, match=r"score: `batch` .* field 'maks'; the nearest is 'mask'"
     ):
@@ -51,12 +51,12 @@ def test_an_unknown_key_is_refused_with_the_nearest_field():
 
 
 @pytest.mark.parametrize("batch", [{"mask": MASK}, {}], ids=["mask alone", "empty"])
-def test_tokens_must_be_there(batch):
+def test_tokens_are_required(batch):
     with pytest.raises(ValueError, match=r"Batch.of: `batch` must hold 'tokens'"):
         Batch.of(batch)
 
 
-def test_a_field_that_the_caller_needs_must_be_there():
+def test_a_field_that_the_caller_needs_is_required():
     with pytest.raises(
         ValueError, match=r"score: `batch` must hold 'mask'; it has tokens\."
     ):
@@ -64,14 +64,14 @@ def test_a_field_that_the_caller_needs_must_be_there():
             Batch.of(Batch(tokens=TOKENS), "mask")
 
 
-def test_something_else_than_a_mapping_is_refused():
+def test_a_value_that_is_not_a_mapping_is_rejected():
     with pytest.raises(
         TypeError, match=r"`batch` must be a Batch or a mapping; got ndarray"
     ):
         Batch.of(TOKENS)
 
 
-def test_fields_are_replaced_in_a_copy():
+def test_replace_returns_a_copy():
     changed = BATCH | {"mask": 2 * MASK}
     assert changed.tokens is TOKENS
     assert changed.mask.max() == 2
@@ -82,7 +82,7 @@ def test_fields_are_replaced_in_a_copy():
         BATCH.mask = MASK
 
 
-def test_a_batch_goes_through_jit_vmap_and_eval_shape():
+def test_a_batch_passes_through_jit_vmap_and_eval_shape():
     @jax.jit
     def doubled(batch):
         return batch.replace(mask=2 * batch.mask)

@@ -1,4 +1,4 @@
-"""Rows with masks, rows of single documents, and batches that several hosts make together."""
+"""Rows with masks, one document per row, and global batches of several hosts."""
 
 import concurrent.futures
 
@@ -33,7 +33,7 @@ def spelled(row):
 
 
 def read(batch):
-    """Returns each row's text, and the targets that count."""
+    """Return each row's text and the targets in the loss."""
     rows = zip(batch.tokens, batch.mask, strict=True)
     return [
         (
@@ -44,7 +44,7 @@ def read(batch):
     ]
 
 
-def test_masks_follow_their_tokens_into_every_window(stream):
+def test_masks_stay_aligned_with_tokens_in_every_window(stream):
     text = spelled(stream[:])
     counted = "--cd.efghijkl..-n.---------- o."
     assert text == "abcd.efghijkl..mn.Assistant: o."
@@ -54,7 +54,7 @@ def test_masks_follow_their_tokens_into_every_window(stream):
             assert mask == counted[place + 1 : place + 7]
 
 
-def test_with_packing_documents_a_row_is_one_document_cut_or_filled(stream):
+def test_documents_packing_truncates_or_pads_one_document_per_row(stream):
     expected = {
         ("abcd...", "-cd.--"),
         ("efghijk", "fghijk"),
@@ -71,7 +71,7 @@ def test_with_packing_documents_a_row_is_one_document_cut_or_filled(stream):
     assert left_out(stream, 6) == (2, 2 + 6)
 
 
-def test_packing_documents_warns_of_what_it_leaves_out(stream):
+def test_documents_packing_warns_of_dropped_tokens(stream):
     sizes = {"batch_size": 2, "length": 6, "tokenizer": BYTES, "packing": "documents"}
     with pytest.warns(
         UserWarning, match="2 documents are longer than 7 tokens: 8 of 31 tokens"
@@ -85,7 +85,7 @@ def test_packing_documents_warns_of_what_it_leaves_out(stream):
     [{}, {"order": "cubic"}, {"packing": "documents"}],
     ids=["stream", "cubic", "docs"],
 )
-def test_hosts_make_the_rows_of_the_global_batch_between_them(stream, choices):
+def test_hosts_together_make_the_global_batch(stream, choices):
     choices = {"batch_size": 6, "length": 7, "seed": 3, **choices}
     for step in (0, 7, 1000):
         whole = batch_at(stream, step, **choices)
@@ -101,7 +101,7 @@ def test_hosts_make_the_rows_of_the_global_batch_between_them(stream, choices):
 
 
 @pytest.mark.parametrize("choices", [{}, {"order": "cubic"}, {"packing": "documents"}])
-def test_batches_made_ahead_by_several_threads_are_those_made_in_order(stream, choices):
+def test_several_prefetch_threads_keep_the_batch_order(stream, choices):
     def batch(step):
         return batch_at(stream, step, batch_size=4, length=6, seed=1, **choices)
 
@@ -113,7 +113,7 @@ def test_batches_made_ahead_by_several_threads_are_those_made_in_order(stream, c
         np.testing.assert_array_equal(one.mask, two.mask)
 
 
-def test_unknown_choices_and_sizes_that_do_not_fit_are_refused(stream):
+def test_invalid_choices_and_sizes_are_rejected(stream):
     for choices, reason in (
         ({"order": "sorted"}, "`order` must be one of shuffled, cubic; got 'sorted'"),
         (

@@ -1,4 +1,4 @@
-"""Token files of the Megatron kind: read and written exactly."""
+"""Megatron token files (binidx) are read and written exactly."""
 
 import numpy as np
 import pytest
@@ -25,9 +25,7 @@ def test_an_empty_file_holds_no_ids(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "code"), [(np.uint16, 8), (np.int32, 4), (np.uint8, 1)]
 )
-def test_files_are_written_byte_for_byte_as_the_formats_own_tool_writes_them(
-    tmp_path, dtype, code
-):
+def test_files_are_byte_identical_to_those_of_the_reference_tool(tmp_path, dtype, code):
     expected = write(tmp_path, [[1, 2, 0], [], [7, 0]], dtype=dtype, code=code)
     with BinidxWriter(tmp_path / "y.bin", dtype) as writer:
         for pieces in ([[1], [2, 0]], [], [[7, 0]]):
@@ -39,7 +37,7 @@ def test_files_are_written_byte_for_byte_as_the_formats_own_tool_writes_them(
         assert got == expected.with_suffix(suffix).read_bytes()
 
 
-def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
+def test_a_failed_write_keeps_the_old_files(tmp_path):
     path = write(tmp_path, [[1, 2, 0]])
     with pytest.raises(RuntimeError, match="stop"), BinidxWriter(path) as writer:
         writer.add(np.array([5, 0]))
@@ -48,7 +46,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_an_id_that_the_files_cannot_hold_is_refused(tmp_path):
+def test_an_id_out_of_range_is_rejected(tmp_path):
     with (
         pytest.raises(ValueError, match="`ids` must fit uint16; got 1 to 65536"),
         BinidxWriter(tmp_path / "x.bin") as writer,

@@ -1,4 +1,4 @@
-"""Compressed files of data that unfold to far more than they weigh."""
+"""Decompression bombs among data files."""
 
 import bz2
 import gzip
@@ -19,7 +19,7 @@ COMPRESSORS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
 
 @pytest.fixture(params=[*COMPRESSORS, "zst"])
 def bomb(request, tmp_path):
-    """A compressed file of the line."""
+    """Write a compressed file that repeats the line."""
     if request.param == "zst":
         zstandard = pytest.importorskip("zstandard", reason="the extra zstd")
         content = zstandard.compress(LINE)
@@ -30,27 +30,27 @@ def bomb(request, tmp_path):
     return path
 
 
-def test_a_file_that_unfolds_without_end_is_refused(bomb, monkeypatch):
+def test_a_decompression_bomb_is_rejected(bomb, monkeypatch):
     assert b"".join(TextFile(bomb).chunks()) == LINE
     monkeypatch.setattr(compression, "_MAX_EXPANDED_BYTES", 10_000)
     with pytest.raises(ValueError, match=r"x\.txt\..*` expands to more than 250 times"):
         token_stream(bomb, Tokenizer.bytes())
 
 
-def test_a_text_that_compresses_well_is_read(bomb, monkeypatch):
+def test_a_highly_compressible_text_is_read(bomb, monkeypatch):
     monkeypatch.setattr(compression, "_MAX_EXPANDED_BYTES", 10_000)
     monkeypatch.setattr(compression, "_MAX_EXPANSION", 10**6)
     assert b"".join(TextFile(bomb).chunks()) == LINE
 
 
-def test_a_file_that_is_not_compressed_has_no_limit(tmp_path, monkeypatch):
+def test_an_uncompressed_file_has_no_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(compression, "_MAX_EXPANDED_BYTES", 0)
     monkeypatch.setattr(compression, "_MAX_EXPANSION", 0)
     (tmp_path / "x.txt").write_bytes(LINE)
     assert b"".join(TextFile(tmp_path / "x.txt").chunks()) == LINE
 
 
-def test_a_few_bytes_of_zstandard_are_unfolded_at_once(tmp_path):
+def test_zstandard_is_decompressed_in_bounded_chunks(tmp_path):
     zstandard = pytest.importorskip("zstandard", reason="the extra zstd")
     path = tmp_path / "x.txt.zst"
     path.write_bytes(zstandard.compress(b"a" * 150_000_000))

@@ -1,4 +1,4 @@
-"""Damaged data is refused with file and place, before anything reaches a device."""
+"""Damaged data is rejected with file and position before anything reaches a device."""
 
 import json
 import re
@@ -87,7 +87,7 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_a_bad_line_is_named_by_file_and_number(file, fault):
+def test_a_bad_line_is_reported_by_file_and_number(file, fault):
     line, reason = BAD[fault]
     path = file(GOOD + b"\n" + line + GOOD)
     with pytest.raises(ValueError) as caught:
@@ -97,7 +97,7 @@ def test_a_bad_line_is_named_by_file_and_number(file, fault):
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_bad_lines_can_be_skipped_and_are_counted(file, fault):
+def test_bad_lines_can_be_skipped_and_counted(file, fault):
     path = file(GOOD + BAD[fault][0] + GOOD)
     stats = ReadStats()
     # The line's end has two bytes in UTF-16; the second one is the first of the next line.
@@ -128,7 +128,7 @@ def test_bad_lines_can_be_skipped_and_are_counted(file, fault):
         (b"oops\n", "not one JSON object"),
     ],
 )
-def test_a_bad_question_is_named_by_file_and_number(file, line, reason):
+def test_a_bad_question_is_reported_by_file_and_number(file, line, reason):
     # A line separator inside a string ends no line.
     path = file('{"prompt": "1\u2028"}\n'.encode() + line)
     with pytest.raises(ValueError) as caught:
@@ -151,9 +151,7 @@ def test_crlf_blank_lines_and_a_line_of_fifty_megabytes_are_read(file):
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, WORLD], ids=lambda t: t.name)
-def test_a_text_that_is_not_utf8_is_read_as_its_bytes_where_they_are_asked_for(
-    tmp_path, tokenizer
-):
+def test_as_bytes_reads_a_text_that_is_not_utf8(tmp_path, tokenizer):
     data = b"caf\xe9 \xff\xfe\x80 \xed\xa0\x80 \xe2\x82"
     path = tmp_path / "latin.txt"
     path.write_bytes(data)
@@ -163,7 +161,7 @@ def test_a_text_that_is_not_utf8_is_read_as_its_bytes_where_they_are_asked_for(
     assert stream[-1] == 0 and tokenizer.decode_bytes(stream[:-1]) == data
 
 
-def test_half_a_surrogate_pair_in_a_prompt_is_named_with_its_position():
+def test_a_lone_surrogate_in_a_prompt_is_reported_by_position():
     with pytest.raises(
         ValueError, match="valid Unicode; got a lone surrogate at character 2"
     ):
@@ -198,7 +196,9 @@ def test_half_a_surrogate_pair_in_a_prompt_is_named_with_its_position():
         ),
     ],
 )
-def test_a_wrong_field_is_named_by_file_and_offset(tmp_path, file, place, data, reason):
+def test_an_invalid_field_is_reported_by_file_and_offset(
+    tmp_path, file, place, data, reason
+):
     path = binidx_files.write(tmp_path, [[1, 2, 0], [7, 0]])
     whole = bytearray((tmp_path / file).read_bytes())
     whole[place : place + len(data)] = data
@@ -207,7 +207,7 @@ def test_a_wrong_field_is_named_by_file_and_offset(tmp_path, file, place, data, 
         token_stream(path, WORLD)
 
 
-def test_truncated_files_are_refused_wherever_they_end(tmp_path):
+def test_files_truncated_anywhere_are_rejected(tmp_path):
     path = binidx_files.write(tmp_path, [[1, 2, 0], [7, 0]])
     for file in (path, path.with_suffix(".idx")):
         whole = file.read_bytes()
@@ -219,7 +219,7 @@ def test_truncated_files_are_refused_wherever_they_end(tmp_path):
     assert len(token_stream(path, WORLD)) == 5
 
 
-def test_either_file_missing_is_named(tmp_path):
+def test_a_missing_file_of_the_pair_is_named(tmp_path):
     path = binidx_files.write(tmp_path, [[1]])
     path.with_suffix(".idx").unlink()
     with pytest.raises(ValueError, match=r"x\.idx` does not exist"):
@@ -254,7 +254,7 @@ def test_a_damaged_card_is_named(tmp_path, text):
         token_stream(path, BYTES)
 
 
-def test_a_card_of_other_files_or_of_another_vocabulary_is_refused(tmp_path):
+def test_a_card_of_other_files_or_of_another_vocabulary_is_rejected(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abc")
     write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
     with pytest.raises(
@@ -269,7 +269,7 @@ def test_a_card_of_other_files_or_of_another_vocabulary_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("wrong", "place"), [(257, 3), (-1, 5), (70_000, 0)])
-def test_an_id_in_data_outside_the_vocabulary_is_named_with_its_position(
+def test_an_out_of_vocabulary_id_in_data_is_reported_by_position(
     tmp_path, wrong, place
 ):
     ids = np.arange(9, dtype=np.int32)
@@ -286,9 +286,7 @@ def test_an_id_in_data_outside_the_vocabulary_is_named_with_its_position(
 
 @pytest.mark.parametrize("name", ["prompts", "stop_ids", "banned", "penalty_exempt"])
 @pytest.mark.parametrize("wrong", [-1, CONFIG.vocab_size])
-def test_an_id_in_an_argument_outside_the_vocabulary_is_named_with_its_position(
-    name, wrong
-):
+def test_an_out_of_vocabulary_id_in_an_argument_is_reported_by_position(name, wrong):
     ids = {"prompts": [1, 2], name: [3, 4, wrong]}
     # There are no weights, so nothing can have run on a device.
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Lines as documents: World's template, and which of it is in the loss."""
+"""JSON lines as documents: the World template and the loss mask."""
 
 import json
 import re
@@ -20,13 +20,13 @@ def say(*turns):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def test_all_of_a_text_is_in_the_loss_and_of_a_question_the_answer():
+def test_a_text_is_fully_in_the_loss_but_a_question_only_by_its_answer():
     assert marked({"text": "a b", "source": 7}) == "a b"
     assert marked({"prompt": "2+2=", "answer": "4"}) == "[2+2=]4"
     assert marked({"prompt": "", "answer": "4"}) == "[]4"
 
 
-def test_a_conversation_is_in_the_template_and_the_assistants_words_are_in_the_loss():
+def test_only_assistant_turns_of_a_templated_chat_are_in_the_loss():
     record = say(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."))
     record["messages"] += say(("user", "Bye"), ("assistant", "Bye!"))["messages"]
     assert marked(record) == (
@@ -35,7 +35,7 @@ def test_a_conversation_is_in_the_template_and_the_assistants_words_are_in_the_l
 
 
 @pytest.mark.parametrize("blank", ["\n\n", "\r\n\r\n", "\n \n", "\n\n\t\n", "  \n\n"])
-def test_blank_lines_inside_a_turn_are_removed_since_one_ends_it(blank):
+def test_blank_lines_inside_a_turn_are_removed(blank):
     record = say(("user", f"\n a{blank}b\n"), ("assistant", f"c{blank}  d{blank}"))
     assert marked(record) == "[User: a\nb\n\nAssistant:] c\n  d"
 
@@ -43,7 +43,7 @@ def test_blank_lines_inside_a_turn_are_removed_since_one_ends_it(blank):
 @pytest.mark.parametrize(
     "tokenizer", [Tokenizer.bytes(), Tokenizer.world()], ids=lambda t: t.name
 )
-def test_a_prompt_has_the_ids_that_it_has_without_its_answer(tokenizer):
+def test_prompt_ids_do_not_depend_on_the_answer(tokenizer):
     prompt = "User: Hi\n\nAssistant:"
     for record in (
         say(("user", "Hi"), ("assistant", "Ho")),
@@ -61,7 +61,7 @@ def test_a_prompt_has_the_ids_that_it_has_without_its_answer(tokenizer):
         ]
 
 
-def test_a_log_is_read_past_lines_that_are_no_objects(tmp_path):
+def test_invalid_log_lines_can_be_skipped(tmp_path):
     path = tmp_path / "log.jsonl"
     assert read_log(path) == []
     path.write_text(
@@ -70,7 +70,7 @@ def test_a_log_is_read_past_lines_that_are_no_objects(tmp_path):
     assert read_log(path) == [{"step": 1}, {"step": 3, "text": "a\u2028b"}]
 
 
-def test_numbers_that_are_not_finite_are_read_from_logs_and_refused_in_data(tmp_path):
+def test_non_finite_numbers_are_valid_in_logs_but_not_in_data(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text(json.dumps({"loss": float("inf")}))
     assert read_log(path) == [{"loss": float("inf")}]
@@ -80,7 +80,7 @@ def test_numbers_that_are_not_finite_are_read_from_logs_and_refused_in_data(tmp_
         list(read_jsonl(path, check_object))
 
 
-def test_a_torn_end_is_dropped_but_a_bad_line_that_ends_is_not(tmp_path):
+def test_only_an_incomplete_last_line_is_dropped(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"a"')
     with pytest.warns(UserWarning, match=r"x\.jsonl:2: dropped; the line breaks off"):
@@ -90,7 +90,7 @@ def test_a_torn_end_is_dropped_but_a_bad_line_that_ends_is_not(tmp_path):
         list(read_jsonl(path, check_object, drop_torn_end=True))
 
 
-def test_skipped_lines_are_counted_and_the_first_is_explained(tmp_path):
+def test_skipped_lines_are_counted_and_the_first_error_is_kept(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('[1]\n{"a": 1}\noops\n')
     stats = ReadStats()
@@ -203,7 +203,7 @@ MESSAGES = {
         {"prompt": "Add.\n\n\n2 and 2", "chosen": [], "rejected": [], **MESSAGES},
     ],
 )
-def test_other_programs_records_are_the_same_conversation_as_messages(record):
+def test_foreign_chat_formats_equal_messages(record):
     assert marked(record) == marked(MESSAGES)
 
 
@@ -236,7 +236,7 @@ def test_other_programs_records_are_the_same_conversation_as_messages(record):
         },
     ],
 )
-def test_a_key_whose_value_is_null_is_one_that_a_record_does_not_have(record):
+def test_a_null_value_counts_as_an_absent_key(record):
     assert marked(record) == marked(MESSAGES)
 
 
@@ -253,7 +253,7 @@ def test_the_history_of_an_alpaca_record_comes_first():
     )
 
 
-def test_words_alone_are_of_the_user_and_the_assistant_in_turn():
+def test_bare_strings_alternate_between_user_and_assistant():
     for name in ("data", "conversations"):
         record = {"id": "0", name: ["Hi", "Hello.", "Bye", "Bye!"]}
         assert marked(record) == (
@@ -263,8 +263,8 @@ def test_words_alone_are_of_the_user_and_the_assistant_in_turn():
 
 @pytest.mark.parametrize("name", ["weight", "train", "loss"])
 @pytest.mark.parametrize("last", [False, True])
-def test_an_answer_with_a_weight_of_0_is_read_and_not_learnt(name, last):
-    """Nor is the end of a text after such an answer."""
+def test_an_answer_with_weight_0_is_not_in_the_loss(name, last):
+    """The end of text after such an answer is not in the loss either."""
     record = say(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     record["messages"][3 if last else 1][name] = 0
     record["messages"][1 if last else 3][name] = True
@@ -277,7 +277,7 @@ def test_an_answer_with_a_weight_of_0_is_read_and_not_learnt(name, last):
     assert end.tolist() == [0] and in_loss is not last
 
 
-def test_of_two_parts_of_a_chat_the_second_one_is_learnt():
+def test_only_the_completion_of_a_chat_is_in_the_loss():
     turns = say(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))[
         "messages"
     ]
@@ -287,14 +287,14 @@ def test_of_two_parts_of_a_chat_the_second_one_is_learnt():
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
-def test_thoughts_are_learnt_under_each_of_their_names(name):
+def test_thoughts_are_in_the_loss_under_every_name(name):
     record = say(("user", "a"), ("assistant", "b"))
     record["messages"][1][name] = "hm"
     record["messages"][1]["tool_calls"] = None
     assert marked(record) == "[User: a\n\nAssistant:] <think>\nhm\n</think>\nb"
 
 
-def test_a_call_in_the_older_form_is_the_same_as_in_the_newer_one():
+def test_old_and_new_call_formats_are_equivalent():
     function = {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}}}
     call = {"name": "f", "arguments": '{"x":1}'}
     old = say(("user", "a"), ("assistant", None), ("function", "2"), ("assistant", "b"))
@@ -305,11 +305,11 @@ def test_a_call_in_the_older_form_is_the_same_as_in_the_newer_one():
     assert marked(old | {"functions": [function]}) == marked(new)
 
 
-def test_a_prompt_and_a_completion_are_a_prompt_and_its_answer():
+def test_a_completion_is_the_answer_to_its_prompt():
     assert marked({"prompt": "2+2=", "completion": "4"}) == "[2+2=]4"
 
 
-def test_a_text_next_to_an_instruction_stays_the_text():
+def test_text_takes_precedence_over_an_instruction():
     record = {"instruction": "a", "output": "b", "text": "all of it"}
     assert marked(record) == "all of it"
 
@@ -329,7 +329,7 @@ ANSWERED = (
 
 @pytest.mark.parametrize("record", ANSWERED)
 @pytest.mark.parametrize("name", ["label", "kto_tag"])
-def test_an_answer_that_is_not_desired_is_refused_in_every_record(record, name):
+def test_undesired_answers_are_rejected_in_every_format(record, name):
     for value in (False, 0, 0.0, "False", "false", "FALSE", " 0"):
         with pytest.raises(
             ValueError, match=f'"{name}" is .*, which marks an undesired'
@@ -339,7 +339,7 @@ def test_an_answer_that_is_not_desired_is_refused_in_every_record(record, name):
         assert marked({**record, name: value}) == marked(record)
 
 
-def test_the_label_of_a_text_is_its_class():
+def test_a_label_next_to_a_text_is_ignored():
     assert marked({"text": "a", "label": 0}) == "a"
     with pytest.raises(ValueError, match=r'its keys are "sentence", "label"'):
         parse_record({"sentence": "a", "label": 0})
@@ -445,6 +445,6 @@ def test_the_label_of_a_text_is_its_class():
         ({"conversations": [{"from": "gpt"}]}, 'message 1: no "value"'),
     ],
 )
-def test_a_record_of_another_shape_is_refused_with_its_keys(record, reason):
+def test_an_unknown_record_is_rejected_with_its_keys(record, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
         parse_record(record)

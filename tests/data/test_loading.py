@@ -1,4 +1,4 @@
-"""Batches: a pure function of the seed and the step; every token once an epoch; clean splits."""
+"""Batches depend only on seed and step; an epoch reads each token once; splits are disjoint."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def rows(steps, **changes):
     return [batch_at(STREAM, step, **SIZES | changes).tokens for step in steps]
 
 
-def test_a_batch_depends_on_the_seed_and_the_step_alone():
+def test_a_batch_depends_only_on_seed_and_step():
     walked = list(
         itertools.islice(packed(STREAM, tokenizer=BYTES, seed=5, **SIZES), 60)
     )
@@ -29,13 +29,13 @@ def test_a_batch_depends_on_the_seed_and_the_step_alone():
     assert (rows([0], seed=5)[0] != rows([0], seed=6)[0]).any()
 
 
-def test_rows_are_consecutive_inputs_and_targets():
+def test_a_row_has_consecutive_inputs_and_targets():
     for batch in rows(range(40)):
         assert batch.shape == (3, 17) and batch.dtype == np.int32
         assert ((batch[:, 1:] - batch[:, :-1]) % 257 == 1).all()
 
 
-def test_an_epoch_reads_every_window_once_and_the_next_another_way():
+def test_an_epoch_reads_every_window_once_in_a_new_order():
     windows_ = (len(STREAM) - 16) // 16
     stream = np.arange(1000)
     read = [
@@ -50,12 +50,12 @@ def test_an_epoch_reads_every_window_once_and_the_next_another_way():
     assert first != second
 
 
-def test_a_stream_of_less_than_two_windows_is_refused():
+def test_a_stream_shorter_than_two_windows_is_rejected():
     with pytest.raises(ValueError, match="at least 32 tokens; got 31"):
         batch_at(STREAM[:31], 0, **SIZES)
 
 
-def test_windows_are_spread_over_the_whole_stream():
+def test_evaluation_windows_cover_the_whole_stream():
     batch = windows(np.arange(1000), 100, 4)
     assert batch.tokens[:, 0].tolist() == [0, 299, 599, 899]
     assert batch.tokens.shape == (4, 101) and batch.mask.shape == (4, 100)
@@ -75,7 +75,7 @@ def text_of(stream) -> list[bytes]:
     return BYTES.decode_bytes([i or 11 for i in stream.tolist()]).split(b"\n")[:-1]
 
 
-def test_documents_are_split_by_their_bytes_and_end_with_token_0(folder):
+def test_documents_are_split_by_content_and_end_with_token_0(folder):
     whole, train, held = (
         token_stream(folder, BYTES, split=split, held_out=0.2)[:]
         for split in ("all", "train", "held_out")
@@ -103,20 +103,20 @@ def test_arrays_and_token_files_are_split_by_position(tmp_path):
         np.testing.assert_array_equal(np.concatenate(parts), STREAM)
 
 
-def test_several_sources_follow_one_another(folder, tmp_path):
+def test_several_sources_are_concatenated(folder, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "last"}\n')
     stream = token_stream([folder / "001.txt", tmp_path / "x.jsonl"], BYTES)
     assert text_of(stream[:]) == [b"document 1", b"last"]
 
 
-def test_a_source_without_documents_is_not_blamed_on_the_share(tmp_path):
+def test_an_empty_source_is_not_blamed_on_the_held_out_share(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"1")
     with pytest.warns(UserWarning, match="1 files below .* were ignored"):
         with pytest.raises(ValueError, match="holds no document"):
             token_stream(tmp_path, BYTES, split="train")
 
 
-def test_an_unknown_split_and_an_empty_part_are_refused(folder):
+def test_unknown_and_empty_splits_are_rejected(folder):
     with pytest.raises(ValueError, match="`split` must be one of"):
         token_stream(folder, BYTES, split="test")
     with pytest.raises(ValueError, match="has no document in its split 'held_out'"):

@@ -1,4 +1,4 @@
-"""Rows that documents share: what is in them, and how full they are."""
+"""Packed rows: their documents, and how full they are."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,7 +11,7 @@ from rwkv7_jax.data.token_streams import TokenArray, TokenStream
 
 
 def stream_of(sizes):
-    """Makes a stream of documents whose ids tell the document; every third id is in no loss."""
+    """Make a stream whose ids identify their document; every third id is masked."""
     ids = np.concatenate([np.full(size, n + 1) for n, size in enumerate(sizes)])
     starts = np.cumsum([0, *sizes])
     in_loss = np.arange(len(ids)) % 3 != 0
@@ -22,7 +22,7 @@ def stream_of(sizes):
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=60),
     length=st.integers(1, 30),
 )
-def test_every_document_is_in_one_row_and_no_row_is_too_long(sizes, length):
+def test_every_document_is_in_exactly_one_row_within_the_length(sizes, length):
     hypothesis.assume(max(sizes) > 1)
     packed = pack_documents(stream_of(sizes), length)
     cut = np.minimum(sizes, length + 1)
@@ -33,7 +33,7 @@ def test_every_document_is_in_one_row_and_no_row_is_too_long(sizes, length):
         assert cut[numbers].sum() <= length + 1
 
 
-def test_rows_are_nearly_full():
+def test_rows_are_almost_full():
     sizes = np.random.default_rng(1).lognormal(4, 1, 3000).astype(int) + 2
     packed = pack_documents(stream_of(sizes.tolist()), 1024)
     kept = np.minimum(sizes, 1025).sum()
@@ -41,7 +41,7 @@ def test_rows_are_nearly_full():
     assert packed.sequences <= 2 * np.ceil(1025 / sizes.mean())
 
 
-def test_a_row_is_its_documents_one_after_the_other():
+def test_a_row_concatenates_its_documents():
     sizes = [5, 3, 9, 2, 4, 7, 30]
     stream = stream_of(sizes)
     length = 12
@@ -74,7 +74,7 @@ def test_a_row_is_its_documents_one_after_the_other():
     assert sorted(seen) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_hosts_make_the_rows_of_one_batch():
+def test_hosts_together_make_the_global_batch():
     stream = stream_of([5, 3, 9, 2, 4, 7] * 4)
     make = {"batch_size": 4, "length": 12, "packing": "packed", "seed": 3}
     batch = batch_at(stream, 5, **make)
@@ -85,7 +85,7 @@ def test_hosts_make_the_rows_of_one_batch():
             np.testing.assert_array_equal(part[name], batch[name][rows])
 
 
-def test_evaluation_reads_the_same_documents_in_rows_of_their_own():
+def test_evaluation_reads_one_document_per_row():
     stream = stream_of([5, 3, 9])
     left = windows(stream, 6, 3, packing="packed")
     right = windows(stream, 6, 3, packing="documents")
@@ -93,7 +93,7 @@ def test_evaluation_reads_the_same_documents_in_rows_of_their_own():
     assert left.segments is None
 
 
-def test_the_cubic_order_is_refused(unchecked):
+def test_the_cubic_order_is_rejected(unchecked):
     with pytest.raises(
         ValueError, match='`order` must be "shuffled" where `packing` is "packed"'
     ):

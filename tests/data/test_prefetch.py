@@ -1,4 +1,4 @@
-"""Batches made ahead of their use: their order, their error, their number."""
+"""Prefetched batches: order, errors and number."""
 
 import itertools
 import time
@@ -8,7 +8,7 @@ import pytest
 from rwkv7_jax.data.prefetch import Prefetch
 
 
-def test_batches_made_ahead_keep_their_order_and_their_error():
+def test_prefetching_keeps_order_and_raises_errors():
     def numbers():
         yield from range(50)
         raise ValueError("at 50")
@@ -21,7 +21,7 @@ def test_batches_made_ahead_keep_their_order_and_their_error():
     ahead.close()
 
 
-def test_no_more_is_made_ahead_than_was_asked_for_and_closing_ends_it():
+def test_prefetching_is_bounded_and_stops_on_close():
     made = []
     ahead = Prefetch((made.append(n) or n for n in itertools.count()), ahead=3)
     assert next(ahead) == 0

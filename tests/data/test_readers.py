@@ -11,7 +11,7 @@ def texts(source, **choices):
     return [document.text() for document in documents(source, **choices)]
 
 
-def test_a_folder_is_its_files_by_path_and_other_files_are_one_document(tmp_path):
+def test_a_folder_is_read_in_path_order_with_one_document_per_text_file(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "one.txt").write_bytes(b"one two")
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n')
@@ -32,7 +32,7 @@ def test_a_source_that_does_not_exist_is_named():
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_built_in_corpora_have_the_same_order_each_time(name):
+def test_built_in_corpora_have_a_fixed_order(name):
     try:
         first = texts(name)
     except ValueError as error:

@@ -6,13 +6,13 @@ from rwkv7_jax.data.row_preview import preview_row
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 
-def test_brackets_enclose_every_stretch_that_the_loss_leaves_out():
+def test_brackets_enclose_every_masked_span():
     tokens = np.array([0, 98, 99, 100, 0, 101, 0, 0])
     mask = np.array([0, 1, 1, 0, 0, 0, 0])
     assert preview_row(tokens, mask, Tokenizer.bytes()) == ("[[<0>a]]bc[[<0>d]]", 2)
 
 
-def test_a_row_without_padding_says_so():
+def test_a_full_row_has_no_padding():
     tokens = np.array([0, 98, 99, 100])
     mask = np.array([0, 1, 1])
     assert preview_row(tokens, mask, Tokenizer.bytes()) == ("[[<0>a]]bc", 0)

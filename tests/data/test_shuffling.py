@@ -1,4 +1,4 @@
-"""Orders of samples: permutations, and RWKV's own one restated."""
+"""Sample orders: permutations, and RWKV-LM's order restated."""
 
 import math
 
@@ -7,13 +7,13 @@ import pytest
 from rwkv7_jax.data.shuffling import cubic_windows, is_prime, magic_prime, shuffled
 
 
-def test_primes_are_those_that_nothing_divides():
+def test_is_prime_matches_trial_division():
     found = [n for n in range(200) if is_prime(n)]
     assert found == [n for n in range(2, 200) if all(n % d for d in range(2, n))]
     assert is_prime(2**31 - 1) and not is_prime((2**31 - 1) * 3)
 
 
-def test_the_magic_prime_is_the_largest_that_fits():
+def test_the_magic_prime_is_the_largest_valid_one():
     for windows in range(3, 300):
         expected = max(n for n in range(2, windows) if n % 3 == 2 and is_prime(n))
         assert magic_prime(windows * 16 + 15, 16) == expected
@@ -35,8 +35,8 @@ def test_the_cubic_order_reads_every_window_below_the_prime_once():
     assert cubic_windows(range(prime, 2 * prime), tokens=tokens, length=length) == epoch
 
 
-def test_the_cubic_order_is_the_trainers_whatever_the_batch_and_the_devices():
-    """Restated from the trainer: mini-epochs of 40320 samples, dealt to ranks one by one."""
+def test_the_cubic_order_matches_rwkv_lm_for_every_batch_and_device_count():
+    """Restate the trainer: mini-epochs of 40320 samples, dealt to the ranks in turn."""
     tokens = 300_000 * 4
     length = 4
     world = 2
@@ -54,7 +54,7 @@ def test_the_cubic_order_is_the_trainers_whatever_the_batch_and_the_devices():
         assert set(cubic_windows(samples, tokens=tokens, length=length)) == expected
 
 
-def test_a_shuffled_epoch_holds_everything_once_and_differs_from_the_next():
+def test_each_epoch_is_a_different_permutation():
     one = shuffled(range(50), seed=1, count=50)
     two = shuffled(range(50, 100), seed=1, count=50)
     assert sorted(one) == sorted(two) == list(range(50)) and one != two

@@ -12,12 +12,12 @@ from rwkv7_jax.data.sources import TaskSource, TextSource, parse_source, parse_s
         ("", TextSource(())),
     ],
 )
-def test_a_path_names_a_task_or_texts_and_is_written_back(path, source):
+def test_a_source_path_round_trips(path, source):
     assert parse_source(path) == source
     assert str(source) == path
 
 
-def test_tasks_of_a_list_are_told_apart_from_its_texts():
+def test_a_list_is_split_into_tasks_and_texts():
     tasks, texts = parse_sources("task:copy,a.txt,task:pairs,b.txt")
     assert tasks == [TaskSource("copy"), TaskSource("pairs")]
     assert texts == TextSource(("a.txt", "b.txt"))

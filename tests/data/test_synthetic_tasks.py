@@ -1,4 +1,4 @@
-"""Synthetic tasks: answers are right, they alone count, and seed and step fix them."""
+"""Synthetic tasks: answers are correct, alone in the loss, and fixed by seed and step."""
 
 import re
 import tracemalloc
@@ -48,7 +48,7 @@ def digit(value: int) -> str:
 
 
 def rows(name, **changes):
-    """Yields each row's text and, for each character, whether it counts; zeros come last."""
+    """Yield each row's text without padding, and whether each character is in the loss."""
     batch = task_batch(name, 3, **(SIZES | {"batch_size": 12} | changes))
     for ids, mask in zip(batch.tokens, batch.mask, strict=True):
         size = np.count_nonzero(ids)
@@ -57,7 +57,7 @@ def rows(name, **changes):
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_answers_of_lines_are_right_and_they_alone_count(name):
+def test_line_answers_are_correct_and_alone_in_the_loss(name):
     batch = task_batch(name, 3, **SIZES)
     assert batch.tokens.shape == (4, 121) and batch.mask.shape == (4, 120)
     for row, mask in zip(batch.tokens, batch.mask, strict=True):
@@ -73,7 +73,7 @@ def test_answers_of_lines_are_right_and_they_alone_count(name):
 
 
 @pytest.mark.parametrize(("name", "width"), [("dictionary", 2), ("mapping", 1)])
-def test_a_key_keeps_its_value_and_counts_from_its_second_time_on(name, width):
+def test_a_key_keeps_its_value_and_counts_from_its_second_occurrence(name, width):
     sizes = set()
     for row, counts in rows(name, batch_size=200):
         assert row[0] == name[0].upper() and not counts[0]
@@ -104,7 +104,7 @@ def check_arithmetic(row, counts):
         ("product-7", {"P7"}),
     ],
 )
-def test_results_of_arithmetic_are_right_and_they_alone_count(name, leads):
+def test_arithmetic_results_are_correct_and_alone_in_the_loss(name, leads):
     found = list(rows(name, batch_size=100))
     for row, counts in found:
         check_arithmetic(row, counts)
@@ -115,7 +115,7 @@ def test_results_of_arithmetic_are_right_and_they_alone_count(name, leads):
     ("name", "changes"),
     [("sequence", "CRN"), ("steer", "R"), ("novel", "X"), ("reverse", "R")],
 )
-def test_sequences_are_changed_as_their_letter_says(name, changes):
+def test_sequences_are_transformed_by_their_letter(name, changes):
     letters = set()
     for row, counts in rows(name, batch_size=100):
         examples = re.findall(r"(.)(\w{6})>(\w{6})", row)
@@ -131,13 +131,13 @@ def test_sequences_are_changed_as_their_letter_says(name, changes):
     assert letters == expected.get(name, set(changes))
 
 
-def test_a_mixture_is_a_quarter_of_each():
+def test_the_mixture_has_equal_shares():
     leads = [row[0] for row, _ in rows("mixture", batch_size=42)]
     assert leads[:20] == ["D"] * 10 + ["M"] * 10
     assert set(leads[20:30]) == set("AS") and set(leads[30:]) == set("?CRN")
 
 
-def test_facts_are_those_of_the_seed_and_come_once_in_a_row():
+def test_facts_depend_on_the_seed_and_occur_once_per_row():
     keys, values = fact_table(64, 0)
     facts = {
         digit(key // 32) + digit(key % 32): digit(value)
@@ -164,11 +164,11 @@ def test_facts_are_those_of_the_seed_and_come_once_in_a_row():
     )
 
 
-def test_fewer_facts_than_fit_leave_the_rest_of_a_row_empty():
+def test_few_facts_leave_the_rest_of_a_row_padded():
     assert all(len(row) == 1 + 3 * 5 for row, _ in rows("facts-5"))
 
 
-def test_every_query_has_the_value_of_its_pair():
+def test_every_query_is_answered_by_its_pair():
     for row, counts in rows("pairs"):
         pairs, queries = row[1:].split(">")
         known = dict(zip(pairs[::2], pairs[1::2], strict=True))
@@ -181,7 +181,7 @@ def test_every_query_has_the_value_of_its_pair():
 
 
 @pytest.mark.parametrize("objects", [3, 5])
-def test_the_order_after_the_swaps_is_right(objects):
+def test_the_order_after_swaps_is_correct(objects):
     sizes = set()
     for row, counts in rows(f"swaps-{objects}", batch_size=200):
         swaps, answer = row[1:].split("=")
@@ -198,7 +198,7 @@ def test_the_order_after_the_swaps_is_right(objects):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_is_a_function_of_seed_step_and_part(name):
+def test_a_batch_depends_on_seed_step_and_split(name):
     batches = {
         (seed, step, held): task_batch(
             name, step, seed=seed, held_out=held, **SIZES
@@ -213,7 +213,7 @@ def test_a_batch_is_a_function_of_seed_step_and_part(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_making_rows_needs_memory_in_proportion_to_their_length(name):
+def test_memory_for_making_rows_is_linear_in_their_length(name):
     peaks = []
     for length in (1024, 4096):
         tracemalloc.start()
@@ -224,7 +224,7 @@ def test_making_rows_needs_memory_in_proportion_to_their_length(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_shortest_row_holds_one_example_and_a_shorter_one_is_refused(name):
+def test_rows_too_short_for_one_example_are_rejected(name):
     shortest = find_task(name).shortest
     task_batch(name, 0, batch_size=2, length=shortest)
     if find_task(name).exact:
@@ -252,7 +252,7 @@ def test_the_shortest_row_holds_one_example_and_a_shorter_one_is_refused(name):
         ("addition", r"add (\d+) (\d+) = ", lambda a, b: f"{int(a) + int(b)}\n"),
     ],
 )
-def test_a_question_has_its_exact_answer(name, question, right):
+def test_every_question_has_its_exact_answer(name, question, right):
     one = question_batch(name, 0, batch_size=20)
     two = question_batch(name, 1, batch_size=20)
     assert one != two and one == question_batch(name, 0, batch_size=20)
@@ -260,7 +260,7 @@ def test_a_question_has_its_exact_answer(name, question, right):
         assert text(answer) == right(*re.fullmatch(question, text(ids)).groups())
 
 
-def test_longer_rows_ask_harder_questions():
+def test_longer_rows_give_harder_questions():
     short, _ = question_batch("swaps-5", 0, batch_size=50)
     long, _ = question_batch("swaps-5", 0, batch_size=50, length=60)
     assert max(map(len, short)) == 4 and max(map(len, long)) > 40
@@ -279,7 +279,7 @@ def test_longer_rows_ask_harder_questions():
         ("swaps", r"got 'swaps' \(the nearest is swaps\)."),
     ],
 )
-def test_an_unknown_task_or_number_is_refused(name, sentence):
+def test_unknown_tasks_and_numbers_are_rejected(name, sentence):
     with pytest.raises(ValueError, match=sentence):
         task_batch(name, 0, **SIZES)
 
@@ -289,7 +289,7 @@ def test_a_task_without_exact_answers_has_no_questions():
         question_batch("mapping", 0, batch_size=1)
 
 
-def test_a_former_name_still_makes_the_same_rows_and_says_the_new_one():
+def test_a_deprecated_task_name_works_with_a_warning():
     with pytest.warns(UserWarning, match="^find_task: mqar is now called pairs"):
         old = task_batch("mqar", 3, batch_size=4, length=40)
     new = task_batch("pairs", 3, batch_size=4, length=40)

@@ -1,4 +1,4 @@
-"""How many targets count is counted as a loop over all rows would count it."""
+"""Counts of targets in the loss equal those of a loop over all rows."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from rwkv7_jax.data.token_streams import TokenArray, TokenStream
 
 
 def random_stream(seed, documents=30):
-    """Documents of 1 to 20 ids, some of which are in the loss, in two arrays and some spans."""
+    """Join three arrays of documents of 1 to 19 ids; two have masks, all lack some documents."""
     random = np.random.default_rng(seed)
     streams = []
     for masked in (True, False, True):
@@ -24,7 +24,7 @@ def random_stream(seed, documents=30):
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 22])
 @pytest.mark.parametrize("length", [1, 5, 40])
 @pytest.mark.parametrize("seed", range(3))
-def test_targets_of_documents_are_those_of_their_rows(seed, length, chunk, monkeypatch):
+def test_document_counts_match_their_rows(seed, length, chunk, monkeypatch):
     monkeypatch.setattr("rwkv7_jax.data.target_counts._CHUNK", chunk)
     stream = random_stream(seed)
     rows = windows(stream, length, 1000, packing="documents")
@@ -36,13 +36,13 @@ def test_targets_of_documents_are_those_of_their_rows(seed, length, chunk, monke
     assert counts.targets == np.minimum(sizes - 1, length).sum()
 
 
-def test_targets_of_joined_documents_are_all_ids():
+def test_stream_packing_counts_every_id():
     stream = random_stream(0)
     counts = count_targets(stream, length=5, packing="stream")
     assert (counts.targets, counts.in_loss) == (len(stream), stream.count_in_loss())
 
 
-def test_the_shortest_useful_length_is_the_first_at_which_something_counts():
+def test_the_shortest_useful_length_is_the_first_with_targets_in_the_loss():
     mask = np.array([0, 0, 0, 1, 1, 1, 0, 0, 1], np.uint8)
     stream = TokenStream.of_array(
         TokenArray(np.ones(9, int), mask, np.array([0, 5, 9]))

@@ -1,4 +1,4 @@
-"""What a data file really holds decides how it is read, and whether."""
+"""A data file's content decides whether and how it is read."""
 
 import bz2
 import codecs
@@ -120,7 +120,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_what_is_no_text_is_refused_by_its_name_with_what_to_do(tmp_path, kind):
+def test_files_that_are_not_text_are_rejected_with_a_remedy(tmp_path, kind):
     name, content, word = FOREIGN[kind]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as caught:
@@ -133,7 +133,7 @@ def test_what_is_no_text_is_refused_by_its_name_with_what_to_do(tmp_path, kind):
     "kind",
     [kind for kind in FOREIGN if FOREIGN[kind][0].endswith((".txt", ".csv", ".png"))],
 )
-def test_bytes_are_read_where_they_are_really_meant(tmp_path, kind):
+def test_as_bytes_reads_files_that_are_not_text(tmp_path, kind):
     name, content, _ = FOREIGN[kind]
     if not content:
         pytest.skip("nothing to read")
@@ -154,20 +154,20 @@ def test_bytes_are_read_where_they_are_really_meant(tmp_path, kind):
         b"II*",
     ],
 )
-def test_a_text_that_only_begins_like_another_format_is_read(tmp_path, text):
+def test_a_text_that_starts_like_a_binary_format_is_read(tmp_path, text):
     (tmp_path / "x.txt").write_bytes(text)
     assert [document.text() for document in documents(tmp_path / "x.txt")] == [text]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".JsonL", ".ndjson"])
-def test_the_case_of_a_suffix_does_not_matter(tmp_path, suffix):
+def test_suffixes_are_case_insensitive(tmp_path, suffix):
     (tmp_path / f"x{suffix}").write_bytes(LINES)
     found = list(documents(tmp_path / f"x{suffix}"))
     assert [document.text() for document in found] == [b"one", b"two"]
 
 
 def zstd_compress(data: bytes) -> bytes:
-    """Compresses in the way that this Python can read, in two frames and one to be skipped."""
+    """Compress with an available package into two frames and a skippable one."""
     if sys.version_info >= (3, 14):
         compress = importlib.import_module("compression.zstd").compress
     else:
@@ -188,7 +188,7 @@ COMPRESSORS = {
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
 @pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL", "x.py", "x.json"])
-def test_compressed_files_are_read_as_what_is_inside(tmp_path, name, suffix):
+def test_compressed_files_are_read_by_their_content(tmp_path, name, suffix):
     plain = tmp_path / name
     packed = tmp_path / f"{name}{suffix}"
     plain.write_bytes(LINES)
@@ -202,15 +202,13 @@ def test_compressed_files_are_read_as_what_is_inside(tmp_path, name, suffix):
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
-def test_the_content_and_not_the_name_says_that_a_file_is_compressed(tmp_path, suffix):
+def test_compression_is_detected_by_content(tmp_path, suffix):
     (tmp_path / "x.jsonl").write_bytes(COMPRESSORS[suffix](LINES))
     assert len(list(documents(tmp_path / "x.jsonl"))) == 2
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
-def test_a_compressed_file_is_read_completely_or_not_at_all(
-    tmp_path, monkeypatch, suffix
-):
+def test_a_damaged_compressed_file_is_rejected(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr("rwkv7_jax.data.text_files.CHUNK", 50)
     lines = b"".join(b'{"text": "%d"}\n' % (number**9) for number in range(99))
     packed = COMPRESSORS[suffix](lines)
@@ -231,7 +229,7 @@ def test_a_compressed_file_is_read_completely_or_not_at_all(
         list(documents(path))
 
 
-def test_zstandard_is_read_where_python_can_and_else_named(tmp_path, monkeypatch):
+def test_zstandard_is_read_or_the_missing_package_is_named(tmp_path, monkeypatch):
     (tmp_path / "x.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
     monkeypatch.setitem(sys.modules, "zstandard", None)
     monkeypatch.setitem(sys.modules, "compression.zstd", None)
@@ -244,7 +242,7 @@ def test_zstandard_is_read_where_python_can_and_else_named(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "encoding", ["utf-16", "utf-16-le", "gbk", "gb18030", "utf-32"]
 )
-def test_text_of_another_encoding_is_read_when_it_is_named(tmp_path, encoding):
+def test_a_named_encoding_is_decoded(tmp_path, encoding):
     text = "海 is the sea\n" * 9_000
     (tmp_path / "x.txt").write_bytes(text.encode(encoding))
     (tmp_path / "x.jsonl").write_bytes(
@@ -274,7 +272,7 @@ MARK = codecs.BOM_UTF8
         ("x.txt", MARK + b"a", MARK + b"a"),
     ],
 )
-def test_a_byte_order_mark_at_the_beginning_is_no_text(
+def test_a_leading_byte_order_mark_is_removed(
     tmp_path, name, content, text, compress, encoding
 ):
     path = tmp_path / name
@@ -292,7 +290,7 @@ def test_a_byte_order_mark_at_the_beginning_is_no_text(
     "utf-16 utf-16-le UTF_16BE utf-32 utf-32-le utf-32-be utf-8-sig utf-8 gb18030 utf-7".split(),
 )
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
-def test_the_mark_of_every_encoding_is_no_text_and_a_second_one_is(
+def test_only_the_first_byte_order_mark_of_any_encoding_is_removed(
     tmp_path, encoding, compress, monkeypatch
 ):
     plain = {"utf-16": "utf-16-le", "utf-32": "utf-32-le", "utf-8-sig": "utf-8"}
@@ -315,7 +313,7 @@ def test_the_mark_of_every_encoding_is_no_text_and_a_second_one_is(
 @pytest.mark.parametrize(
     ("encoding", "other"), [("utf-16-le", "utf-16-be"), ("utf-16-be", "utf-16-le")]
 )
-def test_the_mark_of_the_other_byte_order_is_refused(tmp_path, encoding, other):
+def test_a_bom_of_the_other_byte_order_is_rejected(tmp_path, encoding, other):
     path = tmp_path / "x.txt"
     path.write_bytes("\ufeffabc".encode(other))
     reason = f"x.txt` is not {encoding}: its byte order mark is of the other byte order"
@@ -325,7 +323,7 @@ def test_the_mark_of_the_other_byte_order_is_refused(tmp_path, encoding, other):
     assert document.text() == b"abc"
 
 
-def test_a_mark_is_found_however_a_file_is_cut_into_chunks(tmp_path, monkeypatch):
+def test_a_bom_is_found_at_any_chunk_size(tmp_path, monkeypatch):
     path = tmp_path / "x.txt"
     path.write_bytes(MARK + b"abcdef")
     for size in (1, 2, 3, 4):
@@ -355,7 +353,7 @@ CURES = (
         (b"a\xe2\x82", "1"),
     ],
 )
-def test_a_text_that_is_not_utf8_is_named_with_the_place_and_both_cures(
+def test_invalid_utf8_is_reported_with_the_offset_and_both_remedies(
     tmp_path, name, compress, content, place, monkeypatch
 ):
     path = tmp_path / name
@@ -375,7 +373,7 @@ def test_a_text_that_is_not_utf8_is_named_with_the_place_and_both_cures(
     assert document.text() == content.decode("latin-1").encode()
 
 
-def test_wrong_encodings_are_named(tmp_path):
+def test_invalid_encodings_are_named(tmp_path):
     (tmp_path / "x.txt").write_bytes("\u6d77".encode("gbk"))
     with pytest.raises(ValueError, match=r"x.txt` is not ascii at about byte 0"):
         token_stream(tmp_path / "x.txt", BYTES, encoding="ascii")
@@ -384,7 +382,7 @@ def test_wrong_encodings_are_named(tmp_path):
             token_stream(tmp_path / "x.txt", BYTES, encoding=wrong)
 
 
-def test_a_folder_passes_over_clutter_and_says_so_once(tmp_path):
+def test_a_folder_skips_clutter_with_one_warning(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"text")
     clutter = [
         ".DS_Store",
@@ -412,7 +410,7 @@ def test_a_folder_passes_over_clutter_and_says_so_once(tmp_path):
     assert len(said) == 1 and len(stream) == 5
 
 
-def test_folders_that_links_lead_to_are_read_once_and_links_to_nothing_are_counted(
+def test_linked_folders_are_read_once_and_broken_links_counted(
     tmp_path,
 ):
     (tmp_path / "store").mkdir()
@@ -431,7 +429,7 @@ def test_folders_that_links_lead_to_are_read_once_and_links_to_nothing_are_count
     assert stats.passed_over == 2
 
 
-def test_patterns_are_not_expanded_but_a_file_of_that_name_is_read(tmp_path):
+def test_glob_patterns_are_not_expanded(tmp_path):
     with pytest.raises(ValueError, match=r"patterns are not expanded: name the folder"):
         token_stream(str(tmp_path / "*.txt"), BYTES)
     for name in ("a[1].txt", "*.txt", "a,b.txt"):
@@ -439,7 +437,7 @@ def test_patterns_are_not_expanded_but_a_file_of_that_name_is_read(tmp_path):
         assert len(token_stream(parse_source(str(tmp_path / name)).paths, BYTES)) == 2
 
 
-def test_an_empty_file_in_a_folder_stays_a_document(tmp_path):
+def test_an_empty_file_in_a_folder_is_a_document(tmp_path):
     (tmp_path / "__init__.py").write_bytes(b"")
     (tmp_path / "a.py").write_bytes(b"pass")
     with warnings.catch_warnings():
@@ -458,7 +456,7 @@ def test_an_empty_name_is_not_the_current_folder(empty):
     "url",
     ["gs://b/x.jsonl", "https://x.org/a.jsonl", "hf://d/x", "s3://b/x", "file:///x"],
 )
-def test_a_place_that_is_not_on_this_machine_is_refused(url):
+def test_a_remote_url_is_rejected(url):
     with pytest.raises(ValueError, match=rf"got {re.escape(url)}: download it first"):
         token_stream(url, BYTES)
 
@@ -471,7 +469,7 @@ def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
     assert len(token_stream("~/x.bin", BYTES)) == 8
 
 
-def test_lines_are_the_same_however_a_file_is_cut_into_chunks(tmp_path, monkeypatch):
+def test_lines_do_not_depend_on_the_chunk_size(tmp_path, monkeypatch):
     data = b"a\r\n\n\xe2\x80\xa8b\nlast"
     (tmp_path / "x").write_bytes(data)
     for size in (1, 2, 3, 100):

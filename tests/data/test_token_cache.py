@@ -1,4 +1,4 @@
-"""The cache of a source: the same batches, the same hash, and files that other tools read."""
+"""The cache of a source has the same batches and hash, in files that other tools read."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ CHOICES = [{}, {"order": "cubic"}, {"packing": "documents"}]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Writes texts and answered questions, some of them odd."""
+    """Write texts and answered questions, including edge cases."""
     random = np.random.default_rng(0)
     lines = []
     for i in range(300):
@@ -38,7 +38,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[BYTES, WORLD], ids=["bytes", "world"])
 def pair(request, source, tmp_path_factory):
-    """Returns a source, its cache and their tokenizer."""
+    """Return a source, its cache and their tokenizer."""
     cache = tmp_path_factory.mktemp("cache") / "x.bin"
     write_cache([source], cache, request.param, on_bad="skip")
     return source, cache, request.param
@@ -57,7 +57,7 @@ def assert_equal(one, two):
 
 
 @pytest.mark.parametrize("split", ["all", "train", "held_out"])
-def test_batches_of_a_cache_are_those_of_its_source(pair, split):
+def test_a_cache_gives_the_batches_of_its_source(pair, split):
     one, two = streams(pair, split=split, held_out=0.2)
     assert len(one) == len(two) and one.masked and two.masked
     for choices in CHOICES:
@@ -79,14 +79,14 @@ def test_a_cache_has_the_hash_of_its_source(pair, split):
     assert data_hash(one) == data_hash(two)
 
 
-def test_packed_takes_a_cache(pair):
+def test_packed_accepts_a_cache(pair):
     _, cache, tokenizer = pair
     batch = next(packed(cache, batch_size=2, length=16, seed=0, tokenizer=tokenizer))
     assert batch.tokens.shape == (2, 17)
     assert batch.mask.shape == (2, 16)
 
 
-def test_a_card_counts_what_is_in_the_files(pair):
+def test_the_card_counts_the_contents_of_the_files(pair):
     _, cache, tokenizer = pair
     card = read_card(cache)
     ids, starts = read_binidx(cache)
@@ -104,7 +104,7 @@ def test_a_card_counts_what_is_in_the_files(pair):
     assert card.bytes == len(tokenizer.decode_bytes(ids.tolist()))
 
 
-def test_a_cache_of_texts_alone_needs_no_masks_and_removes_old_ones(tmp_path, pair):
+def test_a_cache_of_texts_has_no_masks_and_removes_old_ones(tmp_path, pair):
     *_, tokenizer = pair
     (tmp_path / "a.txt").write_bytes(b"abc")
     (tmp_path / "x.mask").write_bytes(b"old")
@@ -119,7 +119,7 @@ def test_a_cache_of_texts_alone_needs_no_masks_and_removes_old_ones(tmp_path, pa
     ]
 
 
-def test_several_sources_and_caches_may_be_mixed(tmp_path, pair, source):
+def test_sources_and_caches_can_be_mixed(tmp_path, pair, source):
     _, cache, tokenizer = pair
     (tmp_path / "a.txt").write_bytes(b"abc")
     write_cache(
@@ -131,7 +131,7 @@ def test_several_sources_and_caches_may_be_mixed(tmp_path, pair, source):
     np.testing.assert_array_equal(one[:], two[:])
 
 
-def test_a_failed_writing_leaves_the_old_cache(tmp_path, source):
+def test_a_failed_write_keeps_the_old_cache(tmp_path, source):
     (tmp_path / "a.txt").write_bytes(b"abc")
     write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -159,8 +159,8 @@ for path in sys.argv[1:]:
 @pytest.mark.parametrize(
     ("suffix", "text"), [("txt", "x" * 999), ("jsonl", '{"text": "a b"}')]
 )
-def test_memory_does_not_grow_with_the_text(tmp_path, suffix, text):
-    """In a process of its own: the checks of these tests would be measured as well."""
+def test_memory_does_not_grow_with_the_text_size(tmp_path, suffix, text):
+    """Measure in a separate process, without the overhead of the type checks of the tests."""
     paths = [tmp_path / f"{lines}.{suffix}" for lines in (3_000, 60_000)]
     for path in paths:
         with path.open("w") as file:
@@ -177,7 +177,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path, suffix, text):
     assert large < small + 2_000, "KiB; the index takes four bytes a document"
 
 
-def test_a_card_is_read_as_it_was_written(tmp_path):
+def test_a_card_round_trips(tmp_path):
     (tmp_path / "a.txt").write_bytes("é".encode())
     card, stats = write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
     bare = dataclasses.replace(card, blocks={}, digest="")
@@ -190,7 +190,7 @@ def test_a_card_is_read_as_it_was_written(tmp_path):
 
 @pytest.fixture
 def cache(tmp_path, source):
-    """A cache with a mask, whose blocks are 100 bytes long."""
+    """Write a cache with a mask and blocks of 100 bytes."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (binidx, token_cache):
             patch.setattr(module, "DIGEST_BLOCK", 100)
@@ -200,9 +200,7 @@ def cache(tmp_path, source):
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".keys", ".mask"])
 @pytest.mark.parametrize("place", [0, 1, 777, -100, -1])
-def test_a_flipped_bit_in_any_file_of_a_cache_is_found(
-    cache, monkeypatch, suffix, place
-):
+def test_a_flipped_bit_in_any_cache_file_is_detected(cache, monkeypatch, suffix, place):
     monkeypatch.setattr(token_cache, "_CHECKED_BLOCKS", 10**6)
     file = cache.with_suffix(suffix)
     data = bytearray(file.read_bytes())
@@ -212,7 +210,7 @@ def test_a_flipped_bit_in_any_file_of_a_cache_is_found(
         token_stream(cache, BYTES)
 
 
-def test_the_first_and_the_last_block_of_a_large_cache_are_compared(cache, monkeypatch):
+def test_the_first_and_last_blocks_of_a_large_cache_are_verified(cache, monkeypatch):
     monkeypatch.setattr(token_cache, "_CHECKED_BLOCKS", 3)
     good = cache.read_bytes()
     found = []
@@ -234,7 +232,7 @@ def test_the_first_and_the_last_block_of_a_large_cache_are_compared(cache, monke
     ("entry", "value"),
     [("vocabulary", "world"), ("skipped", 0), ("bytes", 1), ("blocks", {})],
 )
-def test_a_card_that_was_changed_by_hand_is_refused(cache, entry, value):
+def test_a_hand_edited_card_is_rejected(cache, entry, value):
     file = cache.with_suffix(".card.json")
     card = json.loads(file.read_text())
     file.write_text(json.dumps(card | {entry: value}))
@@ -252,7 +250,7 @@ def test_a_cache_of_an_earlier_version_opens_without_digests(cache):
     assert data_hash(token_stream(cache, BYTES)) == before
 
 
-def test_the_end_of_a_single_document_is_held_out_from_file_and_cache_alike(tmp_path):
+def test_file_and_cache_hold_out_the_end_of_a_single_document(tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("It was a day like others, and longer. " * 50)
     write_cache([book], tmp_path / "book.bin", BYTES)
@@ -269,7 +267,7 @@ def test_the_end_of_a_single_document_is_held_out_from_file_and_cache_alike(tmp_
 @pytest.mark.parametrize(
     "name", ["demo_text_document", "v1.5_text_document", "stdlib2"]
 )
-def test_a_cache_may_be_named_without_its_suffix(tmp_path, monkeypatch, name):
+def test_a_cache_can_be_named_without_its_suffix(tmp_path, monkeypatch, name):
     path = tmp_path / f"{name}.bin"
     (tmp_path / "a.txt").write_bytes(b"abc" * 20)
     write_cache([tmp_path / "a.txt"], path, BYTES)
@@ -282,14 +280,16 @@ def test_a_cache_may_be_named_without_its_suffix(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("missing", [".bin", ".idx"])
-def test_of_a_cache_without_its_suffix_the_missing_file_is_named(tmp_path, missing):
+def test_a_missing_cache_file_is_named_without_the_suffix_too(tmp_path, missing):
     binidx_files.write(tmp_path, [[1, 0]])
     (tmp_path / f"x{missing}").unlink()
     with pytest.raises(ValueError, match=rf"x\{missing}` does not exist"):
         token_stream(tmp_path / "x", BYTES)
 
 
-def test_what_has_a_name_itself_comes_before_a_cache(tmp_path, monkeypatch):
+def test_an_existing_file_or_corpus_takes_precedence_over_a_cache(
+    tmp_path, monkeypatch
+):
     for name in ("x", "stdlib"):
         binidx_files.write(tmp_path, [[1, 0]])
         for suffix in (".bin", ".idx"):

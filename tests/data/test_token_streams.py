@@ -1,4 +1,4 @@
-"""Streams: one row of ids wherever they are, and a hash that sees each change."""
+"""Streams: one sequence of ids in any storage, and a hash that detects every change."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ STARTS = np.array([0, 4, 4, 5, 17, 40])
 
 
 def joined_stream(in_loss=None):
-    """Joins another array's middle and documents 0, 2 and 4 of five, of which one is empty."""
+    """Join the middle of another array and documents 0, 2 and 4 of five, one of them empty."""
     tokens = TokenArray(IDS, in_loss, STARTS)
     chosen = TokenStream.of_documents(
         tokens, np.array([True, False, True, False, True])
@@ -24,7 +24,7 @@ def joined_stream(in_loss=None):
 EXPECTED = [*range(104, 110), 1, 2, 3, 4, 5, *range(18, 41)]
 
 
-def test_a_stream_reads_as_one_row():
+def test_a_stream_reads_like_one_array():
     stream = joined_stream()
     assert (
         stream[:].tolist() == np.asarray(stream).tolist() == EXPECTED
@@ -38,21 +38,21 @@ def test_a_stream_reads_as_one_row():
         stream[::2]
 
 
-def test_documents_begin_where_they_did_and_where_a_span_cuts_them():
+def test_documents_start_at_their_old_starts_and_at_span_cuts():
     assert joined_stream().starts.tolist() == [0, 6, 10, 11, 34]
     assert joined_stream().documents.tolist() == [0, 1, 3]
     cut = TokenStream.of_range(TokenArray(IDS, starts=STARTS), 2, 20)
     assert cut.starts.tolist() == [0, 2, 3, 15, 18]
 
 
-def test_where_documents_begin_is_found_from_token_0(monkeypatch):
+def test_document_starts_are_inferred_from_token_0(monkeypatch):
     monkeypatch.setattr(token_streams, "_CHUNK", 3)
     ids = np.array([5, 0, 0, 7, 8, 9, 0, 3])
     assert as_stream(ids).starts.tolist() == [0, 2, 3, 7, 8]
     assert as_stream(ids[:-1]).starts.tolist() == [0, 2, 3, 7]
 
 
-def test_a_filled_row_has_the_masks_of_its_ids():
+def test_fill_writes_the_mask_of_the_tokens():
     in_loss = (IDS % 3 > 0).astype(np.uint8)
     stream = joined_stream(in_loss)
     wanted = [1] * 6 + [i % 3 > 0 for i in EXPECTED[6:]]
@@ -68,7 +68,7 @@ def test_a_filled_row_has_the_masks_of_its_ids():
     )
 
 
-def test_the_hash_does_not_depend_on_where_the_ids_lie():
+def test_the_hash_does_not_depend_on_the_storage():
     one = TokenStream.of_array(
         TokenArray(np.array(EXPECTED, np.int64), starts=joined_stream().starts)
     )
@@ -78,7 +78,7 @@ def test_the_hash_does_not_depend_on_where_the_ids_lie():
 
 
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
-def test_the_hash_sees_every_id_mask_and_border(monkeypatch, chunk):
+def test_the_hash_covers_every_id_mask_and_document_start(monkeypatch, chunk):
     monkeypatch.setattr(token_streams, "_CHUNK", chunk)
     ids = np.arange(30)
     in_loss = np.ones(30, np.uint8)
@@ -102,7 +102,7 @@ def test_the_hash_sees_every_id_mask_and_border(monkeypatch, chunk):
     assert len(set(seen)) == len(seen) - 1
 
 
-def test_large_data_is_hashed_by_its_size_and_by_blocks(monkeypatch):
+def test_large_data_is_hashed_by_size_and_sampled_blocks(monkeypatch):
     for name, value in (("_CHUNK", 8), ("HASHED_IN_FULL", 99), ("_HASHED_BLOCKS", 3)):
         monkeypatch.setattr(token_streams, name, value)
     ids = np.arange(1, 101)

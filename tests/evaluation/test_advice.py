@@ -1,4 +1,4 @@
-"""When advice on a state appears, and when it does not."""
+"""Conditions under which advice on a state appears."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: scores are those of one direct pass, contexts are read once."""
+"""Tasks of lm-evaluation-harness: scores match one forward pass, contexts are prefilled once."""
 
 import math
 import types
@@ -46,7 +46,7 @@ def tuned():
 
 
 def request(*args, task="task"):
-    """Makes a request as the harness does."""
+    """Make a request as the harness does."""
     return types.SimpleNamespace(args=args, task_name=task)
 
 
@@ -56,7 +56,7 @@ def _logits(params, state, tokens):
 
 
 def direct(params, state, context, continuation):
-    """Scores by one pass over all tokens, without caches, masks or batches."""
+    """Score with one forward pass over all tokens, without caches, masks or batches."""
     ids = [*context, *continuation]
     # One width for all: what follows a token does not change its score.
     tokens = np.zeros((1, 128), np.int32)
@@ -72,7 +72,7 @@ def direct(params, state, context, continuation):
 
 
 def expected_ids(pair, bos):
-    """The rule of what comes first, written down once more."""
+    """Restate how a pair is split into ids of context and continuation."""
     context, continuation = pair
     blanks = context[len(context.rstrip()) :]
     before = [*bos, *BYTES.encode(context.rstrip())]
@@ -81,7 +81,7 @@ def expected_ids(pair, bos):
 
 @pytest.mark.parametrize("bos", [(), (0,), (7, 0)])
 @pytest.mark.parametrize("is_tuned", [False, True])
-def test_scores_are_those_of_a_direct_pass(params, tuned, is_tuned, bos):
+def test_scores_match_a_single_forward_pass(params, tuned, is_tuned, bos):
     state = tuned if is_tuned else None
     lm = StateLM(MODEL, params, BYTES, state, rows=4, bos=bos)
     pairs = list(PAIRS)
@@ -102,7 +102,7 @@ def test_scores_are_those_of_a_direct_pass(params, tuned, is_tuned, bos):
     assert lm.split_pairs == 0
 
 
-def test_tokens_that_are_read_are_those_of_distinct_contexts(params):
+def test_each_distinct_context_is_prefilled_once(params):
     lm = StateLM(MODEL, params, BYTES, rows=4)
     contexts = [f"Question {number}: who?" for number in range(5)]
     requests = []
@@ -115,7 +115,7 @@ def test_tokens_that_are_read_are_those_of_distinct_contexts(params):
     assert lm.tokens_read <= sum(len(one.args[0]) for one in requests) / 2
 
 
-def test_what_contexts_of_a_task_share_is_read_once_and_each_task_has_its_own(params):
+def test_the_shared_prefix_of_each_task_is_prefilled_once(params):
     lm = StateLM(MODEL, params, BYTES, rows=4)
     one = [request(EXAMPLES + str(n), " 2", task="one") for n in range(3)]
     two = [request("Other " + EXAMPLES + str(n), " 2", task="two") for n in range(3)]
@@ -123,7 +123,7 @@ def test_what_contexts_of_a_task_share_is_read_once_and_each_task_has_its_own(pa
     assert lm.tokens_read == len(EXAMPLES) + 3 + len("Other " + EXAMPLES) + 3
 
 
-def test_a_text_is_scored_in_one_pass_however_long_it_is(params, tuned):
+def test_a_text_of_any_length_is_scored_in_one_pass(params, tuned):
     text = "The night is long. " * 40
     lm = StateLM(MODEL, params, BYTES, tuned, rows=2)
     (value,) = lm.loglikelihood_rolling([request(text)])
@@ -136,7 +136,7 @@ def test_a_text_is_scored_in_one_pass_however_long_it_is(params, tuned):
     assert lm.tokens_read == 1
 
 
-def test_answers_are_those_of_generate_row_by_row(params, tuned):
+def test_answers_match_generate_row_by_row(params, tuned):
     lm = StateLM(MODEL, params, BYTES, tuned, rows=4)
     contexts = ["Q: one", "Q: two and more", "Q: three", "Q: one", ""]
     greedy = {"until": ["\n\n", "e"], "do_sample": False, "max_gen_toks": 12}
@@ -159,7 +159,7 @@ def test_answers_are_those_of_generate_row_by_row(params, tuned):
     assert lm.tokens_read == 1 + sum(map(len, read))
 
 
-def test_drawn_answers_to_one_context_differ_and_come_again(params):
+def test_sampled_answers_differ_and_are_reproducible(params):
     drawn = {"until": [], "do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
     requests = [request("Q: one", drawn), request("Q: one", drawn)]
     first = StateLM(MODEL, params, BYTES, rows=4).generate_until(requests)
@@ -168,7 +168,7 @@ def test_drawn_answers_to_one_context_differ_and_come_again(params):
     assert first == second
 
 
-def test_an_option_that_the_sampler_does_not_have_is_refused(params):
+def test_an_unsupported_sampling_option_is_rejected(params):
     lm = StateLM(MODEL, params, BYTES)
     with pytest.raises(
         ValueError, match=r"a task's options must be .*; got `num_beams`"
@@ -176,7 +176,7 @@ def test_an_option_that_the_sampler_does_not_have_is_refused(params):
         lm.generate_until([request("Q", {"until": ["\n"], "num_beams": 3})])
 
 
-def test_a_token_across_the_border_is_counted_and_the_continuation_stands_alone(params):
+def test_tokens_across_the_context_border_are_split_and_counted(params):
     entries = {byte + 1: bytes([byte]) for byte in range(255)} | {256: b"ab"}
     pairs = Tokenizer(entries, vocab_size=257, name="pairs")
     lm = StateLM(MODEL, params, pairs, rows=4)
@@ -197,13 +197,13 @@ def test_a_token_across_the_border_is_counted_and_the_continuation_stands_alone(
         ({"tokenizer": None}, TypeError, r"StateLM: `tokenizer` must be a Tokenizer"),
     ],
 )
-def test_a_wrong_argument_is_one_sentence(unchecked, params, changed, error, sentence):
+def test_an_invalid_argument_is_rejected(unchecked, params, changed, error, sentence):
     arguments = {"tokenizer": BYTES, **changed}
     with pytest.raises(error, match=sentence):
         StateLM(MODEL, params, **arguments)
 
 
-def test_bits_of_a_uniform_model_are_those_of_its_vocabulary(params):
+def test_a_uniform_model_scores_log_vocabulary_size_per_token(params):
     silent = {**params, "head": {"weight": jnp.zeros_like(params["head"]["weight"])}}
     lm = StateLM(MODEL, silent, BYTES, rows=4)
     ((value, _),) = lm.loglikelihood([request("a", "bcd")])

@@ -1,4 +1,4 @@
-"""The harness's own tasks on local files, and names and files that are refused."""
+"""Tasks of the harness on local files, and rejected names and files."""
 
 import json
 import math
@@ -26,7 +26,7 @@ BYTES = Tokenizer.bytes()
 
 @pytest.fixture(scope="module")
 def manager():
-    """Knows a few tasks: all of the harness would take ten seconds to list."""
+    """A task manager with a few tasks: listing all of them would take ten seconds."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -46,7 +46,7 @@ def files(tmp_path_factory):
 
 
 class Knowing(StateLM):
-    """Knows all answers but one."""
+    """A model that knows all answers but one."""
 
     def generate_until(self, requests, disable_tqdm=False):
         answers = []
@@ -60,9 +60,7 @@ class Knowing(StateLM):
 
 
 @pytest.mark.slow
-def test_gsm8k_of_the_harness_runs_on_local_files(
-    manager, files, tmp_path, monkeypatch
-):
+def test_gsm8k_runs_on_local_files(manager, files, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     data = {"gsm8k": [str(files / "train.jsonl"), str(files / "test.jsonl")]}
@@ -89,12 +87,12 @@ def test_gsm8k_of_the_harness_runs_on_local_files(
 
 
 def write_rows(path, rows):
-    """Writes a .jsonl file and gives its path."""
+    """Write a .jsonl file and return its path."""
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return str(path)
 
 
-def test_choices_contexts_and_texts_have_the_bits_of_what_is_right(manager, tmp_path):
+def test_bits_are_those_of_the_right_choice_context_or_text(manager, tmp_path):
     names = ["cold", "warm"]
     arc = []
     winogrande = []
@@ -129,13 +127,13 @@ def test_choices_contexts_and_texts_have_the_bits_of_what_is_right(manager, tmp_
 
 
 def assert_bits(scores, lm, pairs):
-    """Compares with the scores of these pairs of contexts and right answers."""
+    """Compare with the scores of these pairs of context and right answer."""
     bits = [-value / math.log(2) for value, _ in lm.score_pairs(pairs)]
     np.testing.assert_allclose(scores.totals, bits, rtol=1e-5)
     assert scores.weights.tolist() == [len(text) for _, text in pairs]
 
 
-def test_a_group_counts_all_its_questions_the_same(tmp_path):
+def test_a_group_weights_all_questions_equally(tmp_path):
     from lm_eval.tasks import TaskManager
 
     parts = {"one": 3, "two": 1}
@@ -172,7 +170,7 @@ def test_a_group_counts_all_its_questions_the_same(tmp_path):
 
 
 def hard_questions(count):
-    """Returns the content of a file of BIG-Bench Hard: its records are under a name."""
+    """Return the content of a BIG-Bench Hard file, whose records are under a key."""
     examples = [
         {"input": f"not ( {n % 2} ) is", "target": str(1 - n % 2)} for n in range(count)
     ]
@@ -181,7 +179,7 @@ def hard_questions(count):
 
 @pytest.fixture(scope="module")
 def hard(tmp_path_factory):
-    """Two tasks of BIG-Bench Hard as the harness knows them, and a folder as it is published."""
+    """Two BIG-Bench Hard tasks of the harness, and a folder in the published layout."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -195,7 +193,7 @@ def hard(tmp_path_factory):
     return TaskManager(include_path=[tasks, folder], include_defaults=False), folder
 
 
-def test_a_group_reads_a_folder_with_a_file_for_each_task(hard, tmp_path):
+def test_a_group_reads_a_folder_with_one_file_per_task(hard, tmp_path):
     manager, folder = hard
     data = {"hard": [str(folder)]}
     loaded = load_tasks(list(data), data, tmp_path / "tasks", manager=manager)
@@ -213,7 +211,7 @@ def test_a_group_reads_a_folder_with_a_file_for_each_task(hard, tmp_path):
     assert_bits(scores["bbh_zeroshot_web_of_lies"]["bits_per_byte"], lm, pairs)
 
 
-def test_one_task_reads_records_that_have_a_name(hard, tmp_path):
+def test_a_task_reads_records_under_a_key(hard, tmp_path):
     manager, folder = hard
     name = "bbh_zeroshot_web_of_lies"
     data = {name: [str(folder / "web_of_lies.json")]}
@@ -221,7 +219,7 @@ def test_one_task_reads_records_that_have_a_name(hard, tmp_path):
     assert len(list(loaded.tasks[name].test_docs())) == 3
 
 
-def test_a_folder_without_the_file_of_a_task_is_refused(hard, tmp_path):
+def test_a_folder_that_lacks_a_tasks_file_is_rejected(hard, tmp_path):
     manager, _ = hard
     (tmp_path / "boolean_expressions.jsonl").write_text("{}\n")
     data = {"hard": [str(tmp_path)]}
@@ -252,7 +250,7 @@ def test_a_folder_without_the_file_of_a_task_is_refused(hard, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_loaded_is_one_sentence(
+def test_loading_errors_are_one_sentence(
     manager, files, tmp_path, monkeypatch, names, data, sentence
 ):
     monkeypatch.chdir(files)

@@ -1,4 +1,4 @@
-"""Norm, largest entry and rank of a state, head by head."""
+"""Norm, largest entry and rank of a state, per head."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +20,7 @@ def test_each_head_has_its_own_norm_and_largest_entry():
     assert statistics["max"][2, 1] == np.abs(matrix).max()
 
 
-def test_a_matrix_with_one_direction_has_rank_1_and_the_identity_full_rank():
+def test_an_outer_product_has_rank_1_and_the_identity_full_rank():
     wkv = np.zeros(init_state(CONFIG).wkv.shape, np.float32)
     wkv[0, 0, 0, 3, 5] = 1e-20
     wkv[0, 0, 1] = np.eye(CONFIG.head_size)
@@ -29,7 +29,7 @@ def test_a_matrix_with_one_direction_has_rank_1_and_the_identity_full_rank():
     np.testing.assert_allclose(statistics["rank"][0, 1], CONFIG.head_size, rtol=1e-5)
 
 
-def test_an_upscaled_memory_has_columns_of_its_own():
+def test_an_upscaled_memory_has_its_own_columns():
     state = filled(empty_state())
     statistics = head_statistics(state)
     assert list(statistics)[3:] == ["upscaled norm", "upscaled max", "upscaled rank"]

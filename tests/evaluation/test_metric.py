@@ -1,4 +1,4 @@
-"""Metrics: their units say what is better, and names in logs give the unit back."""
+"""Metrics: units define which direction is better, and log names identify the unit."""
 
 import pytest
 
@@ -6,12 +6,12 @@ from rwkv7_jax.evaluation.metric import UNITS, Metric, log_name, logged_metric, 
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_the_name_in_a_log_gives_the_metric_back(unit):
+def test_a_log_name_round_trips_to_its_metric(unit):
     metric = Metric.of(0.5, unit)
     assert logged_metric(log_name("held_out", unit), 0.5) == metric
 
 
-def test_less_is_better_of_losses_and_more_of_scores():
+def test_lower_losses_and_higher_scores_are_better():
     better = {unit: Metric.of(1.0, unit).higher_is_better for unit in UNITS}
     assert better == {
         "bits_per_byte": False,
@@ -22,5 +22,5 @@ def test_less_is_better_of_losses_and_more_of_scores():
     }
 
 
-def test_numbers_that_no_evaluator_made_have_no_unit():
+def test_other_metrics_have_no_unit():
     assert unit_of("grad_norm") is None

@@ -1,4 +1,4 @@
-"""Bits per byte, by hand and by position; the accuracy of answers."""
+"""Bits per byte, restated and by position; the accuracy of answers."""
 
 import dataclasses
 import math
@@ -51,7 +51,7 @@ def result(params, batch):
     return score(MODEL, params, init_state(CONFIG), batch, Tokenizer.bytes())
 
 
-def test_bits_per_byte_is_the_loss_over_the_bytes(params, batch, result):
+def test_bits_per_byte_is_the_loss_per_byte(params, batch, result):
     state = repeat(init_state(CONFIG), 5)
     loss, _ = jax.jit(next_token_loss, static_argnums=0)(MODEL, params, state, batch)
     # One of the 250 targets is the end of text: it costs bits and is no byte.
@@ -62,7 +62,7 @@ def test_bits_per_byte_is_the_loss_over_the_bytes(params, batch, result):
     assert result.tokens == 250
 
 
-def test_positions_add_up_to_the_whole(result):
+def test_losses_by_position_add_up_to_the_total(result):
     assert [(a, b) for a, b, _ in result.by_position] == [(0, 32), (32, 50)]
     bits = 5 * 32 - 1, 5 * 18
     total = sum(
@@ -80,7 +80,7 @@ def test_masked_targets_do_not_count(params, batch, result):
     assert half.bits_per_byte == pytest.approx(result.by_position[0][2], rel=1e-6)
 
 
-def test_the_error_is_that_of_a_ratio_of_sums(params, batch):
+def test_the_standard_error_is_that_of_a_ratio_of_sums(params, batch):
     # Windows of very different sizes, one of them without targets.
     mask = np.zeros((5, 50), np.float32)
     for row, size in enumerate((50, 3, 20, 0, 10)):
@@ -105,7 +105,7 @@ def test_a_single_window_has_no_standard_error(params, batch):
     assert math.isnan(result.standard_error)
 
 
-def test_a_difference_is_over_pairs_of_windows(params, batch, result):
+def test_a_difference_is_paired_by_window(params, batch, result):
     state = prefill_state(MODEL, params, batch["tokens"][0])
     other = score(MODEL, params, state, batch, Tokenizer.bytes())
     difference, error = other.difference(result)
@@ -115,13 +115,13 @@ def test_a_difference_is_over_pairs_of_windows(params, batch, result):
     assert value == error == 0
 
 
-def test_the_number_of_rows_at_a_time_changes_nothing(params, batch):
+def test_the_batch_size_does_not_change_the_scores(params, batch):
     one = token_nats(MODEL, params, init_state(CONFIG), batch["tokens"], rows=2)
     two = token_nats(MODEL, params, init_state(CONFIG), batch["tokens"], rows=8)
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
-def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(params, batch):
+def test_chunked_prefill_gives_the_same_state(params, batch):
     prompt = batch["tokens"][0]
     pieces = prefill_state(MODEL, params, prompt, chunk=20)
     whole = prefill_state(MODEL, params, prompt, chunk=64)
@@ -130,7 +130,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(params, batch):
 
 @pytest.fixture(scope="module")
 def likeliest(params, batch):
-    """For every target the likeliest id, and the loss of the target."""
+    """Return the most probable id at every target, and the target's loss."""
     tokens = jnp.asarray(batch["tokens"])
     logits, _ = MODEL.apply({"params": params}, tokens[:, :-1], init_state(CONFIG, 5))
     nats = -jnp.take_along_axis(
@@ -139,9 +139,7 @@ def likeliest(params, batch):
     return np.asarray(jnp.argmax(logits, axis=-1)), np.asarray(nats)
 
 
-def test_accuracy_counts_scored_positions_whose_likeliest_id_is_the_target(
-    params, batch, likeliest
-):
+def test_accuracy_counts_correct_argmax_at_scored_positions(params, batch, likeliest):
     ids, nats = likeliest
     mask = np.zeros((5, 50), np.float32)
     mask[[0, 0, 0, 1, 3], [4, 9, 30, 9, 40]] = 1
@@ -177,14 +175,14 @@ def test_answers_start_from_the_state(params, batch):
     assert zero != pytest.approx(other, rel=1e-4)
 
 
-def test_a_batch_without_scored_positions_is_refused(params, batch):
+def test_a_batch_without_scored_positions_is_rejected(params, batch):
     with pytest.raises(ValueError, match=r"score_answers: `batch\.mask` must count"):
         score_answers(
             MODEL, params, init_state(CONFIG), batch | {"mask": batch["mask"] * 0}
         )
 
 
-def test_the_vocabulary_is_read_once_for_all_evaluations(params, batch, monkeypatch):
+def test_token_bytes_are_cached_across_evaluations(params, batch, monkeypatch):
     calls = []
     tokenizer = Tokenizer.bytes()
     one = score(MODEL, params, init_state(CONFIG), batch, tokenizer)
@@ -196,7 +194,7 @@ def test_the_vocabulary_is_read_once_for_all_evaluations(params, batch, monkeypa
 
 
 @pytest.mark.parametrize("kind", ["digits", "words", "raw", "ids", "bpe", "pieces"])
-def test_bytes_are_those_that_the_vocabulary_decodes(tmp_path, kind):
+def test_byte_counts_match_the_decoded_text(tmp_path, kind):
     texts = {
         "digits": "120,021#" * 9,
         "words": "abba ab\u20ac\n" * 9,
@@ -230,7 +228,7 @@ def test_bytes_are_those_that_the_vocabulary_decodes(tmp_path, kind):
     assert found.bits_per_byte == pytest.approx(expected, rel=1e-5)
 
 
-def test_ids_that_the_vocabulary_does_not_have_are_refused(params, batch):
+def test_out_of_vocabulary_ids_are_rejected(params, batch):
     with pytest.raises(
         ValueError, match="below the vocabulary size of `tokenizer`, 256; got 256"
     ):
@@ -243,9 +241,7 @@ def test_ids_that_the_vocabulary_does_not_have_are_refused(params, batch):
     ),
     guesses=st.lists(st.floats(0.01, 1.0), min_size=4, max_size=4),
 )
-def test_no_guess_that_ignores_the_text_is_better_than_the_frequencies(
-    targets, guesses
-):
+def test_frequency_nats_bounds_every_context_free_guess(targets, guesses):
     tokens = np.array([[0, *(token for token, _ in targets)]], np.int32)
     mask = np.array([[weight for _, weight in targets]], np.float32)
     if not mask.sum():
@@ -255,7 +251,7 @@ def test_no_guess_that_ignores_the_text_is_better_than_the_frequencies(
     assert frequency_nats(Batch(tokens=tokens, mask=mask)) <= guessed + 1e-6
 
 
-def test_guessing_by_frequency_is_the_loss_of_the_shares():
+def test_frequency_nats_is_the_entropy_of_the_targets():
     tokens = np.array([[9, 1, 1, 1, 2], [9, 5, 5, 5, 5]], np.int32)
     mask = np.array([[1, 1, 1, 1], [0, 0, 0, 0]], np.float32)
     expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))

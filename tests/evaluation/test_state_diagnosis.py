@@ -1,4 +1,4 @@
-"""What is measured of a state: reads, norms, ranks, losses by position, what it forgets."""
+"""The diagnosis of a state: reads, norms, ranks, losses by position, retention."""
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def empty():
-    """Every test takes such states, so that all share the compiled programs."""
+    """An empty upscaled state; all tests share its shapes and so the compiled programs."""
     return empty_state()
 
 
@@ -42,20 +42,20 @@ def text(seed=0, scored=T):
 
 @pytest.fixture(scope="module")
 def found(model, params, empty):
-    """A full upscaled state on a text, of which the first ten targets count, and on another."""
+    """A full upscaled state and its diagnosis on a text with ten scored targets and on another."""
     state = filled(empty).replace(wkv=random_state(seed=3).wkv)
     return state, diagnose(model, params, state, text(scored=10), generic=text(1))
 
 
 @pytest.fixture(scope="module")
 def bare(model, params, empty):
-    """A WKV state with an empty memory next to it, which numpy restates without one."""
+    """A WKV state with an empty memory, and its diagnosis; the NumPy restatement has no memory."""
     state = empty.replace(wkv=0.3 * random_state(seed=3).wkv)
     return state, diagnose(model, params, state, text(scored=10))
 
 
 def psi_of(params, state, ids):
-    """The WKV state's psi [L T H N] token by token, float64, of a run from `state`."""
+    """Return psi [L T H N] of the WKV state at each token of a run from `state`, in float64."""
     _, _, trace = restated(params, ids, state.replace(upscaled=None))
     log_w, a, b, r = (trace[name] for name in ("log_w", "a", "b", "r"))
     layers, length, heads, size = r.shape
@@ -71,9 +71,7 @@ def psi_of(params, state, ids):
     return np.stack(out, 1)
 
 
-def test_the_forgetting_curve_is_the_mean_square_of_psi_relative_to_the_first(
-    params, bare
-):
+def test_the_forgetting_curve_is_the_relative_mean_square_of_psi(params, bare):
     state = bare[0]
     memory = bare[1].memories["wkv"]
     psi = np.stack([psi_of(params, state, row[:-1]) for row in text()["tokens"]])
@@ -83,12 +81,12 @@ def test_the_forgetting_curve_is_the_mean_square_of_psi_relative_to_the_first(
     assert memory.faded == (below[0] if len(below) else None)
 
 
-def test_a_static_memorys_reads_do_not_fade(found):
+def test_reads_of_a_static_memory_do_not_fade(found):
     _, diagnosis = found
     assert diagnosis.memories["memory"].fading.min() > 0.3
 
 
-def test_ranks_are_those_of_the_statistics_that_tuning_uses(model, params, found):
+def test_read_ranks_match_the_statistics_of_tuning(model, params, found):
     state, diagnosis = found
     statistics = state_statistics(model, params, leaves=("wkv", "memory"), rows=B)
     moments = jax.jit(statistics)(state, text(scored=10))
@@ -98,7 +96,7 @@ def test_ranks_are_those_of_the_statistics_that_tuning_uses(model, params, found
         np.testing.assert_allclose(diagnosis.memories[name].read_rank, rank, rtol=1e-2)
 
 
-def test_norms_and_ranks_are_those_of_the_singular_values(found):
+def test_norms_and_ranks_match_the_singular_values(found):
     state, diagnosis = found
     values = singular_values(state.wkv)
     memory = diagnosis.memories["wkv"]
@@ -111,7 +109,7 @@ def test_norms_and_ranks_are_those_of_the_singular_values(found):
     assert not ranks(init_state(CONFIG).wkv).any()
 
 
-def test_a_typical_state_is_the_base_models_after_the_rows(params, bare):
+def test_the_reference_norm_is_that_of_the_base_models_states(params, bare):
     ends = [
         restated(params, row[:-1], init_state(CONFIG))[1].wkv
         for row in text()["tokens"]
@@ -122,7 +120,7 @@ def test_a_typical_state_is_the_base_models_after_the_rows(params, bare):
     )
 
 
-def test_losses_by_position_are_those_of_the_models_logits(params, bare):
+def test_losses_by_position_match_the_logits(params, bare):
     state, diagnosis = bare
     ids = text()["tokens"]
     for start, came in (
@@ -144,9 +142,7 @@ def test_the_zero_state_changes_nothing(model, params, empty):
     assert kept.base_accuracy == kept.tuned_accuracy and kept.tokens == B * T
 
 
-def test_retention_has_a_row_a_text_with_the_numbers_of_evaluation(
-    model, params, found
-):
+def test_retention_has_a_row_per_text_that_matches_evaluation(model, params, found):
     state, diagnosis = found
     texts = {"some": text(2, scored=5), "other": text(1)}
     rows = retention(model, params, state, texts)
@@ -162,7 +158,7 @@ def test_retention_has_a_row_a_text_with_the_numbers_of_evaluation(
     assert diagnosis.generic.tuned_nats == pytest.approx(rows[1].tuned_nats)
 
 
-def test_more_rows_than_fit_at_once_are_all_counted(model, params, bare):
+def test_rows_beyond_one_batch_are_all_counted(model, params, bare):
     many = {name: np.concatenate([x, x, x]) for name, x in text().items()}
     one, two = (diagnose(model, params, bare[0], batch) for batch in (text(), many))
     assert two.own.tokens == 3 * one.own.tokens
@@ -172,7 +168,7 @@ def test_more_rows_than_fit_at_once_are_all_counted(model, params, bare):
         np.testing.assert_allclose(a, b, rtol=1e-3)
 
 
-def test_the_order_of_rows_changes_nothing(model, params, bare):
+def test_the_order_of_rows_does_not_matter(model, params, bare):
     mask = (np.arange(T) < np.arange(1, 13)[:, None]).astype(np.float32)
     rows = {"tokens": np.asarray(tokens(12, T + 1, seed=9)), "mask": mask}
     turned = {name: x[::-1] for name, x in rows.items()}
@@ -183,7 +179,7 @@ def test_the_order_of_rows_changes_nothing(model, params, bare):
         np.testing.assert_allclose(a, b, rtol=1e-4)
 
 
-def test_a_text_in_which_nothing_counts_is_refused(model, params):
+def test_a_text_without_scored_targets_is_rejected(model, params):
     with pytest.raises(ValueError, match=r"diagnose: `batch\.mask` must count"):
         diagnose(model, params, init_state(CONFIG), text(scored=0))
     with pytest.raises(
@@ -192,13 +188,13 @@ def test_a_text_in_which_nothing_counts_is_refused(model, params):
         retention(model, params, init_state(CONFIG), {"other": text(scored=0)})
 
 
-def test_another_models_state_is_refused(model, params):
+def test_a_state_of_another_model_is_rejected(model, params):
     state = random_state()
     with pytest.raises(ValueError, match=r"diagnose: `state.wkv` must have shape"):
         diagnose(model, params, state.replace(wkv=state.wkv[:, :, :1]), text())
 
 
-def test_a_state_that_drowns_what_is_read_is_called_large(model, params, bare):
+def test_the_advice_warns_of_an_oversized_state(model, params, bare):
     huge, small = (scaled(bare[0], size) for size in (1000.0, 0.01))
     said = [diagnose(model, params, state, text()).advice for state in (huge, small)]
     assert [
@@ -210,7 +206,7 @@ def test_a_state_that_drowns_what_is_read_is_called_large(model, params, bare):
     ]
 
 
-def test_a_diagnosis_becomes_a_picture(found, tmp_path):
+def test_a_diagnosis_can_be_plotted(found, tmp_path):
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     pictures.diagnosis(tmp_path / "state.png", found[1])
     assert (tmp_path / "state.png").read_bytes().startswith(b"\x89PNG")

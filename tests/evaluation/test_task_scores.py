@@ -1,4 +1,4 @@
-"""Paired differences, their errors, and the tables of tasks."""
+"""Paired differences, their standard errors, and tables of tasks."""
 
 import json
 import math
@@ -15,25 +15,25 @@ from rwkv7_jax.evaluation.task_scores import (
 
 
 def scores(totals, weights=None, questions=None):
-    """Makes scores of numbered questions."""
+    """Make scores of numbered questions."""
     weights = np.ones(len(totals)) if weights is None else np.array(weights, float)
     names = questions or tuple(str(number) for number in range(len(totals)))
     return QuestionScores(np.array(totals, float), weights, names)
 
 
-def test_a_mean_and_its_error_are_the_usual_ones():
+def test_mean_and_standard_error_match_the_usual_formulas():
     one = scores([1, 0, 1, 1])
     assert one.value == 0.75
     error = np.std([1, 0, 1, 1], ddof=1) / 2
     assert one.standard_error == pytest.approx(error, rel=1e-12)
 
 
-def test_bits_per_byte_are_a_ratio_of_sums():
+def test_bits_per_byte_is_a_ratio_of_sums():
     one = scores([10, 1], weights=[100, 1])
     assert one.value == pytest.approx(11 / 101)
 
 
-def test_what_is_hard_for_both_leaves_no_error_in_the_difference():
+def test_shared_difficulty_cancels_in_the_paired_error():
     base = scores([0, 0, 1, 1])
     difference, error = scores([0.1, 0.1, 1.1, 1.1]).difference(base)
     assert difference == pytest.approx(0.1)
@@ -41,7 +41,7 @@ def test_what_is_hard_for_both_leaves_no_error_in_the_difference():
     assert base.standard_error > 0.2
 
 
-def test_the_error_of_a_difference_is_that_of_repeated_experiments():
+def test_the_paired_error_matches_repeated_experiments():
     rng = np.random.default_rng(0)
     differences = []
     errors = []
@@ -56,17 +56,17 @@ def test_the_error_of_a_difference_is_that_of_repeated_experiments():
     assert np.mean(errors) == pytest.approx(np.std(differences), rel=0.05)
 
 
-def test_other_questions_have_no_difference():
+def test_scores_of_different_questions_cannot_be_compared():
     with pytest.raises(ValueError, match="must have the same questions"):
         scores([1, 0]).difference(scores([1, 0], questions=("0", "2")))
 
 
-def test_pooled_questions_count_the_same():
+def test_pooling_weights_all_questions_equally():
     both = pooled([scores([1, 1, 0, 0]), scores([1])])
     assert both.value == pytest.approx(3 / 5)
 
 
-def test_a_single_question_has_no_error_and_json_has_no_nan():
+def test_a_single_question_has_a_null_error_in_json():
     rows = {
         "base": {"task": {"acc": scores([1])}},
         "state": {"task": {"acc": scores([0])}},
@@ -78,7 +78,7 @@ def test_a_single_question_has_no_error_and_json_has_no_nan():
     assert math.isnan(scores([1]).standard_error)
 
 
-def test_a_table_has_a_line_a_row_and_differences_from_the_first():
+def test_a_table_shows_differences_from_the_first_row():
     rows = {
         "base": {"sums": {"acc": scores([1, 0, 0, 0])}},
         "tuned state": {"sums": {"acc": scores([1, 1, 0, 0])}},

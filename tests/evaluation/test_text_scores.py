@@ -1,4 +1,4 @@
-"""Tables of scores: what stands in a line, and JSON that others can read."""
+"""Tables of scores: their lines and their JSON."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ SIZES = np.array([10.0, 20.0, 70.0])
 
 
 def scored(bits: float, noise=(0.0, 0.0, 0.0)) -> Score:
-    """A score of so many bits per byte, with noise that adds up to nothing."""
+    """Make a score with these bits per byte and noise that sums to zero."""
     by_window = Ratio(bits * SIZES + np.array(noise), SIZES)
     return Score(
         bits_per_byte=bits,
@@ -35,7 +35,7 @@ BASE = scored(2.0, (-5.0, 5.0, 0.0))
 TUNED = scored(1.5, (-4.0, 5.0, -1.0))
 
 
-def test_a_row_has_its_error_and_is_compared_with_the_first():
+def test_a_row_has_its_error_and_difference_from_the_first():
     lines = text_table("new text", {"base": BASE, "tuned state": TUNED})
     head, base, tuned, foot = lines.splitlines()
     assert head.split()[-2:] == ["0-31", "32-63"]
@@ -46,7 +46,7 @@ def test_a_row_has_its_error_and_is_compared_with_the_first():
     assert len(base) == len(tuned) <= 100
 
 
-def test_a_single_window_has_no_error():
+def test_a_single_window_has_no_standard_error():
     one = Ratio(np.array([20.0]), np.array([10.0]))
     row = Score(2.0, 4.0, (), 9, one.standard_error, one)
     lines = text_table("new text", {"base": row, "tuned state": row}).splitlines()
@@ -63,19 +63,19 @@ def test_json_has_the_paired_difference_from_the_first_row():
     assert found["base"]["by_window"]["weights"] == SIZES.tolist()
 
 
-def test_rows_of_other_windows_have_no_difference():
+def test_rows_with_other_windows_have_no_difference():
     other = Ratio(np.ones(2), np.ones(2))
     with pytest.raises(ValueError, match="must have the same parts"):
         BASE.difference(dataclasses.replace(TUNED, by_window=other))
 
 
-def test_a_base_that_is_certain_leaves_no_change_to_name():
+def test_a_base_loss_of_0_has_no_relative_change():
     table = text_table("new text", {"base": scored(0.0), "tuned state": scored(1.0)})
     assert "nan%" in table.splitlines()[2]
 
 
 def answered(right: list[float]) -> Answers:
-    """Answers to rows of four questions."""
+    """Make scores of answers to rows of four questions."""
     return Answers(
         accuracy=sum(right) / (4 * len(right)),
         nats=1.25,
@@ -85,7 +85,7 @@ def answered(right: list[float]) -> Answers:
     )
 
 
-def test_answers_have_a_line_for_each_start():
+def test_the_answer_table_has_a_line_per_start_state():
     rows = {"base": answered([1, 2, 3]), "tuned state": answered([2, 3, 4])}
     _, base, tuned, foot = answer_table("steer", rows).splitlines()
     assert base.split() == ["base", "0.5000", "+-0.1443", "0.1250", "1.250"]
@@ -97,7 +97,7 @@ def test_answers_have_a_line_for_each_start():
     assert found["difference"] == pytest.approx(0.25)
 
 
-def test_json_has_null_where_nothing_was_measured():
+def test_unmeasured_values_are_null_in_json():
     answers = dataclasses.replace(answered([1, 2]), nats=math.nan)
     rows = rows_as_json({"base": BASE}) | rows_as_json({"task": answers})
     found = json.loads(json.dumps(rows, allow_nan=False))

@@ -1,4 +1,4 @@
-"""Names of chips: JAX's, Google's and GPUs'."""
+"""Chip names of JAX, Google and GPUs."""
 
 import pytest
 
@@ -27,7 +27,7 @@ KNOWN = [
 
 
 @pytest.mark.parametrize(("name", "kind", "shape", "chips", "host"), KNOWN)
-def test_a_name_stands_for_chips_not_for_cores(name, kind, shape, chips, host):
+def test_a_name_counts_chips_and_not_cores(name, kind, shape, chips, host):
     target = find_target(name)
     assert (target.kind, target.shape, target.chips) == (kind, shape, chips)
     assert target.host == host
@@ -43,13 +43,13 @@ def test_a_name_stands_for_chips_not_for_cores(name, kind, shape, chips, host):
         *("v5e-" + "9" * 5000, "v5e:2x" + "9" * 5000, "v5e:2x4,slices=" + "9" * 5000),
     ],
 )
-def test_other_names_are_refused_in_a_sentence(name):
+def test_unknown_names_are_rejected(name):
     with pytest.raises(ValueError, match=r"`--topology` must .*; got") as caught:
         find_target(name)
     assert str(caught.value).endswith(f"got {name!r}.")
 
 
-def test_a_gpu_has_the_share_of_its_memory_that_jax_takes(monkeypatch):
+def test_the_memory_limit_of_a_gpu_is_what_jax_preallocates(monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     target = find_target("h100")
     assert (target.platform, target.chips) == ("cuda", 1)

@@ -1,4 +1,4 @@
-"""The bytes that the layout of the weights makes a step send."""
+"""The bytes that a step sends, computed from the sharding of the weights."""
 
 import jax
 import pytest
@@ -28,7 +28,7 @@ def sent(sizes, dtype="bfloat16", *, trained=False, tokens=TOKENS, recomputed=Fa
 
 
 def gathered_bytes(sizes):
-    """Bytes in bfloat16 of the matrices that lie in shards: gathered twice, and once."""
+    """Return the bfloat16 bytes of the sharded matrices that are gathered twice, and once."""
     weights = describe_weights(CONFIG, "bfloat16", None)
     pairs = zip(
         jax.tree.leaves(weights),
@@ -57,7 +57,7 @@ def test_one_device_sends_nothing():
     assert sent({}) == 0 and sent({}, "float32", trained=True) == 0
 
 
-def test_a_frozen_matrix_is_gathered_once_a_pass_and_the_head_once():
+def test_a_frozen_matrix_is_gathered_once_per_pass_and_the_head_once():
     sizes = {"data": 1, "fsdp": 4}
     twice, once = gathered_bytes(sizes)
     state = wire_bytes("all-reduce", 4, 4 * 3 * 2 * 64 * 64)
@@ -66,7 +66,7 @@ def test_a_frozen_matrix_is_gathered_once_a_pass_and_the_head_once():
     assert sent(sizes) == pytest.approx(expected)
 
 
-def test_trained_weights_add_one_scatter_and_wider_ones_travel_no_wider():
+def test_training_adds_one_reduce_scatter_at_the_compute_dtype():
     sizes = {"data": 1, "fsdp": 4}
     twice, once = gathered_bytes(sizes)
     trained = sent(sizes, "float32", trained=True, tokens=0)
@@ -78,7 +78,7 @@ def test_trained_weights_add_one_scatter_and_wider_ones_travel_no_wider():
     assert narrow == pytest.approx(trained - small / 2)
 
 
-def test_devices_that_share_heads_send_activations_in_place_of_gathers():
+def test_tensor_parallelism_sends_activations_instead_of_weights():
     sizes = {"data": 1, "tensor": 2}
     rows = TOKENS * 128 * 2
     summed = wire_bytes("all-reduce", 2, rows)
@@ -89,7 +89,7 @@ def test_devices_that_share_heads_send_activations_in_place_of_gathers():
     assert sent(sizes, tokens=0) == 0
 
 
-def test_more_groups_of_data_send_about_the_same():
+def test_data_parallel_traffic_barely_depends_on_the_group_count():
     few = sent({"data": 8, "fsdp": 1}, trained=True)
     many = sent({"data": 256, "fsdp": 1}, trained=True)
     assert many / few == pytest.approx((255 / 256) / (7 / 8))

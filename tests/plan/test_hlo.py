@@ -1,4 +1,4 @@
-"""Reading compiled programs: bytes, loops, and the traps of counting collectives."""
+"""Analysis of compiled programs: bytes, loops, and the pitfalls of counting collectives."""
 
 from pathlib import Path
 
@@ -19,14 +19,14 @@ def found() -> dict:
     return {(one.kind, one.group): one for one in collectives}
 
 
-def test_loops_multiply_and_a_chain_of_repeats_counts_once_whatever_its_channel():
+def test_loops_multiply_collectives_and_chains_count_once():
     gathers = found()["all-gather", 8]
     # 24 turns of two gathers of 16 KiB, and the one that runs in the background.
     assert (gathers.count, gathers.bytes) == (49, 48 * 16384 + 128)
     assert gathers.wire_bytes == gathers.bytes * 7 / 8
 
 
-def test_groups_are_read_in_all_three_spellings():
+def test_replica_groups_are_parsed_in_all_three_formats():
     all_found = found()
     assert set(all_found) == {
         ("all-gather", 8),
@@ -41,7 +41,7 @@ def test_groups_are_read_in_all_three_spellings():
     assert all_found["collective-permute", 8].wire_bytes == 32
 
 
-def test_a_tpus_fused_reduce_scatter_is_no_all_reduce():
+def test_a_fused_tpu_reduce_scatter_is_not_an_all_reduce():
     scattered = found()["reduce-scatter", 2]
     assert scattered.bytes == 32 * 256 * 2 // 2
     assert scattered.wire_bytes == scattered.bytes
@@ -63,11 +63,11 @@ def test_one_device_sends_nothing():
         ("token[]", 0),
     ],
 )
-def test_a_shape_has_the_bytes_of_all_its_arrays(shape, size):
+def test_the_bytes_of_a_tuple_shape_are_summed(shape, size):
     assert hlo.shape_bytes(shape) == size
 
 
-def test_the_largest_arrays_are_those_of_the_main_memory_that_are_new():
+def test_the_largest_arrays_are_new_buffers_in_main_memory():
     rows = {row["shape"]: row for row in largest_arrays(hlo.parse(LOOP))}
     # Not the copy in fast memory, not what is written in place.
     assert next(iter(rows)) == "f32[1024,1024]"
@@ -76,12 +76,12 @@ def test_the_largest_arrays_are_those_of_the_main_memory_that_are_new():
     assert rows["f32[2,512]"]["what"] == "argument train.params['w']"
 
 
-def test_text_without_an_entry_is_no_program():
+def test_text_without_an_entry_computation_is_rejected():
     with pytest.raises(ValueError, match="no entry"):
         hlo.parse("HloModule empty\n")
 
 
-def test_a_compiled_scan_runs_as_often_as_it_has_steps():
+def test_the_trip_count_of_a_compiled_scan_is_its_length():
     def run(x):
         return jax.lax.scan(lambda c, _: (jnp.tanh(c @ c), None), x, length=17)[0]
 

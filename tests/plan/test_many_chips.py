@@ -1,4 +1,4 @@
-"""Plans of many devices: what the compiler makes of the layout, counted in its program."""
+"""Plans for many devices: the traffic in the compiled program."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ WEIGHTS_GB = 4e-9 * parameter_count(
 
 
 def make_plans(cases, count):
-    """The plans of modes, meshes and rows."""
+    """Return the plans of modes, meshes and batch sizes."""
     done = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(cases)],
         cwd=ROOT,
@@ -62,7 +62,7 @@ def make_plans(cases, count):
 
 @pytest.fixture(scope="module")
 def plans():
-    """The plan of each case on eight devices."""
+    """The plans of each case on eight devices."""
     names = [*CASES, OBSERVER]
     found = make_plans([(mode, mesh, 8) for mode, mesh in names], 8)
     return dict(zip(names, found, strict=True))
@@ -70,7 +70,7 @@ def plans():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_the_program_sends_what_the_layout_says(plans, case):
+def test_the_compiled_traffic_matches_the_sharding(plans, case):
     plan = plans[case]
     assert plan["devices"] == 8 and plan["fits"]
     kinds = {row["kind"] for row in plan["collectives"]}
@@ -80,7 +80,7 @@ def test_the_program_sends_what_the_layout_says(plans, case):
 
 
 @pytest.mark.slow
-def test_an_observers_weights_are_reduced_into_their_shards(plans):
+def test_observer_gradients_are_reduce_scattered(plans):
     plan = plans[OBSERVER]
     kinds = {row["kind"] for row in plan["collectives"]}
     assert {"all-gather", "reduce-scatter", "all-to-all"} <= kinds
@@ -88,7 +88,7 @@ def test_an_observers_weights_are_reduced_into_their_shards(plans):
 
 
 @pytest.mark.slow
-def test_more_devices_with_more_rows_send_no_more_than_their_share():
+def test_traffic_per_device_stays_bounded_as_devices_grow():
     counts = (8, 64, 256)
     cases = [("pretrain", f"data={count}", count) for count in counts]
     *plans, wide = make_plans([*cases, WIDE], 256)

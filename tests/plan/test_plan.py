@@ -1,4 +1,4 @@
-"""`python -m rwkv7_jax.plan`: its command line, its exit codes and the process that compiles."""
+"""`python -m rwkv7_jax.plan`: command line, exit codes and the compiling process."""
 
 import importlib.util
 import json
@@ -54,7 +54,7 @@ STATE = {"mode": "state", "model": SIZES}
 
 
 def plan(*words: str):
-    """Runs the program."""
+    """Run the program."""
     return program("-m", "rwkv7_jax.plan", *words)
 
 
@@ -70,7 +70,7 @@ def plan(*words: str):
         ({"mode": "state", "init": "no.pth"}, None, "v5e-1", "no.pth"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_before_anything_compiles(
+def test_invalid_plans_are_rejected_before_compiling(
     values, preset, topology, sentence
 ):
     with pytest.raises(ValueError) as caught:
@@ -78,7 +78,7 @@ def test_what_cannot_be_planned_is_refused_before_anything_compiles(
     assert sentence in str(caught.value)
 
 
-def test_a_preset_is_held_and_computed_as_published_files_are():
+def test_a_preset_uses_the_dtype_of_published_files():
     job = make_job("v5e-1", {"mode": "state", "model": {"remat": "none"}}, "1.5b")
     assert (job.config.dtype, job.config.remat, job.dtype) == (
         "bfloat16",
@@ -87,12 +87,12 @@ def test_a_preset_is_held_and_computed_as_published_files_are():
     )
 
 
-def test_a_dtype_that_is_left_to_the_machine_is_an_accelerators():
+def test_dtype_auto_is_bfloat16():
     job = make_job("v5e-1", {"mode": "state", "model": {"dtype": "auto"}}, "1.5b")
     assert job.config.dtype == job.settings.model["dtype"] == "bfloat16"
 
 
-def test_a_checkpoint_gives_its_sizes_and_dtype_without_its_numbers():
+def test_sizes_and_dtype_of_a_checkpoint_are_read_without_weights():
     values = {"mode": "state", "init": str(ROOT / "assets/tiny.pth")}
     job = make_job("v5e-1", values, None)
     assert (job.config.num_layers, job.dtype) == (4, "bfloat16")
@@ -116,7 +116,7 @@ def test_without_a_compiler_the_exit_code_is_4():
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Puts a few lines of Python in the place of the process that compiles."""
+    """Replace the compiling process by a few lines of Python."""
     monkeypatch.setattr(compiler, "_require_installed", lambda target: None)
     monkeypatch.setattr(compiler, "_WAIT", 0.1)
 
@@ -128,7 +128,7 @@ def fake(monkeypatch, tmp_path):
     return put
 
 
-def test_a_compiler_that_is_busy_is_asked_again(fake, tmp_path):
+def test_a_busy_compiler_is_retried(fake, tmp_path):
     fake(
         f"""
 import json, pathlib, sys
@@ -143,14 +143,14 @@ print(json.dumps(json.load(sys.stdin) | {{"fits": True}}))
     assert found == {"a": 1, "fits": True}
 
 
-def test_a_compiler_that_stays_busy_is_given_up(fake, monkeypatch):
+def test_a_compiler_that_stays_busy_raises(fake, monkeypatch):
     fake("import sys\nsys.exit('libtpu multi-process lockfile')\n")
     monkeypatch.setattr(compiler, "_WAIT", 100.0)
     with pytest.raises(NoCompiler, match="held libtpu for 90 seconds"):
         compile_elsewhere(find_target("v5e-1"), {}, timeout=90)
 
 
-def test_a_compiler_without_an_answer_is_killed_at_the_timeout(fake):
+def test_a_hanging_compiler_is_killed_at_the_timeout(fake):
     # As libtpu does, it takes no notice of SIGTERM.
     fake("import signal, time\nsignal.signal(15, signal.SIG_IGN)\ntime.sleep(600)\n")
     began = time.monotonic()
@@ -159,7 +159,7 @@ def test_a_compiler_without_an_answer_is_killed_at_the_timeout(fake):
     assert time.monotonic() - began < 30
 
 
-def test_a_bug_of_ours_keeps_its_traceback(fake):
+def test_an_internal_error_keeps_its_traceback(fake):
     fake("def step():\n    raise KeyError('no such axis')\n\nstep()\n")
     with pytest.raises(RuntimeError) as caught:
         compile_elsewhere(find_target("v5e-1"), {}, timeout=60)
@@ -168,7 +168,7 @@ def test_a_bug_of_ours_keeps_its_traceback(fake):
     assert "in step" in said
 
 
-def test_a_path_of_the_users_says_nothing_about_memory_or_who_compiles(fake):
+def test_words_in_a_users_path_are_not_taken_for_compiler_errors(fake):
     for name in ("out_of_memory", "lockfile"):
         fake(f"open('/nowhere/{name}/model.pth')\n")
         with pytest.raises(RuntimeError) as caught:
@@ -192,7 +192,7 @@ raise jax.errors.JaxRuntimeError("INTERNAL: no table\\n" + 500 * "of pages of HL
         ),
     ],
 )
-def test_a_compiler_that_fails_is_quoted_in_one_sentence(fake, text, reason):
+def test_a_compiler_error_is_quoted_in_one_sentence(fake, text, reason):
     fake(text)
     with pytest.raises(CompilerFailure) as caught:
         compile_elsewhere(find_target("v5e:8x8"), {}, timeout=60)
@@ -203,7 +203,7 @@ def test_a_compiler_that_fails_is_quoted_in_one_sentence(fake, text, reason):
     assert f"({reason}" in said and said.count("\n") == 0
 
 
-def test_a_compiler_that_fails_has_exit_code_8_and_one_line(tmp_path, monkeypatch):
+def test_a_compiler_error_has_exit_code_8_and_one_line(tmp_path, monkeypatch):
     package = tmp_path / "libtpu" / "__init__.py"
     package.parent.mkdir()
     package.write_text("def get_library_path():\n    return '/nowhere/libtpu.so'\n")
@@ -214,12 +214,12 @@ def test_a_compiler_that_fails_has_exit_code_8_and_one_line(tmp_path, monkeypatc
     assert done.stderr.count("\n") == 1
 
 
-def test_a_compiler_that_refuses_without_a_word_is_named_by_its_error():
+def test_an_error_without_a_message_is_named_by_its_type():
     step = types.SimpleNamespace(arguments=())
     assert child._refused(RuntimeError(), step)["reason"] == "RuntimeError"
 
 
-def test_settings_that_do_not_fit_the_chips_are_a_users_error(fake):
+def test_settings_that_do_not_fit_the_chips_raise_value_error(fake):
     fake("raise ValueError('`config.mesh` must have at most as many devices')\n")
     with pytest.raises(ValueError) as caught:
         compile_elsewhere(find_target("v5e-1"), {}, timeout=60)
@@ -236,7 +236,7 @@ def test_settings_that_do_not_fit_the_chips_are_a_users_error(fake):
         ("os.kill(os.getpid(), 9)", "killed by the system"),
     ],
 )
-def test_a_compiler_without_room_blames_this_machine_and_no_chip(fake, ending, reason):
+def test_a_compiler_out_of_memory_blames_the_host(fake, ending, reason):
     fake(f"import os, sys\n{ending}\n")
     with pytest.raises(OutOfMemory) as caught:
         compile_elsewhere(find_target("v5e:2x4"), {}, timeout=60)
@@ -246,7 +246,7 @@ def test_a_compiler_without_room_blames_this_machine_and_no_chip(fake, ending, r
     assert exit_code(caught.value) == 7
 
 
-def test_the_search_doubles_the_rows_and_gives_the_largest_that_fit(monkeypatch):
+def test_the_search_doubles_rows_and_returns_the_largest_that_fit(monkeypatch):
     def compile_it(job, *, timeout):
         rows = job.settings.data.batch_size
         return PLAN | {"batch": rows, "peak_gib": rows / 2, "fits": rows < 30}
@@ -262,7 +262,7 @@ def test_the_search_doubles_the_rows_and_gives_the_largest_that_fit(monkeypatch)
     assert not none.search(timeout=1)["fits"]
 
 
-def test_a_plan_as_text_says_what_fits_what_is_large_and_what_travels():
+def test_the_text_of_a_plan_shows_fit_largest_arrays_and_traffic():
     text = describe(PLAN)
     assert "fits: peak 2.00 of 15.75 GiB" in text
     assert "f32[9]" in text and "argument w" in text
@@ -276,7 +276,7 @@ def test_a_plan_as_text_says_what_fits_what_is_large_and_what_travels():
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
 @pytest.mark.parametrize(("batch", "code"), [(2, 0), (8192, 3)])
-def test_the_tpus_compiler_says_whether_a_step_fits(tmp_path, batch, code):
+def test_the_tpu_compiler_reports_whether_a_step_fits(tmp_path, batch, code):
     (tmp_path / "tiny.py").write_text(TINY)
     done = plan(
         f"--config={tmp_path / 'tiny.py'}",

@@ -1,4 +1,4 @@
-"""The described step is the one that a run makes: the same arrays, and a program that compiles."""
+"""The described step matches that of a run: the same arrays, and a program that compiles."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -44,7 +44,7 @@ OF_JOB = {
 
 
 def changed(settings, changes):
-    """The settings with some of their groups' fields replaced."""
+    """Return the settings with some fields of their groups replaced."""
     for group, fields in changes.items():
         old = getattr(settings, group)
         new = (
@@ -57,7 +57,7 @@ def changed(settings, changes):
 
 
 def arrays_of(tree):
-    """Shapes and dtypes of the arrays of a tree, by their paths."""
+    """Return shapes and dtypes of the arrays of a tree, by path."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         kind = str(jax.dtypes.canonicalize_dtype(leaf.dtype))
@@ -66,7 +66,7 @@ def arrays_of(tree):
 
 
 def _unread(names):
-    """Those of a value residual of the first block, which files hold and nothing reads."""
+    """Return the unused value-residual tensors of the first block, which files hold."""
     return [name for name in names if "['layer_0']['att']['v" in name]
 
 
@@ -81,7 +81,7 @@ def cases():
 
 
 @pytest.mark.parametrize(("kind", "name"), list(cases()))
-def test_the_described_arrays_are_those_of_the_run(tmp_path, kind, name):
+def test_described_arrays_match_the_run(tmp_path, kind, name):
     base = tmp_path / "base.pth"
     save_base_model(base)
     settings = changed(mode_settings(kind, base), CHANGES[name])
@@ -105,9 +105,7 @@ def test_the_described_arrays_are_those_of_the_run(tmp_path, kind, name):
 
 
 @pytest.mark.parametrize("method", ["grpo", "context"])
-def test_a_step_at_test_time_is_described_with_rows_of_the_length_that_is_named(
-    tmp_path, method
-):
+def test_a_test_time_step_is_described_at_the_configured_length(tmp_path, method):
     base = tmp_path / "base.pth"
     save_base_model(base)
     changes = {"data__length": 20}
@@ -133,7 +131,7 @@ def test_a_step_at_test_time_is_described_with_rows_of_the_length_that_is_named(
     assert arrays_of(new.params) == arrays_of(state.params)
 
 
-def test_a_step_that_goes_on_from_an_upscaled_state_is_described_with_its_memory(
+def test_a_step_that_starts_from_an_upscaled_state_includes_its_memory(
     tmp_path,
 ):
     base = tmp_path / "base.pth"
@@ -154,7 +152,7 @@ def test_a_step_that_goes_on_from_an_upscaled_state_is_described_with_its_memory
 
 
 @pytest.mark.parametrize("method", ["expert", "distil"])
-def test_a_step_on_answers_needs_no_teacher_to_be_described(tmp_path, method):
+def test_a_step_on_answers_is_described_without_a_teacher(tmp_path, method):
     save_base_model(tmp_path / "base.pth")
     settings = mode_settings(method, tmp_path / "base.pth")
     config, _ = describe_model(str(tmp_path / "base.pth"))
@@ -166,7 +164,7 @@ def test_a_step_on_answers_needs_no_teacher_to_be_described(tmp_path, method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["state", "observer"])
-def test_a_described_step_compiles_and_its_memory_is_told(tmp_path, kind):
+def test_a_described_step_compiles_and_reports_its_memory(tmp_path, kind):
     base = tmp_path / "base.pth"
     save_base_model(base)
     settings = mode_settings(kind, base)
@@ -191,7 +189,7 @@ def test_a_described_step_compiles_and_its_memory_is_told(tmp_path, kind):
         (MemoryError(), False),
     ],
 )
-def test_only_a_chip_that_is_too_small_is_an_answer(tmp_path, error, is_chips):
+def test_only_device_out_of_memory_counts_as_not_fitting(tmp_path, error, is_chips):
     save_base_model(tmp_path / "base.pth")
     settings = mode_settings("state", tmp_path / "base.pth")
     config = make_mode(settings, tmp_path).model.config

@@ -1,4 +1,4 @@
-"""How a run's time was spent, from its metrics and events."""
+"""How a run's time was spent, computed from its metrics and events."""
 
 import pytest
 
@@ -18,7 +18,7 @@ ROWS = [
 ]
 
 
-def test_all_parts_of_the_time_add_up():
+def test_the_parts_add_up_to_the_total_time():
     said = goodput(ROWS, EVENTS)
     assert said == (
         "50.0% steps, 15.0% compiling, 5.0% evaluating and saving, "
@@ -39,5 +39,5 @@ def test_all_parts_of_the_time_add_up():
         ([{"step": 1, "step_seconds": "x"}], EVENTS),
     ],
 )
-def test_nothing_is_said_where_the_files_do_not_tell(rows, events):
+def test_goodput_is_empty_if_the_files_lack_times(rows, events):
     assert goodput(rows, events) == ""

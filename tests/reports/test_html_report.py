@@ -1,4 +1,4 @@
-"""A run's report: one whole page, whatever the folder holds."""
+"""The report of a run: one complete page for any content of the folder."""
 
 import base64
 import html.parser
@@ -28,7 +28,7 @@ HOSTILE = "<script>alert('x')</script> & \"quotes\""
 
 
 class Page(html.parser.HTMLParser):
-    """Fails at tags that do not match; collects tags, addresses and text."""
+    """A parser that fails at mismatched tags and collects tags, URLs and text."""
 
     def __init__(self, text):
         super().__init__()
@@ -64,7 +64,7 @@ def write_lines(path, rows):
 
 @pytest.fixture
 def run(tmp_path):
-    """A folder as a resumed run leaves it, with text that would break a careless page."""
+    """The folder of a resumed run, with text that breaks an unescaped page."""
     rows = [
         {"step": s, "loss_nats": 3.0 / s, "grad_norm": 1.0 / s} for s in range(1, 20)
     ]
@@ -100,7 +100,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_the_page_has_every_section_and_needs_no_other_file(run):
+def test_the_page_is_complete_and_self_contained(run):
     page = Page(report_page(run))
     text = "".join(page.texts)
     for words in (
@@ -123,7 +123,7 @@ def test_the_page_has_every_section_and_needs_no_other_file(run):
 
 
 @pytest.mark.parametrize("near", [[], [0.1], [0.1, 1.0]])
-def test_a_search_says_why_and_which_rates_are_nearly_equal(tmp_path, near):
+def test_a_search_shows_its_reason_and_nearly_equal_rates(tmp_path, near):
     state = {
         "rate": 0.1,
         "edge": "",
@@ -148,7 +148,7 @@ def test_a_search_says_why_and_which_rates_are_nearly_equal(tmp_path, near):
         ("poet.pth", "better than the state of config.start"),
     ],
 )
-def test_a_search_is_compared_with_what_the_run_began_with(tmp_path, start, words):
+def test_a_search_is_compared_with_the_start_state(tmp_path, start, words):
     curve = [{"rate": 0.1, "nats": 3.0}, {"rate": 1.0, "nats": 4.0}]
     state = {"rate": None, "edge": "", "measure": "nats", "curve": curve}
     record = {"states": {"": state | {"base": {"nats": 2.0}}}}
@@ -159,7 +159,7 @@ def test_a_search_is_compared_with_what_the_run_began_with(tmp_path, start, word
     assert ("without a state" in page) == (not start)
 
 
-def test_what_users_and_models_write_stays_text(run):
+def test_text_of_users_and_models_is_escaped(run):
     page = Page(report_page(run))
     assert not {"script", "iframe", "object", "link"} & set(page.tags)
     assert "".join(page.texts).count("<script>") >= 5
@@ -172,7 +172,7 @@ def test_resumes_and_skipped_updates_are_marked_in_every_chart(run):
     assert 'class="mark start"' not in text
 
 
-def test_the_same_folder_gives_the_same_page(run):
+def test_the_page_is_deterministic(run):
     first = write_report(run).read_bytes()
     assert write_report(run).read_bytes() == first
     assert (run / "report.html").read_text() == report_page(run)
@@ -189,7 +189,7 @@ def test_the_same_folder_gives_the_same_page(run):
         ("loss.png", "Pictures"),
     ],
 )
-def test_what_is_missing_makes_no_section(run, missing, section):
+def test_a_missing_file_omits_its_section(run, missing, section):
     (run / missing).unlink()
     assert section not in Page(report_page(run)).texts
 
@@ -199,7 +199,7 @@ def test_an_empty_folder_still_gives_a_page(tmp_path):
     assert tmp_path.name in page.texts and "h2" not in page.tags
 
 
-def test_broken_files_do_not_break_the_page(run):
+def test_damaged_files_do_not_break_the_page(run):
     for name in ("settings.json", "system.json", "samples.jsonl", "loss.png"):
         (run / name).write_bytes(b'\xff{"step": 1, "pro')
     (run / "events.jsonl").write_text('[1]\n{"step": "x"}\n{"step": true}\nnull\n')
@@ -208,7 +208,7 @@ def test_broken_files_do_not_break_the_page(run):
     assert not {"Samples", "Settings", "System", "Pictures", "Events"} & set(page.texts)
 
 
-def test_numbers_that_no_run_has_do_not_break_the_page(run):
+def test_extreme_numbers_do_not_break_the_page(run):
     huge = 10**400
     lines = []
     for name in ("loss_nats", "grad_norm", "step_seconds", "compile_seconds"):
@@ -228,20 +228,20 @@ def test_numbers_that_no_run_has_do_not_break_the_page(run):
         assert ">System<" not in page
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path, capsys):
+def test_a_missing_folder_is_rejected(tmp_path, capsys):
     with pytest.raises(ValueError, match="`folder` must be a run directory; got"):
         report_page(tmp_path / "none")
     assert main(["report", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("rwkv7: report_page: `folder` must be")
 
 
-def test_the_command_writes_the_report_and_says_where(run, capsys):
+def test_the_command_writes_the_report_and_prints_its_path(run, capsys):
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
 
 
 def points_of(svg, shape):
-    """The numbers of the shape's points."""
+    """Return the coordinates of the shapes' points."""
     found = re.findall(rf'<{shape} points="([^"]+)"', svg)
     return [[tuple(map(float, p.split(","))) for p in line.split()] for line in found]
 
@@ -255,7 +255,7 @@ def test_a_curve_keeps_its_order_and_stays_inside_the_picture():
     assert all(0 < x < WIDTH and 0 < y < HEIGHT for x, y in line)
 
 
-def test_a_long_curve_is_thinned_to_means_over_its_range():
+def test_a_long_curve_is_downsampled_to_means():
     svg = line_chart("t", {"a": [(x, x % 2) for x in range(10 * PIECES)]})
     (line,) = points_of(svg, "polyline")
     (band,) = points_of(svg, "polygon")
@@ -267,25 +267,25 @@ def test_a_long_curve_is_thinned_to_means_over_its_range():
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0, -3.0, 1e-9, 1e12])
-def test_a_single_point_and_a_constant_have_a_place(value):
+def test_single_points_and_constants_can_be_plotted(value):
     for points in ([(3, value)], [(0, value), (1, value)]):
         svg = line_chart("t", {"a": points})
         assert "nan" not in svg and "circle" in svg
 
 
-def test_what_has_no_place_makes_no_chart():
+def test_a_chart_without_finite_points_is_empty():
     assert line_chart("t", {"a": [(1, float("nan"))]}) == ""
     assert line_chart("t", {"a": [(1, 0.0)]}, log=True) == ""
     assert line_chart("t", {}, marks=[Mark(1, "resume", "")]) == ""
 
 
-def test_ticks_are_round_and_inside():
+def test_ticks_are_round_and_in_range():
     assert ticks(0.0, 1.0, 5) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(-7.0, 13.0, 4) == pytest.approx([-5.0, 0.0, 5.0, 10.0])
     assert ticks(1e-6, 9e-6, 4) == pytest.approx([2e-6, 4e-6, 6e-6, 8e-6])
 
 
-def test_numbers_on_axes_are_short():
+def test_axis_labels_are_short():
     values = (0.0, 6e-4, 1.5, -250.0, 9500.0, 12_500.0, 3e6, 2e9, 5e12)
     expected = ["0", "0.0006", "1.5", "-250", "9500", "12.5k", "3M", "2G", "5e+12"]
     assert [short(value) for value in values] == expected

@@ -1,4 +1,4 @@
-"""A run's numbers in files and trackers: nothing lost, nothing twice."""
+"""A run's metrics in files and trackers: none lost, none duplicated."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from rwkv7_jax.reports.metric_writers import MetricFiles
 
 
 def table(folder):
-    """The CSV's rows, empty cells left out."""
+    """Return the rows of the CSV file without empty cells."""
     with (folder / "metrics.csv").open(newline="") as file:
         return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
 
@@ -22,7 +22,7 @@ def lines(folder):
     ]
 
 
-def test_both_files_hold_every_number_as_soon_as_it_is_written(tmp_path):
+def test_every_metric_is_written_to_both_files_at_once(tmp_path):
     files = MetricFiles(tmp_path / "run")
     files.write(1, {"loss": 2.5})
     files.write(2, {"loss": 2.25, "accuracy": 0.5})
@@ -36,9 +36,7 @@ def test_both_files_hold_every_number_as_soon_as_it_is_written(tmp_path):
     ]
 
 
-def test_a_header_that_could_not_be_written_is_written_with_the_next_row(
-    tmp_path, monkeypatch
-):
+def test_a_failed_header_is_written_with_the_next_row(tmp_path, monkeypatch):
     files = MetricFiles(tmp_path)
     files.write(1, {"loss": 2.5})
 
@@ -57,7 +55,7 @@ def test_a_header_that_could_not_be_written_is_written_with_the_next_row(
     ]
 
 
-def test_rows_are_one_a_step_and_the_last_number_counts(tmp_path):
+def test_a_step_has_one_row_with_the_last_values(tmp_path):
     files = MetricFiles(tmp_path)
     for step, numbers in [
         (2, {"loss": 1.0}),
@@ -70,7 +68,7 @@ def test_rows_are_one_a_step_and_the_last_number_counts(tmp_path):
     assert files.rows() == MetricFiles(tmp_path).rows() == expected
 
 
-def test_a_resumed_run_has_no_step_twice(tmp_path):
+def test_a_resumed_run_has_no_duplicate_steps(tmp_path):
     first = MetricFiles(tmp_path)
     for step in range(6):
         first.write(step, {"loss": float(step)})
@@ -85,7 +83,7 @@ def test_a_resumed_run_has_no_step_twice(tmp_path):
     assert second.rows() == lines(tmp_path) == table(tmp_path) == []
 
 
-def test_a_line_that_a_kill_cut_short_is_dropped_and_the_next_one_whole(tmp_path):
+def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
     MetricFiles(tmp_path).write(1, {"loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
@@ -95,7 +93,7 @@ def test_a_line_that_a_kill_cut_short_is_dropped_and_the_next_one_whole(tmp_path
     assert [row["step"] for row in table(tmp_path)] == ["1", "3"]
 
 
-def test_a_row_that_a_full_disk_cut_does_not_take_the_next_one_with_it(tmp_path):
+def test_a_row_cut_by_a_full_disk_does_not_damage_the_next(tmp_path):
     files = MetricFiles(tmp_path)
     files.write(1, {"loss": 2.5})
     for name, rest in (("metrics.jsonl", '{"step": 2, "lo'), ("metrics.csv", "2,")):
@@ -110,7 +108,7 @@ def test_a_row_that_a_full_disk_cut_does_not_take_the_next_one_with_it(tmp_path)
     assert [row["step"] for row in MetricFiles(tmp_path).rows()] == [1, 3]
 
 
-def test_an_unknown_tracker_is_refused(tmp_path):
+def test_an_unknown_tracker_is_rejected(tmp_path):
     with pytest.raises(ValueError) as caught:
         MetricFiles(tmp_path, also=("tensorbord",))
     sentence = (
@@ -122,9 +120,7 @@ def test_an_unknown_tracker_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")]
 )
-def test_a_missing_package_is_one_sentence_with_its_extra(
-    tmp_path, monkeypatch, name, package
-):
+def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError) as caught:
         MetricFiles(tmp_path, also=(name,))
@@ -134,14 +130,14 @@ def test_a_missing_package_is_one_sentence_with_its_extra(
     )
 
 
-def test_trackers_are_imported_only_when_asked_for(tmp_path, monkeypatch):
+def test_trackers_are_imported_on_demand(tmp_path, monkeypatch):
     for package in ("tensorboardX", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)
     MetricFiles(tmp_path).write(1, {"loss": 1.0})
 
 
 class FakeRun:
-    """A run of Weights & Biases that remembers."""
+    """A Weights & Biases run that records its calls."""
 
     def __init__(self, calls, **how):
         self.id = how["id"] or "abc"
@@ -155,7 +151,7 @@ class FakeRun:
         self._calls.append("finished")
 
 
-def test_a_resumed_process_goes_on_with_the_same_run_of_wandb(tmp_path, monkeypatch):
+def test_a_resumed_process_continues_the_wandb_run(tmp_path, monkeypatch):
     calls = []
     fake = types.SimpleNamespace(init=lambda **how: FakeRun(calls, **how))
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -171,9 +167,7 @@ def test_a_resumed_process_goes_on_with_the_same_run_of_wandb(tmp_path, monkeypa
     assert calls[-1] == (2, {"loss": 0.5})
 
 
-def test_tensorboard_gets_every_number_and_hides_what_a_resumed_run_does_again(
-    tmp_path, monkeypatch
-):
+def test_tensorboard_purges_the_steps_that_a_resumed_run_repeats(tmp_path, monkeypatch):
     calls = []
 
     class Writer:

@@ -1,11 +1,11 @@
-"""Scatter plots and their front."""
+"""Scatter plots and their Pareto front."""
 
 import pytest
 
 from rwkv7_jax.reports import plots
 
 
-def test_the_front_is_what_nothing_smaller_reaches():
+def test_the_front_is_the_pareto_front():
     points = [(4.0, 0.9, "d"), (1.0, 0.2, "a"), (2.0, 0.5, "b"), (3.0, 0.4, "c")]
     points += [(2.0, 0.3, "worse at the same size"), (9.0, 0.9, "no better")]
     front = plots.front_of(points)

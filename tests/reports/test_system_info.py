@@ -1,4 +1,4 @@
-"""What a result says of the machine that it comes from."""
+"""The machine information in results."""
 
 import json
 import types
@@ -12,7 +12,7 @@ from rwkv7_jax.reports.system_info import (
 )
 
 
-def test_the_system_goes_through_json_and_names_devices_and_versions():
+def test_system_info_has_devices_and_versions_and_survives_json():
     info = json.loads(json.dumps(system()))
     assert info == system()
     (device,) = info["devices"]
@@ -21,7 +21,7 @@ def test_the_system_goes_through_json_and_names_devices_and_versions():
     assert info["cores"] >= 1
 
 
-def test_lines_say_it_and_pass_over_what_is_missing():
+def test_lines_omit_missing_information():
     info = {
         "versions": {"python": "3.11", "jax": "0.10"},
         "cores": 4,
@@ -41,12 +41,12 @@ def test_lines_say_it_and_pass_over_what_is_missing():
     assert lines({}) == ["python      ? on ?, ? cores"]
 
 
-def test_a_package_that_is_not_there_is_said_to_be_not_installed():
+def test_a_missing_package_is_listed_as_not_installed():
     assert versions(("no-such-package",))["no-such-package"] == "not installed"
     assert device_line().startswith("cpu, ")
 
 
-def test_peak_memory_is_the_devices_where_it_says_so_else_the_processes(unchecked):
+def test_peak_memory_falls_back_to_that_of_the_process(unchecked):
     own = peak_memory()
     assert own.of == "process" and 50e6 < own.bytes < 1e12
     device = types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 7})

@@ -1,4 +1,4 @@
-"""Answers of the template, read back: thoughts, words and calls, wherever the text was cut."""
+"""Answers parsed from the template: thoughts, content and calls, whatever the chunks."""
 
 import itertools
 import json
@@ -64,7 +64,7 @@ WORDS = TEXTS.map(clean_message)
 
 
 def answer_text(message, **how):
-    """What the template says in the last turn, from the space after the speaker."""
+    """Return the text of the last turn after the speaker's colon."""
     parts = write_conversation([Message("user", "q"), message], **how)
     text = "".join(part.text for part in parts)
     return text.rpartition(turn_start("assistant"))[2]
@@ -78,7 +78,7 @@ def answer_text(message, **how):
     st.sampled_from(sorted(THINK_MODES)),
     st.booleans(),
 )
-def test_reading_inverts_writing(thought, words, calls, think, must_call):
+def test_answers_round_trip(thought, words, calls, think, must_call):
     texts = tuple(
         call_text({"name": call.name, "arguments": call.arguments}) for call in calls
     )
@@ -88,13 +88,13 @@ def test_reading_inverts_writing(thought, words, calls, think, must_call):
 
 
 def pieces(text, cuts):
-    """The text between the cuts."""
+    """Split the text at the cuts."""
     ends = [0, *sorted(cuts), len(text)]
     return [text[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
 def read_in(texts, tools=TOOLS, *, parallel=True):
-    """What a reader says of each piece, and last of the rest."""
+    """Return what a reader gives for each chunk and at the end."""
     reader = AnswerReader(tools, parallel=parallel)
     said = [reader.push(text) for text in texts]
     said.append(reader.close())
@@ -112,7 +112,7 @@ def joined(said):
 
 @settings(max_examples=300)
 @given(ANSWERS, st.data(), st.booleans(), st.booleans())
-def test_parts_do_not_depend_on_the_cuts(text, data, with_tools, parallel):
+def test_parts_do_not_depend_on_the_chunks(text, data, with_tools, parallel):
     tools = TOOLS if with_tools else ()
     cuts = data.draw(st.sets(st.integers(0, len(text)), max_size=8))
     whole = read_answer(text, tools, parallel=parallel)
@@ -125,7 +125,7 @@ def test_parts_do_not_depend_on_the_cuts(text, data, with_tools, parallel):
 @settings(max_examples=300)
 @given(ANSWERS)
 @example("<think><think>a</think>\n<think>b</think>\n<think>c")
-def test_what_was_read_is_a_message_that_can_be_sent_back(text):
+def test_a_parsed_answer_can_be_sent_back_as_a_message(text):
     thought, words, calls = read_answer(text, TOOLS)
     functions = [
         {"name": call.name, "arguments": call.arguments, "id": "x"} for call in calls
@@ -143,8 +143,8 @@ def test_what_was_read_is_a_message_that_can_be_sent_back(text):
 
 
 @given(ANSWERS)
-def test_without_functions_words_are_what_follows_the_thoughts(text):
-    """Another way to find them, for texts that do not think twice."""
+def test_without_tools_the_content_follows_the_thoughts(text):
+    """Find them in another way, for texts with one thought."""
     thought, words, calls = read_answer(text)
     assert calls == ()
     stripped = text.lstrip()
@@ -190,7 +190,7 @@ def test_without_functions_words_are_what_follows_the_thoughts(text):
         (f" a ```json b\n{CALL}", "", "a ```json b", (FOUND,)),
     ],
 )
-def test_parts_of_answers(text, thought, words, calls):
+def test_answers_are_split_into_thought_content_and_calls(text, thought, words, calls):
     assert read_answer(text, TOOLS) == (thought, words, calls)
 
 
@@ -222,22 +222,22 @@ def test_parts_of_answers(text, thought, words, calls):
     ],
     ids=lambda block: block[:40],
 )
-def test_a_block_that_is_no_valid_call_stays_text(block):
+def test_an_invalid_call_block_stays_text(block):
     text = f"a\n```json\n{block}\n``` b\n"
     assert read_answer(f" {text}", TOOLS) == ("", text, ())
 
 
-def test_without_functions_a_call_is_text():
+def test_without_tools_a_call_stays_text():
     assert read_answer(f" a\n{CALL}\n") == ("", f"a\n{CALL}\n", ())
 
 
-def test_an_answer_that_may_have_one_call_has_the_first():
+def test_a_limit_of_one_call_keeps_the_first():
     two = '```json\n[{"name":"now"},{"name":"now"}]\n```'
     said = read_answer(f" {two}\n{CALL}\n{CALL}", TOOLS, parallel=False)
     assert said == ("", f"{two}\n\n{CALL}", (FOUND,))
 
 
-def test_text_comes_as_soon_as_it_is_certain():
+def test_text_is_streamed_as_soon_as_it_is_unambiguous():
     said = read_in(
         ["<think>\nab", " c", "</th", "at </think>", "\nd", " e\n", "``", "f"]
     )
@@ -248,14 +248,14 @@ def test_text_comes_as_soon_as_it_is_certain():
     assert said[-3].calls == (FOUND,)
 
 
-def test_many_thoughts_and_marks_are_read_without_recursion():
+def test_many_thoughts_and_fences_are_parsed_without_recursion():
     count = 5_000
     text = "<think>a</think>" * count + "```json" * count
     thought, words, _ = read_answer(text, TOOLS)
     assert thought == "\n".join("a" * count) and words == "```json" * count
 
 
-def test_arguments_are_json_of_the_same_values():
+def test_arguments_are_rewritten_as_equal_json():
     block = '{"name": "find", "arguments": {"date": "\\u00e9\\n", "n": 1.50}}'
     (call,) = read_answer(f"```json\n{block}\n```", TOOLS).calls
     assert json.loads(call.arguments) == {"date": "\u00e9\n", "n": 1.5}

@@ -1,4 +1,4 @@
-"""RWKV-7's chat templates: the same text in training data, at the prompt and in Jinja."""
+"""RWKV-7's chat templates give the same text in training data, prompts and Jinja."""
 
 import json
 
@@ -21,7 +21,7 @@ from rwkv7_jax.text.chat_template import (
 from rwkv7_jax.text.jinja_template import chat_template_jinja
 
 
-def test_a_prompt_is_what_stands_before_an_answer_in_training_data():
+def test_a_prompt_equals_the_training_text_before_the_answer():
     messages = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello."},
@@ -32,7 +32,7 @@ def test_a_prompt_is_what_stands_before_an_answer_in_training_data():
     assert answer == b" Hello."
 
 
-def test_generation_stops_where_training_data_has_the_next_question():
+def test_the_stop_string_begins_the_next_turn_of_training_data():
     messages = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello."},
@@ -44,7 +44,7 @@ def test_generation_stops_where_training_data_has_the_next_question():
     assert following.startswith(CHAT_STOP.encode())
 
 
-def test_a_prompt_may_hold_any_bytes():
+def test_a_prompt_may_contain_any_bytes():
     assert chat_prompt(b"\xff\xfe") == b"User: \xff\xfe\n\nAssistant:"
 
 
@@ -61,7 +61,7 @@ def test_a_prompt_may_hold_any_bytes():
         "",
     ],
 )
-def test_a_message_is_cleaned_as_tuning_data_are(message):
+def test_prompts_and_training_data_are_cleaned_alike(message):
     turns = [
         {"role": "user", "content": message},
         {"role": "assistant", "content": "x"},
@@ -71,7 +71,7 @@ def test_a_message_is_cleaned_as_tuning_data_are(message):
 
 
 def published(text: str) -> str:
-    """Reads a line of the published list, which has line breaks as escapes."""
+    """Read a line of the published list, which escapes line breaks."""
     return text.replace("\\n", "\n")
 
 
@@ -86,7 +86,7 @@ def published(text: str) -> str:
         ("long", r"User: xxx (think a lot)\n\nAssistant: <think"),
     ],
 )
-def test_prompts_are_the_published_ones(think, text):
+def test_prompts_match_the_published_ones(think, text):
     assert chat_prompt(b"xxx", think=think).decode() == published(text)
     begin = published(r"System: yyy\n\n")
     prompt = chat_prompt(b"xxx", think=think, system=b"yyy").decode()
@@ -102,7 +102,7 @@ EVENT = {"name": "create_event", "arguments": {"title": {"type": "string"}}}
 CALL = {"name": "find_free_slots", "arguments": {"date": "2026-05-08", "minutes": 30}}
 
 
-def test_functions_calls_and_what_they_gave_are_written_as_published():
+def test_tools_calls_and_results_match_the_published_template():
     turns = [
         Message("user", "Schedule a sync with Bob."),
         Message("assistant", calls=(json.dumps(CALL, separators=(",", ":")),)),
@@ -125,7 +125,7 @@ def test_functions_calls_and_what_they_gave_are_written_as_published():
     assert parts[1].text.startswith('\n{"name"')
 
 
-def test_functions_of_openais_interface_are_written_shortly():
+def test_openai_tools_are_written_in_the_short_form():
     parameters = {"type": "object", "properties": SLOTS["arguments"], "required": []}
     function = {"name": SLOTS["name"], "description": SLOTS["description"]}
     openai = {
@@ -138,7 +138,7 @@ def test_functions_of_openais_interface_are_written_shortly():
 
 @pytest.mark.parametrize("think", THINK_MODES)
 @pytest.mark.parametrize("with_tools", [False, True])
-def test_a_prompt_is_what_stands_before_the_answer_whatever_the_mode(think, with_tools):
+def test_prompts_equal_training_text_in_every_think_mode(think, with_tools):
     answer = {"role": "assistant", "content": "Hello."}
     if THINK_MODES[think].filler is None:
         answer["reasoning_content"] = "Hm.\n\nYes."
@@ -163,7 +163,7 @@ def test_a_prompt_is_what_stands_before_the_answer_whatever_the_mode(think, with
         assert rest.text == whole
 
 
-def test_a_question_ends_in_the_suffix_where_its_answer_thinks():
+def test_a_question_has_the_think_suffix_if_its_answer_has_a_thought():
     turns = [
         Message("user", "a"),
         Message("assistant", "b"),
@@ -179,7 +179,7 @@ def test_a_question_ends_in_the_suffix_where_its_answer_thinks():
 
 
 @pytest.mark.parametrize("think", THINK_MODES)
-def test_a_model_that_need_not_call_a_function_is_asked_as_without_functions(think):
+def test_optional_tools_change_only_the_system_text(think):
     call = json.dumps(CALL, separators=(",", ":"))
     turns = [
         Message("user", "a"),
@@ -255,7 +255,7 @@ def test_a_model_that_need_not_call_a_function_is_asked_as_without_functions(thi
         ),
     ],
 )
-def test_a_bad_record_of_a_chat_is_one_reason(record, reason):
+def test_a_bad_chat_record_has_one_reason(record, reason):
     messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
@@ -268,7 +268,7 @@ def test_a_bad_record_of_a_chat_is_one_reason(record, reason):
 
 
 def test_a_call_that_is_nested_too_deeply_has_one_reason():
-    """Encoding JSON needs more stack than decoding it; the limit depends on Python's version."""
+    """Encoding JSON needs more stack than decoding it; the limit depends on the Python version."""
 
     def is_rejected(depth):
         arguments = {}
@@ -290,7 +290,7 @@ def test_a_call_that_is_nested_too_deeply_has_one_reason():
         is_rejected(depth)
 
 
-def test_functions_may_be_a_text_of_json():
+def test_tools_may_be_a_json_string():
     assert read_tools(json.dumps([SLOTS])) == (tool_text(SLOTS),)
 
 
@@ -420,7 +420,7 @@ CONVERSATIONS = {
 
 
 def ours(messages, tools, think, ask):
-    """Writes a conversation with this project's functions, from the same objects."""
+    """Write a conversation from the same objects with our functions."""
     from rwkv7_jax.data.records.conversations import read_message
 
     turns = [
@@ -432,7 +432,7 @@ def ours(messages, tools, think, ask):
 
 
 def in_jinja(messages, tools, ask, **choices):
-    """Renders a conversation as `transformers` does."""
+    """Render a conversation as `transformers` does."""
     pytest.importorskip("jinja2", reason="the oracle extra is not installed")
     utils = pytest.importorskip(
         "transformers.utils.chat_template_utils",
@@ -447,13 +447,13 @@ def in_jinja(messages, tools, ask, **choices):
 @pytest.mark.parametrize("ask", [True, False], ids=["ask", "complete"])
 @pytest.mark.parametrize("think", THINK_MODES)
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_jinja_says_the_same(name, think, ask):
+def test_the_jinja_template_matches_ours(name, think, ask):
     messages, tools = CONVERSATIONS[name]
     expected = ours(messages, tools, think, ask)
     assert in_jinja(messages, tools, ask, think=think) == expected
 
 
-def test_the_switch_of_transformers_means_free_or_fast():
+def test_enable_thinking_selects_free_or_fast():
     messages, tools = CONVERSATIONS["question"]
     for switch, think in (({}, "off"), (True, "free"), (False, "fast")):
         choices = {} if switch == {} else {"enable_thinking": switch}
@@ -469,7 +469,7 @@ def test_the_switch_of_transformers_means_free_or_fast():
 
 @pytest.mark.parametrize("think", THINK_MODES)
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_blank_lines_stand_between_turns_alone(name, think):
+def test_blank_lines_occur_only_between_turns(name, think):
     messages, tools = CONVERSATIONS[name]
     for turn in ours(messages, tools, think, True).split("\n\n"):
         assert turn.startswith(("System:", "User:", "Assistant:"))
@@ -477,7 +477,7 @@ def test_blank_lines_stand_between_turns_alone(name, think):
 
 @settings(max_examples=150)
 @given(st.text(st.sampled_from("ab \n\r\t\x0b\x1c\x85\u00a0\u2028\u3000"), max_size=30))
-def test_jinja_cleans_a_message_as_we_do(text):
+def test_the_jinja_template_cleans_messages_like_ours(text):
     messages = [{"role": "user", "content": text}]
     rendered = in_jinja(messages, None, False)
     assert rendered == f"User: {clean_message(text)}"

@@ -1,4 +1,4 @@
-"""Blank lines of messages, which would end a turn."""
+"""Blank lines in messages, which would end a turn."""
 
 import re
 import time
@@ -12,14 +12,14 @@ from rwkv7_jax.text.chat_template import clean_message
 
 @settings(max_examples=400)
 @given(st.text(st.sampled_from("ab \n\n\n\r\t\x85\u00a0\u2028"), max_size=30))
-def test_a_cleaned_message_is_what_the_shortest_pattern_says(text):
+def test_cleaning_matches_the_regular_expression(text):
     plain = text.replace("\r\n", "\n")
     assert clean_message(text) == re.sub(r"\s*\n\s*\n", "\n", plain).strip()
 
 
 @pytest.mark.parametrize("blanks", [" ", "\n", "\n ", " \t\u3000"])
-def test_the_time_of_cleaning_grows_with_the_length_alone(blanks):
-    """A square would make it 16 times as long from 4 times the blanks; the bound is generous."""
+def test_cleaning_takes_linear_time(blanks):
+    """Quadratic time would grow 16-fold for 4 times the blanks; the bound is generous."""
 
     def seconds(count):
         text = "a" + blanks * count + "\n" + blanks * count + "b"

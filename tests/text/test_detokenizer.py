@@ -1,4 +1,4 @@
-"""Laws of text assembly: whole characters, stop strings across borders, any bytes."""
+"""Streaming detokenization: whole characters, stop strings across chunks, any bytes."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from rwkv7_jax.text.detokenizer import (
 
 
 class Sizes:
-    """An id spells as many bytes as its value."""
+    """A tokenizer whose ids decode to as many bytes as their value."""
 
     def encode(self, text):
         return [len(text)]
@@ -21,7 +21,7 @@ class Sizes:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_text_does_not_depend_on_how_its_bytes_were_cut(seed):
+def test_text_does_not_depend_on_the_chunks(seed):
     random = np.random.default_rng(seed)
     data = "aéa\n\nb€b\n\nUser: 𝄞".encode() + random.bytes(6) + b"x\n\nUser:y"[:seed]
     stops = ("\n\nUser:", "b\n\nU", "€b\n\nX")
@@ -37,7 +37,7 @@ def test_text_does_not_depend_on_how_its_bytes_were_cut(seed):
     assert stream.stopped
 
 
-def test_random_bytes_become_what_the_decoder_makes_of_them():
+def test_random_bytes_decode_like_the_standard_decoder():
     random = np.random.default_rng(0)
     for _ in range(300):
         data = random.bytes(20)
@@ -57,13 +57,13 @@ def test_an_incomplete_character_and_a_possible_stop_string_are_held_back():
     assert stream.close() == "\ufffd"
 
 
-def test_whole_tokens_counts_from_the_end():
+def test_whole_tokens_counts_dropped_bytes_from_the_end():
     ids = [2, 1, 0, 2]
     counts = [whole_tokens(ids, drop, Sizes()) for drop in range(6)]
     assert counts == [(4, 0), (3, 1), (3, 0), (1, 0), (0, 1), (0, 0)]
 
 
-def test_of_two_stop_strings_the_first_complete_counts_and_of_equal_ends_the_longer():
+def test_the_first_complete_or_longest_stop_string_wins():
     assert StreamingDetokenizer(["bcd", "c"]).push(b"abcd") == "ab"
     assert StreamingDetokenizer(["c", "bc"]).push(b"abcd") == "a"
 
@@ -76,7 +76,7 @@ def test_stop_strings_are_checked():
         check_stop_strings("ab")
 
 
-def test_half_a_surrogate_pair_stops_nothing_but_may_be_a_byte_of_a_command_line():
+def test_lone_surrogates_are_rejected_unless_they_escape_a_byte():
     with pytest.raises(ValueError, match="got a lone surrogate at character 1 of 'a"):
         check_stop_strings(["a\ud83d"])
     with pytest.raises(ValueError, match="`stop_strings` must be valid Unicode"):

@@ -1,4 +1,4 @@
-"""World and bytes as `tokenizer.json`: every text gets the ids that `Tokenizer` gives it."""
+"""World and bytes as `tokenizer.json` give the ids of `Tokenizer` for every text."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def entries(tokenizer) -> dict[int, bytes]:
 
 @pytest.fixture(scope="module")
 def theirs():
-    """`theirs(tokenizer)` is the package's tokenizer of the file for a vocabulary of ours."""
+    """Return a function that loads one of our vocabularies in the package."""
     tokenizers = pytest.importorskip(
         "tokenizers", reason="the package tokenizers is not installed"
     )
@@ -48,7 +48,7 @@ def world(theirs):
 
 @pytest.fixture(scope="module")
 def readable():
-    """The entries of World that are UTF-8 by themselves."""
+    """The entries of World that are valid UTF-8."""
     texts = []
     for entry in entries(WORLD).values():
         try:
@@ -58,14 +58,14 @@ def readable():
     return texts
 
 
-def test_every_entry_that_is_text_is_one_token(world, readable):
+def test_every_utf8_entry_is_one_token(world, readable):
     assert len(readable) > 65_000
     batch = world.encode_batch(readable)
     assert [encoding.ids for encoding in batch] == [WORLD.encode(x) for x in readable]
     assert {len(encoding.ids) for encoding in batch} == {1}
 
 
-def test_every_entry_keeps_its_id_whatever_its_bytes(world):
+def test_every_entry_keeps_its_id(world):
     characters = byte_characters()
     vocabulary = world.get_vocab()
     for number, entry in entries(WORLD).items():
@@ -81,8 +81,8 @@ def test_any_text_gets_the_same_ids(world, text):
 
 @settings(max_examples=400)
 @given(data=st.data())
-def test_entries_next_to_each_other_get_the_same_ids(world, readable, data):
-    """Their borders are where a longer entry may begin: the hard case."""
+def test_adjacent_entries_get_the_same_ids(world, readable, data):
+    """Longer entries may span their border: the hard case."""
     places = st.integers(0, len(readable) - 1)
     parts = data.draw(st.lists(places, max_size=20))
     text = "".join(readable[place] for place in parts)
@@ -113,7 +113,7 @@ def test_whole_files_get_the_same_ids(world):
 
 @settings(max_examples=100)
 @given(text=st.text())
-def test_bytes_are_a_vocabulary_too(theirs, text):
+def test_the_byte_vocabulary_is_supported(theirs, text):
     ours = Tokenizer.bytes()
     assert theirs(ours).encode(text).ids == ours.encode(text)
 
@@ -123,13 +123,13 @@ def test_bytes_are_a_vocabulary_too(theirs, text):
     words=st.sets(st.text(alphabet="ab.[-^", min_size=1, max_size=6), min_size=1),
     text=st.text(alphabet="ab.[-^", max_size=30),
 )
-def test_the_pattern_takes_the_longest_entry(words, text):
+def test_the_pattern_matches_the_longest_entry(words, text):
     match = re.match(longest_entry_pattern(words), text)
     fitting = [word for word in words if text.startswith(word)]
     assert (match[0] if match else None) == max(fitting, key=len, default=None)
 
 
-def test_the_end_of_text_is_special_and_its_name_in_a_text_is_text(world):
+def test_the_end_of_text_token_is_not_parsed_from_text(world):
     assert world.token_to_id("<|endoftext|>") == 0
     table = tokenizer_config("<|endoftext|>")
     assert table["eos_token"] == "<|endoftext|>" and table["split_special_tokens"]
@@ -146,7 +146,7 @@ def test_a_vocabulary_without_an_end_of_text_has_no_special_token():
     assert "eos_token" not in tokenizer_config(None)
 
 
-def test_a_text_outside_the_vocabulary_is_an_error_and_no_other_token(theirs):
+def test_out_of_vocabulary_text_raises(theirs):
     digits = {number: b"%d" % number for number in range(10)}
     tokenizers = pytest.importorskip("tokenizers")
     theirs = tokenizers.Tokenizer.from_str(json.dumps(fast_tokenizer(digits)))

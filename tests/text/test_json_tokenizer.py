@@ -1,4 +1,4 @@
-"""Files of the `tokenizers` package: its own ids, and bytes that spell the text."""
+"""Files of the `tokenizers` package: its ids, and token bytes that give the text."""
 
 import json
 
@@ -16,19 +16,19 @@ pytest.importorskip("tokenizers", reason="the extra tokenizers is not installed"
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
-    """Returns a byte-level file."""
+    """Return a byte-level BPE file."""
     return byte_level_bpe(tmp_path_factory.mktemp("bpe"))
 
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
-    """Returns a file of SentencePiece's kind."""
+    """Return a SentencePiece-style file."""
     return sentence_pieces(tmp_path_factory.mktemp("pieces"), prefix=False)
 
 
 @pytest.fixture(scope="module", params=["bpe", "pieces"])
 def pair(request, bpe, pieces):
-    """Returns our tokenizer and the package's own, of the same file."""
+    """Return our tokenizer and the package's for the same file."""
     from tokenizers import Tokenizer
 
     file = bpe if request.param == "bpe" else pieces
@@ -37,7 +37,7 @@ def pair(request, bpe, pieces):
     return load_vocabulary(file), own
 
 
-def test_ids_and_text_are_those_of_the_package(pair):
+def test_ids_and_text_match_the_package(pair):
     ours, theirs = pair
     for text in (TEXT, "", " ", "\n\n", "unseen \u0416 \x00", "  a"):
         ids = theirs.encode(text, add_special_tokens=False).ids
@@ -47,7 +47,7 @@ def test_ids_and_text_are_those_of_the_package(pair):
 
 @settings(max_examples=200)
 @given(text=st.text())
-def test_any_text_comes_back_from_its_ids_one_by_one(bpe, text):
+def test_any_text_round_trips_token_by_token(bpe, text):
     tokenizer = load_vocabulary(bpe)
     stream = StreamingDetokenizer()
     ids = tokenizer.encode(text)
@@ -58,7 +58,7 @@ def test_any_text_comes_back_from_its_ids_one_by_one(bpe, text):
     )
 
 
-def test_special_tokens_end_texts_and_are_never_encoded(bpe):
+def test_special_tokens_end_texts_but_are_never_encoded(bpe):
     tokenizer = load_vocabulary(bpe)
     assert tokenizer.stop_ids == (0,) and tokenizer.token_bytes(0) == b""
     ids = tokenizer.encode("a<|endoftext|>b")
@@ -66,7 +66,7 @@ def test_special_tokens_end_texts_and_are_never_encoded(bpe):
     assert tokenizer.decode(ids) == "a<|endoftext|>b"
 
 
-def test_the_config_next_to_the_file_names_the_end_of_text(bpe, tmp_path):
+def test_the_tokenizer_config_names_the_end_of_text(bpe, tmp_path):
     content = json.loads(bpe.read_text())
     number = len(content["model"]["vocab"])
     token = {**content["added_tokens"][0], "id": number, "content": "</s>"}
@@ -90,7 +90,7 @@ def test_the_config_next_to_the_file_names_the_end_of_text(bpe, tmp_path):
         load_vocabulary(tmp_path / "tokenizer.json")
 
 
-def test_a_document_is_encoded_at_once_however_it_is_cut(bpe):
+def test_a_document_is_encoded_as_a_whole_whatever_the_chunks(bpe):
     tokenizer = load_vocabulary(bpe)
     data = TEXT.encode()
     chunks = [data[i : i + 7] for i in range(0, len(data), 7)]
@@ -99,20 +99,20 @@ def test_a_document_is_encoded_at_once_however_it_is_cut(bpe):
     assert list(tokenizer.encode_chunks([])) == []
 
 
-def test_bytes_that_are_not_utf8_are_refused(bpe):
+def test_invalid_utf8_is_rejected(bpe):
     with pytest.raises(
         ValueError, match=r"must be UTF-8 for .*; it is not at byte 1\."
     ):
         load_vocabulary(bpe).encode(b"a\xff")
 
 
-def test_a_blank_that_is_put_before_every_text_is_refused(tmp_path):
+def test_a_prefix_space_is_rejected(tmp_path):
     file = sentence_pieces(tmp_path, prefix=True)
     with pytest.raises(ValueError, match=r"tokens that round-trip; '.*' comes bac"):
         load_vocabulary(file)
 
 
-def test_a_decoder_of_another_kind_is_refused(tmp_path, bpe):
+def test_an_unsupported_decoder_is_rejected(tmp_path, bpe):
     content = json.loads(bpe.read_text())
     content["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     (tmp_path / "t.json").write_text(json.dumps(content))
@@ -123,7 +123,7 @@ def test_a_decoder_of_another_kind_is_refused(tmp_path, bpe):
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": 3}', "\x00"])
-def test_a_damaged_file_is_one_sentence(tmp_path, content):
+def test_a_damaged_file_is_rejected(tmp_path, content):
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(
         ValueError, match=r"must be a tokenizer.json; `tokenizers` says"
@@ -131,7 +131,7 @@ def test_a_damaged_file_is_one_sentence(tmp_path, content):
         load_vocabulary(tmp_path / "t.json")
 
 
-def test_identity_does_not_depend_on_how_the_file_is_formatted(bpe, tmp_path):
+def test_identity_does_not_depend_on_json_formatting(bpe, tmp_path):
     content = json.loads(bpe.read_text())
     (tmp_path / "t.json").write_text(json.dumps(content, indent=7))
     one = load_vocabulary(bpe)
@@ -141,7 +141,7 @@ def test_identity_does_not_depend_on_how_the_file_is_formatted(bpe, tmp_path):
     assert load_vocabulary(tmp_path / "t.json").identity != one.identity
 
 
-def test_a_character_that_no_token_spells_is_refused(tmp_path, bpe):
+def test_a_character_without_a_token_is_rejected(tmp_path, bpe):
     content = json.loads(bpe.read_text())
     # "z" is no part of a longer token here.
     content["model"]["vocab"].pop("z")
@@ -154,7 +154,7 @@ def test_a_character_that_no_token_spells_is_refused(tmp_path, bpe):
         tokenizer.encode("catz")
 
 
-def test_a_text_may_be_normalized(tmp_path, bpe):
+def test_normalization_is_supported(tmp_path, bpe):
     content = json.loads(bpe.read_text())
     content["normalizer"] = {"type": "NFC"}
     (tmp_path / "t.json").write_text(json.dumps(content))
@@ -163,7 +163,7 @@ def test_a_text_may_be_normalized(tmp_path, bpe):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "pieces"])
-def test_added_tokens_spell_themselves_whatever_their_letters(request, tmp_path, kind):
+def test_added_tokens_decode_to_themselves(request, tmp_path, kind):
     content = json.loads(request.getfixturevalue(kind).read_text())
     number = len(content["model"]["vocab"])
     words = ["\u00e9", "w\u00f6rld", "<0x41>", "\u4f60", "a b"]
@@ -179,7 +179,7 @@ def test_added_tokens_spell_themselves_whatever_their_letters(request, tmp_path,
     assert set(words) <= set(spelled)
 
 
-def test_a_dropout_of_training_is_left_out(tmp_path, bpe):
+def test_bpe_dropout_is_disabled(tmp_path, bpe):
     content = json.loads(bpe.read_text())
     content["model"]["dropout"] = 0.5
     (tmp_path / "t.json").write_text(json.dumps(content))
@@ -189,7 +189,7 @@ def test_a_dropout_of_training_is_left_out(tmp_path, bpe):
 
 
 def split_by(path, target, pattern):
-    """Writes a copy of a file that first splits texts by a regular expression."""
+    """Write a copy of a file that first splits texts by a regular expression."""
     content = json.loads(path.read_text())
     step = {"type": "Split", "behavior": "Isolated", "invert": False}
     steps = [step | {"pattern": {"Regex": pattern}}, content["pre_tokenizer"]]
@@ -198,7 +198,7 @@ def split_by(path, target, pattern):
     return target
 
 
-def test_a_regular_expression_without_end_refuses_the_text(tmp_path, bpe):
+def test_text_that_exceeds_the_regex_retry_limit_is_rejected(tmp_path, bpe):
     tokenizer = load_vocabulary(split_by(bpe, tmp_path / "t.json", r"(z+)+$"))
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     with pytest.raises(
@@ -208,7 +208,7 @@ def test_a_regular_expression_without_end_refuses_the_text(tmp_path, bpe):
         tokenizer.encode("z" * 40 + "!")
 
 
-def test_a_file_that_cannot_encode_its_own_tokens_is_refused(tmp_path, bpe):
+def test_a_file_that_cannot_encode_its_tokens_is_rejected(tmp_path, bpe):
     content = json.loads(split_by(bpe, tmp_path / "t.json", r"(z+)+$").read_text())
     number = len(content["model"]["vocab"])
     content["model"]["vocab"]["z" * 40 + "!"] = number

@@ -1,4 +1,4 @@
-"""The Rust package for World gives the ids of `Tokenizer`, wherever it takes over."""
+"""The Rust package for World gives the ids of `Tokenizer` wherever it is used."""
 
 import functools
 import sys
@@ -19,13 +19,13 @@ WORLD = Tokenizer.world()
 
 @functools.cache
 def entries() -> dict[bytes, int]:
-    """World's entries; not made while the module is imported, which every process does."""
+    """Return World's entries, but not at import, which happens in every process."""
     return {WORLD.token_bytes(number): number for number in range(1, 65530)}
 
 
 @pytest.fixture(scope="module")
 def eager():
-    """World that asks the package for every text; without the package, tests are skipped."""
+    """World with the package for every text; without the package the tests are skipped."""
     pytest.importorskip(
         "pyrwkv_tokenizer", reason="the package pyrwkv-tokenizer is not installed"
     )
@@ -37,7 +37,7 @@ def eager():
 
 
 def plain_ids(data):
-    """What the package is not asked for."""
+    """Return the ids by longest match, without the package."""
     known = entries()
     found = []
     while data:
@@ -49,27 +49,27 @@ def plain_ids(data):
 
 @settings(max_examples=300)
 @given(text=st.text(max_size=200))
-def test_any_text_has_the_same_ids(eager, text):
+def test_any_text_gets_the_same_ids(eager, text):
     assert eager.encode(text) == plain_ids(text.encode())
 
 
 @settings(max_examples=300)
 @given(parts=st.lists(st.one_of(st.binary(max_size=9), st.text().map(str.encode))))
-def test_any_bytes_have_the_same_ids(eager, parts):
+def test_any_bytes_get_the_same_ids(eager, parts):
     data = b"".join(parts)
     assert eager.encode(data) == plain_ids(data)
 
 
 @settings(max_examples=200)
 @given(parts=st.lists(st.one_of(st.binary(max_size=3), st.text().map(str.encode))))
-def test_cuts_of_the_bytes_do_not_show(eager, parts):
+def test_ids_do_not_depend_on_the_chunks(eager, parts):
     # Blanks, so that there are ids to join.
     parts = [*parts, b" " * 200]
     found = np.concatenate(list(eager.encode_chunks(parts)))
     assert found.tolist() == plain_ids(b"".join(parts))
 
 
-def test_whole_files_have_the_same_ids(eager):
+def test_whole_files_get_the_same_ids(eager):
     for path in sorted((ROOT / "docs").glob("*.md")):
         data = path.read_bytes()
         pieces = [data[at : at + 5000] for at in range(0, len(data), 5000)]
@@ -77,7 +77,7 @@ def test_whole_files_have_the_same_ids(eager):
         assert found.tolist() == eager.encode(data) == plain_ids(data), path.name
 
 
-def test_half_a_surrogate_pair_is_refused_before_the_package_sees_it(eager):
+def test_a_lone_surrogate_is_rejected(eager):
     with pytest.raises(ValueError, match="lone surrogate at character 1"):
         eager.encode("a\ud800")
 

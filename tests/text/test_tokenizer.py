@@ -1,4 +1,4 @@
-"""Both vocabularies: ids against two other tokenizers and brute force, any bytes both ways."""
+"""Both vocabularies against two other tokenizers and brute force; any bytes round-trip."""
 
 import copy
 import functools
@@ -30,12 +30,12 @@ TEXTS = [
 
 @functools.cache
 def entries() -> dict[bytes, int]:
-    """World's entries; not made while the module is imported, which every process does."""
+    """Return World's entries, but not at import, which happens in every process."""
     return {WORLD.token_bytes(i): i for i in range(1, 65530)}
 
 
 def brute_force(data: bytes) -> list[int]:
-    """The longest entry at every place, by trying all lengths."""
+    """Find the longest entry at every position by trying all lengths."""
     known = entries()
     longest = max(map(len, known))
     out = []
@@ -50,7 +50,7 @@ def brute_force(data: bytes) -> list[int]:
 
 
 def random_bytes(count: int, seed: int):
-    """Strings of bytes, of pieces of entries, and of both."""
+    """Yield byte strings that mix random bytes and vocabulary entries."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         pieces = [rng.bytes(rng.integers(1, 9)) for _ in range(rng.integers(1, 9))]
@@ -61,13 +61,13 @@ def random_bytes(count: int, seed: int):
         yield b"".join(pieces)
 
 
-def test_ids_are_the_longest_entries():
+def test_encoding_is_greedy_longest_match():
     for data in [text.encode() for text in TEXTS] + list(random_bytes(50, seed=0)):
         assert WORLD.encode(data) == brute_force(data)
 
 
 @pytest.mark.slow
-def test_ids_are_those_of_the_official_package_and_of_the_rust_one():
+def test_ids_match_the_official_and_the_rust_package():
     pytest.importorskip("rwkv", reason="the oracle extra is not installed")
     fast = pytest.importorskip(
         "pyrwkv_tokenizer", reason="the oracle extra is not installed"
@@ -88,7 +88,7 @@ def test_ids_are_those_of_the_official_package_and_of_the_rust_one():
     [WORLD, pytest.param(Tokenizer.bytes(), marks=pytest.mark.slow)],
     ids=["world", "bytes"],
 )
-def test_ten_thousand_random_byte_strings_come_back(tokenizer):
+def test_ten_thousand_random_byte_strings_round_trip(tokenizer):
     for data in random_bytes(10_000, seed=2):
         assert tokenizer.decode_bytes(tokenizer.encode(data)) == data
 
@@ -96,7 +96,7 @@ def test_ten_thousand_random_byte_strings_come_back(tokenizer):
 @pytest.mark.parametrize(
     "tokenizer", [WORLD, Tokenizer.bytes()], ids=["world", "bytes"]
 )
-def test_ids_do_not_depend_on_how_the_bytes_were_cut(tokenizer, monkeypatch):
+def test_ids_do_not_depend_on_the_chunks(tokenizer, monkeypatch):
     monkeypatch.setattr("rwkv7_jax.text.tokenizer._WORLD_BLOCK", 0)
     random = np.random.default_rng(3)
     # Long runs of spaces and marks are single ids: a cut inside of one must not show.
@@ -118,8 +118,8 @@ def test_ids_do_not_depend_on_how_the_bytes_were_cut(tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     ("size", "calls"), [(300_000, 1), (1_500_000, 2), (2_100_000, 2)]
 )
-def test_a_long_file_is_encoded_by_the_package_nearly_all(tmp_path, size, calls):
-    """A file comes in chunks that are shorter than the texts for which the package is loaded."""
+def test_the_package_encodes_almost_all_of_a_long_file(tmp_path, size, calls):
+    """The chunks of a file are shorter than the texts for which the package is loaded."""
     line = "The sea 海, \u00e9 and 12 waves;   and so on.\n".encode()
     count = size // len(line)
     path = tmp_path / "x.txt"
@@ -145,7 +145,7 @@ def test_a_long_file_is_encoded_by_the_package_nearly_all(tmp_path, size, calls)
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 300])
-def test_joined_chunks_are_the_same_bytes(size):
+def test_joining_chunks_keeps_the_bytes(size):
     chunks = [bytes([number]) * (number % 5) for number in range(40)]
     found = list(joined_chunks(chunks, size))
     assert b"".join(found) == b"".join(chunks)
@@ -154,11 +154,11 @@ def test_joined_chunks_are_the_same_bytes(size):
 
 @settings(max_examples=200)
 @given(st.text())
-def test_any_text_comes_back(text):
+def test_any_text_round_trips(text):
     assert WORLD.decode(WORLD.encode(text)) == text
 
 
-def test_the_vocabulary_is_whole():
+def test_the_world_vocabulary_is_complete():
     assert WORLD.vocab_size == 65536
     spelt = [WORLD.token_bytes(i) for i in range(65536)]
     assert spelt[0] == b"" and spelt[1:257] == [bytes([i]) for i in range(256)]
@@ -166,7 +166,7 @@ def test_the_vocabulary_is_whole():
     assert WORLD.encode("\n\n") == [261]
 
 
-def test_small_models_have_the_first_ids_of_the_large_vocabulary():
+def test_small_vocabularies_are_prefixes_of_world():
     small = Tokenizer.bytes()
     assert small.encode("Hé") == [73, 196, 170]
     assert all(small.token_bytes(i) == WORLD.token_bytes(i) for i in range(257))
@@ -174,28 +174,28 @@ def test_small_models_have_the_first_ids_of_the_large_vocabulary():
         small.token_bytes(257)
 
 
-def test_bytes_that_are_no_utf8_are_replaced_in_text():
+def test_invalid_utf8_is_replaced_in_decoded_text():
     assert WORLD.decode(WORLD.encode(b"a\xffb")) == "a\ufffdb"
 
 
-def test_token_0_is_never_encoded_and_spells_nothing():
+def test_token_0_is_never_encoded_and_decodes_to_nothing():
     assert 0 not in WORLD.encode(b"\x00" * 9)
     assert WORLD.decode([0, 34, 0]) == WORLD.decode([34])
 
 
 @pytest.mark.parametrize("wrong", [-1, 65530, 65535, 65536, 10**9])
-def test_an_id_without_an_entry_is_named_with_its_position(wrong):
+def test_an_id_without_an_entry_is_reported_by_position(wrong):
     with pytest.raises(ValueError, match=rf"got {wrong} at position 2"):
         WORLD.decode([33, 34, wrong, 35])
 
 
 @pytest.mark.parametrize("text", [None, 3, ["a"]])
-def test_only_text_is_encoded(text, unchecked):
+def test_encode_accepts_only_text_and_bytes(text, unchecked):
     with pytest.raises(TypeError, match="`text` must be str or bytes; got"):
         WORLD.encode(text)
 
 
-def test_half_a_surrogate_pair_is_refused():
+def test_lone_surrogates_are_rejected():
     with pytest.raises(ValueError, match="lone surrogate at character 2"):
         WORLD.encode("ab\ud800")
 
@@ -204,7 +204,7 @@ def test_half_a_surrogate_pair_is_refused():
     ("size", "name"),
     [(257, "bytes"), (65536, "world"), (65530, "world"), (65529, "world")],
 )
-def test_a_models_vocabulary_gives_its_tokenizer(size, name):
+def test_the_vocabulary_size_determines_the_tokenizer(size, name):
     if size == 65529:
         with pytest.raises(ValueError, match="got 65529"):
             Tokenizer.for_vocabulary(size)
@@ -220,12 +220,12 @@ def test_a_models_vocabulary_gives_its_tokenizer(size, name):
         ("1 'ä' 1", "line 1 says 1 bytes; got 2"),
     ],
 )
-def test_a_damaged_vocabulary_file_is_refused(lines, sentence):
+def test_a_damaged_vocabulary_file_is_rejected(lines, sentence):
     with pytest.raises(ValueError, match=sentence):
         parse_vocabulary(lines)
 
 
-def test_entries_are_text_or_bytes_and_line_ends_do_not_matter():
+def test_entries_are_text_or_bytes_with_any_line_ending():
     assert parse_vocabulary("1 'ä b' 4\r\n2 b'\\xff' 1\r\n") == {
         1: "ä b".encode(),
         2: b"\xff",

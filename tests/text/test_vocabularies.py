@@ -1,4 +1,4 @@
-"""Every kind of vocabulary: found by its name, checked against the model, known by its content."""
+"""Every kind of vocabulary: found by name, checked against the model, identified by content."""
 
 import lzma
 from pathlib import Path
@@ -18,7 +18,7 @@ from rwkv7_jax.text.vocabulary_file import format_vocabulary, parse_vocabulary
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Holds the files of small vocabularies."""
+    """Make a folder with the files of small vocabularies."""
     folder = tmp_path_factory.mktemp("vocabularies")
     (folder / "digits.txt").write_text(DIGITS)
     (folder / "words.txt").write_text(WORDS)
@@ -26,12 +26,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_built_in_vocabularies_are_known_by_their_names(name):
+def test_built_in_vocabularies_load_by_name(name):
     tokenizer = load_vocabulary(name)
     assert tokenizer.name == tokenizer.kind == tokenizer.identity == name
 
 
-def test_digits_are_a_vocabulary_without_an_end_of_text(folder):
+def test_a_vocabulary_may_lack_an_end_of_text(folder):
     digits = load_vocabulary(folder / "digits.txt", 12)
     assert digits.encode("120,021#") == [1, 2, 0, 10, 0, 2, 1, 11]
     assert digits.decode([1, 2, 0, 10]) == "120,"
@@ -39,7 +39,7 @@ def test_digits_are_a_vocabulary_without_an_end_of_text(folder):
     assert digits.vocab_size == 12
 
 
-def test_raw_bytes_are_their_own_ids():
+def test_bytes256_maps_bytes_to_themselves():
     raw = load_vocabulary("bytes256", 256)
     data = bytes(range(256))
     assert raw.encode(data) == list(data)
@@ -47,13 +47,13 @@ def test_raw_bytes_are_their_own_ids():
     assert raw.stop_ids == () and Tokenizer.for_vocabulary(256) is raw
 
 
-def test_a_file_without_the_id_0_has_it_as_the_end_of_text(folder):
+def test_an_unused_id_0_is_the_end_of_text(folder):
     words = load_vocabulary(folder / "words.txt")
     assert words.stop_ids == (0,) and words.token_bytes(0) == b""
     assert words.encode("abbaab a\u20ac") == [4, 3, 7, 1, 9, 10]
 
 
-def test_an_id_without_an_entry_spells_nothing_and_is_not_decoded(folder):
+def test_an_id_without_an_entry_is_not_decoded(folder):
     words = load_vocabulary(folder / "words.txt", 24)
     assert words.vocab_size == 24
     assert words.token_bytes(5) == words.token_bytes(23) == b""
@@ -63,7 +63,7 @@ def test_an_id_without_an_entry_spells_nothing_and_is_not_decoded(folder):
         words.token_bytes(24)
 
 
-def test_what_no_entry_begins_is_refused_with_its_place(folder):
+def test_bytes_without_an_entry_are_rejected_with_their_position(folder):
     words = load_vocabulary(folder / "words.txt")
     with pytest.raises(ValueError, match=r"none begins at byte 2, b'xy'\.$"):
         words.encode("abxy")
@@ -72,7 +72,7 @@ def test_what_no_entry_begins_is_refused_with_its_place(folder):
 
 
 @pytest.mark.parametrize("name", ["digits.txt", "words.txt"])
-def test_ids_of_a_file_do_not_depend_on_how_the_bytes_were_cut(folder, name):
+def test_ids_do_not_depend_on_the_chunks(folder, name):
     tokenizer = load_vocabulary(folder / name)
     pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     random = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def test_ids_of_a_file_do_not_depend_on_how_the_bytes_were_cut(folder, name):
 
 @settings(max_examples=100)
 @given(st.lists(st.integers(0, 11)), st.integers(1, 7))
-def test_ids_are_written_as_numbers_and_read_back(ids, size):
+def test_numeric_ids_round_trip(ids, size):
     numbers = load_vocabulary("ids", 12)
     written = numbers.decode_bytes(ids)
     assert numbers.encode(written) == ids
@@ -99,7 +99,7 @@ def test_ids_are_written_as_numbers_and_read_back(ids, size):
     assert written == b"".join([numbers.token_bytes(number) for number in ids])
 
 
-def test_a_number_that_is_no_id_is_refused_before_the_rest_is_read():
+def test_an_overlong_number_is_rejected_immediately():
     taken = []
 
     def chunks():
@@ -112,7 +112,7 @@ def test_a_number_that_is_no_id_is_refused_before_the_rest_is_read():
     assert len(taken) == 1
 
 
-def test_ids_may_have_blanks_commas_and_lines_between_them():
+def test_ids_may_be_separated_by_blanks_commas_and_newlines():
     numbers = load_vocabulary("ids", 300)
     assert numbers.encode(" 3,1 4,\n15\t\r\n 299 ,") == [3, 1, 4, 15, 299]
     assert numbers.encode("") == numbers.encode(" , ") == []
@@ -120,14 +120,14 @@ def test_ids_may_have_blanks_commas_and_lines_between_them():
 
 
 @pytest.mark.parametrize("text", ["1 x", "-1", "1.5", "12", "9" * 30, "\u0663", "1;2"])
-def test_what_is_no_id_of_the_model_is_refused(text):
+def test_invalid_ids_are_rejected(text):
     with pytest.raises(
         ValueError, match=r"ids from 0 and below 12 separated by spaces or com"
     ):
         load_vocabulary("ids", 12).encode(text)
 
 
-def test_all_sizes_of_ids_have_one_digest():
+def test_the_digest_of_ids_does_not_depend_on_the_size():
     assert load_vocabulary("ids").digest == load_vocabulary("ids", 12).digest
 
 
@@ -149,7 +149,7 @@ def test_all_sizes_of_ids_have_one_digest():
         ("bytes256", 12, "below the model's 12; got bytes256, whose largest is 255"),
     ],
 )
-def test_a_vocabulary_larger_than_the_models_table_is_refused(
+def test_a_vocabulary_larger_than_the_embedding_is_rejected(
     folder, name, vocab_size, sentence
 ):
     path = name if name in NAMES else folder / name
@@ -157,7 +157,7 @@ def test_a_vocabulary_larger_than_the_models_table_is_refused(
         load_vocabulary(path, vocab_size, argument="`--vocabulary`")
 
 
-def test_a_name_that_is_no_file_is_refused():
+def test_an_unknown_name_is_rejected():
     with pytest.raises(
         ValueError, match=r"^load_vocabulary: `name` must be world, byt"
     ):
@@ -184,7 +184,7 @@ def test_a_name_that_is_no_file_is_refused():
         ("1 'a' 1\n4000000000 'b' 1", "ids below 16,777,216; got 4,000,000,000"),
     ],
 )
-def test_a_damaged_file_is_one_sentence_with_the_line(tmp_path, content, sentence):
+def test_a_damaged_file_is_rejected_with_the_line(tmp_path, content, sentence):
     file = tmp_path / "v.txt"
     file.write_text(content)
     with pytest.raises(ValueError, match=sentence) as caught:
@@ -193,13 +193,13 @@ def test_a_damaged_file_is_one_sentence_with_the_line(tmp_path, content, sentenc
     assert said.startswith(f"`--vocabulary` must be a vocabulary: `{file}`")
 
 
-def test_a_file_that_is_not_utf8_is_refused(tmp_path):
+def test_a_file_that_is_not_utf8_is_rejected(tmp_path):
     (tmp_path / "v.txt").write_bytes(b"1 '\xff' 1")
     with pytest.raises(ValueError, match=r"must be UTF-8\.$"):
         load_vocabulary(tmp_path / "v.txt")
 
 
-def test_identity_is_by_content_and_not_by_the_files_name(folder, tmp_path):
+def test_identity_depends_on_content_and_not_on_the_file_name(folder, tmp_path):
     (tmp_path / "other.txt").write_text("\ufeff" + WORDS.replace("\n", "\r\n"))
     (tmp_path / "changed.txt").write_text(WORDS.replace("'abba'", "'abab'"))
     words = load_vocabulary(folder / "words.txt")
@@ -209,14 +209,14 @@ def test_identity_is_by_content_and_not_by_the_files_name(folder, tmp_path):
     assert words.identity == f"file {words.digest}"
 
 
-def test_worlds_own_file_is_world_whatever_its_name(tmp_path):
+def test_the_world_file_is_recognized_under_any_name(tmp_path):
     source = Path(text_room.__file__).parent / "vocabulary"
     (packed,) = source.glob("*.xz")
     (tmp_path / "v.txt").write_bytes(lzma.decompress(packed.read_bytes()))
     assert load_vocabulary(tmp_path / "v.txt") is Tokenizer.world()
 
 
-def test_a_vocabulary_is_written_and_read_back(folder):
+def test_a_vocabulary_round_trips(folder):
     for name in ("digits.txt", "words.txt"):
         entries = parse_vocabulary((folder / name).read_text())
         assert parse_vocabulary(format_vocabulary(entries)) == entries
@@ -225,7 +225,7 @@ def test_a_vocabulary_is_written_and_read_back(folder):
         assert again.identity == tokenizer.identity
 
 
-def test_ids_above_16_bits_take_32():
+def test_the_dtype_of_ids_depends_on_the_vocabulary_size():
     assert load_vocabulary("world").dtype is np.uint16
     assert load_vocabulary("ids", 65536).dtype is np.uint16
     assert load_vocabulary("ids", 65537).dtype is np.int32
@@ -233,7 +233,7 @@ def test_ids_above_16_bits_take_32():
     assert np.concatenate(pieces).tolist() == [69999, 1]
 
 
-def test_a_text_that_cannot_be_spelled_alone_has_no_ids(folder):
+def test_spell_gives_no_ids_for_unencodable_text(folder):
     assert spell("ab", load_vocabulary(folder / "words.txt")) == [3]
     assert spell("x", load_vocabulary(folder / "words.txt")) == []
     # The id 1 is written with a blank.
@@ -241,7 +241,7 @@ def test_a_text_that_cannot_be_spelled_alone_has_no_ids(folder):
     assert spell("1 ", load_vocabulary("ids", 12)) == [1]
 
 
-def test_a_missing_package_is_one_sentence(monkeypatch, tmp_path):
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
     pytest.importorskip("tokenizers", reason="the extra tokenizers is not installed")
     import sys
 

@@ -1,4 +1,4 @@
-"""Conversations of records: what the system says, and what an assistant thinks."""
+"""Conversations in records: system texts and reasoning."""
 
 import re
 
@@ -47,7 +47,7 @@ def test_a_system_text_comes_before_every_conversation(record, name):
         {"prompt": [SYSTEM, USER], "completion": [ASSISTANT]},
     ],
 )
-def test_of_two_system_texts_equal_ones_are_one_and_others_are_refused(record):
+def test_duplicate_system_texts_merge_and_conflicting_ones_are_rejected(record):
     assert marked({"system": " Be kind.", **record}) == marked(record)
     reason = '"system" and message 1, which also has the role system, differ'
     with pytest.raises(ValueError, match=re.escape(reason)):
@@ -56,7 +56,7 @@ def test_of_two_system_texts_equal_ones_are_one_and_others_are_refused(record):
 
 @pytest.mark.parametrize("name", THOUGHTS)
 @pytest.mark.parametrize("thought", ["", " ", "\n\n", None])
-def test_an_empty_thought_is_none(name, thought):
+def test_an_empty_thought_counts_as_absent(name, thought):
     answer = {**ASSISTANT, name: thought}
     for think in ("off", "fast"):
         bare = {"messages": [USER, ASSISTANT], "think": think}
@@ -78,7 +78,7 @@ QUESTIONS = (
 @pytest.mark.parametrize("record", QUESTIONS)
 @pytest.mark.parametrize("name", THOUGHTS)
 @pytest.mark.parametrize("think", ["off", "fast", "free", "long"])
-def test_thoughts_beside_a_question_are_those_of_its_answer(record, name, think):
+def test_thoughts_next_to_a_question_belong_to_its_answer(record, name, think):
     for thought in ("hm", "  hm\n\n\nwell\n"):
         answer = {**ASSISTANT, name: thought}
         expected = {"messages": [USER, answer], "think": think}
@@ -94,7 +94,7 @@ def test_thoughts_beside_a_question_are_those_of_its_answer(record, name, think)
         parse_record({name: "hm", **begun})
 
 
-def test_thoughts_under_two_names_are_not_guessed():
+def test_thoughts_under_two_names_are_rejected():
     reason = 'message 2: "reasoning" and "thinking" in one object'
     for record in QUESTIONS:
         with pytest.raises(ValueError, match=reason):
@@ -113,14 +113,14 @@ def test_thoughts_under_two_names_are_not_guessed():
     ],
 )
 @pytest.mark.parametrize("name", THOUGHTS)
-def test_thoughts_that_may_be_of_any_answer_are_refused(record, name):
+def test_ambiguous_thoughts_are_rejected(record, name):
     with pytest.raises(ValueError, match=f'"{name}" next to "[a-z]*": put the'):
         parse_record({name: "hm", **record})
     for nothing in ("", "on", "off", True, None):
         assert marked({name: nothing, **record}) == marked(record)
 
 
-def test_an_answer_that_was_only_read_stays_so_after_a_system_text():
+def test_a_system_text_does_not_put_prompt_answers_in_the_loss():
     record = {
         "system": "Be kind.",
         "prompt": [USER, ASSISTANT, USER],
@@ -131,7 +131,7 @@ def test_an_answer_that_was_only_read_stays_so_after_a_system_text():
     )
 
 
-def test_a_system_text_next_to_a_prompt_as_it_stands_is_refused():
+def test_a_system_text_next_to_a_raw_prompt_is_rejected():
     for name in ("answer", "completion"):
         with pytest.raises(
             ValueError, match='"system" next to a "prompt" that is read'

@@ -1,4 +1,4 @@
-"""Files of JSON: which are records, which are text, and which are damaged."""
+"""JSON files: records, text or damaged."""
 
 import json
 
@@ -51,13 +51,13 @@ def texts(path, **choices):
     ],
 )
 @pytest.mark.parametrize("in_folder", [False, True])
-def test_records_are_read_however_a_json_file_holds_them(tmp_path, content, in_folder):
+def test_records_are_read_from_any_json_structure(tmp_path, content, in_folder):
     (tmp_path / "x.Json").write_text(content)
     assert texts(tmp_path if in_folder else tmp_path / "x.Json") == TEXTS
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".jsonlines", ".JL"])
-def test_lines_of_records_may_be_one_list(tmp_path, suffix):
+def test_a_jsonl_file_may_hold_one_list(tmp_path, suffix):
     path = tmp_path / f"x{suffix}"
     for content in (LINES, json.dumps(RECORDS), json.dumps(RECORDS, indent=1)):
         path.write_text(content)
@@ -76,7 +76,7 @@ CALL = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json"])
 @pytest.mark.parametrize("choices", [{}, {"on_bad": "skip"}])
-def test_lists_of_messages_are_conversations(tmp_path, suffix, choices):
+def test_a_list_of_messages_is_a_conversation(tmp_path, suffix, choices):
     path = tmp_path / f"x{suffix}"
     for content, count in (
         (CHATS, 3),
@@ -110,7 +110,7 @@ def test_lists_of_messages_are_conversations(tmp_path, suffix, choices):
         (json.dumps(CHAT[:1]), ' record 1: "messages" do not end', []),
     ],
 )
-def test_lines_are_never_a_text(tmp_path, suffix, content, place, good):
+def test_a_jsonl_file_is_never_read_as_text(tmp_path, suffix, content, place, good):
     path = tmp_path / f"x{suffix}"
     path.write_text(content)
     for source in (path, tmp_path):
@@ -137,7 +137,7 @@ def test_lines_are_never_a_text(tmp_path, suffix, content, place, good):
         ('["bad"]\n{"text":"a"}', "record 1: must be an object; got list"),
     ],
 )
-def test_a_bad_record_makes_no_text_of_the_others(tmp_path, content, place):
+def test_a_bad_record_does_not_turn_the_file_into_text(tmp_path, content, place):
     path = tmp_path / "x.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=f"x.json: {place}"):
@@ -148,7 +148,7 @@ def test_a_bad_record_makes_no_text_of_the_others(tmp_path, content, place):
     assert stats.skipped
 
 
-def test_an_object_that_is_a_record_is_one(tmp_path):
+def test_a_single_object_is_one_record(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(RECORDS[0], indent=1))
     assert texts(tmp_path / "x.json") == TEXTS[:1]
 
@@ -157,7 +157,7 @@ def test_an_object_that_is_a_record_is_one(tmp_path):
     "content",
     ['{"name": "package"}', "[1, 2]", "not JSON", "[]", '{"a": [{"name": "b"}]}', "{}"],
 )
-def test_json_without_records_is_a_text(tmp_path, content):
+def test_json_without_records_is_read_as_text(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     assert texts(tmp_path / "x.json") == [content.encode()]
 
@@ -165,7 +165,7 @@ def test_json_without_records_is_a_text(tmp_path, content):
 @pytest.mark.parametrize(
     "content", ['{"a": 1} // remark', "[{", json.dumps(RECORDS)[:-9], LINES[:-3]]
 )
-def test_damaged_json_is_refused_where_it_is_named_and_a_text_in_a_folder(
+def test_damaged_json_is_rejected_by_path_but_read_as_text_in_a_folder(
     tmp_path, content
 ):
     path = tmp_path / "x.json"
@@ -175,13 +175,13 @@ def test_damaged_json_is_refused_where_it_is_named_and_a_text_in_a_folder(
     assert texts(tmp_path) == [content.encode()] == texts(path, as_bytes=True)
 
 
-def test_records_under_two_names_are_not_guessed(tmp_path):
+def test_records_under_two_names_are_rejected(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"train": RECORDS, "test": RECORDS}))
     with pytest.raises(ValueError, match=r'x.json` holds records under "train" and'):
         texts(tmp_path / "x.json")
 
 
-def test_a_bad_record_is_named_by_its_number(tmp_path):
+def test_a_bad_record_is_reported_by_number(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('[{"text": "a"}, {"txt": "b"}]')
     with pytest.raises(
@@ -194,7 +194,7 @@ def test_a_bad_record_is_named_by_its_number(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x", "x.txt.gz"])
-def test_records_that_are_named_as_a_text_are_refused(tmp_path, name):
+def test_records_in_a_text_file_are_rejected(tmp_path, name):
     path = tmp_path / name
     path.write_text(LINES)
     with pytest.raises(ValueError, match=r"holds records as lines of JSON.*x.*\.jsonl"):

@@ -1,4 +1,4 @@
-"""Questions with their answers, under the names that data sets give them."""
+"""Questions and answers under the key names of published data sets."""
 
 import itertools
 import json
@@ -21,20 +21,20 @@ PAIRS = (*itertools.product((*QUESTIONS, "input"), ANSWERS), *SPOKEN)
 
 
 def with_nulls(record):
-    """Adds every other name with a null, as tables have them."""
+    """Add every other key with a null value, as tables do."""
     names = (*QUESTIONS, *ANSWERS, *AS_THEY_STAND, "input", "context", "user", "human")
     names += ("assistant", "text", "messages", "conversation", "reasoning", "system")
     return dict.fromkeys(names) | record
 
 
 @pytest.mark.parametrize(("question", "answer"), PAIRS)
-def test_a_question_and_its_answer_are_a_chat_of_two_messages(question, answer):
+def test_a_question_and_its_answer_form_a_chat_of_two_messages(question, answer):
     for record in ({question: "a", answer: "b"}, {answer: "b", question: "a", "id": 7}):
         assert marked(record) == marked(with_nulls(record)) == CHAT
 
 
 @pytest.mark.parametrize("answer", AS_THEY_STAND)
-def test_a_prompt_is_read_as_it_stands_whatever_its_answers_name(answer):
+def test_a_prompt_is_kept_verbatim_under_every_answer_name(answer):
     record = {"prompt": "a", answer: "b"}
     assert marked(record) == marked(with_nulls(record)) == "[a]b"
     for other in (*QUESTIONS, "input", "context", "system", "history"):
@@ -49,8 +49,8 @@ def test_a_prompt_is_read_as_it_stands_whatever_its_answers_name(answer):
 
 
 @pytest.mark.parametrize(("question", "answer"), PAIRS)
-def test_two_questions_or_answers_are_not_guessed(question, answer):
-    """But for Alpaca's two names, and for what a problem's solution ends with."""
+def test_two_questions_or_answers_are_rejected(question, answer):
+    """Alpaca's two names, and the final answer next to a solution, are exceptions."""
     record = {question: "a", answer: "b"}
     for names in (QUESTIONS, ANSWERS):
         for other in names:
@@ -66,7 +66,7 @@ def test_two_questions_or_answers_are_not_guessed(question, answer):
                     parse_record(both)
 
 
-def test_an_account_is_no_question():
+def test_a_user_id_is_not_a_question():
     assert marked({"user": "u7", "question": "a", "answer": "b"}) == CHAT
     with pytest.raises(ValueError, match='"user" and "human" in one object'):
         parse_record({"user": "u7", "human": "a", "assistant": "b"})
@@ -79,8 +79,8 @@ TURNS = (*SPOKEN, ("input", "output"))
 
 @pytest.mark.parametrize("name", ["conversation", "conversations", "messages"])
 @pytest.mark.parametrize(("question", "answer"), TURNS)
-def test_turns_may_be_a_question_and_its_answer_each(name, question, answer):
-    """In any order of the two keys: tables sort them."""
+def test_a_turn_may_hold_a_question_and_its_answer(name, question, answer):
+    """The order of the two keys does not matter, because tables sort them."""
     turns = [{question: "a", answer: "b"}, {answer: "d", question: "c", "role": None}]
     assert marked({"conversation_id": 1, name: turns}) == (
         f"{CHAT}[\n\nUser: c\n\nAssistant:] d"
@@ -108,7 +108,7 @@ def test_turns_may_be_a_question_and_its_answer_each(name, question, answer):
         ({"human": "a", "assistant": ""}, "message 2: an empty answer"),
     ],
 )
-def test_a_turn_without_a_role_is_refused_with_its_keys(turn, reason):
+def test_a_turn_without_a_role_is_rejected_with_its_keys(turn, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
         parse_record({"conversation": [turn]})
 
@@ -123,7 +123,7 @@ CHAT_TEXT = "User: a\n\nAssistant: b"
 @pytest.mark.parametrize(
     ("question", "answer"), [*SPOKEN, ("input", "output"), ("problem", "solution")]
 )
-def test_files_of_such_records_are_no_text(tmp_path, question, answer):
+def test_files_of_question_records_are_not_read_as_text(tmp_path, question, answer):
     path = tmp_path / "x.json"
     records = [{question: "a", answer: "b"}] * 3
     columns = {
@@ -138,7 +138,7 @@ def test_files_of_such_records_are_no_text(tmp_path, question, answer):
         read(path)
 
 
-def test_inputs_and_outputs_that_are_no_texts_leave_a_file_of_json_a_text(tmp_path):
+def test_json_with_non_text_inputs_and_outputs_is_read_as_text(tmp_path):
     path = tmp_path / "x.json"
     grids = [{"input": [[0, 1]], "output": [[1, 0]]}] * 2
     content = json.dumps({"train": grids, "test": grids})

@@ -1,4 +1,4 @@
-"""Tables: each row is a record, whose keys are the names of the columns."""
+"""Tables: each row is a record whose keys are the column names."""
 
 import csv
 import gzip
@@ -25,9 +25,7 @@ def texts(path, **choices):
     ("suffix", "separator"),
     [(".csv", ","), (".tsv", "\t"), (".csv", ";"), (".csv", "\t"), (".tsv", "|")],
 )
-def test_a_row_is_the_record_that_was_written(
-    tmp_path_factory, suffix, separator, rows
-):
+def test_a_row_round_trips_as_a_record(tmp_path_factory, suffix, separator, rows):
     text = io.StringIO()
     writer = csv.writer(text, delimiter=separator)
     writer.writerow(["prompt", "answer"])
@@ -46,7 +44,7 @@ def test_a_row_is_the_record_that_was_written(
         (b"text\n" + b"x" * 200_000, [b"x" * 200_000]),
     ],
 )
-def test_empty_cells_blank_lines_marks_and_quotes_are_read(tmp_path, content, found):
+def test_empty_cells_blank_lines_bom_and_quotes_are_handled(tmp_path, content, found):
     (tmp_path / "x.csv").write_bytes(content)
     assert texts(tmp_path / "x.csv") == found
     assert texts(tmp_path) == found
@@ -69,13 +67,13 @@ def test_empty_cells_blank_lines_marks_and_quotes_are_read(tmp_path, content, fo
         (b"", "is an empty file"),
     ],
 )
-def test_what_is_no_table_of_records_is_refused_by_its_place(tmp_path, content, reason):
+def test_invalid_tables_are_rejected_with_the_line(tmp_path, content, reason):
     (tmp_path / "x.csv").write_bytes(content)
     with pytest.raises(ValueError, match=reason):
         texts(tmp_path / "x.csv")
 
 
-def test_rows_that_are_no_records_are_skipped_and_counted(tmp_path):
+def test_invalid_rows_are_skipped_and_counted(tmp_path):
     (tmp_path / "x.csv").write_text("text,label\na,1\n,1\nb\nc,1\n")
     stats = ReadStats()
     assert texts(tmp_path / "x.csv", on_bad="skip", stats=stats) == [b"a", b"c"]
@@ -83,7 +81,7 @@ def test_rows_that_are_no_records_are_skipped_and_counted(tmp_path):
     assert stats.first_error.startswith(f"{tmp_path}/x.csv:3: must have")
 
 
-def test_a_row_whose_answer_is_not_desired_is_refused(tmp_path):
+def test_a_row_with_an_undesired_answer_is_rejected(tmp_path):
     (tmp_path / "x.csv").write_text(
         "prompt,completion,label\na,b,True\na,c,False\na,d,\n"
     )
@@ -101,7 +99,7 @@ def write_parquet(path, columns):
     parquet.write_table(arrow.table(columns), path)
 
 
-def test_parquet_is_read_with_lists_of_messages(tmp_path):
+def test_parquet_rows_may_hold_lists_of_messages(tmp_path):
     messages = [
         {"role": "user", "content": "a", "tool_calls": None},
         {"role": "assistant", "content": "b", "tool_calls": None},
@@ -114,7 +112,7 @@ def test_parquet_is_read_with_lists_of_messages(tmp_path):
         texts(tmp_path / "x.parquet")
 
 
-def test_parquet_has_no_keys_of_other_rows_inside_a_call_or_a_function(tmp_path):
+def test_parquet_adds_no_keys_of_other_rows_to_calls_or_functions(tmp_path):
     def record(arguments):
         schema = {"properties": {name: {"type": "string"} for name in arguments}}
         function = {"name": "f", "arguments": arguments}
@@ -139,7 +137,7 @@ def test_parquet_has_no_keys_of_other_rows_inside_a_call_or_a_function(tmp_path)
 
 
 @pytest.mark.parametrize("end", [-1, -8, 300, 40, 5])
-def test_cut_and_damaged_parquet_is_named(tmp_path, end):
+def test_truncated_and_damaged_parquet_is_named(tmp_path, end):
     path = tmp_path / "x.parquet"
     write_parquet(path, {"text": [str(number) for number in range(1000)]})
     content = path.read_bytes()
@@ -156,7 +154,7 @@ def test_cut_and_damaged_parquet_is_named(tmp_path, end):
 
 
 @pytest.mark.parametrize("kind", ["date32", "timestamp"])
-def test_a_date_that_python_cannot_hold_is_named(tmp_path, kind):
+def test_an_out_of_range_date_is_named(tmp_path, kind):
     arrow = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
     from pyarrow import parquet
 
@@ -172,7 +170,7 @@ def test_a_date_that_python_cannot_hold_is_named(tmp_path, kind):
         texts(tmp_path / "x.parquet")
 
 
-def test_without_the_extra_the_package_is_named(tmp_path, monkeypatch):
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"pip install 'rwkv7_jax\[parquet\]'"):
