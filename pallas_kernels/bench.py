@@ -1,10 +1,12 @@
 """`python -m pallas_kernels.bench [case]`: time, error and memory of every implementation.
 
-Time is the least of several runs, by the wall clock and by the process (all its threads together),
-since a machine is seldom idle. Error is the relative L2 distance to the float64 definition, of y
-and of the worst of the seven gradients. Memory is what the compiled gradient takes besides its
-arguments and results. "of copy" is the share of the time in which the bytes of `least_bytes` could
-have been copied, at the bandwidth that a large copy reaches in the same run.
+* Time is the minimum of several runs, as wall time and as process time (the sum over all threads),
+  since a machine is seldom idle.
+* Error is the relative L2 distance to the float64 definition: of y, and of the worst of the seven
+  gradients.
+* Memory is the temporary memory of the compiled gradient, without its arguments and results.
+* "of copy" is the time to copy the bytes of `least_bytes`, as a fraction of the measured time. A
+  large copy in the same run gives the bandwidth.
 """
 
 import argparse
@@ -26,10 +28,10 @@ from pallas_kernels.wkv7 import wkv7
 # Calls are repeated until a measurement takes this long.
 RUN_SECONDS = 0.02
 COPIED_BYTES = 2**28
-# The definition's own autodiff stores every state: with more than this it is left out.
+# Autodiff of the definition saves every state. It is skipped if they take more than this.
 STATES_LIMIT_BYTES = 2**32
 
-# A function of the inputs and the start state, to y and the last state.
+# Maps the inputs and the start state to y and the last state.
 Op = Callable[[WKVInputs, State], tuple[Array, State]]
 
 
@@ -47,7 +49,7 @@ def forward_and_gradients(
 
 
 def implementations(case: Case) -> dict[str, Op]:
-    """Returns what runs here by name: None's choice, the named ones, the definition if it fits."""
+    """Returns the implementations to measure: the default, each available one, the definition."""
 
     def named(implementation: str | None) -> Op:
         def op(inputs: WKVInputs, state: State) -> tuple[Array, State]:
@@ -67,11 +69,11 @@ def implementations(case: Case) -> dict[str, Op]:
 def least_ms(
     run: Callable, *, repeats: int, wait: Callable = jax.block_until_ready
 ) -> tuple[float, float]:
-    """Measures the least wall and process time of a call, in milliseconds.
+    """Measures the minimum wall and process time of a call, in milliseconds.
 
     Args:
-        run: the function, without arguments.
-        repeats: measurements, each of enough calls to take over `RUN_SECONDS`.
+        run: a function without arguments.
+        repeats: measurements, each of enough calls to take at least `RUN_SECONDS`.
         wait: waits until the result of `run` is ready.
     """
 
@@ -86,16 +88,16 @@ def least_ms(
     # The first call compiles.
     wait(run())
     calls = 1
-    # Doubled: one call of a small case is shorter than what the clock and dispatch add to it.
+    # A single call of a small case takes less time than the clock's resolution and the dispatch.
     while seconds(calls)[0] < RUN_SECONDS:
         calls *= 2
-    # The least and not the mean: other programs can only make a run slower.
+    # The minimum instead of the mean: other programs can only make a run slower.
     walls, processes = zip(*(seconds(calls) for _ in range(repeats)), strict=True)
     return 1e3 * min(walls) / calls, 1e3 * min(processes) / calls
 
 
 def copy_bandwidth(repeats: int) -> float:
-    """Measures the bytes a second, read and written, of adding one to a large bfloat16 array."""
+    """Measures the bandwidth of adding 1 to a large bfloat16 array, in bytes per second."""
     x = jnp.ones(COPIED_BYTES // 2, jnp.bfloat16)
     run = functools.partial(jax.jit(lambda x: x + 1), x)
     wall, _ = least_ms(run, repeats=repeats)
@@ -103,12 +105,12 @@ def copy_bandwidth(repeats: int) -> float:
 
 
 def least_bytes(case: Case, dtype: str, chunk: int = 32) -> dict[str, int]:
-    """Counts the bytes that the op has to read and write for one token of one head, by pass.
+    """Counts the bytes that the op must read and write for one token of one head, by pass.
 
-    The forward pass reads the six inputs and writes y and, for the backward pass, a state every
-    `chunk` tokens in the tokens' dtype; the backward pass reads all that, with dy for y, and writes
-    six gradients. In bfloat16 and for heads of 64: 1,280 and 2,176. A forward pass alone need not
-    keep states: 1,024.
+    The forward pass reads the six inputs and writes y. For a gradient it also writes a state every
+    `chunk` tokens, in the tokens' dtype. The backward pass reads the same arrays, with dy in place
+    of y, and writes six gradients. In bfloat16 with heads of 64 these are 1,024 bytes forward,
+    1,280 with the states, and 2,176 backward.
     """
     size = jnp.dtype(dtype).itemsize
     # log_w stays float32.
@@ -137,7 +139,7 @@ def relative(actual: Array, expected: Array) -> float:
 def truth(arguments: tuple) -> tuple[Array, Array, tuple[Array, ...]]:
     """Computes y, the last state and the gradients token by token in float64.
 
-    By "scan", whose backward pass recomputes states; autodiff of the definition would store all.
+    It uses "scan", which recomputes states; autodiff of the definition would save all of them.
     """
 
     def op(inputs: WKVInputs, state: State) -> tuple[Array, State]:
@@ -156,15 +158,15 @@ def measure(
     Args:
         case: sizes and data.
         dtype: of the tokens.
-        repeats: runs, of which the fastest counts.
-        others: further implementations by name, as functions of the inputs and the state.
+        repeats: measurements, of which the minimum counts.
+        others: further implementations by name.
     """
     inputs, state = make_inputs(case, dtype)
     dy = jnp.sin(inputs.v)
     dend = jnp.cos(state)
     arguments = (inputs, state, dy, dend)
     true_y, _, true_grads = truth(arguments)
-    # Milliseconds in which all tokens of all heads could be copied, for each byte of one of them.
+    # Milliseconds to copy one byte for each token of each head.
     ms_per_byte = 1e3 * case.batch * case.tokens * case.heads / copy_bandwidth(repeats)
     counts = least_bytes(case, dtype)
     rows = []
@@ -201,7 +203,7 @@ def _format_cell(value) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Formats the rows as text in columns."""
+    """Formats the rows as a text table."""
     lines = [list(rows[0])]
     for row in rows:
         lines.append([_format_cell(value) for value in row.values()])
@@ -243,7 +245,7 @@ def plot(case: Case, dtype: str, path: str, *, repeats: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures one case, prints a table and writes the files that flags name."""
+    """Measures one case, prints a table and writes the requested files."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench")
     parser.add_argument(
         "case",

@@ -1,9 +1,11 @@
-"""Named shapes and data that tests, benchmarks and the README's table share.
+"""Named shapes and data for tests and benchmarks.
 
-There are four modes of data. "real" resembles what a trained model sends. The others are edge
-cases: in "fast" every channel decays as quickly as it can; in "slow" there is next to no decay, so
-that errors have time to grow; "repeated" has one key over and over with full removal, where naive
-inverses overflow.
+There are four modes of data:
+
+* "real" resembles the inputs that a trained model computes.
+* "fast": every channel decays as fast as possible.
+* "slow": there is almost no decay, so errors have time to grow.
+* "repeated": one key repeats with full removal, where naive inverses overflow.
 """
 
 import dataclasses
@@ -15,9 +17,9 @@ from jaxtyping import Array, Float
 from pallas_kernels.reference import State, WKVInputs
 
 MODES = ("real", "fast", "slow", "repeated")
-# -exp(-0.5). log_w is this times a sigmoid, as in the model: no decay is faster than its exp.
+# -exp(-0.5). log_w is this times a sigmoid, as in the model.
 _LOG_W = -0.6065306597126334
-# Logits of that sigmoid in the modes that have one decay everywhere.
+# Logits of that sigmoid in the modes with a constant decay.
 _LOGIT = {"fast": 20.0, "slow": -12.0, "repeated": -8.0}
 
 
@@ -56,7 +58,7 @@ CASES = {
 def _make_logits(
     case: Case, noise: Float[Array, "B T H Nk"]
 ) -> Float[Array, "B T H Nk"]:
-    """Makes the decay's logits, spread as in a trained model or constant, as the mode says."""
+    """Makes the decay's logits: constant, or in "real" spread as in a trained model."""
     if case.mode in _LOGIT:
         return jnp.full_like(noise, _LOGIT[case.mode])
     return 2.5 * noise - 0.5
@@ -65,7 +67,7 @@ def _make_logits(
 def make_inputs(
     case: Case, dtype: str = "float32", seed: int = 0
 ) -> tuple[WKVInputs, State]:
-    """Makes the six token arrays and a start state of `case`, the same for the same seed.
+    """Makes the six token arrays and a start state of `case`, deterministically.
 
     Args:
         case: sizes and mode.
@@ -89,11 +91,11 @@ def make_inputs(
     rate = jax.nn.sigmoid(1.5 * jax.random.normal(keys[3], shape, jnp.float32))
     logit = _make_logits(case, jax.random.normal(keys[4], shape, jnp.float32))
     v = jax.random.normal(keys[5], v_shape, jnp.float32)
-    # A full state, not zeros: a wrong read of the start state must show.
+    # Not zeros: a wrong read of the start state must show.
     state = 0.3 * jax.random.normal(keys[6], state_shape, jnp.float32)
     if case.mode == "repeated":
         k = jnp.broadcast_to(k[:, :1], shape)
-        # All tokens remove along one direction, so that the powers of Aab grow.
+        # All tokens remove along one direction, so the powers of Aab grow.
         direction = jnp.broadcast_to(direction[:, :1], shape)
         rate = jnp.full_like(rate, jax.nn.sigmoid(8.0))
     direction = direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)

@@ -23,8 +23,8 @@ r and a, in one orientation only.
 
 Centring at the middle halves the exponents: log_w is above -0.6066, so with L = 64 all factors lie
 between e^-20 and e^20. Nothing is divided by the decay. The arrays may have any leading axes
-(batch, heads). Without any, all of this also runs inside a GPU kernel: there are no slices and no
-cumulative sums. `tpu.packed_chunk_math` restates it for the TPU's layout.
+(batch, heads). Without leading axes the functions also run inside a GPU kernel, since they use
+neither slices nor cumulative sums. `tpu.packed_chunk_math` restates them for the TPU's layout.
 
 Source: the WY form of generalised delta rules (DPLR), with the state scaled once per chunk.
 """
@@ -44,10 +44,10 @@ Matrix = Float[Array, "... Nk Nv"]
 
 
 class Arithmetic(NamedTuple):
-    """Operand dtype, exponential and precision of products, which differ between machines.
+    """The operand dtype, exponential and precision of products, which depend on the device.
 
     Attributes:
-        dtype: of the operands of matrix products; their sums are float32 or better.
+        dtype: of the operands of matrix products, which accumulate in float32 or better.
         exp: the exponential function to some base.
         unit: converts natural logarithms to that base: 1 for exp, log2(e) for exp2.
         precision: of products whose operands are not bfloat16.
@@ -60,12 +60,12 @@ class Arithmetic(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What a chunk's tokens determine without a state and without k and v.
+    """The part of a chunk that depends neither on the state nor on k and v.
 
     Attributes:
-        ah: see above.
-        rh: see above.
-        bh: see above.
+        ah: see the module's docstring.
+        rh: see the module's docstring.
+        bh: see the module's docstring.
         before: exp(cs_{t-1} - mid).
         upto: exp(cs_t - mid).
         after: exp(mid - cs_t).
@@ -86,7 +86,7 @@ class Chunk(NamedTuple):
 
 
 class ReadProducts(NamedTuple):
-    """Products through which tokens read the removals of other tokens: T and Arb."""
+    """The products through which tokens read the removals of other tokens: T and Arb."""
 
     inverse: Square
     arb: Square
@@ -98,7 +98,7 @@ class ReadProducts(NamedTuple):
 
 
 class WriteProducts(NamedTuple):
-    """What a chunk's tokens write, and the products through which other tokens read it."""
+    """What a chunk's tokens write, and the products through which tokens read it."""
 
     kh: Keys
     v: Values
@@ -125,13 +125,13 @@ def dot(
 
 
 def widen(x: Array) -> Array:
-    """Converts bfloat16 to float32 by its bits: XLA may drop a cast to bfloat16 and back."""
+    """Converts bfloat16 to float32 bitwise: XLA may drop a cast to bfloat16 and back."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
     return jax.lax.bitcast_convert_type(bits << 16, jnp.float32)
 
 
 def rounded(x: Array, arithmetic: Arithmetic) -> Array:
-    """Rounds x as an operand of a product is rounded, and returns it in its own dtype."""
+    """Rounds x as an operand of a product is rounded, and keeps its dtype."""
     if arithmetic.dtype == jnp.bfloat16:
         return widen(x.astype(arithmetic.dtype))
     return x
@@ -147,10 +147,10 @@ def indices(side: int) -> tuple[Array, Array]:
 def sums(signs: Array, x: Keys, arithmetic: Arithmetic) -> Keys:
     """Computes signs [L L] @ x for signs of -1, 0 and 1.
 
-    With bfloat16 operands x is split into two of them, so that 16 bits of it count.
+    With bfloat16 operands x is split into two of them, which keeps 16 bits of it.
     """
+    # The signs are exact in bfloat16, so only x is rounded.
     signs = signs.astype(arithmetic.dtype)
-    # The signs are exact in bfloat16, so that only x is rounded.
     high = x.astype(arithmetic.dtype)
     total = dot(signs, high, arithmetic)
     if arithmetic.dtype == jnp.bfloat16:
@@ -161,20 +161,21 @@ def sums(signs: Array, x: Keys, arithmetic: Arithmetic) -> Keys:
 def lower(x: Square, offset: int = 0) -> Square:
     """Zeroes the entries of `x` above its diagonal; with `offset` -1 the diagonal as well."""
     row, column = indices(x.shape[-1])
-    # A select, not a product with a mask: the masked entries may be infinite.
+    # A select instead of a product with a mask: the masked entries may be infinite.
     return jnp.where(row + offset >= column, x, 0)
 
 
 def unit_inverse(a: Square, arithmetic: Arithmetic, *, upper: bool = False) -> Square:
     """Computes (I - a)^-1 from the entries of `a` below its diagonal, or above it.
 
-    Pairs of solved diagonal blocks are merged until one is left, so that only true inverses of
-    sub-blocks appear. The Neumann product (I + a)(I + a^2)... overflows on repeated keys at L = 64.
+    Pairs of inverted diagonal blocks are merged until one is left, so every intermediate value is
+    the inverse of a block. The Neumann product (I + a)(I + a^2)... overflows on repeated keys at
+    L = 64.
 
     Args:
         a: its side is a power of two.
         arithmetic: for products.
-        upper: whether the entries above the diagonal count.
+        upper: whether to use the entries above the diagonal.
     """
     row, column = indices(a.shape[-1])
     if upper:
@@ -183,10 +184,11 @@ def unit_inverse(a: Square, arithmetic: Arithmetic, *, upper: bool = False) -> S
     block = 1
     # log2(L) levels. After each, `inverse` holds the inverses of diagonal blocks of twice the rows.
     while block < a.shape[-1]:
-        # The outer quarter of each pair of blocks, by bits, which are cheaper than quotients.
+        # The off-diagonal quarter of each pair of blocks, from bits, which are cheaper than
+        # divisions.
         merged = (row ^ column < 2 * block) & (row & block != 0) & (column & block == 0)
         part = jnp.where(merged, a, 0)
-        # Blocks of one row are solved from the start: their inverse is 1.
+        # The inverse of a block of one row is 1.
         if block > 1:
             part = dot(inverse, dot(part, inverse, arithmetic), arithmetic)
         inverse = inverse + part
@@ -213,14 +215,14 @@ def prepare(
         arithmetic: for products and exponentials.
     """
     row, column = indices(r.shape[-2])
-    # A running sum less the sum over the first half, as one product.
+    # One product computes the running sum minus the sum over the first half.
     signs = (column <= row).astype(jnp.int32) - (column < r.shape[-2] // 2).astype(
         jnp.int32
     )
     log_w = log_w * arithmetic.unit
     # cs_t - mid in units of the exponential, [L Nk].
     centred = sums(signs, log_w, arithmetic)
-    # cs_{t-1} is cs_t less the token's own log_w.
+    # cs_{t-1} is cs_t minus the token's own log_w.
     before = arithmetic.exp(centred - log_w)
     upto = arithmetic.exp(centred)
     after = arithmetic.exp(-centred)
@@ -249,7 +251,7 @@ def read_products(chunk: Chunk) -> ReadProducts:
 
 
 def transposed_read_products(chunk: Chunk) -> ReadProducts:
-    """Computes T and Arb transposed, from products that take a and r in the other orientation."""
+    """Computes T and Arb transposed, from products with a and r in the other orientation."""
     arithmetic = chunk.arithmetic
     aab = dot(chunk.bh, chunk.ah, arithmetic, right=1)
     inverse = unit_inverse(aab, arithmetic, upper=True)
@@ -259,8 +261,8 @@ def transposed_read_products(chunk: Chunk) -> ReadProducts:
 
 
 def write_products(chunk: Chunk, k: Keys, v: Values) -> WriteProducts:
-    """Computes what keys and values add to a chunk."""
-    # Carried to the chunk's middle: smaller from the first half, larger from the second.
+    """Computes what a chunk's keys and values write."""
+    # Decays to the chunk's middle: below 1 in the first half, above 1 in the second.
     kh = k * chunk.after
     aak = dot(chunk.ah, kh, chunk.arithmetic, right=1)
     ark = dot(chunk.rh, kh, chunk.arithmetic, right=1)
@@ -284,15 +286,15 @@ def removals(
 def forward(
     chunk: Chunk, written: WriteProducts, start: Matrix
 ) -> tuple[Values, Matrix]:
-    """Computes what the chunk's tokens read, and S^_end after them, from S^."""
+    """Computes what the chunk's tokens read, and S^_end, from S^."""
     arithmetic = chunk.arithmetic
     inverse, arb = read_products(chunk)
     # [L Nv]: row t is what token t's removal key reads from the state before it.
     u = removals(chunk, inverse, written, start)
     y = dot(chunk.rh, start, arithmetic) + dot(arb, u, arithmetic)
     y = y + dot(written.ark, written.v, arithmetic)
-    # The state is added last: two products chained into one accumulator that a loop carries are
-    # compiled wrongly for some GPUs (triton-lang/triton#10821).
+    # The state is added last: Triton miscompiles two products that are chained into one
+    # loop-carried accumulator for some GPUs (triton-lang/triton#10821).
     change = dot(chunk.bh, u, arithmetic, left=0)
     change = change + dot(written.kh, written.v, arithmetic, left=0)
     return y, start + change
@@ -303,7 +305,7 @@ def removal_gradients(
 ) -> Values:
     """Computes Z, the gradients of what each token's removal reads, from G^."""
     arithmetic = chunk.arithmetic
-    # The gradient of U: through what is read from its token on, and through the end state.
+    # The gradient of U: through the reads of its own and later tokens, and through the end state.
     du = dot(transposed.arb, dy, arithmetic) + dot(chunk.bh, dend, arithmetic)
     return dot(transposed.inverse, du, arithmetic)
 
@@ -311,7 +313,7 @@ def removal_gradients(
 def state_gradient(chunk: Chunk, z: Values, dy: Values, dend: Matrix) -> Matrix:
     """Computes dS^ from Z and G^."""
     arithmetic = chunk.arithmetic
-    # The gradient that is carried comes last, as in `forward`.
+    # The carried gradient is added last, as in `forward`.
     change = dot(chunk.rh, dy, arithmetic, left=0)
     return dend + (change + dot(chunk.ah, z, arithmetic, left=0))
 
@@ -326,7 +328,7 @@ def gradients(
 ) -> Iterator[tuple[str, Array]]:
     """Yields the gradients of the six inputs by name, each as soon as it is computed.
 
-    A kernel that stores each at once keeps fewer of them in registers.
+    A kernel that stores each one immediately needs fewer registers.
 
     Args:
         chunk: from `prepare`.
@@ -334,7 +336,7 @@ def gradients(
         u: from `removals`.
         z: from `removal_gradients`.
         states: S^ and G^.
-        dy: gradient of what was read.
+        dy: gradient of y.
     """
     arithmetic = chunk.arithmetic
     start, dend = states
@@ -352,12 +354,12 @@ def gradients(
     def transposed_times(x, y):
         return dot(x, y, arithmetic, left=0)
 
-    # [1 Nk]: log_w of every token scales what passes from the chunk's start to its end.
+    # [1 Nk]: the log_w of every token scales what the end state keeps of the start state.
     ends = jnp.sum(
         start.astype(ah.dtype) * dend.astype(ah.dtype), axis=-1, keepdims=True
     ).mT
     yield "v", transposed_times(ark, dy) + transposed_times(aak, z) + times(kh, dend)
-    # Gradients of the products Arb, Ark, Aab and Aak, [L L], under the masks of the forward pass.
+    # Gradients of Arb, Ark, Aab and Aak, [L L], with the masks of the forward pass.
     drb = lower(times_transposed(dy, u))
     drk = lower(times_transposed(dy, v))
     dr = times(drb, bh) + times(drk, kh) + times_transposed(dy, start)
@@ -369,13 +371,13 @@ def gradients(
     db = transposed_times(dab, ah) + transposed_times(drb, rh)
     db_end = times_transposed(u, dend)
     yield "b", (db + db_end) * chunk.after
-    # The decay's gradient. log_w_t scales everything that passes from before token t to t or later.
-    # Inside the chunk that is what tokens from t on read, less the part that tokens from t on have
-    # written. A pair of tokens from t on is thus added by its reader and subtracted by its writer.
-    # It cancels exactly only if both have the factors of the products, so they are rounded alike;
-    # unrounded factors cost bfloat16 a digit wherever dy resembles v. Into the end state passes
-    # what tokens before t write: a sum of its own, since a difference would cancel. A removal
-    # reads the state before its own token's decay, hence `- removal`.
+    # The decay's gradient. log_w_t scales everything that is written before token t and read at t
+    # or later. Inside the chunk this is what tokens from t on read, minus the part that tokens from
+    # t on wrote. A pair of tokens from t on is thus added by its reader and subtracted by its
+    # writer. The two cancel exactly only if both use the rounded factors of the products; unrounded
+    # factors cost bfloat16 a digit wherever dy resembles v. The end state holds what tokens before
+    # t write: this is summed separately, since a difference would cancel. A removal reads the state
+    # before its own token's decay, hence `- removal`.
     rounded_r = rounded(rh, arithmetic)
     rounded_a = rounded(ah, arithmetic)
     rounded_b = rounded(bh, arithmetic)

@@ -12,7 +12,7 @@ Starts = Float[Array, "C B H Nk Nv"]
 
 
 def split(x: Float[Array, "B T H N"], chunk: int) -> Float[Array, "C B H L N"]:
-    """Moves chunks to the front and makes each head's tokens rows; zeros fill the last chunk."""
+    """Moves chunks to the front and makes each head's tokens rows; pads the last chunk with 0."""
     # A token of zeros changes neither the state nor a gradient.
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), (0, 0), (0, 0)))
     x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
@@ -26,7 +26,7 @@ def join(x: Float[Array, "C B H L N"], tokens: int) -> Float[Array, "B T H N"]:
 
 
 def _prepare(tokens: WKVInputs, dtype: jnp.dtype) -> chunk_math.Chunk:
-    """Prepares a chunk in float32 or better, whose products take operands of `dtype`."""
+    """Prepares a chunk in float32 or better; its products take operands of `dtype`."""
     log_w = tokens.log_w
     middle = log_w.shape[-2] // 2
     # [B H Nk 1]: a column, which scales the rows of a state, its keys.
@@ -60,7 +60,7 @@ def forward_saving(
         prepared = _prepare(tokens, dtype)
         written = chunk_math.write_products(prepared, tokens.k, tokens.v)
         y, end = chunk_math.forward(prepared, written, state * prepared.mid)
-        # Kept unscaled, unlike in the GPU kernels: the backward pass scales it itself.
+        # Saved unscaled, unlike in the GPU kernels: the backward pass scales it itself.
         end = end * prepared.rest
         return packed_rows.write(states, owner, end), (y.astype(dtype), state)
 
@@ -107,7 +107,7 @@ def backward(
         read = chunk_math.read_products(prepared)
         u = chunk_math.removals(prepared, read.inverse, written, states[0])
         z = chunk_math.removal_gradients(prepared, read.transposed, dy, states[1])
-        # The generator's order suits a kernel's registers; here only the names count.
+        # The generator's order suits a kernel's registers and does not matter here.
         by_name = dict(chunk_math.gradients(prepared, written, u, z, states, dy))
         grads = WKVInputs(**by_name)
         dstate = chunk_math.state_gradient(prepared, z, dy, states[1]) * prepared.mid

@@ -1,14 +1,14 @@
 """The choice of an implementation for a call.
 
-A named implementation runs or raises. Without a name, the kernel of the platform that the program
-is made for (`platforms.target`) runs if it can take the arrays; otherwise XLA compiles "scan" or
-"chunked". The choice happens when the call is traced.
+A named implementation runs or raises. Without a name, the kernel of the target platform
+(`platforms.target`) runs if it supports the arrays; otherwise XLA compiles "scan" or "chunked". The
+choice is made when the call is traced.
 
 The program may still be lowered for another platform: by `jit` on arrays that are committed to
 another device, by the AOT interface, or because `jax.default_device` changed between the forward
 and the backward pass. `jax.lax.platform_dependent` covers these cases: the kernel's branch is
-lowered for the kernel's platform alone, all others compute in plain JAX. One program that is
-lowered for several platforms at once needs `multi_platform_export`.
+lowered only for the kernel's platform, and other platforms run plain JAX. A program that is lowered
+for several platforms at once needs `multi_platform_export`.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ from pallas_kernels.tpu import pallas_calls as pallas_tpu
 
 
 class Options(NamedTuple):
-    """What a call asks for, besides its arrays.
+    """The options of a call.
 
     Attributes:
-        implementation: its name; None takes the best.
-        chunk: tokens of a chunk; None takes the implementation's.
+        implementation: its name; None picks the best.
+        chunk: tokens of a chunk; None takes the implementation's default.
         interpret: run kernels in Pallas's interpreter.
     """
 
@@ -46,8 +46,9 @@ class Implementation(Protocol):
     """The three functions that every implementation has.
 
     With `owners`, from `packed_rows`, a row holds several sequences, each with its own state; then
-    `chunk` is a number and the tokens are full chunks. None takes the implementation's own length.
-    `interpret` runs kernels in Pallas's interpreter, and changes nothing in plain JAX.
+    `chunk` must be given and the tokens must fill their chunks. Without, a `chunk` of None takes
+    the implementation's default. `interpret` runs kernels in Pallas's interpreter and has no effect
+    in plain JAX.
     """
 
     def forward(
@@ -108,11 +109,11 @@ _BY_NAME: dict[str, Implementation] = {
     "pallas_gpu": pallas_gpu.KERNELS,
     "triton": triton_calls.KERNELS,
 }
-# Longer chunks make the squares of a chunk operands of warpgroup products on Hopper. There, Triton
-# takes a transposed product of 16 bits for its left operand wrongly (triton-lang/triton#6124).
+# With longer chunks, Hopper computes products of a chunk's [L L] matrices with warpgroups. Triton
+# miscompiles those whose left operand is a transposed 16-bit product (triton-lang/triton#6124).
 GPU_CHUNKS = (16, 32)
 GPU_TABLES = {"pallas_gpu": tiles.PALLAS_GPU, "triton": tiles.TRITON}
-# The kernel that None takes on each platform, where it can take the arrays.
+# The kernel that None picks on each platform, if it supports the arrays.
 _BEST_KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 
 
@@ -135,7 +136,7 @@ def available() -> tuple[str, ...]:
 def unsupported_reason(
     name: str, inputs: WKVInputs, state: State, chunk: int | None
 ) -> str | None:
-    """Says what a kernel would take instead of these arrays; None if it takes them."""
+    """Describes what a kernel supports instead of these arrays; None if it supports them."""
     dtype = inputs.v.dtype
     sizes = (inputs.r.shape[3], inputs.v.shape[3])
     if dtype not in (jnp.bfloat16, jnp.float32) or state.dtype != jnp.float32:
@@ -151,14 +152,14 @@ def unsupported_reason(
 
 
 def _unsupported_gpu_reason(name: str, sizes: tuple[int, int]) -> str | None:
-    """Says which head sizes or GPUs a GPU kernel takes; None if it takes these."""
+    """Describes which head sizes or GPUs a GPU kernel supports; None if it supports these."""
     # Triton's blocks are powers of two, and a head's state must fit into one program's registers.
     if (
         any(size < 16 or size & (size - 1) for size in sizes)
         or sizes[0] * sizes[1] > 2**14
     ):
         return f"head sizes that are powers of two from 16, with a product up to 128^2; got {sizes}"
-    # In the interpreter, or in an export made elsewhere, there is no GPU whose limits count.
+    # In the interpreter, or in an export from another machine, no GPU's limits apply.
     if platforms.target_platform() != "cuda":
         return None
     table = GPU_TABLES[name]
@@ -168,7 +169,7 @@ def _unsupported_gpu_reason(name: str, sizes: tuple[int, int]) -> str | None:
         kind = platforms.target().device_kind
         number = "unknown" if capability is None else capability / 10
         return (
-            "GPUs of compute capability 8.0 to 9.0, on which its results are known to be right; "
+            "GPUs of compute capability 8.0 to 9.0, on which its results are known to be correct; "
             f"got {kind}, whose capability is {number}"
         )
     if max(sizes) > largest:
@@ -177,7 +178,7 @@ def _unsupported_gpu_reason(name: str, sizes: tuple[int, int]) -> str | None:
 
 
 def check(options: Options, inputs: WKVInputs, state: State, *, packed: bool) -> None:
-    """Raises unless the implementation can serve the call, if this names one.
+    """Raises if the call names an implementation that does not support it.
 
     Args:
         options: of the call, as are the next two.
@@ -186,9 +187,9 @@ def check(options: Options, inputs: WKVInputs, state: State, *, packed: bool) ->
         packed: whether several sequences share a row.
 
     Raises:
-        NotImplementedError: its platform is not the target's, or it cannot take these arrays.
+        NotImplementedError: the target is another platform, or the arrays are not supported.
         ImportError: a package is missing.
-        RuntimeError: the packages' versions do not fit together.
+        RuntimeError: the packages' versions are not known to work together.
     """
     name = options.implementation
     # "scan" and "chunked" are plain JAX: they run everywhere.
@@ -198,8 +199,8 @@ def check(options: Options, inputs: WKVInputs, state: State, *, packed: bool) ->
     platform = platforms.target_platform()
     if platform != wanted and not options.interpret:
         raise NotImplementedError(
-            f"wkv7: {name!r} is made for {wanted} devices, this program for {platform}; name "
-            f"another implementation or, to lower from here, set an abstract mesh of that device."
+            f"wkv7: {name!r} runs on {wanted} devices, but this program targets {platform}; name "
+            "another implementation or, to lower from here, set an abstract mesh of that device."
         )
     reason = unsupported_reason(name, inputs, state, options.chunk)
     if reason:
@@ -215,18 +216,19 @@ def check(options: Options, inputs: WKVInputs, state: State, *, packed: bool) ->
 def _takes_kernel(
     platform: str, inputs: WKVInputs, state: State, chunk: int | None
 ) -> bool:
-    """Tells whether a call without a name takes this platform's kernel."""
+    """Tells whether a call without `implementation` runs this platform's kernel."""
     if platform not in _BEST_KERNELS:
         return False
-    # One token, as in decoding, is left to XLA. On a GPU a kernel for it can be named: it reads the
-    # state once and XLA three times, but no device has said yet from how many rows on it is faster.
+    # XLA computes single tokens, as in decoding. On GPUs a kernel for them can be named. It reads
+    # the state once where XLA reads it three times, but no measurement says yet from which batch
+    # size on it is faster.
     if inputs.r.shape[1] == 1:
         return False
     return not unsupported_reason(_BEST_KERNELS[platform], inputs, state, chunk)
 
 
 def packed_chunk(name: str | None, inputs: WKVInputs, state: State) -> int:
-    """Returns the chunk length for packed rows where the call names none."""
+    """Returns the default chunk length for packed rows."""
     if name is None:
         platform = platforms.target_platform()
         if _takes_kernel(platform, inputs, state, None):
@@ -243,7 +245,7 @@ def packed_chunk(name: str | None, inputs: WKVInputs, state: State) -> int:
 
 
 def _kernel_branch(platform: str, function: Callable) -> Callable:
-    """Returns a kernel's branch, wrapped where a program is lowered for several platforms."""
+    """Returns a kernel's branch, wrapped if the program is exported for several platforms."""
     wrapper = platforms.kernel_wrapper.get()
     if wrapper is None:
         return function
@@ -265,7 +267,7 @@ def forward(
     branches: dict[str, Callable] = {}
     exports_all = platforms.kernel_wrapper.get() is not None
     for platform, kernel in _BEST_KERNELS.items():
-        # A kernel that no platform will use is not even traced: that takes 0.1 to 0.2 seconds.
+        # Tracing a kernel takes 0.1 to 0.2 seconds, so unused kernels are not traced.
         is_wanted = exports_all or platform == platforms.target_platform()
         if is_wanted and _takes_kernel(platform, inputs, state, chunk):
             run = functools.partial(_BY_NAME[kernel].forward, chunk=chunk)
@@ -283,18 +285,18 @@ def forward(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residuals:
-    """What the forward pass keeps for the backward pass.
+    """What the forward pass saves for the backward pass.
 
     Attributes:
         inputs: the six inputs.
         state: the start state.
-        starts: states between, in the layout of the implementation that kept them.
+        starts: the state at the start of every chunk, in the layout of the implementation.
         owners: the sequence of each chunk of packed rows; else None.
-        platform: the platform of the kernel that kept them; None if a named implementation or
-            "chunked" did. The backward pass may be traced where the target is another.
+        platform: the platform of the kernel that saved them; None for a named implementation or
+            "chunked". The target may differ when the backward pass is traced.
     """
 
-    # No array types: `tree.map` also builds this class from things that are not arrays.
+    # No array types: `tree.map` also builds this class from leaves that are not arrays.
     inputs: Any
     state: Any
     starts: Any
@@ -303,7 +305,7 @@ class Residuals:
 
 
 def zeros_like(shape: Any) -> Array:
-    """Returns zeros like an array's type or description, which vary over the same mesh axes."""
+    """Returns zeros of an array's type or description, varying over the same mesh axes."""
     zeros = jnp.zeros(shape.shape, shape.dtype)
     axes = tuple(shape.manual_axis_type.varying) if shape.manual_axis_type else ()
     # Inside `shard_map` all branches of a conditional must vary over the same axes.
@@ -317,7 +319,7 @@ def forward_saving(
     """Computes y, the state after the last token, and what `backward` needs."""
     name, chunk, interpret = options
     platform = platforms.target_platform()
-    # "chunked" also on CPUs, where "scan" is the faster forward pass: its gradient is faster.
+    # "chunked" on CPUs too: "scan" has the faster forward pass there, but the slower gradient.
     if name is not None or not _takes_kernel(platform, inputs, state, chunk):
         implementation = _BY_NAME[name or "chunked"]
         y, end, starts = implementation.forward_saving(
@@ -328,11 +330,11 @@ def forward_saving(
     run = functools.partial(kernel.forward_saving, chunk=chunk)
 
     def other_platforms(inputs, state, owners):
-        # All branches return the same shapes; `backward` on these platforms does not read them.
+        # All branches must return the same shapes. On these platforms `backward` reads no starts.
         starts = zeros_like(jax.eval_shape(run, inputs, state, owners)[2])
         return *chunked.forward(inputs, state, owners, chunk=chunk), starts
 
-    # Only the target's kernel: other platforms' kernels keep states of other shapes.
+    # Only the target's kernel: those of other platforms save states of other shapes.
     branches = {platform: _kernel_branch(platform, run)}
     y, end, starts = jax.lax.platform_dependent(
         inputs, state, owners, default=other_platforms, **branches
@@ -348,12 +350,12 @@ def backward(
 
     Args:
         options: as given to `forward_saving`.
-        residuals: what `forward_saving` kept.
+        residuals: from `forward_saving`.
         dy: gradient of y.
         dend: gradient of the last state.
     """
     name, chunk, interpret = options
-    # The forward pass has chosen: the target may have changed since.
+    # The forward pass chose the implementation; the target may have changed since.
     platform = residuals.platform
     if platform is None:
         return _BY_NAME[name or "chunked"].backward(
@@ -372,7 +374,7 @@ def backward(
         return run(residuals.inputs, residuals.starts, dy, dend, residuals.owners)
 
     def other_platforms(residuals, dy, dend):
-        # The kept states are zeros here: walk forward once more.
+        # The saved states are zeros here, so they are recomputed.
         inputs = residuals.inputs
         owners = residuals.owners
         *_, starts = chunked.forward_saving(

@@ -1,8 +1,8 @@
-"""Calls outside of any program, as in a notebook: compiled once, not anew at each call.
+"""Compiles eager calls, as in a notebook, once instead of at every call.
 
-JAX compiles a loop (`jax.lax.scan`, `map`, `while_loop`) by the function that is its body. One that
-is made inside the caller is another one at each call, so JAX would compile each time, and keep
-all of these programs. Inside a program nothing changes: the caller is traced as it stands.
+JAX caches a compiled loop (`jax.lax.scan`, `map`, `while_loop`) by the identity of its body. A body
+that is defined inside the caller is a new function at each call, so JAX would compile every time
+and keep all of these programs. Under `jax.jit` nothing changes: the caller is traced as it is.
 """
 
 import functools
@@ -15,20 +15,20 @@ from jax.core import Tracer
 
 
 def is_eager() -> bool:
-    """Tells whether operations run as they are called: no program around them is being traced."""
-    # Not by arguments: those of a gradient or of `vmap` are traced without a program, too. A new
-    # array is traced only where all that is computed goes into one.
+    """Tells whether operations run immediately, outside of any traced program."""
+    # The arguments do not tell: those of a gradient or of `vmap` are traced even in eager calls. A
+    # new array is a tracer only inside a traced program.
     return not isinstance(jnp.zeros(1), Tracer)
 
 
 def compiled_when_eager(
     function: Callable[..., Any], *, static_argnums: int | tuple[int, ...] = ()
 ) -> Callable[..., Any]:
-    """Wraps a function so that calls outside of any program compile it, once for their shapes.
+    """Wraps a function so that eager calls compile it, once for each set of shapes.
 
     Args:
-        function: takes arrays and trees of them by position, besides the static arguments.
-        static_argnums: places of arguments that are hashed and no arrays.
+        function: takes pytrees of arrays and the static arguments, all by position.
+        static_argnums: as of `jax.jit`.
     """
     compiled = jax.jit(function, static_argnums=static_argnums)
 

@@ -1,17 +1,17 @@
 """One exported program with the kernels of several platforms (opt-in).
 
-A call of `wkv7` without a name takes the kernel of the platform that the program is made for. That
-is enough wherever a program is lowered for one platform at a time. `jax.export` can lower one
-program for several, and then it lowers the kernel of each for all of them, which Pallas refuses.
-Inside `kernels_of_all_platforms` a kernel is wrapped in a primitive that becomes zeros, which
-nothing reads, on every platform but its own:
+A call of `wkv7` without `implementation` runs the kernel of the target platform. This is enough
+wherever a program is lowered for one platform at a time. `jax.export` can lower one program for
+several platforms. It then lowers each platform's kernel for all of them, which Pallas rejects.
+Inside `kernels_of_all_platforms` each kernel is wrapped in a primitive, which is lowered to unused
+zeros on every other platform:
 
     export = jax.export.export(jax.jit(function), platforms=("cpu", "tpu", "cuda"))
     with kernels_of_all_platforms():
         exported = export(*arguments)
 
-The primitive uses inner interfaces of JAX (`mlir.lower_fun`, the lowering context). That is why it
-has a file of its own, which nothing in the packages imports.
+The primitive uses internal APIs of JAX (`mlir.lower_fun`, the lowering context). It is therefore
+kept in a separate module, which nothing in the packages imports.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ _PLATFORMS = ("tpu", "cuda", "rocm")
 
 @contextlib.contextmanager
 def kernels_of_all_platforms() -> Iterator[None]:
-    """Makes `wkv7` without a name include every platform's kernel in programs traced inside.
+    """Makes `wkv7` without `implementation` include every platform's kernel inside the context.
 
-    JAX caches traces and does not know of this context: export a function that was not traced
-    before (a fresh `jax.jit`), or call `jax.clear_caches()` first. With an older trace the export
-    fails; it never gives wrong numbers. Gradients keep the states of the target's kernel alone.
+    JAX's trace cache ignores this context. Export a function that was not traced before (a new
+    `jax.jit`), or call `jax.clear_caches()` first. With an older trace the export fails; it never
+    gives wrong numbers. Gradients include only the target's kernel.
     """
     token = kernel_wrapper.set(_lower_only_on)
     try:
@@ -43,9 +43,9 @@ def kernels_of_all_platforms() -> Iterator[None]:
 
 
 def _describe_gpu(platform: str) -> contextlib.AbstractContextManager:
-    """Describes an H200 where a kernel for CUDA is traced and there is no GPU.
+    """Describes an H200 if a CUDA kernel is traced without a GPU.
 
-    Newer versions of Pallas ask for a device when they lower, though hardly anything depends on it.
+    Newer versions of Pallas require a device for lowering, though hardly anything depends on it.
     """
     is_known = not jax.sharding.get_abstract_mesh().empty or target_platform() == "cuda"
     if is_known or platform != "cuda":
@@ -69,8 +69,8 @@ def _lower_only_on(platform: str, function: Callable, *arguments):
     """Calls `function` in programs for `platform`; elsewhere returns zeros of the same shapes.
 
     Args:
-        platform: one of `_PLATFORMS`, in whose branch of `jax.lax.platform_dependent` this is.
-        function: of pytrees of arrays; not differentiable.
+        platform: one of `_PLATFORMS`; the call is in its `jax.lax.platform_dependent` branch.
+        function: takes pytrees of arrays; not differentiable.
         *arguments: its arguments.
     """
     with _describe_gpu(platform):
@@ -97,12 +97,12 @@ _lower_zeros = mlir.lower_fun(_zeros, multiple_results=True)
 
 
 def _make_lowering(lowered_for: str) -> Callable:
-    """Makes the rule for one platform, which lowers a kernel as if that platform were the only."""
+    """Makes the rule for one platform, which lowers a kernel as if for that platform alone."""
 
     def rule(context, *leaves, traced: ClosedJaxpr, platform: str):
         if platform != lowered_for:
             return _lower_zeros(context, *leaves, traced=traced, platform=platform)
-        # Pallas refuses a context of several platforms, so the kernel is shown its own alone.
+        # Pallas rejects a context with several platforms, so the kernel gets one with its own.
         narrow = context.module_context.replace(platforms=(lowered_for,))
         lower = mlir.lower_fun(_evaluate, multiple_results=True)
         return lower(
@@ -123,7 +123,7 @@ def _batch(leaves, axes, *, traced: ClosedJaxpr, platform: str):
     return outputs, [0] * len(outputs)
 
 
-# Called outside of `jit`, the primitive runs the kernel, as if it were not wrapped.
+# Outside of `jit` the primitive runs the kernel as if it were not wrapped.
 _only_on_p.def_impl(_evaluate)
 mlir.register_lowering(_only_on_p, _lower_zeros)
 for _platform in _PLATFORMS:

@@ -1,8 +1,8 @@
-"""Several sequences in one row: where their chunks lie, and the way in and out.
+"""Several sequences in one row: where their chunks lie, and how tokens move there and back.
 
-All implementations work chunk by chunk. So the tokens are moved until every sequence begins with a
-chunk of its own, and zeros fill its last chunk. The K sequences of a row have K states. A chunk
-reads the state of its sequence and writes it back, so that nothing passes between sequences.
+All implementations work chunk by chunk. The tokens are therefore moved so that every sequence
+begins a new chunk, and zeros fill its last chunk. The K sequences of a row have K states. A chunk
+reads its sequence's state and writes it back, so no information passes between sequences.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.reference import State, WKVInputs
 
-# The sequence, from 0 to K - 1, that each chunk of a row belongs to. They never decrease.
+# The sequence, from 0 to K - 1, of each chunk of a row; sorted.
 Owners = Int[Array, "B C"]
 
 
@@ -21,9 +21,9 @@ class Places(NamedTuple):
     """Where the tokens of packed rows go.
 
     Attributes:
-        sources: the token that each slot of the chunks holds; past the last one where it is empty.
-        slots: the slot of each token; past the last one for tokens that do not count.
-        owners: the sequence of each chunk. Empty chunks at a row's end belong to the last one.
+        sources: the token in each slot of the chunks; out of range for an empty slot.
+        slots: the slot of each token; out of range for padding.
+        owners: the sequence of each chunk. Empty chunks at a row's end belong to the last sequence.
     """
 
     sources: Int[Array, "B TC"]
@@ -42,7 +42,7 @@ def find_places(
 
     Args:
         segment_ids: the sequence of each token.
-        lengths: the number of tokens of each row that count; None for all.
+        lengths: the number of real tokens of each row; None for all.
         sequences: sequences of a row (K).
         chunk: tokens of a chunk.
     """
@@ -59,20 +59,20 @@ def find_places(
 def _find_in_row(
     ids: Int[Array, " T"], length: Int[Array, ""], sequences: int, chunk: int
 ) -> Places:
-    """Computes `find_places` of one row, without the axis B."""
+    """Computes the places of one row, without the axis B."""
     tokens = ids.shape[0]
     token = jnp.arange(tokens, dtype=jnp.int32)
-    # What is out of range counts as the nearest, and what falls as the largest before it.
+    # Clips ids to the range; one that decreases counts as the largest before it.
     ids = jax.lax.cummax(jnp.clip(ids, 0, sequences - 1))
     is_token = token < length
     belongs = (ids[:, None] == jnp.arange(sequences)[None]) & is_token[:, None]
-    # Of each sequence: its tokens and chunks, and where the first of them lies.
+    # The numbers of tokens and chunks of each sequence, and where its first ones lie.
     sizes = jnp.sum(belongs, axis=0, dtype=jnp.int32)
     chunks = -(-sizes // chunk)
     next_chunks = jnp.cumsum(chunks, dtype=jnp.int32)
     first_tokens = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
     first_slots = (next_chunks - chunks) * chunk
-    # Every sequence may end with a chunk that holds a single token.
+    # Room for the worst case: every sequence's last chunk holds a single token.
     columns = (tokens + sequences * (chunk - 1)) // chunk
     has_ended = next_chunks[None] <= jnp.arange(columns)[:, None]
     owners = jnp.minimum(jnp.sum(has_ended, axis=1, dtype=jnp.int32), sequences - 1)
@@ -81,7 +81,7 @@ def _find_in_row(
     owner = jnp.repeat(owners, chunk)
     inside = slot - first_slots[owner]
     is_filled = inside < sizes[owner]
-    # Each place out of range is another one: `move` promises that none comes twice.
+    # Places out of range differ from each other: `move` promises unique indices.
     return Places(
         sources=jnp.where(is_filled, first_tokens[owner] + inside, tokens + slot),
         slots=jnp.where(
@@ -96,7 +96,7 @@ def _find_in_row(
 def move(
     x: Float[Array, "B T H N"], places: Int[Array, "B U"]
 ) -> Float[Array, "B U H N"]:
-    """Picks the vectors of each row at these places, zeros where a place is out of range."""
+    """Gathers the vectors of each row at these places; zeros for places out of range."""
 
     def pick(row, places):
         return row.at[places].get(mode="fill", fill_value=0, unique_indices=True)
@@ -105,7 +105,7 @@ def move(
 
 
 def move_inputs(inputs: WKVInputs, places: Places) -> WKVInputs:
-    """Moves all tokens to their slots; a token of zeros changes neither a state nor a gradient."""
+    """Moves all tokens to their slots; empty slots get zeros, which change no state or gradient."""
     return jax.tree.map(lambda x: move(x, places.sources), inputs)
 
 
@@ -114,7 +114,7 @@ def _by_row(states: Float[Array, "S ..."], rows: int) -> Float[Array, "B K ..."]
 
 
 def read(states: State, owner: Int[Array, " B"] | None) -> Float[Array, "B H Nv Nk"]:
-    """Picks the state of one sequence of each row; all states where each row is a sequence."""
+    """Selects the state of one sequence of each row; all states if each row is one sequence."""
     if owner is None:
         return states
     return jax.vmap(lambda row, i: row[i])(_by_row(states, owner.shape[0]), owner)

@@ -1,4 +1,4 @@
-"""The device that a program is made for, and the shapes of kernels' outputs on it."""
+"""The device that a program targets, and the types of kernels' outputs on it."""
 
 import contextvars
 from collections.abc import Callable, Iterable
@@ -7,14 +7,14 @@ import jax
 from jaxtyping import Array
 
 # Wraps a kernel, given its platform, so that other platforms can lower it too. Only
-# `multi_platform_export` sets it; None means that a program holds the kernels of its target alone.
+# `multi_platform_export` sets it. With None a program contains only the kernels of its target.
 kernel_wrapper: contextvars.ContextVar[Callable | None] = contextvars.ContextVar(
     "kernel_wrapper", default=None
 )
 
 
 def target():
-    """Returns the device that a program is made for.
+    """Returns the device that a program targets.
 
     Returns:
         The abstract mesh's device if one is set, else the default device. It has a `platform` and
@@ -38,8 +38,8 @@ def target_platform() -> str:
 def output_like(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *arrays: Array
 ) -> jax.ShapeDtypeStruct:
-    """Describes a kernel's output, which varies over every mesh axis that one of `arrays` does."""
-    # Inside `shard_map` JAX checks this; a kernel cannot infer it.
+    """Describes a kernel's output, which varies over the mesh axes that any of `arrays` does."""
+    # JAX checks this inside `shard_map` and cannot infer it for a kernel.
     axes = jax.sharding.ManualAxisType(varying=_varying(arrays))
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
 
@@ -50,9 +50,9 @@ def _varying(arrays: Iterable[Array]) -> frozenset[str]:
 
 
 def varying_as(x: Array, arrays: Iterable[Array]) -> Array:
-    """Returns x varying over all mesh axes of a `jax.shard_map` that `arrays` vary over.
+    """Makes x vary over all mesh axes of a `jax.shard_map` that `arrays` vary over.
 
-    A loop's carry must vary from the start over what its results vary over.
+    A loop's initial carry must vary over the same axes as its results.
     """
     missing = _varying(arrays) - _varying([x])
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x

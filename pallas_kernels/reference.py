@@ -1,4 +1,4 @@
-"""The WKV-7 recurrence as its definition has it; all implementations are compared with it."""
+"""The WKV-7 recurrence by its definition, with which all implementations are compared."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# S is B; only where several sequences share a row there are more.
+# S is B, or a multiple of it where several sequences share a row.
 State = Float[Array, "S H Nv Nk"]
 
 
 class WKVInputs(NamedTuple):
     """The six token arrays of the WKV-7 recurrence, in the order in which `wkv7` takes them.
 
-    The fields carry no checked shapes: `jax.tree.map` also builds this class from things that are
+    The fields have no checked shapes: `jax.tree.map` also builds this class from leaves that are
     not arrays, such as shardings.
 
     Attributes:
@@ -51,14 +51,14 @@ def step(state: State, token: WKVInputs) -> tuple[State, Float[Array, "B H Nv"]]
 
 
 def read(state: State, key: Float[Array, "B H Nk"]) -> Float[Array, "B H Nv"]:
-    """Computes what a state holds under a key, S key."""
+    """Reads the value that a state holds under a key, S key."""
     return jnp.einsum("bhvk,bhk->bhv", state, key, precision="highest")
 
 
 def update(
     state: State, token: WKVInputs, removed: Float[Array, "B H Nv"]
 ) -> tuple[State, Float[Array, "B H Nv"]]:
-    """Computes what `step` does, from what the old state holds under the removal key."""
+    """Works as `step`, given the value that the old state holds under the removal key."""
     r, log_w, k, v, _, b = token
     state = (
         state * jnp.exp(log_w)[:, :, None, :]
@@ -73,7 +73,7 @@ def wkv7_reference(
 ) -> tuple[Float[Array, "B T H Nv"], State]:
     """Runs the recurrence token by token.
 
-    All arithmetic happens in the state's dtype (float64 where x64 is on).
+    All arithmetic is in the state's dtype (float64 under x64).
 
     Args:
         inputs: r, log_w, k, v, a, b.

@@ -1,8 +1,8 @@
-"""WKV-7 token by token; its backward pass recomputes states instead of storing all of them.
+"""WKV-7 token by token; its backward pass recomputes states instead of saving all of them.
 
-The forward pass of a gradient keeps the state at the start of every chunk, and the backward pass
-walks each chunk forward once more from there. Rebuilding earlier states by dividing by the decay,
-as several published kernels do, loses three to five digits.
+The forward pass of a gradient saves the state at the start of every chunk, and the backward pass
+runs each chunk forward again from there. Recovering earlier states by dividing by the decay, as
+several published kernels do, loses three to five digits.
 """
 
 import jax
@@ -24,10 +24,10 @@ def forward(
     chunk: int | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H Nv"], State]:
-    """Runs the definition; `interpret` has no effect, nor `chunk` without `owners`.
+    """Runs the definition; `interpret` has no effect, nor has `chunk` without `owners`.
 
-    Tokens are read where they are. Time moved to the front, as `wkv7_reference` has it, copies all
-    inputs: beyond the cache this costs as much as the recurrence.
+    Tokens are indexed in place. Moving time to the front, as `wkv7_reference` does, copies all
+    inputs, which costs as much as the recurrence where they do not fit into the cache.
     """
     if owners is not None:
         y, end, _ = forward_saving(inputs, state, owners, chunk=chunk)
@@ -53,15 +53,15 @@ def _forward_one(
     token = jax.tree.map(lambda x: x[:, 0].astype(state.dtype), inputs)
     removed = read(state, token.a)
     if platforms.target_platform() != "cpu":
-        # In one kernel with the sum over the old state, XLA cannot write the new state in its place
-        # and copies it.
+        # If XLA fused this sum over the old state with the update, it could not update the state in
+        # place and would copy it.
         removed = jax.lax.optimization_barrier(removed)
     end, y = update(state, token, removed)
     return y[:, None].astype(inputs.v.dtype), end
 
 
 def split(x: Float[Array, "B T H N"], chunk: int) -> Float[Array, "C L B H N"]:
-    """Moves time to the front and cuts it into chunks, the last one padded with zeros."""
+    """Moves time to the front and splits it into chunks, the last one padded with zeros."""
     # A token of zeros changes neither the state nor a gradient.
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), (0, 0), (0, 0)))
     x = jnp.moveaxis(x, 1, 0)
@@ -90,7 +90,7 @@ def forward_saving(
     def walk(states, chunk):
         tokens, owner = chunk
         state = packed_rows.read(states, owner)
-        # A scan inside the scan: only the outer one's states are kept.
+        # A nested scan: only the outer one's states are saved.
         end, y = jax.lax.scan(step, state, tokens)
         return packed_rows.write(states, owner, end), (y, state)
 
@@ -104,14 +104,15 @@ def forward_saving(
 def _step_backward(dstate: State, saved) -> tuple[State, WKVInputs]:
     """Computes the gradients of the state before a token and of the token's six inputs.
 
-    Source: BlinkDL/RWKV-CUDA rwkv7_fast_fused (state passing); there rebuilt, here stored states.
+    Source: BlinkDL/RWKV-CUDA rwkv7_fast_fused (state passing), which recovers the states that are
+    recomputed here.
     """
     token, dy, before = saved
     r, log_w, k, v, a, b = token
     removed = read(before, a)
     after, _ = update(before, token, removed)
     dr = jnp.einsum("bhvk,bhv->bhk", after, dy, precision="highest")
-    # From here on the gradient of the state after the token, which y = S r has read.
+    # Now the gradient of the state after the token, which y = S r reads as well.
     dstate = dstate + dy[..., None] * r[:, :, None, :]
     decay = jnp.exp(log_w)
     dlog_w = jnp.sum(dstate * before, axis=-2) * decay
@@ -156,7 +157,7 @@ def backward(
         return packed_rows.write(dstates, owner, dstate), grads
 
     length = chunk or tiles.XLA
-    # All arithmetic happens in the state's dtype, as in the definition.
+    # All arithmetic is in the state's dtype, as in the definition.
     dtype = starts.dtype
     chunks = _split_inputs(inputs, length, dtype)
     by_chunk = None if owners is None else owners.T

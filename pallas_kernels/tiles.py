@@ -1,6 +1,6 @@
-"""Tables of tile sizes for every kind of device.
+"""Tables of tile sizes for each kind of device.
 
-`python -m pallas_kernels.tune` measures tiles on this machine's device and prints a row for them.
+`python -m pallas_kernels.tune` measures tiles on the local device and prints a table row.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ class Tile(NamedTuple):
     Attributes:
         warps: warps of 32 threads in a program.
         stages: stages of the pipelined loads in its loop.
-        values: most value rows of a program; the gradients' kernel takes all of them.
+        values: maximum value rows of a program; the gradient kernel takes all of them.
     """
 
     warps: int
@@ -34,9 +34,9 @@ class GPU(NamedTuple):
     Attributes:
         chunk: tokens of a chunk.
         forward: the forward kernel's tile.
-        state: the tile of the kernel for the states' gradients.
-        gradients: the tile of the kernel for the inputs' gradients.
-        precision: of products of float32 tokens in Pallas's kernels, by JAX's name.
+        state: the tile of the kernel for the state gradients.
+        gradients: the tile of the kernel for the input gradients.
+        precision: JAX's name of the precision of float32 products in the Pallas kernels.
     """
 
     chunk: int
@@ -51,16 +51,16 @@ class TPU(NamedTuple):
 
     Attributes:
         chunk: tokens of a chunk, and of a grid step.
-        groups: most tiles that share a grid step, where they are 128 lanes wide.
+        groups: maximum number of 128-lane tiles in a grid step.
     """
 
     chunk: int
     groups: int
 
 
-# By compute capability, then by the largest head size that a row is for. Those of 90 for heads of
-# 64 are the fastest of their neighbours on an H100 (docs/kernels.md); the others are chosen by
-# registers, spills and instructions as the compilers report them: see `compile_checks`.
+# By compute capability, then by the largest head size of a row. Those of 90 for heads of 64 are the
+# fastest of their neighbours on an H100 (docs/kernels.md). The others were chosen by the registers,
+# spills and instructions that the compilers report: see `compile_checks`.
 PALLAS_GPU = {
     90: {
         64: GPU(32, Tile(4, 2, 64), Tile(4, 2, 64), Tile(4, 1, 64)),
@@ -81,18 +81,19 @@ TRITON = {
         128: GPU(16, Tile(4, 1, 64), Tile(4, 1, 64), Tile(8, 1, 128)),
     },
 }
-# Exact float32 products do not use tensor cores: small tiles, whatever the device.
+# Exact float32 products do not use tensor cores: small tiles on every device.
 FLOAT32 = GPU(16, Tile(4, 1, 32), Tile(4, 1, 64), Tile(4, 1, 256))
-# Three products of TF32 numbers are as close to float64. They pay where warpgroups compute them, on
-# Hopper: an A100 would take as many instructions as for exact ones, and spill.
+# Three TF32 products are as close to float64 as an exact float32 product. They pay off on Hopper,
+# where warpgroups compute them; an A100 would need as many instructions as for exact products, and
+# spill.
 HOPPER_FLOAT32 = GPU(
     16, Tile(4, 1, 64), Tile(4, 1, 64), Tile(4, 1, 64), "TF32_TF32_F32_X3"
 )
 BFLOAT16_TPU = TPU(64, 8)
 FLOAT32_TPU = TPU(64, 2)
-# Tokens of a chunk in what XLA compiles.
+# Tokens of a chunk in plain JAX.
 XLA = 16
-# Compute capability of abstract devices, which do not tell it, by a part of their kind's name.
+# Compute capability by a word in the device kind, for abstract devices, which do not report it.
 CAPABILITY_BY_KIND = {
     "A100": 80,
     "A800": 80,
@@ -103,9 +104,9 @@ CAPABILITY_BY_KIND = {
     "H20": 90,
     "GH200": 90,
 }
-# From this capability on (Blackwell) no kernel runs until a device has cleared it: Triton 3.6 and
-# 3.7 compile two products that are chained into one accumulator to wrong numbers there
-# (triton-lang/triton#10821), without an error.
+# From this capability (Blackwell) on, no kernel runs until it has been verified on a device: there,
+# Triton 3.6 and 3.7 silently miscompile two products that are chained into one accumulator
+# (triton-lang/triton#10821).
 UNCHECKED_CAPABILITY = 100
 
 _override: contextvars.ContextVar = contextvars.ContextVar("override", default=None)
@@ -118,16 +119,16 @@ def capability() -> int | None:
     if version is not None:
         return round(float(version) * 10)
     words = device.device_kind.replace("-", " ").split()
-    # Whole words: "H20" is part of "H200", and "A30" of names of other cards.
+    # Whole words: "H20" is a substring of "H200", and "A30" of the names of other cards.
     numbers = (CAPABILITY_BY_KIND.get(word) for word in words)
     return next((number for number in numbers if number is not None), None)
 
 
 @contextlib.contextmanager
 def override(choice: GPU | TPU) -> Iterator[None]:
-    """Replaces the tables' choice while the context lasts, to measure it.
+    """Replaces the tables' choice inside the context, to measure it.
 
-    It counts when a call is traced: JAX's caches must be cleared before and after.
+    It takes effect when a call is traced, so clear JAX's caches before and after.
     """
     token = _override.set(choice)
     try:
@@ -137,7 +138,7 @@ def override(choice: GPU | TPU) -> Iterator[None]:
 
 
 def rows_for(table: dict, capability: int | None) -> dict[int, GPU]:
-    """Returns the table's rows for the newest listed GPUs that are no newer than this.
+    """Returns the table's rows for the newest listed GPUs that are no newer than `capability`.
 
     Args:
         table: `PALLAS_GPU` or `TRITON`.
@@ -149,8 +150,8 @@ def rows_for(table: dict, capability: int | None) -> dict[int, GPU]:
     if capability is None or capability >= UNCHECKED_CAPABILITY:
         return {}
     listed = [number for number in table if number <= capability]
-    # GPUs between two that are listed (8.6, 8.9) have the older one's instructions, and its rows
-    # fit into their shared memory of 101,376 bytes.
+    # GPUs between two listed ones (8.6, 8.9) have the older one's instructions. Its rows fit into
+    # their shared memory of 101,376 bytes.
     return table[max(listed)] if listed else {}
 
 
@@ -161,15 +162,15 @@ def for_gpu(
     dtype: jax.typing.DTypeLike,
     capability: int | None,
 ) -> GPU:
-    """Returns the choices for these heads and tokens on such a GPU.
+    """Returns the choices for heads and tokens on a GPU of this compute capability.
 
     Args:
         table: `PALLAS_GPU` or `TRITON`.
         keys: key channels of a head.
         values: value channels of a head.
         dtype: of the tokens.
-        capability: compute capability, 90 for 9.0; None, where there is no GPU and the kernels
-            run in an interpreter, takes the newest rows.
+        capability: compute capability, 90 for 9.0; None (no GPU, the kernels run in an interpreter)
+            takes the newest rows.
     """
     replaced = _override.get()
     if replaced is not None:

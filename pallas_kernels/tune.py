@@ -1,11 +1,11 @@
-"""`python -m pallas_kernels.tune`: measures tiles on this machine's device and prints a table row.
+"""`python -m pallas_kernels.tune`: measures tiles on the local device and prints a table row.
 
-The printed row goes into `tiles`, where the op reads it: nothing is ever measured while a program
-is traced. One kernel's tile is changed at a time, while the others stay at their best so far.
+The printed row goes into `tiles`, where the op reads it: nothing is measured while a program is
+traced. The search varies one kernel's tile at a time and keeps the others at their best so far.
 
-A tile may be fast and wrong: compilers have been seen to compile single ones to other numbers, and
-kernels to race. So each is measured in a process of its own, where it must first equal "scan" and,
-bit for bit, itself. A crash, an illegal access or a time limit loses that tile alone.
+A tile may be fast and wrong: some tiles are miscompiled and some kernels have data races. Each tile
+is therefore measured in a separate process. There its results must first match those of "scan"
+and be bit-exact across runs. A crash, an illegal access or a timeout loses only that tile.
 """
 
 import argparse
@@ -31,21 +31,21 @@ WARPS = (2, 4, 8)
 STAGES = (1, 2, 3)
 VALUES = (16, 32, 64, 128)
 TPU_CHUNKS = (16, 32, 64)
-# Runs of one program that must agree bit for bit.
+# Runs of one program whose results must be bit-exact.
 REPETITIONS = 20
-# Largest relative L2 distance to "scan" in float32, by dtype of the tokens. Rounding alone stays
-# ten times below; what a wrong tile returns is far above.
+# Tolerances: the largest relative L2 distance to "scan" in float32, by dtype of the tokens.
+# Rounding stays ten times below them; the results of a wrong tile are far above.
 BARS = {"float32": 1e-4, "bfloat16": 4e-2}
-# Seconds after which a tile is given up.
+# Timeout of a tile in seconds.
 LIMIT = 180
 _MODULE = "pallas_kernels.tune"
 
-# Milliseconds of a choice in the forward pass of a gradient or, if true, in the backward pass.
+# Returns a choice's milliseconds in a gradient's backward pass if true, else its forward pass.
 Measure = Callable[[tiles.GPU | tiles.TPU, bool], float]
 
 
 class Candidate(NamedTuple):
-    """One choice of tiles and what it is measured with.
+    """One choice of tiles and how it is measured.
 
     Attributes:
         name: the implementation.
@@ -53,9 +53,9 @@ class Candidate(NamedTuple):
         dtype: of the tokens.
         choice: the tiles.
         backward: measure the backward pass instead of the forward pass of a gradient.
-        repeats: measurements, of which the least counts.
-        interpret: run in Pallas's interpreter, to try the tuning itself.
-        repetitions: runs that must agree bit for bit.
+        repeats: measurements, of which the minimum counts.
+        interpret: run in Pallas's interpreter, to test the tuner itself.
+        repetitions: runs whose results must be bit-exact.
     """
 
     name: str
@@ -68,12 +68,12 @@ class Candidate(NamedTuple):
     repetitions: int = REPETITIONS
 
     def to_json(self) -> str:
-        """Writes the candidate as text."""
+        """Serialises the candidate."""
         return json.dumps(self._replace(case=dataclasses.astuple(self.case)))
 
     @classmethod
     def from_json(cls, text: str) -> "Candidate":
-        """Reads what `to_json` wrote."""
+        """Inverts `to_json`."""
         values: dict[str, Any] = dict(zip(cls._fields, json.loads(text), strict=True))
         if values["name"] == "pallas_tpu":
             choice = tiles.TPU(*values["choice"])
@@ -85,9 +85,9 @@ class Candidate(NamedTuple):
 
 
 def make_passes(candidate: Candidate) -> tuple[Callable, Callable]:
-    """Makes the chosen pass in the candidate's implementation, and in "scan"; both of no arguments.
+    """Makes the candidate's pass and the same pass of "scan", as functions without arguments.
 
-    The backward pass starts from states that the same choice has kept: they depend on the chunk.
+    The backward pass starts from states that the same choice saved, since they depend on the chunk.
     """
     options = dispatch.Options(candidate.name, None, candidate.interpret)
     inputs, state = make_inputs(candidate.case, candidate.dtype)
@@ -97,7 +97,7 @@ def make_passes(candidate: Candidate) -> tuple[Callable, Callable]:
         @jax.jit
         def run(inputs, state):
             y, end, residuals = dispatch.forward_saving(options, inputs, state)
-            # Not the inputs, which are residuals too: to return them is to copy them.
+            # The residuals include the inputs, and returning those would copy them.
             return y, end, residuals.starts
 
         expected = jax.jit(scan.forward)
@@ -121,7 +121,7 @@ def make_passes(candidate: Candidate) -> tuple[Callable, Callable]:
 
 
 def _distance(found, expected) -> float:
-    """Returns the largest relative L2 distance of two results' arrays; infinity for NaN."""
+    """Returns the largest relative L2 distance between two results' arrays; infinity for NaN."""
     largest = 0.0
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         x = jax.device_get(x).astype("float64")
@@ -135,12 +135,12 @@ def check_and_measure(candidate: Candidate) -> tuple[float, str]:
     """Runs a candidate in this process.
 
     Returns:
-        Milliseconds and an empty text; or infinity and what is wrong with its results.
+        Milliseconds and an empty string, or infinity and the reason.
     """
     with tiles.override(candidate.choice):
         run, run_expected = make_passes(candidate)
         first = jax.block_until_ready(run())
-    # What "scan" keeps between has another layout.
+    # The saved states are not compared: those of "scan" have another layout.
     expected = run_expected()
     distance = _distance(first[: len(expected)], expected)
     if distance > BARS[candidate.dtype]:
@@ -155,11 +155,11 @@ def check_and_measure(candidate: Candidate) -> tuple[float, str]:
 
 
 def run_apart(candidate: Candidate) -> tuple[float, str]:
-    """Runs a candidate in a process of its own.
+    """Runs a candidate in a separate process.
 
     Returns:
-        Milliseconds and an empty text; or infinity and why: the results are wrong, it does not
-        compile, crashes or takes too long.
+        Milliseconds and an empty string, or infinity and the reason: the results are wrong, it does
+        not compile, it crashes, or it times out.
     """
     command = [sys.executable, "-m", _MODULE, "--candidate", candidate.to_json()]
     try:
@@ -170,7 +170,7 @@ def run_apart(candidate: Candidate) -> tuple[float, str]:
 
 
 def measure_apart(candidate: Candidate) -> float:
-    """Does what `run_apart` does, prints it, and returns the milliseconds."""
+    """Works as `run_apart`, prints the result and returns the milliseconds."""
     wall, reason = run_apart(candidate)
     shown = f"{wall:9.3f} ms" if math.isfinite(wall) else "   no result"
     print(f"{shown}  {candidate.choice}  {reason}".rstrip(), flush=True)
@@ -178,7 +178,7 @@ def measure_apart(candidate: Candidate) -> float:
 
 
 def _parse(done: subprocess.CompletedProcess) -> tuple[float, str]:
-    """Reads a child's last line, or the reason why it has none."""
+    """Reads a child's last line of output, or its last line of errors if it failed."""
     if done.returncode == 0:
         wall, reason = json.loads(done.stdout.splitlines()[-1])
         return float(wall), reason
@@ -187,7 +187,7 @@ def _parse(done: subprocess.CompletedProcess) -> tuple[float, str]:
 
 
 def tune_tpu(measure: Measure) -> tiles.TPU:
-    """Returns the choice that is fastest in both passes together."""
+    """Returns the choice with the shortest total time of both passes."""
     choices = [tiles.TPU(*numbers) for numbers in itertools.product(TPU_CHUNKS, GROUPS)]
     return min(choices, key=lambda choice: _total(measure, choice))
 
@@ -197,12 +197,12 @@ def _total(measure: Measure, choice: tiles.GPU | tiles.TPU) -> float:
 
 
 def tune_gpu(measure: Measure, values: int) -> tiles.GPU:
-    """Returns the fastest choice, tuning one kernel after the other for every chunk length."""
+    """Returns the fastest choice; tunes one kernel after another for every chunk length."""
     blocks = [block for block in VALUES if block <= values]
     walking = [
         tiles.Tile(*options) for options in itertools.product(WARPS, STAGES, blocks)
     ]
-    # The gradients' kernel has no loop to pipeline, and takes all value rows.
+    # The gradient kernel has no loop to pipeline and takes all value rows.
     one_chunk = [tiles.Tile(warps, 1, values) for warps in WARPS]
     plan = (
         ("forward", False, walking),
@@ -224,7 +224,7 @@ def tune_gpu(measure: Measure, values: int) -> tiles.GPU:
                 candidate = choice._replace(**{kernel: tile})
                 times[candidate] = measure(candidate, backward)
             choice = min(times, key=lambda candidate, times=times: times[candidate])
-        # With the complete choice: the kernels were tuned one by one.
+        # Measured again with the complete choice, since the kernels were tuned one by one.
         totals[choice] = _total(measure, choice)
     return min(totals, key=lambda choice: totals[choice])
 
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures and prints one row of the table.
 
     Raises:
-        SystemExit: no kernel runs on this device, or none of its tiles is right.
+        SystemExit: no kernel runs on this device, or all tiles give wrong results.
     """
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune")
     parser.add_argument("--case", default="h200", choices=CASES)
@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=tuple(BARS))
     parser.add_argument("--implementation", choices=tuple(dispatch.PLATFORMS))
     parser.add_argument("--repeats", type=int, default=5)
-    # What a process for one candidate is given.
+    # For the process that measures one candidate.
     parser.add_argument("--candidate", help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
     if flags.candidate:
@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
     runnable = [name for name in dispatch.PLATFORMS if name in dispatch.available()]
     name = flags.implementation or next(iter(runnable), None)
     if name not in runnable:
-        raise SystemExit(f"tune: no kernel to tune on {device}.")
+        raise SystemExit(f"tune: no kernel runs on {device}.")
     case = CASES[flags.case]
     case = dataclasses.replace(
         case,
@@ -284,7 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
         else tune_gpu(measure, values=flags.size)
     )
     if not math.isfinite(_total(measure, best)):
-        raise SystemExit(f"tune: no tile of {name} gives right results on {device}.")
+        raise SystemExit(f"tune: no tile of {name} gives correct results on {device}.")
     print(f"{name} on {device}, heads of {flags.size}: {best}")
 
 

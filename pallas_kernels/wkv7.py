@@ -1,9 +1,9 @@
-"""The public WKV-7 op: argument checks, choice of implementation, its derivatives.
+"""The public WKV-7 op: argument checks, choice of implementation, derivatives.
 
-In a gradient, `_saving` computes the op and keeps states for the backward pass, and `_gradients` is
-that pass. Kernels cannot be differentiated, so these two have rules of their own: second and higher
-derivatives are those of "chunked", plain JAX on every platform. The op itself has no forward mode,
-since a transposed rule would take the place of the kernels' backward pass.
+In a gradient, `_saving` runs the op and saves states for the backward pass, which is `_gradients`.
+Kernels cannot be differentiated, so these two have custom rules: second and higher derivatives come
+from "chunked", which is plain JAX on every platform. The op does not define forward mode: JAX would
+transpose that rule instead of running the kernels' backward pass.
 """
 
 import contextlib
@@ -25,24 +25,25 @@ from pallas_kernels.reference import State, WKVInputs
 CHUNKS = (16, 32, 64)
 # Largest chunk for float16 tokens: factors of longer chunks pass 65,504, the largest float16.
 FLOAT16_CHUNK = 16
-# Up to this sum of -log_w over half a chunk all factors of a chunk are finite in float32.
+# The factors of a chunk are finite in float32 if -log_w sums to at most this over half a chunk.
 LARGEST_EXPONENT = 80.0
 
-# The name, for policies of `jax.checkpoint`, of all that the op computes in a gradient: y, the last
-# state and the states between. With it kept, a backward pass does not run the op again.
+# The name, for `jax.checkpoint` policies, of everything that the op computes in a gradient: y, the
+# last state and the saved states. A policy that saves it spares the backward pass a second run.
 RESULTS = "wkv7 results"
 
 FORWARD_MODE = (
     "wkv7: forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) is not defined; use "
-    "reverse mode (jax.grad, jax.vjp, jax.jacrev), to whose results forward mode may be applied."
+    "reverse mode (jax.grad, jax.vjp, jax.jacrev). Forward mode over reverse mode works."
 )
 
 
 @contextlib.contextmanager
 def explain_forward_mode() -> Iterator[None]:
-    """Says what to do where forward mode meets the op, of which JAX only tells that it cannot.
+    """Replaces JAX's error about forward mode with one that says what to do.
 
-    Inside of `jax.jit`, and in what `jax.linearize` returns, JAX fails after the block has ended.
+    It does not reach errors that JAX raises after the block has ended: inside `jax.jit`, and in
+    functions that `jax.linearize` returns.
     """
     try:
         yield
@@ -53,7 +54,7 @@ def explain_forward_mode() -> Iterator[None]:
 
 
 def _gradients_jvp(options, primals, tangents):
-    """Differentiates the gradients, computed anew from the inputs by "chunked"."""
+    """Differentiates the gradients, which "chunked" recomputes from the inputs."""
     owners = primals[0].owners
 
     def run(inputs, state):
@@ -64,7 +65,7 @@ def _gradients_jvp(options, primals, tangents):
         return pull((dy, dend))
 
     def arguments(residuals, dy, dend):
-        # Not the kept states: they follow from the inputs and the start state.
+        # The saved states are left out: they depend on the inputs and the start state.
         return residuals.inputs, residuals.state, dy, dend
 
     _, changes = jax.jvp(gradients, arguments(*primals), arguments(*tangents))
@@ -76,7 +77,7 @@ _gradients.defjvp(_gradients_jvp)
 
 
 def _saving_jvp(options, primals, tangents):
-    """Differentiates y and the last state by "chunked"."""
+    """Differentiates y and the last state through "chunked"."""
     y, end, residuals = _saving(options, *primals)
     inputs, state, owners = primals
     inputs_change, state_change, owners_change = tangents
@@ -87,7 +88,7 @@ def _saving_jvp(options, primals, tangents):
     _, (y_change, end_change) = jax.jvp(
         run, (inputs, state), (inputs_change, state_change)
     )
-    # The residuals hold the inputs themselves. Nothing differentiates the kept states.
+    # The residuals hold the inputs themselves. The saved states are never differentiated.
     constant = dispatch.zeros_like(jax.typeof(residuals.starts))
     changes = dispatch.Residuals(
         inputs_change, state_change, constant, owners_change, residuals.platform
@@ -101,13 +102,13 @@ _saving.defjvp(_saving_jvp)
 
 def _forward(options, inputs, state, owners):
     y, end, residuals = _saving(options, inputs, state, owners)
-    # All channels on one axis: of an array with heads of 64, XLA for TPU puts the tokens into the
-    # lanes where it is kept, and copies it.
+    # Saved with all channels on one axis. XLA for TPU would otherwise save an array with heads of
+    # 64 with its tokens in the lanes, which takes a copy.
     flat = y.reshape(*y.shape[:2], y.shape[2] * y.shape[3])
     y = checkpoint_name(flat, RESULTS).reshape(y.shape)
     end = checkpoint_name(end, RESULTS)
     starts = checkpoint_name(residuals.starts, RESULTS)
-    # The caller's own inputs: those that the call returns would be kept besides them.
+    # Save the caller's arrays: those that `_saving` returns would be saved in addition.
     kept = dataclasses.replace(residuals, inputs=inputs, state=state, starts=starts)
     return (y, end), kept
 
@@ -145,11 +146,11 @@ def _check_arrays(inputs: WKVInputs, state: State, packed: bool) -> None:
             raise ValueError(
                 f"wkv7: `{name}` must have shape [B T H N]; got {x.shape}."
             )
-        # v alone may have another number of channels.
+        # Only v may have a different number of channels.
         shape = (*r.shape[:3], v.shape[3]) if name == "v" else r.shape
         if x.shape != shape:
             raise ValueError(
-                f"wkv7: `{name}` must have shape {shape} to fit `r`; got {x.shape}."
+                f"wkv7: `{name}` must have shape {shape} to match `r`; got {x.shape}."
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"wkv7: `{name}` must be floating point; got {x.dtype}.")
@@ -159,14 +160,14 @@ def _check_arrays(inputs: WKVInputs, state: State, packed: bool) -> None:
     is_multiple = rows >= batch and not rows % max(batch, 1)
     if packed and (state.shape[1:] != shape[1:] or not is_multiple):
         raise ValueError(
-            "wkv7: `state` must have shape [S H Nv Nk] with `segment_ids`, S being a multiple of "
-            f"the {batch} rows, and [H Nv Nk] = {shape[1:]}; got {state.shape}."
+            "wkv7: `state` must have shape [S H Nv Nk] with `segment_ids`, where S is a multiple "
+            f"of the {batch} rows and [H Nv Nk] is {shape[1:]}; got {state.shape}."
         )
     if not packed and state.shape != shape:
         raise ValueError(
             f"wkv7: `state` must have shape [B H Nv Nk] = {shape}; got {state.shape}."
         )
-    # A bfloat16 state would lose small writes: they vanish next to a large entry.
+    # A bfloat16 state would round away small writes to large entries.
     if state.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"wkv7: `state` must be float32; got {state.dtype}.")
     for name, x in inputs._replace(log_w=state)._asdict().items():
@@ -177,13 +178,13 @@ def _check_arrays(inputs: WKVInputs, state: State, packed: bool) -> None:
 
 
 def _largest_exponent(log_w: Array, half: int) -> float | None:
-    """Computes the largest sum of |log_w| over half a chunk; None where it cannot be read."""
+    """Computes the largest sum of |log_w| over half a chunk; None if it is traced or remote."""
     if isinstance(log_w, Tracer) or not log_w.is_fully_addressable:
         return None
-    # On the host: inside `jit` JAX would only trace the sums of a constant.
+    # On the host: inside `jit`, JAX would trace even the sums of a constant.
     magnitude = abs(jax.device_get(log_w).astype("float32"))
     batch, tokens, *channels = magnitude.shape
-    # The tokens of complete halves, and those after them.
+    # Tokens from here on do not fill half a chunk.
     border = tokens - tokens % half
     halves = magnitude[:, :border].reshape(batch, border // half, half, *channels)
     return max(
@@ -195,10 +196,10 @@ def _largest_exponent(log_w: Array, half: int) -> float | None:
 def _check_chunks(
     inputs: WKVInputs, implementation: str | None, chunk: int | None
 ) -> str | None:
-    """Raises unless the factors of all chunks are finite, as far as this can be known.
+    """Raises if the factors of a chunk are known to be infinite.
 
     Returns:
-        The implementation; "scan", which has no such factors, in place of None where they are not.
+        The implementation. None becomes "scan", which has no such factors, if they are infinite.
     """
     if implementation == "scan":
         return implementation
@@ -213,13 +214,13 @@ def _check_chunks(
     if implementation is None:
         return "scan"
     raise ValueError(
-        f"wkv7: `log_w` must sum up to at most {LARGEST_EXPONENT:g} over {length // 2} tokens for "
-        f"{implementation!r}; got {exponent:.4g}. Name 'scan', which takes any decay."
+        f"wkv7: the absolute values of `log_w` must sum to at most {LARGEST_EXPONENT:g} over "
+        f"{length // 2} tokens for {implementation!r}; got {exponent:.4g}. 'scan' takes any decay."
     )
 
 
 def _as_array(value: Any, name: str) -> Array:
-    """Returns an argument as an array of JAX."""
+    """Converts an argument to a JAX array."""
     is_array = hasattr(value, "shape") and hasattr(value, "dtype")
     if not is_array and not isinstance(value, list | tuple):
         raise TypeError(f"wkv7: `{name}` must be an array; got {type(value).__name__}.")
@@ -232,10 +233,10 @@ def _as_array(value: Any, name: str) -> Array:
 
 
 def _check_lengths(lengths: Array, batch: int, tokens: int) -> None:
-    """Raises unless there is one integer from 0 to T for each row, where they can be read."""
+    """Raises unless each row has one integer; concrete ones must lie between 0 and T."""
     if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
-            f"wkv7: `lengths` must be {batch} integers, one a row; "
+            f"wkv7: `lengths` must be {batch} integers, one per row; "
             f"got shape {lengths.shape} of {lengths.dtype}."
         )
     if isinstance(lengths, Tracer) or not lengths.is_fully_addressable:
@@ -248,10 +249,10 @@ def _check_lengths(lengths: Array, batch: int, tokens: int) -> None:
 
 
 def _check_segment_ids(ids: Array, batch: int, tokens: int, sequences: int) -> None:
-    """Raises unless each row's ids lie in range and never fall, where they can be read."""
+    """Raises unless each token has one integer; concrete ones must be in range and sorted."""
     if ids.shape != (batch, tokens) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
-            f"wkv7: `segment_ids` must be integers of shape {(batch, tokens)}, one a token; "
+            f"wkv7: `segment_ids` must be integers of shape {(batch, tokens)}, one per token; "
             f"got shape {ids.shape} of {ids.dtype}."
         )
     if isinstance(ids, Tracer) or not ids.is_fully_addressable or not ids.size:
@@ -267,7 +268,8 @@ def _check_segment_ids(ids: Array, batch: int, tokens: int, sequences: int) -> N
     for row, steps in enumerate(values[:, 1:].astype("int64") - values[:, :-1]):
         if (steps < 0).any():
             raise ValueError(
-                f"wkv7: `segment_ids` must not fall from one token to the next; row {row} does."
+                "wkv7: `segment_ids` must not decrease from one token to the next; "
+                f"row {row} does."
             )
 
 
@@ -280,9 +282,9 @@ def _is_token(
 
 
 def _select(is_token: Bool[Array, "B T 1 1"] | None, x: Array) -> Array:
-    """Sets padding to zeros: such tokens write nothing and read zeros.
+    """Sets padding to zeros, so that it writes nothing and reads zeros.
 
-    A select, not a product: padding may hold NaN, and so may what arrives as its gradient.
+    It selects instead of multiplying by a mask: padding and its gradient may be NaN.
     """
     return x if is_token is None else jnp.where(is_token, x, 0)
 
@@ -311,49 +313,49 @@ def wkv7(
 
     Args:
         r: receptance, which reads the state.
-        log_w: natural logarithm of the decay, per key channel, in (-0.6066, 0]. Best kept in
-            float32. "scan" takes any other value as well. The rest need finite factors of a chunk:
-            |log_w| sums up to at most 80 over half a chunk, at any place. Where that can be read
-            and does not hold, None takes "scan" and a name is refused. A traced `log_w` cannot be
-            checked: there such a chunk ends in NaN, so name "scan".
-        k: key, under which the value is written.
-        v: value, which is written.
+        log_w: natural logarithm of the decay per key channel, in (-0.6066, 0]; preferably float32.
+            "scan" takes any other value as well. The other implementations need |log_w| to sum to
+            at most 80 over half a chunk, anywhere in the row. If a concrete `log_w` exceeds that,
+            None runs "scan" and a named implementation raises. A traced `log_w` is not checked and
+            such a chunk gives NaN, so name "scan" if this can happen.
+        k: key under which the value is written.
+        v: value that is written.
         a: removal key, -kk in the model.
         b: removal key times in-context learning rate, kk * a in the model.
         state: float32 (float64 for all under x64); rows are value channels, columns key channels.
             S is B, or with `segment_ids` a multiple of it.
-        implementation: a name of `IMPLEMENTATIONS`, which then runs or raises; None takes the best
-            for the target device, by sizes and dtype. The target is the abstract mesh's device if
+        implementation: one of `IMPLEMENTATIONS`, which then runs or raises; None picks the best for
+            the target device, the sizes and the dtype. The target is the abstract mesh's device if
             one is set, else the default device. On other platforms the same program runs in plain
             JAX.
-        lengths: the number of real tokens in each row; padding is on the right. Traced lengths
-            cannot be checked: those below 0 count as 0, those above T as T.
-        segment_ids: the sequence of each token, where K sequences share a row, one after the other.
-            They are numbered from 0 in each row; sequence k of row b starts from row b K + k of
-            `state`, and ends as that row of the result. One without tokens ends as it starts. Each
-            gives what it gives in a row of its own. Traced ids cannot be checked: those out of
-            range count as the nearest, those that fall as the largest before them.
-        chunk: tokens between two states kept for the backward pass and, except in "scan", rows of
-            a matrix product: 16, 32 or 64; None takes the best for the implementation. GPU kernels
-            take 16 or 32, float16 tokens 16.
+        lengths: the number of real tokens in each row; padding is on the right. Traced lengths are
+            not checked but clipped to 0 and T.
+        segment_ids: the sequence of each token, where K sequences share a row, one after another.
+            Sequences are numbered from 0 in each row. Sequence k of row b starts from row b K + k
+            of `state` and ends in that row of the result; one without tokens ends as it starts.
+            Each gives the same result as in a row of its own. Traced ids are not checked: they are
+            clipped to the valid range, and one that decreases counts as the largest before it.
+        chunk: tokens between two states saved for the backward pass and, except in "scan", rows of
+            a matrix product: 16, 32 or 64; None picks the best for the implementation. GPU kernels
+            take 16 or 32; float16 tokens take 16.
         interpret: run Pallas kernels in Pallas's interpreter on any device; slow, for tests.
 
     Returns:
         y in v's dtype, and the final states in the state's dtype and shape.
 
     Raises:
-        ValueError: the shapes do not fit, lengths, ids or the decay are out of range, or
+        ValueError: shapes do not match, lengths, ids or the decay are out of range, or
             `implementation` or `chunk` is unknown.
-        TypeError: the state is not float32, inputs are not floating point, or it is differentiated
-            in forward mode.
-        NotImplementedError: a named implementation is made for other devices, head sizes, chunks or
-            dtypes; or a GPU kernel would be partitioned by the compiler (see `jax.shard_map`).
+        TypeError: the state is not float32, inputs are not floating point, or the call is
+            differentiated in forward mode.
+        NotImplementedError: the named implementation does not support the target device, head
+            sizes, chunk or dtypes; or the compiler would partition a GPU kernel (see
+            `jax.shard_map`).
         ImportError: "triton" was named and the package triton is missing.
-        RuntimeError: "triton" was named with a version of triton or jax that was not tried.
+        RuntimeError: "triton" was named with an untested version of triton or jax.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_numpy.py:39-40.
     """
-    # From here on the six go down as one.
     inputs = WKVInputs(
         r=_as_array(r, "r"),
         log_w=_as_array(log_w, "log_w"),
@@ -376,7 +378,7 @@ def wkv7(
     if segment_ids is not None:
         ids = _as_array(segment_ids, "segment_ids")
         _check_segment_ids(ids, batch, tokens, sequences)
-    # No implementation has to handle an empty grid or scan.
+    # Implementations need not handle an empty grid or scan.
     if not inputs.r.size or not inputs.v.size:
         return jnp.zeros_like(inputs.v), state
     places = None
@@ -392,5 +394,5 @@ def wkv7(
         y, end = _call_wkv7(options, inputs, state, places and places.owners)
     if places is not None:
         y = packed_rows.move(y, places.slots)
-    # The padding's y is zero already. Selected, it also hands no gradient on.
+    # The padding's y is zero already. The select also stops its gradient.
     return _select(is_token, y), end

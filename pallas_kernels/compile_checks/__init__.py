@@ -1,1 +1,1 @@
-"""Checks that compile the kernels for absent devices and compare the result with a table."""
+"""Checks that compile the kernels for absent devices and compare the results with a table."""

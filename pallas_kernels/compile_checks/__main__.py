@@ -1,8 +1,7 @@
 """`python -m pallas_kernels.compile_checks tpu|gpu`: compiles every kernel without its device.
 
-The numbers that the compilers report are compared with the table next to this file: a check fails
-where one grew by more than 5 %. `--write` replaces the table. Each minor version of jaxlib has its
-own.
+It compares the numbers that the compilers report with the table next to this file, and fails if one
+grew by more than 5 %. `--write` replaces the table. Each minor version of jaxlib has its own table.
 """
 
 import argparse
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from pallas_kernels.compile_checks import gpu, tpu
 
-# Compilers are deterministic, so that any growth is real; a little is not worth a failure.
+# Compilers are deterministic, so any growth is real, but a little is not worth a failure.
 TOLERANCE = 1.05
 # The compilers whose versions decide the numbers.
 COMPILERS = {
@@ -45,11 +44,11 @@ def versions(platform: str) -> dict[str, str]:
 
 
 def compare(row: dict, before: dict | None) -> list[str]:
-    """Lists the numbers that are worse than before, in words.
+    """Describes the numbers that are worse than before.
 
     Args:
-        row: numbers by name, with the case.
-        before: the table's numbers; None if it has no such case.
+        row: numbers by name.
+        before: the table's numbers; None if the case is not in the table.
     """
     if before is None:
         return ["not in the table"]
@@ -68,7 +67,7 @@ def compile_cases(platform: str) -> dict[str, dict]:
         case = row.pop("case")
         numbers = "  ".join(f"{name} {value}" for name, value in row.items())
         print(f"{case:<60}{numbers}", flush=True)
-        # How long a compilation takes depends on the machine: it is shown and not compared.
+        # The compile time depends on the machine, so it is printed but not compared.
         row.pop("seconds", None)
         cases[case] = row
     print(f"{len(cases)} kernels in {time.monotonic() - began:.0f} s")
@@ -98,13 +97,13 @@ def main(arguments: list[str] | None = None) -> None:
         table = json.loads(path.read_text())
     if table["versions"] != installed:
         raise SystemExit(
-            f"compile_checks: the table is for {table['versions']}; installed are {installed}."
+            f"compile_checks: the table is for {table['versions']}; got {installed}."
         )
     cases = compile_cases(flags.platform)
     worse = []
     for case, row in cases.items():
         worse += [f"{case}: {text}" for text in compare(row, table["cases"].get(case))]
-    worse += [f"{case}: gone" for case in table["cases"] if case not in cases]
+    worse += [f"{case}: missing" for case in table["cases"] if case not in cases]
     if worse:
         raise SystemExit("\n".join(worse))
 

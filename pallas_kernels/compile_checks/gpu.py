@@ -1,7 +1,7 @@
-"""What the compilers report of the GPU kernels, without a GPU.
+"""What the compilers report about the GPU kernels, without a GPU.
 
-Pallas's kernels are compiled by XLA for a described device in a process of its own, and the PTX
-that it dumps is assembled here; Triton's are compiled by Triton. NVIDIA's tools, which come with
+For Pallas, XLA compiles the kernels for a described device in a separate process, and the PTX that
+it dumps is assembled here. Triton's kernels are compiled by Triton. NVIDIA's tools, which come with
 Triton, report the registers, the stack and the instructions of both.
 """
 
@@ -25,7 +25,7 @@ from pallas_kernels.reference import WKVInputs
 
 
 class Device(NamedTuple):
-    """A GPU: kind, compute capability, multiprocessors, most shared memory of a program."""
+    """A GPU: kind, compute capability, multiprocessors, maximum shared memory of a program."""
 
     kind: str
     capability: int
@@ -41,7 +41,7 @@ class Size(NamedTuple):
     dtype: str
 
     def __str__(self) -> str:
-        """Returns what a case is called by."""
+        """Returns the size as it appears in the name of a case."""
         return f"{self.keys}x{self.values} {self.dtype}"
 
 
@@ -56,9 +56,9 @@ SIZES = (
     Size(64, 64, "float32"),
 )
 KERNELS = ("forward", "state", "gradients")
-# Pallas's kernel of a single token, as in decoding.
+# The Pallas kernel of a single token, as in decoding.
 TOKEN_KERNEL = "token"
-# Those that differ for packed rows; compiled for the first size alone, and by Pallas.
+# The kernels that differ for packed rows; compiled only by Pallas and for the first size.
 PACKED_KERNELS = ("forward", "state")
 # Sequences of a packed row.
 SEQUENCES = 16
@@ -66,7 +66,7 @@ BATCH = 32
 TOKENS = 4096
 # The channels of a layer, which are divided among heads.
 CHANNELS = 2048
-# XLA's description of a device, as far as compiling these kernels asks for it.
+# XLA's description of a device, with the fields that compiling these kernels needs.
 DESCRIPTION = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -80,7 +80,7 @@ gpu_device_info {{
 platform_name: "CUDA" runtime_version {{ major: 13 }} dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{kind}"
 """
-# Arguments of the Triton kernels that are float32 whatever the tokens are.
+# Arguments of the Triton kernels that are float32 for every dtype of the tokens.
 FLOAT32 = ("log_w", "dlog_w", "state", "end", "dend", "dstate")
 
 
@@ -93,7 +93,7 @@ class Kernel:
         threads: of a program.
         shared: bytes of shared memory of a program.
         cubin: machine code.
-        ttir: Triton's first form of it; None where XLA compiled the kernel.
+        ttir: Triton's IR of it; None for kernels that XLA compiled.
     """
 
     name: str
@@ -107,7 +107,7 @@ def _find(pattern: str, text: str) -> re.Match:
     """Returns the first match.
 
     Raises:
-        RuntimeError: there is none, as where a compiler's output has changed.
+        RuntimeError: no match, because the compiler's output format has changed.
     """
     match = re.search(pattern, text)
     if match is None:
@@ -128,7 +128,7 @@ def _run_tool(name: str, *arguments: str | Path) -> str:
 
 
 def count(code: str, loops: bool) -> int:
-    """Counts a chunk's instructions: the longest loop's with `loops`, else the program's."""
+    """Counts a chunk's instructions: those of the longest loop with `loops`, else all."""
     lines = []
     for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code):
         if not text.startswith("NOP"):
@@ -140,14 +140,14 @@ def count(code: str, loops: bool) -> int:
         jump = re.search(r"BRA.*?0x([0-9a-f]+)", text)
         if jump:
             spans.append((int(jump[1], 16), address))
-    # A jump backwards closes a loop; one forwards has a negative length.
-    # The longest is the walk over the chunks.
+    # A backward jump closes a loop; forward jumps have negative lengths. The longest loop is the
+    # one over the chunks.
     first, last = max(spans, key=lambda span: span[1] - span[0])
     return sum(first <= address <= last for address, _ in lines)
 
 
 class _Statement(NamedTuple):
-    """One statement of TTIR: its operation, operands, and the first number of its last shape."""
+    """One statement of TTIR: its operation, its operands and the rows of its result."""
 
     operation: str
     operands: list[str]
@@ -155,7 +155,7 @@ class _Statement(NamedTuple):
 
 
 def _statements(ttir: str) -> dict[str, _Statement]:
-    """Reads the statements of a program in TTIR, by the name that each defines."""
+    """Parses the statements of a TTIR program, by the name that each defines."""
     found = {}
     for line in ttir.splitlines():
         match = re.match(r"\s*(%\w+) = ([\w.]+) (.*)", line)
@@ -168,7 +168,7 @@ def _statements(ttir: str) -> dict[str, _Statement]:
 
 
 def _follow(name: str, statements: dict[str, _Statement], through: set[str]) -> str:
-    """Goes back to where a value comes from, through operations that have one source."""
+    """Traces a value back to its source, through the given operations."""
     while name in statements and statements[name].operation in through:
         # The value of a select is its second operand; of the others the first.
         is_select = statements[name].operation == "arith.select"
@@ -177,9 +177,9 @@ def _follow(name: str, statements: dict[str, _Statement], through: set[str]) -> 
 
 
 def count_turned(ttir: str) -> int:
-    """Counts transposed 16-bit products that are the left side of a warpgroup's product.
+    """Counts transposed 16-bit products that are the left operand of a warpgroup's product.
 
-    Triton compiles these wrongly for Hopper, whose products of warpgroups have 64 rows or more.
+    Triton miscompiles these for Hopper, whose warpgroup products have 64 rows or more.
 
     Source: triton-lang/triton#6124.
     """
@@ -198,9 +198,9 @@ def count_turned(ttir: str) -> int:
 
 
 def count_carried(ttir: str) -> int:
-    """Counts products that are accumulated into a value which a loop carries.
+    """Counts products that accumulate into a loop-carried value.
 
-    Two of them in a row are compiled wrongly for compute capability 10.0.
+    Triton miscompiles two of them in a row for compute capability 10.0.
 
     Source: triton-lang/triton#10821.
     """
@@ -223,14 +223,14 @@ def _measure(
     chunk: int,
     tile: tiles.Tile,
 ) -> dict:
-    """Returns a kernel's numbers; instructions are of all warps for one token of one head."""
+    """Returns a kernel's numbers; instructions are summed over warps, per token and head."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.cubin)
         usage = _run_tool("cuobjdump", "-res-usage", file.name)
         code = _run_tool("cuobjdump", "-sass", file.name)
-    # Kernels that walk the chunks in a loop, once for every block of value rows.
+    # Kernels that loop over the chunks, once for every block of value rows.
     is_walk = kernel.name in ("forward", "state", "state_gradient")
-    # Each program of a walk prepares the chunk anew, so blocks of values cost instructions.
+    # Each of these programs prepares the chunk again, so more blocks cost more instructions.
     programs = size.values // min(size.values, tile.values)
     instructions = count(code, loops=is_walk) * programs * kernel.threads // 32
     row = {
@@ -250,7 +250,7 @@ def _measure(
 def _make_passes(
     size: Size, packed: bool, sharding
 ) -> Iterator[tuple[Callable, tuple]]:
-    """Yields both passes in Pallas and one token's, with the shapes of their arguments."""
+    """Yields Pallas's forward and backward passes and its token kernel, with argument shapes."""
     heads = CHANNELS // size.keys
 
     def array(kind, *shape) -> Any:
@@ -284,14 +284,14 @@ def _make_passes(
 
 
 def absent_device(device: Device, memory: int = 80_000_000_000) -> Any:
-    """Describes a device to XLA; returns JAX's device of it, for which programs can be compiled.
+    """Returns a JAX device that only describes a GPU, for which programs can be compiled.
 
     Args:
-        device: of those that the kernels know.
-        memory: bytes that it has.
+        device: one of `DEVICES`.
+        memory: bytes of its memory.
     """
-    # XLA's Triton compiler attaches a stack trace to each remark. Where llvm-symbolizer is
-    # installed, finding names for those takes ten times as long as the compilation.
+    # XLA's Triton compiler attaches a stack trace to each remark. Symbolizing them, where
+    # llvm-symbolizer is installed, takes ten times as long as the compilation.
     os.environ.setdefault("LLVM_DISABLE_SYMBOLIZATION", "1")
     major, minor = divmod(device.capability, 10)
     description = DESCRIPTION.format(
@@ -312,9 +312,9 @@ def absent_device(device: Device, memory: int = 80_000_000_000) -> Any:
 
 
 def compile_for_device(device: Device, size: Size, packed: bool) -> None:
-    """Compiles Pallas's kernels for a device.
+    """Compiles the Pallas kernels for a device.
 
-    It runs in a process of its own, whose environment tells XLA where to dump the results.
+    It runs in a separate process, whose environment tells XLA where to dump the results.
     """
     abstract = jax.sharding.AbstractDevice(
         device_kind=device.kind,
@@ -323,14 +323,14 @@ def compile_for_device(device: Device, size: Size, packed: bool) -> None:
     )
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=abstract)
     sharding = jax.sharding.SingleDeviceSharding(absent_device(device))
-    # The mesh makes `tiles` and Pallas take this device for the target.
+    # The mesh makes this device the target of `tiles` and Pallas.
     with jax.sharding.use_abstract_mesh(mesh):
         for run, arguments in _make_passes(size, packed, sharding):
             jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
 
 
 def _compile_pallas(device: Device, size: Size, packed: bool) -> Iterator[Kernel]:
-    """Yields what XLA makes of Pallas's kernels."""
+    """Yields the Pallas kernels as XLA compiles them."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -341,8 +341,8 @@ def _compile_pallas(device: Device, size: Size, packed: bool) -> Iterator[Kernel
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-            # From jaxlib 0.12 on, PTX is dumped only where it is named; all emitters' text
-            # would take as long to write as compiling.
+            # From jaxlib 0.12 on, PTX is dumped only on request. Dumping all emitters' output
+            # would take as long as compiling.
             "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_emitter_re=.*ptx.*",
         }
         done = subprocess.run(command, env=environment, capture_output=True)
@@ -352,7 +352,7 @@ def _compile_pallas(device: Device, size: Size, packed: bool) -> Iterator[Kernel
             p.read_text() for p in Path(folder).glob("*thunk_sequence.txt")
         )
         found = set()
-        # Sorted: the folder's own order differs from run to run, and with it the table's.
+        # Sorted, so that the table has the same order in every run.
         for path in sorted(Path(folder).glob("*.ptx")):
             text = path.read_text()
             entry = re.search(r"\.entry (wkv7_\w+)", text)
@@ -361,11 +361,11 @@ def _compile_pallas(device: Device, size: Size, packed: bool) -> Iterator[Kernel
                 found.add(entry[1])
                 yield _assemble(entry[1], path, text, thunks)
         if len(found) < len(KERNELS):
-            raise RuntimeError(f"XLA has dumped no PTX but of {sorted(found)}.")
+            raise RuntimeError(f"XLA dumped PTX only for {sorted(found)}.")
 
 
 def _assemble(name: str, path: Path, ptx: str, thunks: str) -> Kernel:
-    """Assembles a kernel from the PTX at `path`; XLA's list of thunks has its launch."""
+    """Assembles a kernel from the PTX at `path`; XLA's list of thunks holds its launch."""
     arch = _find(r"\.target (\w+)", ptx)[1]
     line = next(line for line in thunks.splitlines() if f" {name} " in line)
     launch = _find(r"threads: \[(\d+).*shared_memory: (\d+)", line)
@@ -386,7 +386,7 @@ def _compile_triton(
     chunk: int,
     tile: tiles.Tile,
 ) -> Kernel:
-    """Returns what Triton makes of the kernel of this name."""
+    """Compiles the Triton kernel of this name."""
     # Optional: triton is an extra, and slow to import.
     import triton
     from triton.backends.compiler import GPUTarget
@@ -402,7 +402,7 @@ def _compile_triton(
         "BLOCK": min(tile.values, size.values),
         "READ": True,
         "SAVE": True,
-        # No probes: the walk that every call makes.
+        # Without probes, as in the loop that every call runs.
         "SEGMENTS": 0,
         "PROBED": 0,
     }
@@ -418,7 +418,7 @@ def _compile_triton(
         else:
             is_float32 = argument in FLOAT32 or size.dtype == "float32"
             signature[argument] = "*fp32" if is_float32 else "*bf16"
-            # JAX's arrays begin at multiples of 16 bytes.
+            # JAX aligns arrays to 16 bytes.
             alignment[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, alignment)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
@@ -433,7 +433,7 @@ def _compile_triton(
 
 
 def _measure_pallas(device: Device, size: Size, packed: bool) -> Iterator[dict]:
-    """Yields the rows of Pallas's kernels of one size on one device."""
+    """Yields the rows of the Pallas kernels of one size on one device."""
     choice = tiles.for_gpu(tiles.PALLAS_GPU, *size, device.capability)
     for kernel in _compile_pallas(device, size, packed):
         name = kernel.name
@@ -447,7 +447,7 @@ def _measure_pallas(device: Device, size: Size, packed: bool) -> Iterator[dict]:
 
 
 def _measure_triton(device: Device, size: Size) -> Iterator[dict]:
-    """Yields the rows of Triton's kernels of one size on one device."""
+    """Yields the rows of the Triton kernels of one size on one device."""
     choice = tiles.for_gpu(tiles.TRITON, *size, device.capability)
     for name in KERNELS:
         tile = getattr(choice, name)
@@ -461,9 +461,9 @@ def rows() -> Iterator[dict]:
     """Yields one row for each device, implementation, kernel and size.
 
     Yields:
-        case; instructions of all warps for one token of one head; registers and bytes of stack of a
-        thread; shared, bytes of a program; warpgroup, instructions that are products of Hopper's
-        warpgroups; for Triton also turned and carried, see `count_turned` and `count_carried`.
+        case; instructions per token and head, summed over warps; registers and bytes of stack per
+        thread; shared, bytes per program; warpgroup, the number of Hopper's warpgroup products; for
+        Triton also turned and carried: see `count_turned` and `count_carried`.
 
     Raises:
         ModuleNotFoundError: a package is not installed.

@@ -1,8 +1,8 @@
-"""What libtpu reports of the TPU kernels, without a TPU.
+"""What libtpu reports about the TPU kernels, without a TPU.
 
-Each chip's kernels are compiled ahead of time in a process of its own, since libtpu serves one
-process and one set of flags. Its final schedule says how many bundles, which take about a cycle
-each, a grid step takes, and how often each slot of them is used.
+Each chip's kernels are compiled ahead of time in a separate process, since libtpu serves a single
+process with one set of flags. Its final schedule gives the number of bundles of a grid step, which
+take about a cycle each, and how often each of their slots is used.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ from pallas_kernels.tpu import pallas_calls
 from pallas_kernels.tpu.head_packing import TileLayout
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-# Key size, value size, dtype; the channels of a layer are divided among heads.
+# Key size, value size, dtype. The number of heads follows from `CHANNELS`.
 SIZES = (
     (64, 64, "bfloat16"),
     (128, 128, "bfloat16"),
@@ -32,7 +32,7 @@ SIZES = (
     (256, 64, "bfloat16"),
     (64, 64, "float32"),
 )
-# The last two are for packed rows; they add little to the others, and one chip shows it.
+# The last two are for packed rows. They cost little more, so they are compiled for one chip only.
 KERNELS = ("forward", "backward", "packed forward", "packed backward")
 BATCH = 8
 TOKENS = 4096
@@ -40,14 +40,14 @@ CHANNELS = 2048
 PACKED_CHIP = "v5e"
 # Sequences of a packed row.
 SEQUENCES = 16
-# Attempts to get libtpu, which serves a single process of a machine, three seconds apart.
+# Attempts to load libtpu, which serves one process per machine, three seconds apart.
 ATTEMPTS = 40
-# Only the last pass is written as text: that of all passes takes twice as long as compiling.
+# Only the last pass is dumped: dumping all of them takes twice as long as compiling.
 FLAGS = (
     "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true "
     "--xla_jf_dump_llo_pass_label_regex=.*final_hlo.*"
 )
-# The column of spilled registers in the file of utilisation.
+# The column of spilled registers in the utilisation file.
 SPILLED = 8
 
 
@@ -66,7 +66,7 @@ def _make_program(
     dtype: str,
     sharding,
 ) -> tuple[Callable, tuple]:
-    """Makes a function of arrays as a model has them, [B T C], and describes its arguments.
+    """Makes a function of arrays [B T C], as in a model, and describes its arguments.
 
     Args:
         kernel: one of `KERNELS`.
@@ -99,7 +99,7 @@ def _make_program(
     def split(arrays):
         return jax.tree.map(lambda x: x.reshape(BATCH, TOKENS, heads, -1), arrays)
 
-    # Flat arrays as the model's: reshapes that need a copy would show as temporary memory.
+    # Flat arrays as in the model: a reshape that needs a copy shows as temporary memory.
     def flat(x):
         return x.reshape(BATCH, TOKENS, -1)
 
@@ -137,13 +137,13 @@ def _choose_layout(keys: int, values: int, dtype: str) -> TileLayout:
 
 
 def _read_schedule(folder: Path) -> tuple[int, float]:
-    """Reads the bundles of a grid step and the share of spilling slots from libtpu's dump."""
+    """Reads a grid step's bundles and the fraction of slots that spill from libtpu's dump."""
     (usage,) = folder.glob("*-wkv7*final_hlo-static*util*")
     numbers = []
     for line in usage.read_text().splitlines():
         if line.strip()[:1].isdigit():
             numbers.append([int(word) for word in line.split()])
-    # The first line says how many slots of each kind a bundle has; each other line is a bundle.
+    # The first line lists a bundle's slots of each kind; every other line is a bundle.
     slots, *bundles = numbers
     spills = sum(bundle[SPILLED] for bundle in bundles)
     return len(bundles), spills / len(bundles) / sum(slots)
@@ -156,8 +156,8 @@ def _measure(
     sharding,
     folder: Path,
 ) -> dict:
-    """Compiles one kernel; returns its numbers for one token of one head."""
-    # The last kernel's dump would be taken for this one's.
+    """Compiles one kernel and returns its numbers per token and head."""
+    # Remove the previous kernel's dump.
     for path in folder.iterdir():
         path.unlink()
     began = time.monotonic()
@@ -168,13 +168,13 @@ def _measure(
     seconds = time.monotonic() - began
     memory = compiled.memory_analysis()
     if memory is None:
-        raise RuntimeError("libtpu does not say how much memory the program takes.")
+        raise RuntimeError("libtpu does not report the program's memory.")
     bundles, spills = _read_schedule(folder)
     layout = _choose_layout(*size)
     keys, values, dtype = size
     return {
         "case": f"{chip} {kernel} {keys}x{values} {dtype}",
-        # A grid step takes a chunk of all heads of all its tiles.
+        # A grid step computes a chunk for all heads of its tiles.
         "bundles": round(bundles / (layout.chunk * layout.heads * layout.groups), 2),
         "spills": round(100 * spills, 2),
         "temporary": memory.temp_size_in_bytes,
@@ -185,7 +185,7 @@ def _measure(
 def compile_for_chip(chip: str, folder: str) -> None:
     """Compiles every case for a chip and prints a JSON line for each.
 
-    It runs in a process of its own, which was started with libtpu's flags in its environment.
+    It runs in a separate process, whose environment holds libtpu's flags.
     """
     device = topologies.get_topology_desc(
         platform="tpu", topology_name=CHIPS[chip]
@@ -204,10 +204,10 @@ def compile_for_chip(chip: str, folder: str) -> None:
 
 
 def _run_process(chip: str) -> str:
-    """Runs `compile_for_chip` in a new process and returns what it prints.
+    """Runs `compile_for_chip` in a new process and returns its output.
 
     Raises:
-        RuntimeError: it fails, or another process holds libtpu for too long.
+        RuntimeError: it failed, or another process held libtpu for too long.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", __name__, chip, folder]
@@ -237,8 +237,8 @@ def rows() -> Iterator[dict]:
     """Yields one row for each chip, kernel and size.
 
     Yields:
-        case; bundles for one token of one head; spills, percent of all slots; temporary, bytes of
-        HBM besides arguments and results; seconds that lowering and compiling took.
+        case; bundles per token and head; spills in percent of all slots; temporary bytes of HBM,
+        without arguments and results; seconds of lowering and compiling.
 
     Raises:
         ModuleNotFoundError: libtpu is not installed.

@@ -1,9 +1,9 @@
 """WKV-7 on NVIDIA GPUs: the bodies of the Pallas kernels, each for one head or some of its rows.
 
-The arithmetic is that of `chunk_math`. `forward_kernel` and `state_kernel` walk the chunks, with
-the state scaled once a chunk; `gradients_kernel` sees one chunk. `token_kernel` follows the
-definition. Blocks of tokens are [1 T 1 N], blocks of states [1 1 Nv Nk], and blocks of chunks'
-states [1 1 C Nk Nv], all of one head.
+The arithmetic is that of `chunk_math`. `forward_kernel` and `state_kernel` loop over the chunks and
+scale the state once per chunk; `gradients_kernel` computes one chunk. `token_kernel` follows the
+definition. Blocks belong to one head: tokens are [1 T 1 N], states [1 1 Nv Nk], and states of
+chunks [1 1 C Nk Nv].
 """
 
 import math
@@ -20,9 +20,9 @@ from pallas_kernels.reference import NAMES, WKVInputs
 
 
 def _exp2(x: Array) -> Array:
-    """Computes 2^x by one instruction.
+    """Computes 2^x with one instruction.
 
-    The usual function takes four more, for results below the normal range, which are zero here.
+    The usual function takes four more to keep subnormal results, which are flushed to zero here.
     """
     (result,) = pltriton.elementwise_inline_asm(
         "ex2.approx.ftz.f32 $0, $1;",
@@ -42,10 +42,10 @@ def _load(ref, at) -> Array:
 def choose_arithmetic(
     dtype: jnp.dtype, choice: tiles.GPU, interpret: bool
 ) -> chunk_math.Arithmetic:
-    """Chooses how the kernels multiply tokens of a dtype, and by what they compute 2^x."""
+    """Chooses the precision of products of a dtype, and the function that computes 2^x."""
     unit = math.log2(math.e)
     if interpret:
-        # Pallas's interpreter knows no inline assembly, and a CPU no TF32.
+        # Pallas's interpreter supports no inline assembly, and CPUs no TF32.
         return chunk_math.Arithmetic(dtype, jnp.exp2, unit)
     return chunk_math.Arithmetic(dtype, _exp2, unit, choice.precision)
 
@@ -64,7 +64,7 @@ def _prepare(
     half = tokens // 2
     first = _load(log_w, pl.ds(start, half))
     second = _load(log_w, pl.ds(start + half, half))
-    # Columns [Nk 1], since a state's rows are its keys here.
+    # Columns [Nk 1]: the rows of a state are its keys here.
     halves = (jnp.sum(first, axis=0)[:, None], jnp.sum(second, axis=0)[:, None])
     at = pl.ds(start, tokens)
     return chunk_math.prepare(
@@ -73,9 +73,9 @@ def _prepare(
 
 
 def _chunks_to_walk(tokens, chunk: int, state, probes: Probes | None, span):
-    """Returns the first chunk that this program walks, and the one after the last.
+    """Returns this program's first chunk, and the one after its last.
 
-    Of packed rows these are one sequence's; there are none where the probes need nothing of it.
+    In packed rows these are the chunks of one sequence. An idle program of the probes has none.
     """
     if span is not None:
         return span[0, 0], span[0, 1]
@@ -85,7 +85,8 @@ def _chunks_to_walk(tokens, chunk: int, state, probes: Probes | None, span):
     # The grid is (head, block of values, row).
     first_value = pl.program_id(1) * state.shape[2]
     is_idle = probes.is_idle(pl.program_id(2), first_value)
-    # No choice of two numbers: in JAX 0.10 Triton's lowering gives them the condition's type.
+    # A product instead of a select: JAX 0.10's Triton lowering gives a select of two constants the
+    # condition's type.
     return 0, jnp.logical_not(is_idle).astype(jnp.int32) * chunks
 
 
@@ -103,21 +104,21 @@ def forward_kernel(
     probes: Probes | None = None,
     packed: bool = False,
 ) -> None:
-    """Writes the state after the last token and, where asked for, y and each chunk's S^.
+    """Writes the state after the last token and, on request, y and each chunk's S^.
 
     Args:
-        r: tokens, as are the next five; of v some of the channels.
+        r: tokens, as are the next five; v has a block of the value channels.
         log_w: tokens.
         k: tokens.
         v: tokens.
         a: tokens.
         b: tokens.
-        start: those channels' rows of the state.
-        *refs: for packed rows the span of chunks, [1 2]; then the end state, written, as start;
-            then nothing, or y, as v, or y and S^, as chunks' states.
+        start: the state's rows of those channels.
+        *refs: for packed rows the span of chunks, [1 2]; then the outputs: the end state, like
+            start, followed by nothing, by y, like v, or by y and the S^ of each chunk.
         chunk: tokens of a chunk.
         arithmetic: of products and exponentials.
-        probes: how the segments are probed, if this walk does so.
+        probes: how the segments are probed; None for the main loop.
         packed: whether the rows are packed.
     """
     span, end, *outputs = refs if packed else (None, *refs)
@@ -126,10 +127,10 @@ def forward_kernel(
         state, rest = carry
         at = pl.ds(i * chunk, chunk)
         prepared = _prepare(r, log_w, a, b, i * chunk, chunk, arithmetic)
-        # The last chunk's rest and this one's mid are one product: the state is scaled once.
+        # Scales the state once, by the previous chunk's rest and this one's mid.
         state = state * (rest * prepared.mid)
-        # S^ is what the backward pass's products read, so it is kept in scaled form.
-        # Loops over no or one output: which ones there are is known when the kernel is traced.
+        # Saved in scaled form: the backward pass's products read S^.
+        # These loops run zero times or once, depending on which outputs were requested.
         for starts in outputs[1:]:
             starts[0, 0, i] = state.astype(starts.dtype)
         written = chunk_math.write_products(prepared, _load(k, at), _load(v, at))
@@ -142,7 +143,7 @@ def forward_kernel(
     carry = (start[0, 0].T, jnp.ones((r.shape[3], 1), jnp.float32))
     first, stop = _chunks_to_walk(r, chunk, start, probes, span)
     state, rest = jax.lax.fori_loop(first, stop, walk, carry)
-    # The last chunk's rest has no next chunk's scaling to be a part of.
+    # The last chunk's rest is still missing.
     end[0, 0] = (state * rest).T
 
 
@@ -159,32 +160,32 @@ def state_kernel(
     probes: Probes | None = None,
     packed: bool = False,
 ) -> None:
-    """Writes the start state's gradient and, where asked for, each chunk's G^.
+    """Writes the start state's gradient and, on request, each chunk's G^.
 
     Args:
-        r: tokens, as are the next four; of dy some of the channels.
+        r: tokens, as are the next four; dy has a block of the value channels.
         log_w: tokens.
         a: tokens.
         b: tokens.
         dy: tokens.
-        dend: those channels' rows of the end state's gradient.
-        *refs: for packed rows the span of chunks, [1 2]; then the start state's gradient, written,
-            as dend; then G^ as chunks' states, or nothing.
+        dend: the rows of those channels of the end state's gradient.
+        *refs: for packed rows the span of chunks, [1 2]; then the outputs: the start state's
+            gradient, like dend, and on request the G^ of each chunk.
         chunk: tokens of a chunk.
         arithmetic: of products and exponentials.
-        probes: how the segments are probed, if this walk does so.
+        probes: how the segments are probed; None for the main loop.
         packed: whether the rows are packed.
     """
     span, dstart, *outputs = refs if packed else (None, *refs)
     first, stop = _chunks_to_walk(r, chunk, dend, probes, span)
-    # The loop only counts upwards: chunk `last - i` takes the turn of chunk i.
+    # The loop only counts upwards, so step i computes chunk `last - i`.
     last = r.shape[1] // chunk - 1 if span is None else first + stop - 1
 
     def walk(done, carry):
         dstate, mid = carry
         i = last - done
         prepared = _prepare(r, log_w, a, b, i * chunk, chunk, arithmetic)
-        # As in the forward walk: the later chunk's mid and this one's rest are one scaling.
+        # Scales once, by the later chunk's mid and this one's rest, as in `forward_kernel`.
         dstate = dstate * (mid * prepared.rest)
         for ends in outputs:
             ends[0, 0, i] = dstate.astype(ends.dtype)
@@ -214,7 +215,7 @@ def gradients_kernel(
     """Writes the gradients of one chunk's r, log_w, k, v, a and b.
 
     Args:
-        r: tokens, all of the chunk, as are the next six.
+        r: the chunk's tokens, as are the next six.
         log_w: tokens.
         k: tokens.
         v: tokens.
@@ -223,7 +224,7 @@ def gradients_kernel(
         dy: tokens.
         starts: the chunk's S^.
         ends: the chunk's G^.
-        *grads: as the first six, written.
+        *grads: outputs, like the first six.
         arithmetic: of products and exponentials.
     """
     prepared = _prepare(r, log_w, a, b, 0, r.shape[1], arithmetic)
@@ -232,23 +233,23 @@ def gradients_kernel(
     ks = _load(k, everything)
     vs = _load(v, everything)
     dys = _load(dy, everything)
-    # Already scaled, in the tokens' dtype: they are operands of products as they are.
+    # Scaled and in the tokens' dtype already: they are operands of products as they are.
     states = (starts[0, 0, 0], ends[0, 0, 0])
     written = chunk_math.write_products(prepared, ks, vs)
     u = chunk_math.removals(prepared, read.inverse, written, states[0])
     z = chunk_math.removal_gradients(prepared, read.transposed, dys, states[1])
-    # Each gradient is stored as soon as it is there, which frees its registers.
+    # Stores each gradient as soon as it is computed, which frees its registers.
     for name, grad in chunk_math.gradients(prepared, written, u, z, states, dys):
         ref = grads[NAMES.index(name)]
         ref[0, :, 0, :] = grad.astype(ref.dtype)
 
 
 def token_kernel(*refs) -> None:
-    """Writes the state after one token, and y: some rows of a head, which are read once.
+    """Writes the state after one token, and y, for a block of rows of a head.
 
     Args:
-        *refs: the token's r, log_w, k, v, a and b, of v those rows' channels; the rows of the
-            state; written are the end state, as the start's, in whose place it may lie, and y, as
+        *refs: the token's r, log_w, k, v, a and b, where v has the block's channels; the state's
+            rows; then the outputs: the end state's rows, which may alias the state's, and y, like
             v.
     """
     *inputs, start, end, y = refs

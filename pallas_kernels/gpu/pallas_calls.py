@@ -1,4 +1,4 @@
-"""WKV-7 on NVIDIA GPUs: the calls of the Pallas kernels, which Pallas lowers through Triton."""
+"""WKV-7 on NVIDIA GPUs: calls of the Pallas kernels, which Pallas lowers through Triton."""
 
 import functools
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from pallas_kernels.gpu.segmented_passes import KernelSet, Probes, Spans
 from pallas_kernels.platforms import output_like
 from pallas_kernels.reference import State, WKVInputs
 
-# The kind of block that each of the six inputs is cut into. A kernel may take some value channels
-# alone, but needs all key channels.
+# The kind of block of each of the six inputs. A kernel may take a block of the value channels, but
+# needs all key channels.
 INPUTS = ("keys", "keys", "keys", "values", "keys", "keys")
 
 # A kind of block and an array, or the shape of an output.
@@ -35,9 +35,9 @@ def _call(
     interpret: bool,
     aliases: dict[int, int] | None = None,
 ) -> Sequence[Array]:
-    """Calls `pl.pallas_call`, whose specs follow from the arrays' and outputs' kinds of block.
+    """Calls `pl.pallas_call` with the specs of the arrays' and outputs' kinds of block.
 
-    With `aliases`, an output of a number may be written in the place of an array of a number.
+    `aliases` maps the index of an array to that of the output that may overwrite it.
     """
     return pl.pallas_call(
         kernel,
@@ -50,7 +50,7 @@ def _call(
         ),
         input_output_aliases=aliases or {},
         interpret=interpret,
-        # A kernel may come as a partial, which has no name. The compile checks look for "wkv7_".
+        # A kernel may be a partial, which has no name. The compile checks look for "wkv7_".
         name=f"wkv7_{getattr(kernel, 'func', kernel).__name__}",
     )(*(x for _, x in arrays))
 
@@ -65,25 +65,25 @@ def _walk(
     spans: Spans | None,
     interpret: bool,
 ) -> Sequence[Array]:
-    """Runs one program for every head and block of value rows, which walks all chunks."""
+    """Runs one program, which loops over the chunks, for every head and block of value rows."""
     _, first = arrays[0]
     _, state = arrays[-1]
     batch, tokens, heads, keys = first.shape
     values = state.shape[2]
-    # Halved until it divides the values: with probes there are Nv + Nk of them, such as 320.
+    # Must divide the number of values, which with probes is Nv + Nk, such as 320.
     rows = tile.values
     while values % rows:
         rows //= 2
     chunks = tokens // choice.chunk
-    # States of a row: one, or those of the sequences that are packed into it.
+    # States per row: one per packed sequence.
     each = state.shape[0] // batch
 
     def row(s):
         return s if each == 1 else jax.lax.div(s, each)
 
     blocks = {
-        # Indices of the grid: head h, block of values j, state s. All tokens of a head are a block.
-        # Heads come first: neighbours in time then read neighbouring memory.
+        # Grid indices: head h, block of values j, state s. A block has all tokens of a head. Heads
+        # come first, so that consecutive programs read neighbouring memory.
         "keys": pl.BlockSpec((1, tokens, 1, keys), lambda h, j, s: (row(s), 0, h, 0)),
         "values": pl.BlockSpec((1, tokens, 1, rows), lambda h, j, s: (row(s), 0, h, j)),
         "state": pl.BlockSpec((1, 1, rows, keys), lambda h, j, s: (s, h, j, 0)),
@@ -114,16 +114,16 @@ def _chunk_states(state: State, v: Array, choice: tiles.GPU) -> jax.ShapeDtypeSt
 
 
 def token_tile(keys: int) -> tiles.Tile:
-    """Returns the tile of the kernel of one token.
+    """Returns the tile of the token kernel.
 
-    A program is one warp, whose threads hold 32 numbers of the state each: sums over keys need no
-    shared memory then, and 32 programs of a multiprocessor have 128 KiB of states on their way.
+    A program is one warp, whose threads hold 32 numbers of the state each. Sums over keys then need
+    no shared memory, and 32 programs of a multiprocessor have 128 KiB of states in flight.
     """
     return tiles.Tile(warps=1, stages=1, values=max(1, 1024 // keys))
 
 
 class PallasKernels(KernelSet):
-    """The kernels in Pallas; what each returns is said in `KernelSet`."""
+    """The Pallas kernels; `KernelSet` describes their results."""
 
     table = tiles.PALLAS_GPU
 
@@ -141,7 +141,7 @@ class PallasKernels(KernelSet):
         v = inputs.v
         arrays = [*zip(INPUTS, inputs, strict=True), ("state", state)]
         outputs = [("state", output_like(state.shape, jnp.float32, state, v))]
-        # The first walk over segments needs the end states alone.
+        # Probing the segments needs only the end states.
         if probes is None:
             outputs.append(("values", output_like(v.shape, v.dtype, state, v)))
         if save:
@@ -167,7 +167,7 @@ class PallasKernels(KernelSet):
         spans: Spans | None,
         interpret: bool,
     ) -> Sequence[Array]:
-        """Calls the state's kernel."""
+        """Calls the kernel of the state gradients."""
         arrays = [
             ("keys", inputs.r),
             ("keys", inputs.log_w),
@@ -199,12 +199,12 @@ class PallasKernels(KernelSet):
         choice: tiles.GPU,
         interpret: bool,
     ) -> Sequence[Array]:
-        """Calls the gradients' kernel."""
+        """Calls the kernel of the input gradients."""
         batch, tokens, heads, keys = inputs.r.shape
         values = dy.shape[3]
         chunk = choice.chunk
         blocks = {
-            # Here one index is the chunk c: the chunks do not depend on each other any more.
+            # One grid index is the chunk c: given S^ and G^, chunks are independent.
             "keys": pl.BlockSpec((1, chunk, 1, keys), lambda h, c, b: (b, c, h, 0)),
             "values": pl.BlockSpec((1, chunk, 1, values), lambda h, c, b: (b, c, h, 0)),
             "states": pl.BlockSpec(
@@ -223,7 +223,7 @@ class PallasKernels(KernelSet):
     def token_kernel(
         self, inputs: WKVInputs, state: State, interpret: bool
     ) -> tuple[Array, Array]:
-        """Calls the kernel of one token."""
+        """Calls the token kernel."""
         batch, heads, values, keys = state.shape
         tile = token_tile(keys)
         inputs = inputs._replace(r=unpartitioned(inputs.r))

@@ -1,9 +1,9 @@
 """A guard against the compiler's partitioning of GPU kernels.
 
-XLA cannot see into a kernel. Where a plain `jax.jit` shards its arguments, it would gather them on
-every device and run the kernel on all rows there, without a word. JAX refuses this for TPU kernels
-when it lowers them; the primitive here does so for CUDA. It uses inner interfaces of JAX (the
-lowering context), which is why it has a file of its own.
+XLA cannot partition a kernel. If a plain `jax.jit` shards its arguments, XLA silently gathers them
+on every device and runs the kernel on all rows there. JAX rejects this for TPU kernels when it
+lowers them; the primitive here rejects it for CUDA. It uses internal APIs of JAX (the lowering
+context) and is therefore kept in a separate module.
 """
 
 import math
@@ -19,16 +19,16 @@ _unpartitioned_p.def_abstract_eval(lambda aval: aval)
 
 
 def unpartitioned(x: Array) -> Array:
-    """Returns `x`, in programs for CUDA that the compiler does not divide among devices.
+    """Returns `x`, and keeps the compiler from partitioning a CUDA program.
 
     Raises:
-        NotImplementedError: when such a program is lowered for several devices.
+        NotImplementedError: when a program is lowered that the compiler would partition.
     """
     return _unpartitioned_p.bind(x)
 
 
 def _divided_among(axis_context: Any) -> int:
-    """Returns among how many devices the compiler divides what is lowered here."""
+    """Returns the number of devices over which the compiler partitions the program."""
     manual = getattr(axis_context, "manual_axes", None)
     if manual is None:
         return getattr(axis_context, "num_devices", 1)
@@ -41,7 +41,7 @@ def _divided_among(axis_context: Any) -> int:
 def _lower_on_cuda(context, x):
     if _divided_among(context.module_context.axis_context) > 1:
         raise NotImplementedError(
-            "wkv7: the compiler cannot divide a GPU kernel among devices; call it inside "
+            "wkv7: the compiler cannot partition a GPU kernel over devices; call it inside "
             "`jax.shard_map` over rows and heads, or name 'chunked'."
         )
     return [x]

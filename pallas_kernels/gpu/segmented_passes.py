@@ -1,8 +1,8 @@
-"""Forward and backward passes made of GPU kernels, Pallas's or Triton's.
+"""Forward and backward passes made of GPU kernels, in Pallas or Triton.
 
-One program handles one head of a sequence, chunk by chunk. Where there are too few heads to fill a
-GPU, the sequence is cut into segments that are walked at the same time: a first walk finds what
-each segment makes of zeros and of the identity, which gives every segment its own start state.
+One program computes one head of a sequence, chunk by chunk. If there are too few heads to fill a
+GPU, the sequence is split into segments that run in parallel. A first pass (the probes) runs each
+segment from zeros and from the identity, from which every segment's start state follows.
 """
 
 import abc
@@ -26,11 +26,11 @@ Spans = Int[Array, "S 2"]
 # Measured on an H100, heads of 64 in bfloat16: see docs/kernels.md.
 # Multiprocessors, on each of which two programs run at a time.
 CORES = 132
-# How long two walks on a multiprocessor take, where one takes 1.
+# Time of two programs that share a multiprocessor, relative to one alone.
 PAIR = 1.25
-# How long it takes to chain one segment to the next, in chunks of a walk.
+# Time to chain one segment to the next, in chunks.
 LINK = 2
-# Fewer chunks than this are not worth a segment.
+# Minimum number of chunks of a segment.
 SHORTEST = 8
 
 
@@ -41,12 +41,12 @@ def split(x: Float[Array, "B T H N"], segments: int) -> Float[Array, "BS TS H N"
 
 
 class Probes(NamedTuple):
-    """The first walk over the segments, which finds what each makes of its start state.
+    """The first pass over the segments, which finds how each maps its start state to its end.
 
     Attributes:
         segments: segments of a sequence.
         values: Nv, the rows of zeros or of the true start state; the identity's rows follow.
-        reverse: walk from the last segment to the first.
+        reverse: run from the last segment to the first.
     """
 
     segments: int
@@ -54,10 +54,10 @@ class Probes(NamedTuple):
     reverse: bool
 
     def is_idle(self, row, first_value):
-        """Tells whether a program has nothing to find; works on numbers and on traced ones.
+        """Tells whether a program has nothing to compute; works on concrete and traced numbers.
 
-        The end of the sequence's last segment is no segment's start. The first segment walks from
-        the true start state, so that its identity is not needed.
+        No segment starts from the end of the last one. The first segment runs from the true start
+        state, so it does not need the identity.
 
         Args:
             row: of the batch of segments.
@@ -93,15 +93,15 @@ def chain_segments(
     """Computes every segment's start state from the first one's.
 
     Args:
-        probe_ends: what the segments make of `probes.start_states`; anything for the last one.
+        probe_ends: the segments' end states from `probes.start_states`; the last one's is unused.
         state: the first segment's start state; with `reverse` the last one's end gradient.
         probes: how the segments were probed.
     """
     values = state.shape[2]
 
-    # Highest precision: the errors of this product would pass through all later segments.
+    # Highest precision: errors of this product propagate through all later segments.
     def step(state, probe_end):
-        # A segment is affine: its tokens write `written`, and turn a start state S into S kept.
+        # A segment is an affine map: it turns a start state S into S kept + written.
         # The first segment's `written` is its true end state, and its `kept` is zero.
         written, kept = jnp.split(probe_end, [values], axis=2)
         # written [B H Nv Nk], kept [B H Nk Nk]: the product of the segment's transitions.
@@ -110,13 +110,13 @@ def chain_segments(
     by_segment = probe_ends.reshape(state.shape[0], -1, *probe_ends.shape[1:]).swapaxes(
         0, 1
     )
-    # by_segment [S B H NvNk Nk]; few and small products, next to the walk over the tokens.
+    # by_segment [S B H NvNk Nk]: the products are few and small next to the pass over the tokens.
     _, starts = jax.lax.scan(step, state, by_segment, reverse=probes.reverse)
     return starts.swapaxes(0, 1).reshape(-1, *state.shape[1:])
 
 
 def _walk_time(programs: int) -> float:
-    """Returns the time of so many walks, where one alone on a multiprocessor takes 1."""
+    """Estimates the time of this many programs; one alone on a multiprocessor takes 1."""
     pairs, rest = divmod(programs, 2 * CORES)
     if rest > CORES:
         return PAIR * (pairs + 1)
@@ -124,18 +124,18 @@ def _walk_time(programs: int) -> float:
 
 
 def choose_segments(heads: int, chunks: int, values: int, keys: int, rows: int) -> int:
-    """Chooses into how many segments a sequence is cut: the power of two that takes least time.
+    """Chooses the number of segments of a sequence: the power of two with the shortest time.
 
-    Time is counted in chunks of a walk that has a multiprocessor to itself: walks over segments
-    are short, and chaining the segments takes `LINK` for each. Two segments never pay, since the
-    walk with the probes comes first.
+    The unit of time is a chunk of a program that has a multiprocessor to itself. Programs of
+    segments are short, and chaining takes `LINK` per segment. Two segments never pay off, since the
+    probes run first.
 
     Args:
         heads: heads of all rows of the batch.
         chunks: chunks of the sequence.
         values: Nv.
         keys: Nk.
-        rows: rows of the state that a program walks with.
+        rows: rows of the state in a program.
     """
     blocks = -(-values // rows)
     probe_blocks = -(-(values + keys) // rows)
@@ -143,7 +143,7 @@ def choose_segments(heads: int, chunks: int, values: int, keys: int, rows: int) 
     def time(segments):
         if segments == 1:
             return chunks * _walk_time(heads * blocks)
-        # The first segment walks without the identity, the last not at all: `Probes.is_idle`.
+        # The first segment runs without the identity, the last not at all: see `Probes.is_idle`.
         probing = heads * (blocks + (segments - 2) * probe_blocks)
         walks = _walk_time(probing) + _walk_time(segments * heads * blocks)
         return chunks / segments * walks + LINK * segments
@@ -151,15 +151,15 @@ def choose_segments(heads: int, chunks: int, values: int, keys: int, rows: int) 
     candidates = [1]
     while 2 * candidates[-1] * SHORTEST <= chunks:
         candidates.append(2 * candidates[-1])
-    # The first of equals: fewer segments need less memory.
+    # `min` returns the first of equals: fewer segments need less memory.
     return min(candidates, key=time)
 
 
 class _Plan(NamedTuple):
-    """How one call is cut.
+    """How one call is split.
 
     Attributes:
-        choice: tiles, with the chunk that the call asks for.
+        choice: tiles, with the chunk length of the call.
         segments: segments of each sequence, a power of two.
     """
 
@@ -176,7 +176,7 @@ class _Plan(NamedTuple):
         """Casts the inputs to the kernels' dtypes and cuts them."""
         dtype = inputs.v.dtype
         return WKVInputs(
-            # One of a call's arrays is enough to refuse a program that would divide it.
+            # Guarding one of the arrays is enough.
             r=unpartitioned(self.cut(inputs.r.astype(dtype))),
             # In float32: the error of a sum of logarithms is a relative error of the decay.
             log_w=self.cut(inputs.log_w.astype(jnp.float32)),
@@ -188,19 +188,19 @@ class _Plan(NamedTuple):
 
 
 def _spans(owners: Owners | None, state: State) -> Spans | None:
-    """Computes the chunks that each row of `state` passes through; None without packed rows."""
+    """Computes the chunks of each row of `state`; None without packed rows."""
     if owners is None:
         return None
     return chunk_spans(owners, state.shape[0] // owners.shape[0])
 
 
 class KernelSet(abc.ABC):
-    """An implementation of the op by three kernels, and a fourth for single tokens where it pays.
+    """An implementation of the op by three kernels, and optionally a fourth for single tokens.
 
     Tokens are bfloat16 or float32, states float32; matrix products take operands of v's dtype.
 
     Attributes:
-        table: the tiles, of `tiles`.
+        table: its table in `tiles`.
     """
 
     table: ClassVar[dict]
@@ -216,10 +216,10 @@ class KernelSet(abc.ABC):
         spans: Spans | None,
         interpret: bool,
     ) -> Sequence[Array]:
-        """Walks the chunks forward.
+        """Runs the chunks forward.
 
-        Returns the end state; without `probes` also y; with `save` also each S^. With `spans` there
-        is a state for each of them, and it passes through its chunks alone.
+        Returns the end state; without `probes` also y; with `save` also each chunk's S^. With
+        `spans` there is one state per span, which runs through the chunks of its span.
         """
 
     @abc.abstractmethod
@@ -233,7 +233,7 @@ class KernelSet(abc.ABC):
         spans: Spans | None,
         interpret: bool,
     ) -> Sequence[Array]:
-        """Walks the chunks backward.
+        """Runs the chunks backward.
 
         Returns the start state's gradient and, without `probes`, each chunk's G^.
         """
@@ -248,14 +248,14 @@ class KernelSet(abc.ABC):
         choice: tiles.GPU,
         interpret: bool,
     ) -> Sequence[Array]:
-        """Computes the six gradients from each chunk's S^ and G^, a program for each chunk."""
+        """Computes the six gradients from each chunk's S^ and G^, with one program per chunk."""
 
     def token_kernel(
         self, inputs: WKVInputs, state: State, interpret: bool
     ) -> tuple[Array, Array] | None:
-        """Computes a single token; None where a chunk is walked for it.
+        """Computes a single token: y and the end state, which may alias the start state.
 
-        Returns y and the end state, which may lie in the start state's place.
+        Returns None if the implementation has no such kernel and computes a whole chunk.
         """
         del inputs, state, interpret
         return None
@@ -270,10 +270,10 @@ class KernelSet(abc.ABC):
             self.table, keys, v.shape[3], v.dtype, tiles.capability()
         )
         choice = choice._replace(chunk=chunk or choice.chunk)
-        # Packed rows have programs enough: one for each of their sequences.
+        # Packed rows have enough programs: one for each sequence.
         if owners is not None:
             return _Plan(choice, segments=1)
-        # By the forward tile for both passes: the backward pass reads the states kept there.
+        # Both passes use the forward tile: the backward pass reads the states saved there.
         segments = choose_segments(
             heads=batch * heads,
             chunks=-(-tokens // choice.chunk),
@@ -297,7 +297,7 @@ class KernelSet(abc.ABC):
         choice, segments = plan
         cut = plan.cut_inputs(inputs)
         if segments > 1:
-            # Both probes in one walk: the identity's rows are more value channels.
+            # Both probes in one pass: the identity's rows are additional value channels.
             wide = cut._replace(v=_pad_values(cut.v, state))
             probes = Probes(segments, values, reverse=False)
             (probe_ends,) = self.forward_kernel(
@@ -360,7 +360,7 @@ class KernelSet(abc.ABC):
         cut = plan.cut_inputs(inputs)
         dy = plan.cut(dy.astype(cut.v.dtype))
         if segments > 1:
-            # Probes of the gradient: the walk backwards is affine in it as well.
+            # The backward pass is affine in the gradient, so it is probed in the same way.
             wide = _pad_values(dy, dend)
             probes = Probes(segments, values, reverse=True)
             (probe_ends,) = self.state_kernel(

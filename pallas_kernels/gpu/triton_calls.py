@@ -1,4 +1,4 @@
-"""WKV-7 on NVIDIA GPUs: the calls of the Triton kernels."""
+"""WKV-7 on NVIDIA GPUs: calls of the Triton kernels."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,9 +14,9 @@ from pallas_kernels.reference import State, WKVInputs
 
 
 def _fold_vmap_into_batch(function: Callable) -> Callable:
-    """Gives a function of arrays [B ...] a `jax.vmap` rule: one call on a larger batch.
+    """Gives a function of arrays [B ...] a `jax.vmap` rule: one call with a larger batch.
 
-    A launch has no batching rule of its own.
+    A kernel launch has no batching rule.
     """
     run = jax.custom_batching.custom_vmap(function)
 
@@ -25,7 +25,7 @@ def _fold_vmap_into_batch(function: Callable) -> Callable:
         folded = []
         for x, is_batched in zip(arrays, batched, strict=True):
             full = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            # [size B ...] to [size*B ...]: rows of a batch never see each other, so this is exact.
+            # [size B ...] to [size*B ...]: exact, because rows of a batch are independent.
             folded.append(full.reshape(-1, *full.shape[2:]))
         outputs = [x.reshape(size, -1, *x.shape[1:]) for x in run(*folded)]
         return outputs, [True] * len(outputs)
@@ -42,22 +42,22 @@ def _walk(
     probes: Probes | None,
     **constants: bool,
 ) -> Sequence[Array]:
-    """Launches a kernel that walks the chunks, a program for every head and block of values."""
+    """Launches a kernel that loops over the chunks, with a program per head and value block."""
     keys = arrays[0].shape[3]
     values = arrays[-1].shape[2]
-    # Halved until it divides the values: with probes there are Nv + Nk of them, such as 320.
+    # Must divide the number of values, which with probes is Nv + Nk, such as 320.
     block = tile.values
     while values % block:
         block //= 2
 
     def run(*arrays):
-        # Not closed over: under `vmap` the batch is larger.
+        # Read from the arguments: under `vmap` the batch is larger.
         batch, _, heads, _ = arrays[0].shape
         return launch(
             kernel,
             arrays,
             describe_outputs(*arrays),
-            # Heads first: only the grid's first axis may have more than 65,535 programs.
+            # Only the grid's first axis may have more than 65,535 programs.
             (batch * heads, values // block),
             tile,
             **constants,
@@ -65,7 +65,7 @@ def _walk(
             KEYS=keys,
             VALUES=values,
             BLOCK=block,
-            # Without probes all programs walk: 0 segments stand for that in the kernels.
+            # 0 segments mean no probes.
             SEGMENTS=probes.segments if probes else 0,
             PROBED=probes.values if probes else 0,
         )
@@ -78,7 +78,7 @@ def _chunk_states(
 ) -> jax.ShapeDtypeStruct:
     """Describes one state for each chunk, in the tokens' dtype; without `save` a placeholder."""
     batch, heads, values, keys = state.shape
-    # A Triton kernel's arguments are fixed: an output that is not written is one number a row.
+    # A Triton kernel's arguments are fixed: an unused output has one number per row.
     shape = (
         (batch, heads, v.shape[1] // choice.chunk, keys, values) if save else (batch,)
     )
@@ -86,7 +86,7 @@ def _chunk_states(
 
 
 class TritonKernels(KernelSet):
-    """The kernels in Triton; what each returns is said in `KernelSet`."""
+    """The Triton kernels; `KernelSet` describes their results."""
 
     table = tiles.TRITON
 
@@ -132,7 +132,7 @@ class TritonKernels(KernelSet):
         spans: Spans | None,
         interpret: bool,
     ) -> Sequence[Array]:
-        """Launches the state's kernel."""
+        """Launches the kernel of the state gradients."""
         save = probes is None
 
         def describe_outputs(r, log_w, a, b, dy, dend):
@@ -160,7 +160,7 @@ class TritonKernels(KernelSet):
         choice: tiles.GPU,
         interpret: bool,
     ) -> Sequence[Array]:
-        """Launches the gradients' kernel."""
+        """Launches the kernel of the input gradients."""
 
         def run(*arrays):
             inputs = WKVInputs(*arrays[:6])

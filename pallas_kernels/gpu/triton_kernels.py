@@ -1,16 +1,19 @@
-"""WKV-7 for NVIDIA GPUs, as three Triton kernels on arrays [B T H N] as they lie in memory.
+"""WKV-7 for NVIDIA GPUs, as three Triton kernels on arrays [B T H N] in their memory layout.
 
-The mathematics is that of `chunk_math`, with two changes that save instructions. The scaled state
-S^ = S exp(mid) and, backwards, the scaled gradient G^ = dS exp(last - mid) are carried from chunk
-to chunk: one scaling a chunk each. The products read them, so they are stored in the tokens' dtype.
-And sums over tokens are products with matrices of zeros and ones.
+The mathematics is that of `chunk_math`, with two changes that save instructions:
 
-`forward` and `state_gradient` walk the chunks, one program for every head and block of value rows;
-`gradients` has one program for every chunk and head. bfloat16 tokens meet in bfloat16 products,
-float32 ones in IEEE products. Head sizes are powers of two from 16 on, and all chunks are full.
-Heads are the grid's first axis, the only one that may have more than 65,535 programs.
+* The loops carry the scaled state S^ = S exp(mid) and, backward, the scaled gradient
+  G^ = dS exp(last - mid), so each is scaled once per chunk. The products read them, so they are
+  saved in the tokens' dtype.
+* Sums over tokens are products with matrices of zeros and ones.
 
-The order of the statements is tuned: it decides how many registers are alive at a time.
+`forward` and `state_gradient` loop over the chunks, with one program per head and block of value
+rows; `gradients` has one program per chunk and head. Products take bfloat16 operands for bfloat16
+tokens, and are IEEE float32 products for float32 tokens. Head sizes are powers of two from 16 on,
+and all chunks are full. Heads are the grid's first axis, the only one that may have more than
+65,535 programs.
+
+The order of the statements is tuned: it determines how many registers are live at a time.
 `python -m pallas_kernels.compile_checks gpu` counts them.
 """
 
@@ -25,7 +28,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def _exp2(x):
-    """Computes 2^x without the instructions that would keep subnormal results."""
+    """Computes 2^x without the instructions that keep subnormal results."""
     if INTERPRETED:
         return tl.exp2(x)
     return tl.inline_asm_elementwise(
@@ -48,7 +51,7 @@ def _dot(x, y, acc=None):
 def _sums(chosen, x, DTYPE: tl.constexpr):
     """Computes chosen @ x for a float32 x and a matrix of -1, 0 and 1.
 
-    With bfloat16 operands x is split into two of them, so that 16 bits of it count.
+    With bfloat16 operands x is split into two of them, which keeps 16 bits of it.
     """
     if DTYPE == tl.float32:
         return _dot(chosen.to(tl.float32), x)
@@ -103,7 +106,7 @@ def _below(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _merge(inverse, a, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """Joins pairs of solved diagonal blocks of `BLOCK` rows; arguments and result are float32."""
+    """Merges pairs of inverted diagonal blocks of `BLOCK` rows, in float32."""
     row = tl.arange(0, a.shape[0])[:, None]
     column = tl.arange(0, a.shape[0])[None, :]
     pair = row // (2 * BLOCK) == column // (2 * BLOCK)
@@ -118,7 +121,7 @@ def _inverse(a, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
     row = tl.arange(0, CHUNK)[:, None]
     column = tl.arange(0, CHUNK)[None, :]
     pair = (row // 2 == column // 2) & (row > column)
-    # Blocks of two rows need no product: their inverse is a itself below the diagonal.
+    # The inverse of a block of two rows has a itself below the diagonal.
     inverse = tl.where(row == column, 1.0, tl.where(pair, a, 0.0))
     # `static_range` needs constant bounds; these serve chunks up to 128.
     for level in tl.static_range(1, 7):
@@ -131,7 +134,7 @@ def _inverse(a, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
 def _is_idle(
     row, SEGMENTS: tl.constexpr, PROBED: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr
 ):  # fmt: skip
-    """Restates `segmented_passes.Probes.is_idle`; `FIRST` is the segment that is walked first."""
+    """Restates `segmented_passes.Probes.is_idle`; `FIRST` is the segment that runs first."""
     segment = row % SEGMENTS
     beyond = tl.program_id(1) * BLOCK >= PROBED
     return (segment == SEGMENTS - 1 - FIRST) | ((segment == FIRST) & beyond)
@@ -156,13 +159,13 @@ def forward(  # noqa: PLR0915
     # Tokens of one head are `heads` vectors apart in [B T H N].
     by_key = time * heads * KEYS + key
     by_value = time * heads * VALUES + value[None, :]
-    # In memory states are [Nv Nk]; here, and where each chunk's is kept, keys are the rows.
-    # Turned, no product is transposed and rounded to be the left side of another, which Triton
-    # compiles wrongly for Hopper's products of warpgroups (triton-lang/triton#6124).
+    # States are [Nv Nk] in memory. Here, and in the saved states of chunks, keys are the rows: no
+    # product is then transposed and rounded to become the left operand of another, which Triton
+    # miscompiles for Hopper's warpgroup products (triton-lang/triton#6124).
     column = tl.arange(0, KEYS)[:, None]
     entry = value[None, :] * KEYS + column
     kept = column * VALUES + value[None, :]
-    # The number of the head's first vector: `head` counts the heads of all rows of the batch.
+    # The index of the head's first vector: `head` counts the heads of all rows of the batch.
     first = head // heads * tokens * heads + head % heads
     scaled = tl.load(state + head * VALUES * KEYS + entry)
     starts += head * tl.cdiv(tokens, CHUNK) * VALUES * KEYS
@@ -186,9 +189,9 @@ def forward(  # noqa: PLR0915
         arb = _lower(_dot(rh, bh.T), DTYPE)
         # Loading log_w again is cheaper than summing halves of a tile.
         middle, next_rest = _halves(log_w + at, key, heads * KEYS, CHUNK)
-        # The last chunk's rest and this one's mid are one product: the state is scaled once.
+        # Scales the state once, by the previous chunk's rest and this one's mid.
         scaled *= rest * middle[:, None]
-        # One rounding for all products that read the state; the state itself stays float32.
+        # Rounded once for all products that read the state; the state itself stays float32.
         operand = scaled.to(DTYPE)
         u = _dot(inverse, _dot(aak, vs, _dot(ah, operand))).to(DTYPE)
         if READ:
@@ -196,8 +199,8 @@ def forward(  # noqa: PLR0915
             tl.store(y + to + by_value, ys)
         if SAVE:
             tl.store(starts + start // CHUNK * VALUES * KEYS + kept, operand)
-        # The state is added last: chained into one accumulator that the loop carries, these two
-        # products are compiled wrongly for newer GPUs (triton-lang/triton#10821).
+        # The state is added last: Triton miscompiles these two products for newer GPUs if they are
+        # chained into one loop-carried accumulator (triton-lang/triton#10821).
         scaled += _dot(bh.T, u) + _dot(kh.T, vs)
         rest = next_rest[:, None]
     tl.store(end + head * VALUES * KEYS + entry, scaled * rest)
@@ -263,8 +266,8 @@ def gradients(  # noqa: PLR0915
 ):  # fmt: skip
     """Writes the gradients of one chunk's tokens of one head, from the chunk's S^ and G^.
 
-    "near" comes from tokens of the chunk, "far" from its end state. The decay's gradient takes the
-    factors as rounded for the products: see `chunk_math.gradients`.
+    "near" comes from tokens of the chunk, "far" from its end state. The decay's gradient uses the
+    factors rounded as in the products: see `chunk_math.gradients`.
     """
     DTYPE: tl.constexpr = v.dtype.element_ty
     start = tl.program_id(1) * CHUNK
@@ -275,7 +278,7 @@ def gradients(  # noqa: PLR0915
     first = (head // heads * tokens + start) * heads + head % heads
     by_key = first * KEYS + time * heads * KEYS + key
     by_value = first * VALUES + time * heads * VALUES + value
-    # [Nk Nv], as the walks keep them.
+    # [Nk Nv], as the other kernels save them.
     entry = tl.arange(0, KEYS)[:, None] * VALUES + value
     entry += (head * tl.cdiv(tokens, CHUNK) + tl.program_id(1)) * VALUES * KEYS
     s = tl.load(starts + entry)

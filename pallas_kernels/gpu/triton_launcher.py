@@ -1,8 +1,8 @@
 """The launch of a Triton kernel from a JAX program.
 
-jax-triton does it where its version fits those of jax and triton. Elsewhere Triton's compiler and
-the custom call that every jaxlib for CUDA brings do it without jax-triton. Both pass the same
-instructions and the same parameters to the same custom call.
+jax-triton launches the kernel if its version matches those of jax and triton. Otherwise Triton's
+compiler and the custom call in jaxlib's CUDA plugin launch it without jax-triton. Both ways pass
+the same instructions and parameters to the same custom call.
 """
 
 import functools
@@ -16,12 +16,12 @@ from jaxtyping import Array
 
 from pallas_kernels import tiles
 
-# Minor versions with which the kernels have been compiled. Triton 3.8 and later write PTX that the
-# assembler of CUDA 13.0 does not know.
+# Minor versions with which the kernels have been compiled. Triton 3.8 and later emit PTX that the
+# assembler of CUDA 13.0 does not support.
 JAX = ("0.10", "0.11", "0.12")
 TRITON = ("3.6", "3.7")
 
-# The jax-triton that works with these minor versions of jax and triton; no release does with 0.12.
+# The jax-triton version for each pair of minor versions of jax and triton; none supports jax 0.12.
 JAX_TRITON = {
     ("0.10", "3.6"): "0.3.1",
     ("0.10", "3.7"): "0.3.1",
@@ -41,7 +41,7 @@ class _Launch(NamedTuple):
     constants: dict[str, Any]
 
 
-# Triton's names of arrays' types.
+# Triton's names of array types.
 _POINTERS = {"bfloat16": "*bf16", "float32": "*fp32"}
 
 
@@ -50,7 +50,7 @@ def check_versions() -> None:
 
     Raises:
         ImportError: triton is missing.
-        RuntimeError: a version is not among those that were tried.
+        RuntimeError: an untested version is installed.
     """
     needed = (
         f"The Triton kernels need triton {' or '.join(TRITON)} and "
@@ -62,7 +62,7 @@ def check_versions() -> None:
         raise ImportError(f"{needed}; triton is missing.") from error
     if _minor("jax") not in JAX or _minor("triton") not in TRITON:
         raise RuntimeError(
-            f"{needed}; installed are triton {installed} and jax {version('jax')}."
+            f"{needed}; got triton {installed} and jax {version('jax')}."
         )
 
 
@@ -96,10 +96,10 @@ def launch(
 
     Args:
         kernel: its name in `triton_kernels`.
-        arrays: its arrays; the first one's numbers of tokens and heads are passed after them.
-        outputs: shapes of what it writes.
-        grid: its programs.
-        tile: how it is compiled.
+        arrays: its arrays. The first one's numbers of tokens and heads are passed after them.
+        outputs: shapes and dtypes of its outputs.
+        grid: its grid.
+        tile: its compile options.
         **constants: its compile-time constants.
     """
     run = _launch_by_jax_triton if has_fitting_jax_triton() else _launch_by_jaxlib
@@ -138,7 +138,7 @@ def _launch_by_jaxlib(call: _Launch) -> Sequence[Array]:
         *("i32" for _ in scalars),
         *(_POINTERS[str(output.dtype)] for output in call.outputs),
     ]
-    # Nothing is written before the kernel runs; JAX's arrays begin at multiples of 16 bytes.
+    # No array is zeroed before the launch; JAX aligns arrays to 16 bytes.
     pointer = library.create_array_parameter(0, 16)
     parameters = [
         *(pointer for _ in call.arrays),
@@ -158,7 +158,7 @@ def _launch_by_jaxlib(call: _Launch) -> Sequence[Array]:
         "triton_kernel_call",
         call.outputs,
         custom_call_api_version=2,
-        # Annotated as text, handed on as it is.
+        # Annotated as `str`, but passed on unchanged.
         legacy_backend_config=zlib.compress(described.to_proto(call.kernel, b"")),  # pyright: ignore
     )
     return run(*call.arrays)
@@ -191,7 +191,7 @@ def _compile(
         if name.startswith("*")
     }
     with knobs.cache.scope():
-        # Importing jax-triton takes away the folder of compiled kernels; Triton fails without it.
+        # Importing jax-triton unsets Triton's cache directory, and Triton fails without one.
         if not knobs.cache.dir:
             knobs.cache.dir = knobs.cache.get_triton_dir("cache")
         compiled = triton.compile(
@@ -211,7 +211,7 @@ def _compile(
 
 
 def _import_jaxlibs_call() -> Any:
-    # Imported where it is needed: it loads the CUDA plugin's library.
+    # A local import: it loads the CUDA plugin's library.
     from jaxlib import gpu_triton
 
     if not hasattr(gpu_triton, "TritonKernel"):

@@ -1,8 +1,8 @@
-"""Heads packed into the tiles of a TPU kernel: sizes, masks, and the ways in and out.
+"""Packing of heads into the tiles of a TPU kernel: sizes, masks and conversions.
 
-Small heads share a tile. With two heads of 64, a token's 128 lanes are those of both heads. The
-rows of the two heads are stacked, each with the other head's lanes zeroed, and the state is block
-diagonal, so that every product is a full tile and the heads never mix.
+Small heads share a tile. With two heads of 64, a token's 128 lanes hold both heads. The rows of the
+two heads are stacked, each with the other head's lanes zeroed, and the state is block diagonal.
+Every product is then a full tile, and the heads never mix.
 """
 
 from typing import NamedTuple
@@ -41,10 +41,10 @@ class Masks(NamedTuple):
     """Masks that all groups of a grid step share.
 
     Attributes:
-        strict: [R R], the same head and an earlier token.
-        lower: [R R], the same head and an earlier token or the same.
+        strict: [R R], the column is the same head's earlier token.
+        lower: [R R], the column is the same head's earlier or same token.
         merges: [R R] each, the blocks that one level of the inverse fills.
-        blocks: [heads*Nv heads*Nk], the blocks of the state.
+        blocks: [heads*Nv heads*Nk], the diagonal blocks of the state.
         key_head: [L heads*Nk], the head that a lane of keys belongs to.
         value_head: [L heads*Nv], the head that a lane of values belongs to.
     """
@@ -63,7 +63,7 @@ def iota(shape: tuple[int, int], axis: int) -> Array:
 
 
 def make_masks(layout: TileLayout) -> Masks:
-    """Computes the masks of a kernel, by bits: chunks are powers of two and aligned."""
+    """Computes the masks of a kernel from bits: chunks are aligned powers of two."""
     square = (layout.rows, layout.rows)
     row = iota(square, 0)
     column = iota(square, 1)
@@ -76,12 +76,12 @@ def make_masks(layout: TileLayout) -> Masks:
             (differing < 2 * block) & (row & block != 0) & (column & block == 0)
         )
         block *= 2
-    # Rows of one head are aligned runs of a power of two: their numbers differ in low bits alone.
+    # A head's rows are an aligned run of a power of two: their indices differ only in low bits.
     same_head = differing < layout.chunk
     state = (layout.heads * layout.values, layout.heads * layout.keys)
 
     def head(shape: tuple[int, int], axis: int, size: int) -> Array:
-        # Not `//`, whose treatment of signs needs to know the device at lowering.
+        # Not `//`, whose handling of signs depends on the device at lowering.
         return jax.lax.div(iota(shape, axis), size)
 
     return Masks(
@@ -95,7 +95,7 @@ def make_masks(layout: TileLayout) -> Masks:
 
 
 def stack(x: Array, head: Array, layout: TileLayout) -> Array:
-    """Stacks the rows of the heads, each without the other heads' lanes: [L W] to [R W]."""
+    """Stacks the rows of the heads with other heads' lanes zeroed: [L W] to [R W]."""
     parts = [x]
     if layout.heads > 1:
         parts = [jnp.where(head == h, x, 0.0) for h in range(layout.heads)]
@@ -103,18 +103,17 @@ def stack(x: Array, head: Array, layout: TileLayout) -> Array:
 
 
 def repeat(x: Array, layout: TileLayout) -> Array:
-    """Repeats the rows once for each head, with all lanes: [L W] to [R W].
+    """Repeats the rows once per head, with all lanes: [L W] to [R W].
 
-    In a product with a stack, only the lanes of the row's own head count: the stack has zeros in
-    the others.
+    In a product with a stack only the lanes of the row's own head count, because the stack has
+    zeros in the others.
     """
     return jnp.concatenate([x.astype(layout.dtype)] * layout.heads, 0)
 
 
 def unstack(x: Array, head: Array, layout: TileLayout) -> Array:
-    """Inverts `stack`: takes each head's lanes from that head's rows and ignores all others."""
+    """Inverts `stack`: takes each head's lanes from that head's rows."""
     chunk = layout.chunk
-    # For one head this is all; no select is traced.
     out = x[:chunk]
     for h in range(1, layout.heads):
         out = jnp.where(head == h, x[h * chunk : (h + 1) * chunk], out)
@@ -129,6 +128,6 @@ def expand(x: Array, masks: Masks, layout: TileLayout) -> Array:
 def compact(x: Array, layout: TileLayout) -> Array:
     """Inverts `expand`."""
     values = layout.values
-    # Each column has one block that is not zero.
+    # Each column has one nonzero block.
     blocks = (x[h * values : (h + 1) * values] for h in range(layout.heads))
     return sum(blocks)  # pyright: ignore[reportReturnType]

@@ -1,8 +1,8 @@
 """WKV-7 on TPU: the bodies of the kernels, each for one chunk of tokens of some groups of heads.
 
-Arrays stay [B, T, H*N]; heads share tiles as `head_packing` says. A grid step takes several groups
-of heads through the stages of `packed_chunk_math` together: one group's instructions fill the time
-in which another's results are on their way. The state stays in scratch memory from chunk to chunk.
+Arrays stay [B, T, H*N]; heads share tiles: see `head_packing`. A grid step runs several groups of
+heads through the stages of `packed_chunk_math` together, so that one group's instructions hide the
+latency of another's results. The state stays in scratch memory from chunk to chunk.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -25,7 +25,7 @@ from pallas_kernels.tpu.head_packing import (
 
 def interleave(groups: Sequence[Generator[None, None, None]]) -> None:
     """Runs the groups' stages round-robin, so that their instructions can overlap."""
-    # The order of tracing is the order of instructions that the compiler starts from.
+    # The compiler starts from the order in which instructions are traced.
     running = list(groups)
     while running:
         unfinished = []
@@ -39,12 +39,12 @@ def interleave(groups: Sequence[Generator[None, None, None]]) -> None:
 
 
 def _load(ref, g: int, width: int) -> Array:
-    """Loads group g's lanes of a block, in float32."""
+    """Loads the lanes of group g in float32."""
     return ref[0, :, g * width : (g + 1) * width].astype(jnp.float32)
 
 
 def _load_inputs(refs: WKVInputs, g: int, layout: TileLayout) -> WKVInputs:
-    """Loads group g's lanes of the six inputs."""
+    """Loads the lanes of group g of the six inputs."""
     keys = layout.heads * layout.keys
     values = layout.heads * layout.values
     return WKVInputs(
@@ -58,7 +58,7 @@ def _load_inputs(refs: WKVInputs, g: int, layout: TileLayout) -> WKVInputs:
 
 
 def _store(ref, g: int, x: Array) -> None:
-    """Writes group g's lanes of a block, in its dtype."""
+    """Stores the lanes of group g in the block's dtype."""
     width = x.shape[1]
     ref[0, :, g * width : (g + 1) * width] = x.astype(ref.dtype)
 
@@ -67,8 +67,8 @@ def _borders(owners, chunk_of: Callable):
     """Tells whether this grid step is the first of its sequence, and whether it is the last.
 
     Args:
-        owners: the sequence of each chunk of all rows, in one list; None where a row is a sequence.
-        chunk_of: maps the grid's last index to the chunk's number.
+        owners: the sequence of each chunk of all rows, flat; None if each row is one sequence.
+        chunk_of: maps the grid's last index to the index of the chunk.
     """
     step = pl.program_id(2)
     steps = pl.num_programs(2)
@@ -94,12 +94,12 @@ def _forward_group(
     masks: Masks,
     layout: TileLayout,
 ) -> Generator[None, None, None]:
-    """Computes one group's y and moves its state to the end of the chunk."""
+    """Computes one group's y and advances its state to the end of the chunk."""
     tokens = _load_inputs(inputs, g, layout)
     chunk = yield from packed.prepare(tokens, masks, layout)
     start = state[g]
     if starts_ref is not None:
-        # Unscaled, unlike on GPUs: the backward pass scales it in float32.
+        # Saved unscaled, unlike on GPUs: the backward pass scales it in float32.
         starts_ref[0, g, 0] = compact(start, layout)
     scaled = start * chunk.factors.mid
     # Rounded once for all products; the state itself stays float32.
@@ -112,15 +112,14 @@ def _forward_group(
 def forward_kernel(
     *refs, layout: TileLayout, save: bool, chunk_of: Callable, owners=None
 ) -> None:
-    """Writes what one chunk of some groups of heads reads, and their states after it.
+    """Writes y of one chunk and, at the end of a sequence, the end states of some groups of heads.
 
     Args:
-        *refs: r, log_w, k, v, a, b and the start states; written are y, with the last chunk the end
-            states and, with `save`, the states before the chunk; then scratch memory for the
-            states.
+        *refs: r, log_w, k, v, a, b and the start states; then the outputs: y, the end states and,
+            with `save`, the states before the chunk; then scratch memory for the states.
         layout: the sizes.
-        save: whether the states before the chunk are written.
-        chunk_of: maps the grid's last index to the chunk's number.
+        save: whether to write the states before the chunk.
+        chunk_of: maps the grid's last index to the index of the chunk.
         owners: for packed rows the sequence of each chunk; else None.
     """
     inputs = WKVInputs(*refs[:6])
@@ -129,7 +128,7 @@ def forward_kernel(
     masks = make_masks(layout)
     is_first, is_last = _borders(owners, chunk_of)
 
-    # The grid's last axis runs in order, so that scratch memory carries the states.
+    # The grid's last axis runs in order, so scratch memory carries the states.
     @pl.when(is_first)
     def _():
         for g in range(layout.groups):
@@ -158,14 +157,14 @@ def _backward_group(
     masks: Masks,
     layout: TileLayout,
 ) -> Generator[None, None, None]:
-    """Computes one group's gradients and moves its state's gradient to the chunk's start."""
+    """Computes one group's gradients and moves the state gradient to the chunk's start."""
     tokens = _load_inputs(inputs, g, layout)
     dys = _load(dy_ref, g, layout.heads * layout.values)
     chunk = yield from packed.prepare(tokens, masks, layout)
     factors = chunk.factors
     dy = stack(dys, masks.value_head, layout)
     scaled = expand(starts_ref[0, g, 0], masks, layout) * factors.mid
-    # G^ in float32, as it is added to the state's gradient below.
+    # G^ in float32: it is added to the state gradient below.
     dscaled = dstate[g] * factors.rest
     start = scaled.astype(layout.dtype)
     dend = dscaled.astype(layout.dtype)
@@ -173,7 +172,7 @@ def _backward_group(
     _store(grad_refs.v, g, packed.value_gradient(chunk, z, dy, dend, masks, layout))
     dstate[g] = packed.start_gradient(chunk, z, dy, dscaled, masks)
     pairs = packed.pair_gradients(chunk, u, z, dy)
-    # A stage of its own: the product above is the largest.
+    # A separate stage: the product above is the largest.
     yield
     grads = packed.key_gradients(chunk, pairs, u, z, dy, start, dend, masks, layout)
     yield
@@ -187,14 +186,14 @@ def _backward_group(
 
 
 def backward_kernel(*refs, layout: TileLayout, chunk_of: Callable, owners=None) -> None:
-    """Writes the gradients of one chunk of some groups of heads; the last chunk comes first.
+    """Writes the gradients of one chunk of some groups of heads; the last chunk runs first.
 
     Args:
-        *refs: r, log_w, k, v, a, b, dy, the states before the chunk and the end states' gradient;
-            written are the six inputs' gradients and the start states' gradient; then scratch
-            memory for the states' gradients.
+        *refs: r, log_w, k, v, a, b, dy, the states before the chunk and the gradient of the end
+            states; then the outputs: the gradients of the six inputs and of the start states; then
+            scratch memory for the state gradients.
         layout: the sizes.
-        chunk_of: maps the grid's last index to the chunk's number.
+        chunk_of: maps the grid's last index to the index of the chunk.
         owners: for packed rows the sequence of each chunk; else None.
     """
     inputs = WKVInputs(*refs[:6])

@@ -3,17 +3,17 @@
 This is `chunk_math` restated for the TPU's layout; no code is shared. The letters and equations are
 those of `chunk_math`, with these differences:
 
-* Arrays hold all heads of a tile (see `head_packing`), so that masks select by head as well.
+* Arrays hold all heads of a tile (see `head_packing`), so masks select by head as well.
 * Products that share an operand are one product of concatenated operands, which fills the matrix
   unit.
 * States have values as rows.
-* Running sums of the decay are in natural units, and mid and rest are rows of them.
+* Running sums of the decay use natural logarithms, and mid and rest are row vectors.
 
 tests/kernels/test_packed_chunk_math.py compares the two on plain arrays, without Pallas.
 
-A product's result is long on its way. Functions that return a `Generator` therefore yield None
-between their stages, where the instructions of another group of heads may be placed
-(`kernel_bodies.interleave`); their result is the generator's return value:
+A product has a long latency. Functions that return a `Generator` therefore yield None between their
+stages, where the instructions of another group of heads may be inserted
+(`kernel_bodies.interleave`). Their result is the generator's return value:
 `chunk = yield from prepare(...)`.
 """
 
@@ -36,7 +36,7 @@ from pallas_kernels.tpu.head_packing import (
 
 
 class Factors(NamedTuple):
-    """Exponentials of a chunk's running decays around its middle; see `chunk_math.Chunk`."""
+    """Exponentials of a chunk's running decays, centred at its middle; see `chunk_math.Chunk`."""
 
     before: Array  # [L W]
     upto: Array  # [L W]
@@ -46,7 +46,7 @@ class Factors(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A chunk's stacks and the products between its tokens, as operands.
+    """A chunk's stacks and the products between its tokens, in the dtype of operands.
 
     The names are those of `chunk_math`: `ah` to `kh` and `v` are [R W], the others [R R].
     """
@@ -81,7 +81,7 @@ class KeyGradients(NamedTuple):
 
 def dot(x: Array, y: Array, *, left: int = 1, right: int = 0) -> Array:
     """Multiplies over axis `left` of x and `right` of y, summing in float32."""
-    # HIGHEST: a float32 product would otherwise be one of bfloat16.
+    # HIGHEST: a float32 product would otherwise be computed in bfloat16.
     precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     axes = (((left,), (right,)), ((), ()))
     return jax.lax.dot_general(
@@ -96,21 +96,21 @@ def dot(x: Array, y: Array, *, left: int = 1, right: int = 0) -> Array:
 def sums(signs: Array, x: Array, layout: TileLayout) -> Array:
     """Computes signs @ x for entries of -1, 0 and 1, with exact products.
 
-    For bfloat16 operands x is split into two of them, 8 bits each, of which 16 bits count.
+    With bfloat16 operands x is split into two of 8 bits each, which keeps 16 bits of it.
     """
     if layout.dtype != jnp.bfloat16:
         return dot(signs, x)
-    # By bits: compilers may drop a cast to bfloat16 and back.
+    # Bitwise: compilers may drop a cast to bfloat16 and back.
     bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
     high = jax.lax.bitcast_convert_type(bits, jnp.float32)
     signs = signs.astype(jnp.bfloat16)
-    # One product of twice the depth in place of two: the matrix unit adds them up.
+    # One product of twice the depth instead of two: the matrix unit adds them.
     halves = jnp.concatenate([high, x - high], 0).astype(jnp.bfloat16)
     return dot(jnp.concatenate([signs, signs], 1), halves)
 
 
 def _keep(mask: Array, product: Array, layout: TileLayout) -> Array:
-    """Zeroes a product outside a mask and makes it an operand."""
+    """Zeroes a product outside a mask and casts it to the operands' dtype."""
     return jnp.where(mask, product, 0.0).astype(layout.dtype)
 
 
@@ -119,15 +119,15 @@ def _compute_factors(log_w: Array, layout: TileLayout) -> Factors:
     row = iota(square, 0)
     column = iota(square, 1)
     upto_row = (row >= column).astype(jnp.float32)
-    # Every row takes off the sum over the first half.
+    # Every row subtracts the sum over the first half.
     first_half = (column < layout.chunk // 2).astype(jnp.float32)
-    # The running sum of log_w less its value at the middle.
+    # The running sum of log_w minus its value at the middle.
     centred = sums(upto_row - first_half, log_w, layout)
     return Factors(
         before=jnp.exp(centred - log_w),
         upto=jnp.exp(centred),
         after=jnp.exp(-centred),
-        # centred is cs_t - mid: its first row is log_w of the first token less mid.
+        # centred is cs_t - mid: its first row is log_w of the first token minus mid.
         mid=jnp.exp(log_w[:1] - centred[:1]),
         # The last row of centred is last - mid.
         rest=jnp.exp(centred[layout.chunk - 1 :]),
@@ -137,7 +137,7 @@ def _compute_factors(log_w: Array, layout: TileLayout) -> Factors:
 def _invert(
     aab: Array, masks: Masks, layout: TileLayout
 ) -> Generator[None, None, Array]:
-    """Computes (I - aab)^-1 by merging solved blocks on the diagonal; see `chunk_math`."""
+    """Computes (I - aab)^-1 by merging inverted diagonal blocks; see `chunk_math`."""
     square = (layout.rows, layout.rows)
     inverse = (iota(square, 0) == iota(square, 1)).astype(jnp.float32)
     # Blocks of two rows need no product.
@@ -154,7 +154,7 @@ def _invert(
 def prepare(
     tokens: WKVInputs, masks: Masks, layout: TileLayout
 ) -> Generator[None, None, Chunk]:
-    """Computes what a chunk's tokens determine without a state.
+    """Computes the part of a chunk that does not depend on the state.
 
     Args:
         tokens: [L W] each, float32; the heads of a tile side by side.
@@ -168,10 +168,10 @@ def prepare(
     rh = stack(tokens.r * factors.upto, masks.key_head, layout)
     bh = repeat(tokens.b * factors.after, layout)
     kh = repeat(tokens.k * factors.after, layout)
-    # Rows are those of ah, then of rh; columns those of bh, then of kh.
+    # Rows are ah, then rh; columns are bh, then kh.
     products = dot(jnp.concatenate([ah, rh], 0), jnp.concatenate([bh, kh], 0), right=1)
     yield
-    # float32, not an operand: the inverse is built up from it.
+    # Stays float32: the inverse is built from it.
     aab = jnp.where(masks.strict, products[:rows, :rows], 0.0)
     inverse = yield from _invert(aab, masks, layout)
     return Chunk(
@@ -220,7 +220,7 @@ def outputs(
 
 def end_state(chunk: Chunk, written: Array, scaled: Array, masks: Masks) -> Array:
     """Computes the state after the chunk from S^ in float32, both block diagonal."""
-    # Off the diagonal blocks are products of different heads, which the mask below removes.
+    # The mask below removes the products of different heads, off the diagonal blocks.
     end = scaled + dot(written, jnp.concatenate([chunk.bh, chunk.kh], 0), left=0)
     return jnp.where(masks.blocks, end, 0.0) * chunk.factors.rest
 
@@ -282,7 +282,7 @@ def start_gradient(
 def pair_gradients(chunk: Chunk, u: Array, z: Array, dy: Array) -> Array:
     """Computes the unmasked gradients of the products between tokens, [2R 2R].
 
-    Rows are those of a, then of r; columns those of b, then of k.
+    Rows are a, then r; columns are b, then k.
     """
     return dot(jnp.concatenate([z, dy], 0), jnp.concatenate([u, chunk.v], 0), right=1)
 
@@ -319,7 +319,7 @@ def key_gradients(
     # Products that share an operand are one.
     writers = jnp.concatenate([chunk.bh, chunk.kh], 0)
     readers = jnp.concatenate([chunk.ah, chunk.rh], 0)
-    # "outside" is what passes through the states at the chunk's ends, which the decay needs apart.
+    # "outside" passes through the states at the chunk's ends; the decay needs it separately.
     dr = dot(jnp.concatenate([drb, drk], 1), writers)
     dr_outside = dot(dy, start)
     dk = dot(jnp.concatenate([dak, drk], 0), readers, left=0)
@@ -352,7 +352,7 @@ def decay_gradient(
 ) -> Array:
     """Computes the gradient of log_w, [L W].
 
-    `chunk_math.gradients` says why the factors are the rounded operands themselves.
+    `chunk_math.gradients` explains why it uses the rounded operands.
 
     Args:
         chunk: from `prepare`.

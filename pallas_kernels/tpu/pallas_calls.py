@@ -1,7 +1,7 @@
-"""WKV-7 on TPU: the calls of the Pallas kernels, in which a grid step takes a chunk of tokens.
+"""WKV-7 on TPU: calls of the Pallas kernels, in which a grid step computes a chunk of tokens.
 
-Tokens are bfloat16 or float32, states float32. Matrix products take bfloat16 operands if v has that
-dtype, else float32 ones.
+Tokens are bfloat16 or float32, states float32. Matrix products take bfloat16 operands if v is
+bfloat16, else float32 operands.
 """
 
 import functools
@@ -23,25 +23,25 @@ from pallas_kernels.tpu.head_packing import TileLayout
 
 Interpret = bool | pltpu.InterpretParams
 LANES = 128
-# What a kernel may take of the fast memory; every listed chip has at least twice as much.
+# The VMEM limit of a kernel; every listed chip has at least twice as much.
 VMEM = 32 * 2**20
 # States at the start of every chunk: rows are values, columns the keys of all heads of a tile.
 Starts = Float[Array, "B G C Nv W"]
 
 
 def choose_layout(inputs: WKVInputs, chunk: int | None) -> TileLayout:
-    """Chooses how these inputs are tiled: a grid step takes a chunk of `groups` tiles of heads."""
+    """Chooses the tiling: a grid step computes a chunk of `groups` tiles of heads."""
     v = inputs.v
     heads, keys = inputs.r.shape[2:]
     values = v.shape[3]
     choice = tiles.for_tpu(v.dtype)
-    # The fewest heads whose keys fill full lanes, and whose values do.
+    # The minimum number of heads whose keys and values both fill whole lanes.
     shared = math.lcm(LANES // math.gcd(LANES, keys), LANES // math.gcd(LANES, values))
     # Tiles of all heads, rounded up.
     columns = -(-heads // shared)
-    # The table's groups are for tiles of 128 lanes; wider tiles need more fast memory each.
+    # The table's groups are for tiles of 128 lanes; wider tiles need more VMEM.
     most = max(1, choice.groups * LANES // (shared * max(keys, values)))
-    # The grid has no remainders: groups must divide the tiles.
+    # The grid has no remainder: groups must divide the number of tiles.
     groups = max(n for n in range(1, most + 1) if columns % n == 0)
     return TileLayout(
         chunk=chunk or choice.chunk,
@@ -56,7 +56,7 @@ def choose_layout(inputs: WKVInputs, chunk: int | None) -> TileLayout:
 def _flatten_heads(
     x: Float[Array, "B T H N"], layout: TileLayout
 ) -> Float[Array, "B TC HGN"]:
-    """Pads tokens to full chunks and heads to full tiles, and puts the heads side by side."""
+    """Pads tokens to full chunks and heads to full tiles, and joins the axes of the heads."""
     # Zeros change neither the state nor a gradient.
     tokens = -x.shape[1] % layout.chunk
     heads = -x.shape[2] % layout.heads
@@ -73,7 +73,7 @@ def _split_heads(
 
 
 def _pack_state(state: State, layout: TileLayout) -> Float[Array, "B G Nv W"]:
-    """Puts the states of the heads of a tile side by side."""
+    """Puts the states of a tile's heads side by side."""
     state = jnp.pad(
         state, ((0, 0), (0, -state.shape[1] % layout.heads), (0, 0), (0, 0))
     )
@@ -108,20 +108,20 @@ def _call(
     """Calls `pl.pallas_call` over a grid of (batch, groups of tiles, chunks).
 
     Args:
-        kernel: takes all arrays' blocks, all outputs' blocks, and the state in scratch memory.
+        kernel: takes the blocks of the arrays and outputs, and scratch memory for the state.
         layout: its sizes.
         arrays: tokens [B T W], states [S G Nv W] or chunk states [B G C Nv W].
         outputs: shapes and dtypes of the same three kinds.
-        owners: of packed rows, each with several states; else None.
-        chunk_of: maps the grid's last index to the chunk's number.
-        name: the kernel's, which the compile checks look for.
+        owners: for packed rows the sequence of each chunk; else None.
+        chunk_of: maps the grid's last index to the index of the chunk.
+        name: of the kernel; the compile checks look for it.
         interpret: for `pl.pallas_call`.
     """
     width = layout.heads * layout.keys
     batch, tokens, all_keys = arrays[0].shape
     columns = all_keys // width
     steps = tokens // layout.chunk
-    # Known before the grid runs, since they say which block of the states comes next.
+    # Prefetched, because they determine the next block of the states.
     known = [] if owners is None else [owners.reshape(-1)]
 
     def state_of(i, c, known):
@@ -133,8 +133,7 @@ def _call(
 
     def block(x):
         if x.ndim == 3:
-            # Of v and dy the width is that of their own channels.
-            # x is [B T W], with the lanes of all tiles side by side.
+            # [B T W], with the lanes of all tiles side by side. v and dy may differ in width.
             lanes = x.shape[2] // columns * layout.groups
             return pl.BlockSpec(
                 (1, layout.chunk, lanes), lambda i, j, c, *known: (i, chunk_of(c), j)
@@ -165,7 +164,7 @@ def _call(
         ),
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(
-            # The chunks of a sequence follow one another: the state stays in scratch memory.
+            # Chunks run in order, because the state stays in scratch memory.
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM,
         ),
@@ -175,7 +174,7 @@ def _call(
 
 
 def _keep_unvisited(new: State, old: State, owners: Owners | None) -> State:
-    """Puts back the states of sequences without a chunk, which no grid step has written."""
+    """Restores the states of sequences without a chunk, which no grid step writes."""
     if owners is None:
         return new
     first, end = chunk_spans(owners, old.shape[0] // owners.shape[0]).T
@@ -198,7 +197,7 @@ def _run_forward(
         output_like(tokens.v.shape, v.dtype, v, state),
         output_like(packed.shape, jnp.float32, v, state),
     ]
-    # Unlike y the states are float32: the backward pass starts from them.
+    # The saved states are float32, unlike y, because the backward pass starts from them.
     if save:
         batch = v.shape[0]
         _, columns, *block = packed.shape
@@ -265,7 +264,7 @@ def backward(
     for flat, x in zip(tokens, inputs, strict=True):
         outputs.append(output_like(flat.shape, x.dtype, x, dy))
     outputs.append(output_like(packed.shape, jnp.float32, dend, dy))
-    # The walk is backwards: the grid's first step takes the last chunk.
+    # The grid runs backward: its first step computes the last chunk.
     last = starts.shape[2] - 1
     *flat_grads, dstate = _call(
         kernels.backward_kernel,

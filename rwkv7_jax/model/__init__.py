@@ -1,6 +1,6 @@
-"""The network. Pure functions and a thin Linen shell; the state is passed in and handed back.
+"""The network: pure functions and a thin Linen shell. The state is an argument and a result.
 
-Imports kernels, checks and sharding. Knows no file, no loss, no training loop.
+This package imports the kernels, checks and sharding. It knows no files, losses or training loops.
 """
 
 from rwkv7_jax.model.block import RECURRENCE, TRACE

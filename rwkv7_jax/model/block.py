@@ -1,8 +1,8 @@
 """One block of RWKV-7: time mix and channel mix, line by line with the paper's equations.
 
 The equations in the comments are the paper's, with the names of its symbols written out. Parameter
-names are the official checkpoint names and matrices keep their official orientation: `.weight` is
-[out, in] and acts as x W^T; w1, a1, v1, g1 are [D, R] and w2, ... [R, D], acting as x w1.
+names are those of the official checkpoints, and matrices keep their orientation: `.weight` is
+[out, in] and acts as x W^T; w1, a1, v1, g1 are [D, R], w2, a2, v2, g2 are [R, D], and act as x w1.
 
 Source: arXiv 2503.14456, section 4; BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:260-372.
 """
@@ -39,11 +39,10 @@ PROJECTION_INPUTS = (
 
 TRACE = (*RECURRENCE, "y", "gate", "residual", "ffn_input", *PROJECTION_INPUTS)
 
-# Those whose axis after the tokens is heads, or channels that belong to heads or lie as they do:
-# devices that share the heads of a block have some of them each.
+# The arrays whose axis after the tokens is split over the `tensor` axis of a mesh, like heads.
 BY_HEADS = frozenset((*RECURRENCE, "y", "gate", "output_input", "ffn_hidden"))
 
-# The token shift's coefficients: parameters' names, and the powers of their initial values.
+# The parameters of the token shift, and the powers in their initial values.
 _SHIFTS = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
 
 
@@ -51,7 +50,7 @@ def _identity(x: Array) -> Array:
     return x
 
 
-# Between the two matrices of each low rank, and the biases after them.
+# For each low-rank map, the activation between its two matrices and its bias.
 _ACTIVATIONS = {"w": jnp.tanh, "a": _identity, "g": jax.nn.sigmoid, "v": _identity}
 _BIASES = {
     "w": initial.decay_bias,
@@ -60,10 +59,10 @@ _BIASES = {
 }
 
 
-# Linen draws a parameter from the number of draws before it in the same module: a new model has
-# other weights when the order of these calls changes.
+# Linen derives a parameter's random key from the number of draws before it in the same module, so
+# changing the order of these calls changes the weights of a new model.
 def _weight(module: Any, name: str, draw: initial.Initial, layer) -> Any:
-    """Declares a weight; of one whose heads several devices share, this device's part."""
+    """Declares a weight, or this device's part of it under tensor parallelism."""
     path = "/".join((*module.path, name))
 
     def draw_part(*arguments):
@@ -73,7 +72,7 @@ def _weight(module: Any, name: str, draw: initial.Initial, layer) -> Any:
 
 
 class Norm(nn.Module):
-    """The weight and bias of a layer norm."""
+    """A layer norm with weight and bias."""
 
     config: RWKV7Config
 
@@ -105,7 +104,7 @@ class HeadNorm(nn.Module):
 
     @nn.compact
     def __call__(self, layer) -> tuple[Array, Array]:
-        """Returns both, of all channels."""
+        """Returns both for all channels."""
         zeros = initial.constant(0.0, self.config.width)
         weight = _weight(self, "weight", initial.group_norm_weight, layer)
         bias = _weight(self, "bias", zeros, layer)
@@ -115,8 +114,8 @@ class HeadNorm(nn.Module):
 class TimeMix(nn.Module):
     """The attention half of a block: token shift, projections, recurrence, norm, bonus, gate.
 
-    `layer` is the block's index, which the initial values depend on. It is traced inside the scan,
-    so it is an argument and not a field. `state` is one layer's, without the axis L.
+    `layer` is the block's index, on which the initial values depend. It is traced inside the scan,
+    so it is an argument instead of a field. `state` is one layer's, without the axis L.
     """
 
     config: RWKV7Config
@@ -137,7 +136,7 @@ class TimeMix(nn.Module):
 
         Returns:
             The contribution; the new shift, WKV state and upscaled memory; the first layer's
-            values; and the trace.
+            values; the trace.
         """
         config = self.config
 
@@ -150,7 +149,7 @@ class TimeMix(nn.Module):
         )
 
         # r = x_r W_r,  k = x_k W_k,  v = x_v W_v
-        # [B T D] each; heads are split off only where the recurrence needs them.
+        # [B T D] each; split into heads only where the recurrence needs them.
         r = self._square("receptance", 1.0)(x_r)
         k = self._square("key", 0.1)(x_k)
         v = self._square("value", 1.0)(x_v)
@@ -199,10 +198,10 @@ class TimeMix(nn.Module):
 
         # o = (g * p) W_o, with p = norm(y) + bonus
         gated = self._read_out(y, inputs, raw["g"], layer)
-        # From zeros: a new block adds nothing to the residual stream until it is trained.
+        # Starts from zeros: a new block adds nothing to the residual stream.
         out = sum_over_heads(self._square("output", 0.0)(gated))
 
-        # The last token that counts in each row, not the last column: padding is on the right.
+        # The last real token of each row instead of the last column: padding is on the right.
         att_shift = token_shift.last_token(x, state.att_shift, lengths, segments)
         trace = {
             **inputs._asdict(),
@@ -217,7 +216,7 @@ class TimeMix(nn.Module):
         return out, (att_shift, wkv, memory), v_first, trace
 
     def _square(self, name: str, gain: float) -> Linear:
-        """Makes a D x D projection; a gain of 0 starts it from zeros."""
+        """Makes a D x D projection; with a gain of 0 it starts from zeros."""
         width = self.config.width
         if gain:
             draw = initial.orthogonal(gain, width, width)
@@ -228,10 +227,10 @@ class TimeMix(nn.Module):
     def _low_ranks(
         self, inputs: dict[str, Activations], layer
     ) -> tuple[dict[str, Float[Array, "B T _"]], dict[str, Array]]:
-        """Computes activation(x w1) w2 of each letter: of all channels, or of the device's heads.
+        """Computes activation(x w1) w2 for each letter, of all channels or of the device's heads.
 
         Returns:
-            What each letter gives, in x's dtype; and the biases to add, which "g" has not.
+            The results by letter, in x's dtype; the biases to add, of which "g" has none.
         """
         config = self.config
         ranks = {
@@ -245,7 +244,7 @@ class TimeMix(nn.Module):
         hidden = []
         for letter, x in inputs.items():
             rank = ranks[letter]
-            # Zeros here but not in `up`: where both are zero, neither gets a gradient through tanh.
+            # Zeros here but not in `up`: if both were zero, neither would get a gradient.
             zeros = initial.constant(0.0, config.width, rank)
             down = _weight(self, f"{letter}1", zeros, layer)
             draw = initial.low_rank_out(rank, config.width)
@@ -270,7 +269,7 @@ class TimeMix(nn.Module):
         return pointwise.read_out(y, r_k_v, gate, rho, norm, self.config.group_norm_eps)
 
     def _heads(self, x: Activations) -> Heads:
-        # Counted, not left to `reshape`: there may be no tokens.
+        # `reshape` cannot infer the heads: there may be no tokens.
         heads = x.shape[2] // self.config.head_size
         return x.reshape(*x.shape[:2], heads, self.config.head_size)
 
@@ -309,7 +308,7 @@ class ChannelMix(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The first has no value residual: it makes the values that the others mix in."""
+    """One layer. The first one has no value residual: it makes the values that the others add."""
 
     config: RWKV7Config
     first: bool
@@ -329,7 +328,7 @@ class Block(nn.Module):
 
         Returns:
             The residual stream; then the layer's memories, the first layer's values (only from the
-            first layer), and the arrays of the trace that `names` asks for.
+            first layer), and the arrays `names` of the trace.
         """
         att_input = Norm(self.config, name="ln1")(x)
         time_mix = TimeMix(self.config, self.first, name="att")
@@ -353,7 +352,7 @@ class Block(nn.Module):
         )
 
         trace = {**att_trace, **ffn_trace, "residual": x, "ffn_input": ffn_input}
-        # Under the scan every array that is returned is stacked over layers, so return no others.
+        # The scan stacks every returned array over layers, so return no others.
         trace = {name: trace[name] for name in self.names}
         memories = LayerMemories(
             att_shift=att_shift,

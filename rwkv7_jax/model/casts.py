@@ -1,4 +1,4 @@
-"""Dtypes and ranks that operands need next to each other."""
+"""Casts and broadcasts of operands."""
 
 from typing import Any
 
@@ -10,19 +10,20 @@ from jaxtyping import Array, Float
 
 
 def wide_dtype(dtype: DTypeLike) -> np.dtype:
-    """Returns the dtype of sums: float32, or float64, in which laws are checked."""
+    """Returns the dtype of sums: float32, or float64 for float64 inputs, as in tests."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Brings numbers to float32; float64 stays."""
+    """Casts to float32; float64 stays."""
     return x.astype(wide_dtype(x.dtype))
 
 
 def at_least_int32(numbers: Any) -> Array:
-    """Converts integers of fewer bits to int32.
+    """Converts integers with fewer than 32 bits to int32.
 
-    JAX gives a Python number the dtype of the array that it meets: in uint8, 256 is 0.
+    JAX casts a Python integer to the dtype of the array that it is combined with: in uint8, 256
+    becomes 0.
     """
     numbers = jnp.asarray(numbers)
     return numbers.astype(jnp.promote_types(numbers.dtype, jnp.int32))
@@ -32,5 +33,5 @@ def per_channel(
     vector: Float[Array, "..."],
     x: Float[Array, "..."],
 ) -> Float[Array, "..."]:
-    """Brings a vector to x's dtype and rank, so that it acts along x's last axes."""
+    """Casts a vector to x's dtype and broadcasts it to x's rank, along x's last axes."""
     return jax.lax.broadcast_to_rank(vector.astype(x.dtype), x.ndim)

@@ -23,7 +23,7 @@ class _Preset(NamedTuple):
     gate_rank: int
 
 
-# Published models. Their ranks follow no single rule, so they are written out.
+# Published models. Their ranks follow no single rule.
 # Source: the specification's audit of the G1 files; 0.4B in BlinkDL/RWKV-LM@524481d.
 _PRESETS = {
     "0.1b": _Preset(12, 768, 64, 64, 32, 128),
@@ -36,7 +36,7 @@ _PRESETS = {
 
 
 def _rank(factor: float, width: int) -> int:
-    """Computes the rank that BlinkDL's trainer gives a low-rank map of a new model.
+    """Computes the rank of a low-rank map of a new model by the rule of BlinkDL's trainer.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:547-563.
     """
@@ -44,7 +44,7 @@ def _rank(factor: float, width: int) -> int:
 
 
 def _dtype_name(dtype: Any) -> Any:
-    """Returns the name of a dtype such as `jnp.bfloat16`; whatever is none stays as it is."""
+    """Returns the name of a dtype such as `jnp.bfloat16`; other values stay as they are."""
     if dtype is None or isinstance(dtype, str):
         return dtype
     with contextlib.suppress(TypeError):
@@ -56,7 +56,8 @@ def _dtype_name(dtype: Any) -> Any:
 class RWKV7Config:
     """The checked sizes of a model; hashable, so it can be a static argument of `jax.jit`.
 
-    Sizes left at 0 take the rule of new models: `ffn_width` 4 * `width`, ranks by `width`.
+    Sizes left at 0 follow the rule for new models: `ffn_width` is 4 * `width`, and the ranks depend
+    on `width`.
 
     Attributes:
         vocab_size: rows of the embedding and of the head (V).
@@ -69,18 +70,18 @@ class RWKV7Config:
         value_rank: low rank of the value residual's gate (v1, v2).
         gate_rank: low rank of the output gate (g1, g2).
         norm_eps: epsilon of the layer norms.
-        group_norm_eps: epsilon of the per-head norm. 64e-5 in official files, whatever the head
-            size; `head_size * norm_eps` in HF folders.
+        group_norm_eps: epsilon of the per-head norm. 64e-5 in official files for every head size;
+            `head_size * norm_eps` in HF folders.
         dtype: dtype of the activations, "float32" or "bfloat16". Logits, losses and the WKV state
             are always float32.
-        remat: what the backward pass computes again of each block: "none", only the cheap
-            operations between matrix products and the WKV op; "op", all but the WKV op; "block",
-            all of it.
+        remat: what the backward pass recomputes of each block: "none", only the cheap operations
+            between matrix products and the WKV op; "op", everything but the WKV op; "block",
+            everything.
         implementation: implementation of the WKV op (one of `pallas_kernels.IMPLEMENTATIONS`), or
             None for the best one available.
 
     Raises:
-        ValueError: a size is not a positive integer, or the sizes do not fit each other.
+        ValueError: a size is not a positive integer, or the sizes do not match each other.
     """
 
     vocab_size: int
@@ -110,7 +111,7 @@ class RWKV7Config:
         }
         for name, value in defaults.items():
             if getattr(self, name) == 0:
-                # The dataclass is frozen, also for itself.
+                # The dataclass is frozen.
                 object.__setattr__(self, name, value)
         self._check_sizes(*defaults)
         if self.width % self.head_size:
@@ -131,7 +132,7 @@ class RWKV7Config:
                 check_choice(self.implementation, IMPLEMENTATIONS, "`implementation`")
 
     def _check_sizes(self, *names: str) -> None:
-        """Checks sizes, and makes Python's integers of NumPy's, which JSON cannot write."""
+        """Checks sizes and converts NumPy's integers, which JSON cannot write, to Python's."""
         with prefix_errors("RWKV7Config"):
             for name in names:
                 size = check_size(getattr(self, name), f"`{name}`")
@@ -147,7 +148,7 @@ class RWKV7Config:
         """Makes the config of a published size.
 
         Args:
-            name: "0.1b", "0.4b", "1.5b", "2.9b", "7.2b" or "13.3b", in upper or lower case.
+            name: "0.1b", "0.4b", "1.5b", "2.9b", "7.2b" or "13.3b"; case does not matter.
             **changes: fields that differ from the published model, such as `dtype="bfloat16"`.
 
         Raises:

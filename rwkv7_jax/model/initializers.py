@@ -1,7 +1,7 @@
-"""Initial values of every parameter of a new model.
+"""Initial values of all parameters of a new model.
 
-Each function takes a random key, the block's index (which may be traced: blocks are initialised
-inside a scan) and the config, and returns a float32 array.
+An initializer takes a random key, the block's index (traced where blocks are initialised inside a
+scan) and the config, and returns a float32 array.
 
 Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:510-581, 713-723, 892-975, where the
 second stage overrides the constructors; checked there against flash-linear-attention 0.6.0.
@@ -20,10 +20,10 @@ Initial = Callable[[Array, int | Array, RWKV7Config], Array]
 
 
 def _in_float32(initial: Initial) -> Initial:
-    """Makes an initializer compute in float32, whatever JAX's switches say of other dtypes.
+    """Makes an initializer compute in float32, independently of JAX's dtype settings.
 
-    A traced layer is an integer, which JAX would promote to float64 where that is allowed, and
-    refuse to promote where promotion is strict.
+    A traced layer is an integer. JAX would promote it to float64 under x64, and would raise under
+    strict promotion.
     """
 
     @functools.wraps(initial)
@@ -41,15 +41,15 @@ def _ramp(config: RWKV7Config) -> Array:
 
 
 def _channels(config: RWKV7Config) -> Array:
-    """Counts the channels: 0 to D - 1."""
+    """Returns the indices of the channels, 0 to D - 1."""
     return jnp.arange(config.width, dtype=jnp.float32)
 
 
 def _zigzag(config: RWKV7Config) -> Array:
-    """Computes a ramp from -1 to 1 inside each head, bent towards zero."""
+    """Computes a signed quadratic ramp from -1 to 1 inside each head."""
     size = config.head_size
     middle = (size - 1) / 2
-    # At least 0.5: a head of one channel must not divide by zero.
+    # At least 0.5, to avoid a division by zero for heads of one channel.
     side = (_channels(config) % size - middle) / max(middle, 0.5)
     return side * jnp.abs(side)
 
@@ -69,7 +69,7 @@ def lerp(power: float) -> Initial:
 
     @_in_float32
     def initial(key, layer, config):
-        # Divided by D, as in the source; `_ramp` is divided by D - 1.
+        # Divided by D as in the source, unlike `_ramp`.
         channel = _channels(config) / config.width
         exponent = power * _remaining(layer, config)
         return 1.0 - channel**exponent
@@ -87,10 +87,10 @@ def ffn_lerp(key, layer, config):
 
 @_in_float32
 def decay_bias(key, layer, config):
-    """Computes w0: slow decay in the first channels, fast in the last, steeper in deeper blocks."""
+    """Computes w0: slow decay in the first channels, fast in the last; steeper in deep blocks."""
     steepness = 1.0 + _depth(layer, config) ** 0.3
     ramp = _ramp(config) ** steepness
-    # The source writes the two constants apart; their sum would round differently.
+    # Two constants as in the source: their sum would round differently.
     return -6.0 + 6.0 * ramp + 0.5 + 2.5 * _zigzag(config)
 
 
@@ -121,7 +121,7 @@ def group_norm_weight(key, layer, config):
 
 
 def constant(value: float, *shape: int) -> Initial:
-    """Makes an initializer of one number everywhere."""
+    """Makes an initializer that fills an array with one number."""
     return lambda key, layer, config: jnp.full(shape, value, jnp.float32)
 
 
@@ -133,16 +133,16 @@ def uniform(limit: float, *shape: int) -> Initial:
 
 
 def orthogonal(gain: float, rows: int, columns: int) -> Initial:
-    """Makes an initializer of matrices whose rows are orthogonal with norm `gain`.
+    """Makes an initializer of matrices with orthogonal rows of norm `gain`.
 
-    Where there are more rows than columns, it is the columns that are orthogonal.
+    If there are more rows than columns, the columns are orthogonal instead.
     """
     draw = jax.nn.initializers.orthogonal(gain)
     return lambda key, layer, config: draw(key, (rows, columns), jnp.float32)
 
 
 def low_rank_out(rank: int, width: int) -> Initial:
-    """Makes w2, a2, v2, g2: orthogonal and small, larger where the rank exceeds the width."""
+    """Makes w2, a2, v2, g2: small orthogonal matrices, larger if the rank exceeds the width."""
     gain = 0.1 * max(1.0, (rank / width) ** 0.5)
     return orthogonal(gain, rank, width)
 

@@ -1,4 +1,4 @@
-"""What goes into a model: lengths of rows, and the vectors of tokens."""
+"""The inputs of a model: lengths of rows and embeddings of tokens."""
 
 from typing import Any
 
@@ -11,26 +11,26 @@ from rwkv7_jax.model.casts import at_least_int32
 
 
 def safe_lengths(lengths: Any, tokens: tuple[int, int]) -> Any:
-    """Returns lengths from 0 to T: concrete ones are checked, traced ones are clipped.
+    """Returns lengths between 0 and T: checks concrete ones and clips traced ones.
 
     Args:
-        lengths: the number of tokens of each row that count.
+        lengths: the number of real tokens of each row.
         tokens: the number of rows and the number of tokens in a row (T).
 
     Raises:
         TypeError: the lengths are not integers.
-        ValueError: there is not one length for each row, or one is out of range.
+        ValueError: not one length per row, or a length out of range.
     """
     lengths = as_array(lengths, "`lengths`")
     check_lengths(lengths, tokens)
     lengths = at_least_int32(lengths)
     if not is_traced(lengths):
         return lengths
-    # A length out of range would gather a token shift from nowhere: NaN, or another row's end.
+    # With a length out of range, the token shift would be NaN or another row's.
     return jnp.clip(lengths, 0, tokens[1])
 
 
 def embed(tokens: Tokens, table: Float[Array, "V D"]) -> Activations:
     """Looks up the tokens' rows of the table; ids out of range get zeros."""
-    # Plain indexing would clamp an id that is too large, and count a negative one from the end.
+    # Plain indexing would clamp large ids and wrap negative ones.
     return table.at[tokens].get(mode="fill", fill_value=0, wrap_negative_indices=False)

@@ -1,11 +1,13 @@
-"""Frozen weights as 8-bit integers with one scale for each output row.
+"""Frozen weights as 8-bit integers with one scale per output row.
 
-The matrices that act as x W^T are stored so: the blocks' projections and the head. A product is
-made with the integers, which every activation dtype holds exactly, and is scaled afterwards.
+The matrices that act as x W^T are quantized: the blocks' projections and the head. A product
+multiplies by the integers, which every activation dtype represents exactly, and is scaled
+afterwards. Other leaves stay as they are:
 
-Other leaves stay as they are: norms and vectors, which are small; the low-rank maps, 3 % of a 7.2B
-model, which make the decay, where errors add up over tokens; and the embedding, whose rows are read
-one by one, so that no sum over inputs averages the errors of a row with one large entry.
+* Norms and vectors are small.
+* The low-rank maps are 3 % of a 7.2B model and compute the decay, whose errors add up over tokens.
+* The embedding's rows are read one by one, so no sum over inputs averages the quantization errors
+  of a row with one large entry.
 """
 
 import typing
@@ -18,13 +20,13 @@ from jaxtyping import Array, Float, Int8
 
 from rwkv7_jax.array_types import Params, describe_fields
 
-# The name of this form of weights in settings and arguments.
+# The name of these weights in settings and arguments.
 INT8 = "int8"
 
-# Integers from -127 to 127: -128 would have no counterpart.
+# Integers from -127 to 127: the range is symmetric.
 _LARGEST = 127.0
 
-# The last part of a matrix's path in the tree. Norms have it too, but theirs are vectors.
+# The last part of a matrix's path. Norms have it too, but their weights are vectors.
 _MATRIX = "weight"
 
 _EMBEDDING = "emb"
@@ -37,9 +39,9 @@ class Int8Matrix:
     """A matrix, or a stack of them, whose entry [o, i] is `values[o, i] * scale[o]`.
 
     Attributes:
-        values: integers. The first leaf: Flax compares its shape with that of the parameter.
+        values: integers. They must be the first leaf: Flax compares its shape with the parameter's.
         scale: of each row, float32 and above 0.
-        origin: hash of the model that the matrix is from; "" where that is not known.
+        origin: hash of the model that the matrix is from; "" if unknown.
     """
 
     values: Int8[Array, "... O I"]
@@ -54,7 +56,7 @@ class Int8Matrix:
 
     @property
     def size(self) -> int:
-        """The numbers of the matrix; scales are not counted."""
+        """The number of entries of the matrix, without scales."""
         return self.values.size
 
     def dequantize(self) -> Float[Array, "... O I"]:
@@ -62,12 +64,12 @@ class Int8Matrix:
         return self.values.astype(jnp.float32) * self.scale[..., None]
 
 
-# A matrix as the model takes it.
+# A matrix that the model accepts.
 Weight = Float[Array, "O I"] | Int8Matrix
 
 
 def origin_of(params: Params) -> str | None:
-    """Returns the hash of the model that 8-bit weights are from; None for other weights."""
+    """Returns the hash of the model of 8-bit weights; None for other weights."""
     for leaf in jax.tree.leaves(params, is_leaf=is_int8):
         if isinstance(leaf, Int8Matrix):
             return leaf.origin
@@ -75,15 +77,15 @@ def origin_of(params: Params) -> str | None:
 
 
 def is_int8(leaf: Any) -> bool:
-    """Tells whether a node of a tree is a matrix in 8 bits; as `is_leaf` it keeps them whole."""
+    """Tells whether a node of a tree is an `Int8Matrix`; serves as `is_leaf`."""
     return isinstance(leaf, Int8Matrix)
 
 
 def is_quantizable(path: tuple[str, ...], ndim: int) -> bool:
-    """Tells whether a leaf is stored in 8 bits: the head, and the blocks' projections.
+    """Tells whether a leaf is quantized: the head and the blocks' projections are.
 
     Args:
-        path: in the tree of weights.
+        path: of the leaf in the tree of weights.
         ndim: of the leaf.
     """
     axes = 3 if path[0] == "layers" else 2
@@ -91,9 +93,9 @@ def is_quantizable(path: tuple[str, ...], ndim: int) -> bool:
 
 
 def quantize_rows(weight: Float[Array, "... O I"], origin: str = "") -> Int8Matrix:
-    """Rounds each row to 255 steps between its largest absolute value and that value's negative.
+    """Quantizes each row to 255 levels between minus and plus its largest absolute value.
 
-    An entry is off by half a step at most; subnormal ones count as 0. A row of zeros stays zeros.
+    The error is at most half a step. Subnormal entries count as 0, and a row of zeros stays zeros.
 
     Args:
         weight: finite.
@@ -101,8 +103,8 @@ def quantize_rows(weight: Float[Array, "... O I"], origin: str = "") -> Int8Matr
     """
     weight = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(weight), axis=-1, initial=0.0)
-    # Times the inverse: XLA rounds a division by a constant differently in other shapes. Above 0,
-    # so that a row of zeros is divided as any other.
+    # A product with the inverse: XLA's rounding of a division by a constant depends on the shape.
+    # The minimum avoids a division by zero for rows of zeros.
     scale = jnp.maximum(largest * (1 / _LARGEST), jnp.finfo(jnp.float32).tiny)
     values = jnp.round(weight / scale[..., None]).astype(jnp.int8)
     return Int8Matrix(values=values, scale=scale, origin=origin)
@@ -111,14 +113,14 @@ def quantize_rows(weight: Float[Array, "... O I"], origin: str = "") -> Int8Matr
 def quantize(params: Params, origin: str = "") -> Params:
     """Converts the matrices of a tree of weights to 8 bits; other leaves stay as they are.
 
-    It checks no numbers; `load_model(..., weights="int8")` does.
+    It does not check for non-finite numbers; `load_model(..., weights="int8")` does.
 
     Args:
         params: weights, or their shapes under `jax.eval_shape`.
         origin: hash of the model.
 
     Raises:
-        ValueError: a tree of variables, `{"params": ...}`, in place of the weights inside.
+        ValueError: a tree of variables, `{"params": ...}`, instead of the weights in it.
     """
     if "params" in params:
         raise ValueError(
@@ -135,7 +137,7 @@ def quantize(params: Params, origin: str = "") -> Params:
 
 
 def dequantize(params: Params) -> Params:
-    """Converts the matrices in 8 bits back to float32; other leaves stay as they are."""
+    """Converts 8-bit matrices back to float32; other leaves stay as they are."""
 
     def convert(leaf: Any) -> Any:
         return leaf.dequantize() if is_int8(leaf) else leaf

@@ -1,4 +1,4 @@
-"""What layers leave of a state: one layer's arrays, or all of them stacked."""
+"""The layers' parts of a state after the last token: one layer's arrays, or all layers stacked."""
 
 from typing import NamedTuple
 
@@ -8,13 +8,13 @@ from rwkv7_jax.model.state import RWKV7State
 
 
 class LayerMemories(NamedTuple):
-    """What one layer remembers after the last token; stacked over layers by the scan.
+    """One layer's memories after the last token; the scan stacks them over layers.
 
     Attributes:
         att_shift: the last token's input of the time mix, [B D].
         wkv: the WKV state, [B H Nv Nk].
         ffn_shift: the last token's input of the channel mix, [B D].
-        memory: the upscaled memory, or None where it is absent or never changes.
+        memory: the upscaled memory; None if it is absent or never changes.
     """
 
     att_shift: Array
@@ -26,14 +26,14 @@ class LayerMemories(NamedTuple):
 def state_after(before: RWKV7State, memories: LayerMemories) -> RWKV7State:
     """Returns the state after the last token, of one layer or stacked over layers.
 
-    Its leaves have the dtypes of `before`, as the carry of a loop must.
+    Its leaves have the dtypes of `before`, as a loop's carry requires.
 
     Args:
-        before: the state that was read.
+        before: the state before the tokens.
         memories: of the same layers.
     """
     upscaled = before.upscaled
-    # A static memory comes back as None: it is handed on as it was, without a copy.
+    # A static memory comes back as None and is passed on without a copy.
     if upscaled is not None and memories.memory is not None:
         upscaled = upscaled.replace(memory=memories.memory)
     return RWKV7State(

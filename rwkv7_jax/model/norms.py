@@ -1,4 +1,4 @@
-"""Norms: over all channels, and over each head; all of them in float32."""
+"""Norms over all channels and over each head, computed in float32."""
 
 import functools
 
@@ -9,20 +9,20 @@ from jaxtyping import Array, Float
 from rwkv7_jax.model.casts import per_channel, widened
 from rwkv7_jax.model.head_sums import HeadView, spread_over_heads, sum_heads
 
-# The length by which shorter heads are divided instead of by their own.
+# The minimum norm, by which shorter heads are divided.
 _SHORTEST_HEAD = 1e-12
 
 
 def standardise(x: Float[Array, "... N"], eps: float) -> Float[Array, "... N"]:
     """Scales to zero mean and unit variance (biased) over the last axis, in float32."""
     wide = widened(x)
-    # Centred first: E[x^2] - E[x]^2 would lose the digits of activations far from zero.
+    # Centred first: E[x^2] - E[x]^2 would lose precision for activations far from zero.
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     return wide * jax.lax.rsqrt(variance + eps)
 
 
-# Only x is stored for the backward pass, in its own dtype.
+# Saves only x for the backward pass, in its own dtype.
 @functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
 def layer_norm(
     x: Float[Array, "... D"],
@@ -30,7 +30,7 @@ def layer_norm(
     bias: Float[Array, " D"],
     eps: float,
 ) -> Float[Array, "... D"]:
-    """Normalises over the last axis, then scales and shifts; all of it in float32."""
+    """Normalises over the last axis, then scales and shifts, in float32."""
     wide = standardise(x, eps)
     scale = per_channel(weight, wide)
     shift = per_channel(bias, wide)
@@ -45,7 +45,7 @@ def group_norm(
     *,
     head_size: int,
 ) -> HeadView:
-    """Normalises each head of each token on its own; scale and shift run over all channels.
+    """Normalises each head of each token; scale and shift are per channel.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:285.
     """
@@ -68,7 +68,7 @@ def unit_heads(x: HeadView, head_size: int) -> HeadView:
     """
     wide = widened(x)
     square = sum_heads(jnp.square(wide), head_size, x.dtype)
-    # The maximum is taken under the root, where a vector of zeros still has a finite gradient.
+    # The maximum is under the root, so a vector of zeros has a finite gradient.
     inverse_length = jax.lax.rsqrt(jnp.maximum(square, _SHORTEST_HEAD**2))
     inverse_length = spread_over_heads(inverse_length, head_size, x.dtype)
     return (wide * inverse_length).astype(x.dtype)

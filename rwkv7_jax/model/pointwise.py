@@ -1,7 +1,7 @@
-"""The small operations between the products and the recurrence: of channels, and of heads.
+"""The pointwise and per-head operations between the products and the recurrence.
 
-No backward pass keeps what they compute: it is cheap next to the products, and much of it float32.
-The equations are in `block`.
+Their results are never saved for the backward pass: they are cheap next to the products, and many
+are float32. The equations are in `block`.
 """
 
 import jax
@@ -28,14 +28,14 @@ def log_decay(raw: Activations, bias: Vector) -> Float[Array, "B T D"]:
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/cuda/rwkv7_clampw.cu:16,42.
     """
-    # With the 8 bits of bfloat16, the error of log w would add up over thousands of tokens.
+    # In bfloat16, with its 8 bits, errors of log w would add up over thousands of tokens.
     return -DECAY_RATE * jax.nn.sigmoid(_with_bias(raw, bias))
 
 
 def mix_values(
     v: Activations, v_first: Activations, raw: Activations, bias: Vector
 ) -> Activations:
-    """Moves the values towards layer 0's by nu = sigmoid(raw + bias)."""
+    """Interpolates from the values to layer 0's by nu = sigmoid(raw + bias)."""
     # Only the gate is computed in float32; the values stay in the activations' dtype.
     return v + (v_first - v) * jax.nn.sigmoid(_with_bias(raw, bias)).astype(v.dtype)
 
@@ -51,15 +51,15 @@ def removal_and_replacement(
 
     Args:
         k: the keys, all channels.
-        raw: of the learning rate.
+        raw: the learning rate's logits without the bias.
         bias: of the learning rate.
-        xi: scale of the removal key; its shape [H N] divides the channels into heads.
+        xi: scale of the removal key; its shape [H N] splits the channels into heads.
         alpha: strength of the replacement.
     """
     head_size = xi.shape[1]
     icl_rate = jax.nn.sigmoid(_with_bias(raw, bias)).astype(k.dtype)
-    # -kappa^ = -(k * xi) / |k * xi| for each head, the removal key; k is not yet the one below.
-    # The sign goes in first: on TPU, a negation at the end would be a pass over all channels.
+    # -kappa^ = -(k * xi) / |k * xi| for each head, the removal key, with k before the replacement.
+    # The sign comes first: on TPU, a negation at the end would be a pass over all channels.
     scaled = view_heads(k * -per_channel(xi.ravel(), k), head_size)
     negative_key = norms.unit_heads(scaled, head_size)
     removal = -negative_key * view_heads(icl_rate, head_size)
@@ -85,8 +85,8 @@ def read_out(
     """Computes g * (norm(y) + u), with the bonus u = (r . (rho * k~)) v of the current token.
 
     Args:
-        y: the recurrence's read-out.
-        r_k_v: the recurrence's inputs.
+        y: the recurrence's result.
+        r_k_v: the recurrence's inputs r, k~ and v.
         gate: g, all channels.
         rho: weight of the bonus.
         norm: weight and bias of the norm of each head.
@@ -97,7 +97,7 @@ def read_out(
     r = view_heads(r, head_size)
     k = view_heads(k, head_size)
     v = view_heads(v, head_size)
-    # The bonus is added after the norm, so it keeps its size where y is large.
+    # The bonus is added after the norm, so y's magnitude does not affect it.
     normed = norms.group_norm(view_heads(y, head_size), *norm, eps, head_size=head_size)
     agreement = r * k * per_channel(rho.reshape(r.shape[2:]), r)
     strength = sum_heads(agreement, head_size, r.dtype)

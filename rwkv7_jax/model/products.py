@@ -1,4 +1,4 @@
-"""Products with weights, and what they need on each kind of device."""
+"""Products with weights, and their adaptations to each kind of device."""
 
 import functools
 import math
@@ -16,10 +16,11 @@ from rwkv7_jax.model.casts import per_channel, wide_dtype
 from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
 from rwkv7_jax.model.remat import name_product
 
-# Up to so many rows, reading a weight takes longer than multiplying by it.
+# Up to this many rows, reading a weight takes longer than multiplying by it.
 _MOST_ROWS = 64
 
-# XLA for GPUs makes one kernel of a row's product with so many columns, and two of one with more.
+# Up to this many columns, XLA for GPUs computes a single row's product in one kernel; beyond, in
+# two.
 _MOST_COLUMNS = 96
 
 
@@ -27,7 +28,7 @@ def linear(
     x: Float[Array, "... I"],
     weight: Weight,
 ) -> Float[Array, "... O"]:
-    """Computes x W^T in x's dtype; float32 means float32 on every device."""
+    """Computes x W^T in x's dtype; float32 products have full precision on every device."""
     if isinstance(weight, Int8Matrix):
         return name_product(_int8_product(x, weight, x.dtype))
     return name_product(_product(x, weight.astype(x.dtype)).astype(x.dtype))
@@ -37,10 +38,10 @@ def project(
     x: Float[Array, "... I"],
     weight: Float[Array, "I O"],
 ) -> Float[Array, "... O"]:
-    """Computes x W in x's dtype, for the low-rank matrices, which act from the right."""
+    """Computes x W in x's dtype, for the low-rank matrices."""
     columns = weight.shape[-1]
     if is_one_token_on_gpu(x) and _MOST_COLUMNS < columns <= 2 * _MOST_COLUMNS:
-        # A kernel has room for the sums of two such halves; three parts would be two again.
+        # XLA fits two halves into one kernel, but not three parts.
         halves = jnp.array_split(weight, 2, axis=-1)
         return jnp.concatenate([project(x, half) for half in halves], axis=-1)
     product = jnp.matmul(
@@ -63,14 +64,14 @@ def head_logits(
     return _product(x, weight.astype(x.dtype), wide)
 
 
-# Only the integers are stored for the backward pass. Left alone, the gradient of a scan over layers
-# stores what the tangents do not depend on: a float copy of every layer's weights.
+# Saves only the integers for the backward pass. Without the checkpoint, the gradient of a scan over
+# layers would save a float copy of every layer's weights.
 @functools.partial(jax.checkpoint, static_argnums=2)
 def _int8_product(x: Float[Array, "... I"], weight: Int8Matrix, dtype) -> Array:
     """Computes x W^T from integers in x's dtype, and scales the result in float32.
 
     Args:
-        x: of the activations' dtype, which holds the integers exactly.
+        x: in the activations' dtype, which represents the integers exactly.
         weight: one matrix.
         dtype: of the product and of the result.
     """
@@ -86,7 +87,7 @@ def _product(
     Args:
         x: rows.
         weight: of x's dtype.
-        dtype: of the result; by default the one that few rows are summed in, or x's.
+        dtype: of the result; by default `_sum_dtype`, or x's.
     """
     product = functools.partial(
         jnp.einsum,
@@ -94,10 +95,10 @@ def _product(
         preferred_element_type=_sum_dtype(x) or dtype,
     )
     if _is_step(x) and _rows(x) > 1 and platforms.target_platform() == "cpu":
-        turned = product("oi,bi->ob", weight, x.reshape(-1, x.shape[-1]))
-        # XLA would turn the product back, and then copy all of the weights into another order.
-        turned = jax.lax.optimization_barrier(turned)
-        return turned.T.reshape(*x.shape[:-1], weight.shape[0])
+        transposed = product("oi,bi->ob", weight, x.reshape(-1, x.shape[-1]))
+        # Otherwise XLA undoes the transposition and copies all weights to another layout.
+        transposed = jax.lax.optimization_barrier(transposed)
+        return transposed.T.reshape(*x.shape[:-1], weight.shape[0])
     return product("...i,oi->...o", x, weight)
 
 
@@ -106,25 +107,25 @@ def _rows(x: Array) -> int:
 
 
 def _is_step(x: Array) -> bool:
-    """Tells whether x [... T I] is one token of each of a few rows, as decoding reads it."""
+    """Tells whether x [... T I] is one token of each of a few rows, as in decoding."""
     if x.ndim < 2 or x.shape[-2] != 1:
         return False
     rows = _rows(x)
-    # A dimension of `jax.export` may be any number.
+    # A symbolic dimension of `jax.export` may have any size.
     return not jax.export.is_symbolic_dim(rows) and rows <= _MOST_ROWS
 
 
 def share_buffer_of_one_token(
     arrays: Sequence[Float[Array, "B T _"]],
 ) -> tuple[Float[Array, "B T _"], ...]:
-    """Returns the arrays; those of one token on a GPU as parts of one array.
+    """Returns the arrays; a single token's on a GPU become parts of one array.
 
-    A kernel takes longer to start there than to multiply one row. XLA makes one kernel of products
-    that read the same array, and none of those that only look alike.
+    Launching a kernel there takes longer than multiplying one row. XLA merges products into one
+    kernel only if they read the same array.
     """
     if not is_one_token_on_gpu(arrays[0]):
         return tuple(arrays)
-    # Otherwise every product would compute its part again.
+    # Without the barrier, every product would recompute its part.
     joined = jax.lax.optimization_barrier(jnp.concatenate([x.ravel() for x in arrays]))
     ends = np.cumsum([x.size for x in arrays])
     parts = jnp.split(joined, ends[:-1])
@@ -132,16 +133,16 @@ def share_buffer_of_one_token(
 
 
 def is_one_token_on_gpu(x: Array) -> bool:
-    """Tells whether x [... T D] is a single token of a single row, for a GPU."""
+    """Tells whether x [... T D] is a single token of a single row and the target is a GPU."""
     return _is_step(x) and _rows(x) == 1 and platforms.target_platform() == "cuda"
 
 
 def _sum_dtype(x: Array) -> DTypeLike | None:
-    """Returns the dtype to sum 16-bit products of a step in; None leaves it to the compiler.
+    """Returns the dtype in which a step's 16-bit products are summed; None for the default.
 
-    For GPUs, XLA makes a product with one row of multiplications, whose results it would round to
-    16 bits before the sum. Products with many rows are summed in float32 anyway; asked for it, the
-    gradient would multiply float32 by 16 bits.
+    For GPUs, XLA computes a product with one row as multiplications, whose results it would round
+    to 16 bits before the sum. Products with many rows are summed in float32 anyway. Requesting it
+    there would make the gradient multiply float32 by 16-bit operands.
     """
     return jnp.float32 if jnp.dtype(x.dtype).itemsize < 4 and _is_step(x) else None
 
@@ -149,6 +150,6 @@ def _sum_dtype(x: Array) -> DTypeLike | None:
 def precision(dtype) -> str:
     """Returns the precision of products: full for float32, one pass for 16-bit operands.
 
-    Left alone, GPU and TPU would shorten float32 operands to TF32 or bfloat16.
+    By default, GPUs and TPUs round float32 operands to TF32 or bfloat16.
     """
     return "highest" if dtype == jnp.float32 else "default"

@@ -1,6 +1,6 @@
-"""The recurrence of one layer: the WKV op on its state, and on an upscaled memory if there is one.
+"""The recurrence of one layer: the WKV op on its state, and on its upscaled memory if there is one.
 
-This is the only place where the model calls the op.
+The model calls the op only here.
 """
 
 import functools
@@ -18,12 +18,12 @@ from rwkv7_jax.model.time_shards import wkv7_along_time
 from rwkv7_jax.model.upscaled_memory import Upscaled
 from rwkv7_jax.sharding import TENSOR, mesh_sizes, on_each, row_axes, time_axis
 
-# One layer's arrays of those that `RWKV7.trace` returns, by name.
+# One layer's arrays from `RWKV7.trace`, by name.
 LayerTrace = Mapping[str, Array]
 
 
 def wkv_inputs_of(trace: LayerTrace) -> WKVInputs:
-    """Picks the inputs of the WKV op from one layer's trace."""
+    """Selects the inputs of the WKV op from one layer's trace."""
     return WKVInputs(*(trace[name] for name in WKVInputs._fields))
 
 
@@ -35,9 +35,9 @@ def wkv7_sharded(
     lengths: Lengths | None = None,
     segment_ids: SegmentIds | None = None,
 ) -> tuple[Float[Array, "B T H Nv"], Float[Array, "S H Nv Nk"]]:
-    """Runs the WKV op; on several devices, each one runs it on its own rows and heads.
+    """Runs the WKV op, on a mesh sharded over rows and heads.
 
-    Devices that do not divide rows or heads evenly compute all of them.
+    If the devices do not divide the rows or heads evenly, each device computes all of them.
     """
 
     def op(inputs: WKVInputs, state: Array, lengths: Any, segment_ids: Any):
@@ -55,7 +55,7 @@ def wkv7_sharded(
     divides = TENSOR in sizes and heads % sizes[TENSOR] == 0
     own_heads = TENSOR if divides else None
     of_tokens = PartitionSpec(rows, None, own_heads)
-    # A row's states lie together, so that a device that has the row has them too.
+    # The states of a row are adjacent, so they are on the row's device.
     of_states = PartitionSpec(rows, own_heads)
     of_rows = PartitionSpec(rows)
     return on_each(
@@ -79,20 +79,20 @@ def recurrence(
     lengths: Lengths | None,
     segments: Segments | None = None,
 ) -> tuple[Heads, Float[Array, "S H Nv Nk"], Float[Array, "..."] | None]:
-    """Reads one layer's memories at every token and updates them.
+    """Reads and updates one layer's memories at every token.
 
     Args:
         inputs: the layer's inputs of the WKV op.
         icl_rate: the in-context learning rate.
         wkv: the WKV state before the first token.
         upscaled: the layer's upscaled memory, without the axis L, or None.
-        implementation: the implementation of the WKV op, or None for the best one.
-        lengths: the number of tokens of each row that count.
-        segments: the sequences that share each row, if several do.
+        implementation: the implementation of the WKV op; None picks the best.
+        lengths: the number of real tokens of each row.
+        segments: the sequences of each row, if several share it.
 
     Returns:
-        The values read, and after the last token the WKV state and the upscaled memory; None for a
-        memory that is absent or never changes.
+        The values read; the WKV state after the last token; the upscaled memory after the last
+        token, or None if it is absent or never changes.
     """
     op = functools.partial(
         wkv7_sharded,
@@ -108,9 +108,9 @@ def recurrence(
     form = upscaled.form
     if form.replaces_wkv:
         read, memory = form.read(upscaled, inputs, icl_rate, op)
-        # The WKV state is handed back unread: the paper's memory takes its place.
+        # The WKV state is returned unread: the paper's memory replaces it.
         return read.astype(inputs.r.dtype), wkv, memory
     y, wkv = op(inputs, wkv)
     read, memory = form.read(upscaled, inputs, icl_rate, op)
-    # The sum is taken in y's dtype, so that an empty memory leaves y as it was.
+    # Summed in y's dtype, so an empty memory does not change y.
     return y + read.astype(y.dtype), wkv, memory

@@ -1,4 +1,4 @@
-"""The choice of results that a block keeps for its backward pass; the others are computed again."""
+"""The choice of results that a block saves for its backward pass; the others are recomputed."""
 
 from collections.abc import Callable
 
@@ -10,36 +10,36 @@ from jaxtyping import Array
 from pallas_kernels import RESULTS
 from rwkv7_jax.model.time_shards import RECEIVED
 
-# The name of matrix products' results. By JAX's own policy for products, the sums over heads would
-# be kept too, which are products on TPU alone and cheap there.
+# The name of the results of matrix products. JAX's own policy for products would also save the sums
+# over heads, which are products on TPU and cheap.
 _PRODUCT = "rwkv7 product"
 
-# What other devices sent is small, and to send it again would take longer.
+# Data received from other devices is small, and sending it again would take longer.
 _OP = jax.checkpoint_policies.save_only_these_names(RESULTS, RECEIVED)
 _PRODUCTS = jax.checkpoint_policies.save_only_these_names(_PRODUCT, RESULTS, RECEIVED)
 
-# By the names of `RWKV7Config.remat`. Weights that were gathered from shards are never kept.
+# By the names of `RWKV7Config.remat`. Weights that were gathered from shards are never saved.
 _KEPT = {"none": _PRODUCTS, "op": _OP, "block": None}
 
 CHOICES = tuple(_KEPT)
 
 
 def name_product(x: Array) -> Array:
-    """Names the result of a matrix product, so that "none" keeps it."""
+    """Names the result of a matrix product, so that "none" saves it."""
     return checkpoint_name(x, _PRODUCT)
 
 
 def keep_for_backward(block: Callable, remat: str, *, is_scanned: bool) -> Callable:
-    """Wraps a class of modules so that it keeps, of what it computes, what `remat` says.
+    """Wraps a module class so that it saves the results that `remat` names.
 
-    Its inputs are always kept.
+    Its inputs are always saved.
 
     Args:
         block: the class.
-        remat: "none" keeps the results of matrix products and of the WKV op; "op", those of the WKV
+        remat: "none" saves the results of matrix products and of the WKV op; "op", those of the WKV
             op; "block", nothing.
-        is_scanned: whether the block is inside of a scan over layers. XLA cannot merge its two
-            passes then; elsewhere it would, and keep the first pass's results until the last
-            gradient, unless a barrier is between the two.
+        is_scanned: whether the block is inside a scan over layers. Outside of one a barrier is
+            needed: XLA would merge the recomputation with the forward pass, and keep its results
+            until the last gradient.
     """
     return nn.remat(block, prevent_cse=not is_scanned, policy=_KEPT[remat])

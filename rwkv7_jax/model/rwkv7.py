@@ -1,8 +1,8 @@
-"""RWKV-7 as a thin Linen shell: declare parameters, call pure functions, return.
+"""RWKV-7 as a thin Linen shell, which declares parameters and calls pure functions.
 
 Parameter paths are the official checkpoint names: `emb`, `ln0`, the blocks, `ln_out`, `head`. The
-first block stands apart as `layer_0`; the others' weights are stacked under `layers` and scanned.
-`ln0` belongs to the embedding. The equations are in `block`.
+first block is `layer_0`; the weights of the others are stacked under `layers` and scanned. `ln0`
+belongs to the embedding. The equations are in `block`.
 """
 
 import functools
@@ -41,11 +41,11 @@ from rwkv7_jax.model.state import RWKV7State, check_state
 class RWKV7(nn.Module):
     """The model: `apply({"params": params}, tokens, state) -> (logits, state)`.
 
-    Nothing is mutable: memory is passed in and comes back as an `RWKV7State`. Activations have
+    Nothing is mutable: the memory is an argument and a result, an `RWKV7State`. Activations have
     `config.dtype`; logits and the WKV state are float32.
 
-    Under a mesh (`sharding.use_mesh`) each device runs the model on its own rows, and with `tensor`
-    on its own heads. The weights, which may lie in shards, are gathered block by block.
+    Under a mesh (`sharding.use_mesh`) each device runs the model on its own rows and, with a
+    `tensor` axis, its own heads. Sharded weights are gathered block by block.
     """
 
     config: RWKV7Config
@@ -61,11 +61,11 @@ class RWKV7(nn.Module):
         """Runs a method, by default the call, with the weights `variables["params"]`.
 
         Raises:
-            TypeError: variables, or weights, that are no dict.
-            ValueError: no weights in them, or those of a model of other sizes; or a mesh that does
-                not divide the heads.
+            TypeError: the variables or the weights are not a dict.
+            ValueError: the weights are missing or have other sizes, or the mesh does not divide the
+                heads.
         """
-        # Flax would speak of scopes and collections.
+        # Flax's own errors speak of scopes and collections.
         with prefix_errors("RWKV7"):
             if not isinstance(variables, Mapping):
                 kind = type(variables).__name__
@@ -75,9 +75,9 @@ class RWKV7(nn.Module):
             if "params" not in variables:
                 names = ", ".join(map(str, variables)) or "nothing"
                 raise ValueError(
-                    f'`variables` must hold the weights, {{"params": params}}; it has {names}.'
+                    f'`variables` must hold the weights, {{"params": params}}; got {names}.'
                 )
-            # Flax's transforms make classes of their own, whose weights are several models'.
+            # Flax's transforms make subclasses, whose weights may be those of several models.
             if type(self) is RWKV7:
                 check_params(variables["params"], self.config)
                 check_placed(variables["params"], "`params`")
@@ -91,12 +91,12 @@ class RWKV7(nn.Module):
 
     @nn.nowrap
     def init(self, rngs: Any, *arguments: Any, **named: Any) -> Any:
-        """Draws new weights, `{"params": params}`, in one program.
+        """Draws new weights, `{"params": params}`, in one compiled program.
 
         Args:
             rngs: a random key.
-            *arguments: of the call: tokens of any shape [B T], a state of B rows.
-            **named: as of `flax.linen.Module.init`.
+            *arguments: of the call: tokens of any shape [B T] and a state of B rows.
+            **named: as in `flax.linen.Module.init`.
         """
         if named or len(arguments) != 2 or not is_eager():
             return super().init(rngs, *arguments, **named)
@@ -116,8 +116,8 @@ class RWKV7(nn.Module):
         method: str | Callable | None = None,
         **static: Any,
     ) -> Any:
-        """Runs a method on each device with its own rows, and the weights in shards."""
-        # Here, where shapes are those that the caller knows, and ids can still be read.
+        """Runs a method on each device with its own rows and sharded weights."""
+        # Checked here, where shapes are the caller's and ids are concrete.
         tokens, lengths, _ = self._checked(tokens, state, lengths, segment_ids)
         apply = super().apply
         sizes = sharding.mesh_sizes()
@@ -128,8 +128,8 @@ class RWKV7(nn.Module):
             time = sharding.SEQUENCE
             if segment_ids is not None:
                 raise ValueError(
-                    "RWKV7: `segment_ids` must be left out on a mesh that shares the tokens of a "
-                    f"row (sequence={sizes[time]})."
+                    "RWKV7: `segment_ids` must be None on a mesh that shards the tokens of a row; "
+                    f"got a mesh with sequence={sizes[time]}."
                 )
             tokens, lengths = time_shards.fill_up(tokens, lengths, sizes[time])
         weights = sharding.specs(sizes, variables)
@@ -174,16 +174,16 @@ class RWKV7(nn.Module):
         """Computes the next-token logits at every position and the state after the last token.
 
         Args:
-            tokens: ids below `config.vocab_size`; T may be 0. Concrete ids are checked here. Traced
-                ones cannot be: those out of range are embedded as zeros.
+            tokens: ids below `config.vocab_size`; T may be 0. Concrete ids are checked. Traced ones
+                are not: ids out of range are embedded as zeros.
             state: the start state, with one row for each row of `tokens`.
-            lengths: the number of tokens of each row that count, from the left. Logits after them
-                mean nothing; the state returned is the one after the last token that counts. Traced
-                lengths below 0 count as 0, and those above T as T.
-            segment_ids: the sequence of each token, where K sequences share a row, one after the
-                other; numbered from 0 in each row, and never falling. The state has K rows for each
-                row of tokens, in their order: one sequence each, and each gives what it gives in a
-                row of its own. An upscaled memory must be one that all sequences share.
+            lengths: the number of real tokens of each row; padding is on the right. The logits of
+                padding are meaningless, and the returned state is the one after the last real
+                token. Traced lengths are clipped to 0 and T.
+            segment_ids: the sequence of each token, where K sequences share a row, one after
+                another; numbered from 0 in each row and not decreasing. The state has K rows for
+                each row of tokens, one per sequence in order. Each sequence gives the same result
+                as in a row of its own. All sequences must share an upscaled memory.
 
         Raises:
             ValueError: ids or lengths out of range, or a state or weights of other sizes.
@@ -199,7 +199,7 @@ class RWKV7(nn.Module):
         lengths: Lengths | None = None,
         segment_ids: SegmentIds | None = None,
     ) -> tuple[Activations, RWKV7State]:
-        """Works as the call, but stops before the head and returns its normed input."""
+        """Works as the call, but returns the normed input of the head instead of logits."""
         x, state, _ = self._run(tokens, state, lengths, segment_ids, project=False)
         return x, state
 
@@ -212,17 +212,17 @@ class RWKV7(nn.Module):
         *,
         names: Sequence[str] = TRACE,
     ) -> tuple[Logits, RWKV7State, dict[str, Array]]:
-        """Works as the call, and returns arrays of all layers as well: [L B T ...].
+        """Works as the call, and also returns arrays of all layers, [L B T ...].
 
         Args:
-            tokens: as for the call, as are the next three.
+            tokens: as in the call, as are the next three.
             state: see tokens.
             lengths: see tokens.
             segment_ids: see tokens.
-            names: of the arrays, among `TRACE`.
+            names: of the arrays, from `TRACE`.
 
         Raises:
-            ValueError: another name; or as the call.
+            ValueError: an unknown name, or as in the call.
         """
         return self._run(tokens, state, lengths, segment_ids, names=names)
 
@@ -235,7 +235,7 @@ class RWKV7(nn.Module):
         *,
         names: Sequence[str] = TRACE,
     ) -> tuple[Activations, RWKV7State, dict[str, Array]]:
-        """Works as `hidden`, and returns the arrays of `names`, which are in `TRACE`, as well."""
+        """Works as `hidden`, and also returns the arrays `names`, as `trace` does."""
         return self._run(
             tokens, state, lengths, segment_ids, names=names, project=False
         )
@@ -256,7 +256,7 @@ class RWKV7(nn.Module):
         names = tuple(names)
         tokens, lengths, segments = self._checked(tokens, state, lengths, segment_ids)
         arguments = (tokens, state, lengths, segments)
-        # A module that is initialised, or whose intermediates are kept, writes while it runs.
+        # A module writes variables while it is initialised or records intermediates.
         writes = self.is_initializing() or self.is_mutable_collection("intermediates")
         if writes or not is_eager():
             return self._pass(*arguments, names, project)
@@ -298,7 +298,7 @@ class RWKV7(nn.Module):
             if lengths is not None:
                 lengths = inputs.safe_lengths(lengths, tokens.shape)
             segments = None
-            # A device's own heads are of a state that was checked before.
+            # Under tensor parallelism the whole state was checked before it was split.
             if not sharding.shares_heads():
                 if segment_ids is None:
                     check_state(state, tokens.shape[0], config)
@@ -319,15 +319,15 @@ class RWKV7(nn.Module):
         segments,
         names: tuple[str, ...],
     ):
-        """Runs all layers: the first one, then a scan over the others' stacked weights.
+        """Runs all layers: the first one, then a scan over the stacked weights of the others.
 
         Returns:
-            The residual stream, and stacked over layers the memories and the trace.
+            The residual stream; the memories and the trace, stacked over layers.
         """
         config = self.config
         block = _with_gathered_weights(Block, self, "layer_0", "layers")
 
-        # Layer 0 is outside of the scan: it has no value residual, so its parameters differ.
+        # Layer 0 is outside the scan: it has no value residual, so its parameters differ.
         first_state = jax.tree.map(lambda leaf: leaf[0], state)
         first_block = keep_for_backward(block, config.remat, is_scanned=False)(
             config, True, names, name="layer_0"
@@ -335,13 +335,13 @@ class RWKV7(nn.Module):
         x, (first_memories, v_first, first_trace) = first_block(
             x, first_state, 0, None, lengths, segments
         )
-        # With an axis L of 1, to be joined with what the scan stacks over the other layers.
+        # Adds an axis L of 1, to concatenate with the arrays that the scan stacks.
         stacked = jax.tree.map(lambda leaf: leaf[None], (first_memories, first_trace))
         if config.num_layers == 1:
             return x, *stacked
 
-        # The state and the layer's index are scanned over. v_first is closed over, not carried: a
-        # carry would be saved once per layer.
+        # The state and the layer's index are scanned over. v_first is broadcast: as a carry it
+        # would be saved once per layer.
         in_axes: Any = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
         scanned = nn.scan(
             keep_for_backward(block, config.remat, is_scanned=True),
@@ -365,7 +365,7 @@ class RWKV7(nn.Module):
 
 
 def _state_specs(state: RWKV7State, rows: Any) -> RWKV7State:
-    """Returns how the leaves of a state lie on devices: as the rows, unless one row is for all."""
+    """Returns the specs of a state's leaves; leaves with one shared row are replicated."""
 
     def with_rows(leaf: Any, heads: PartitionSpec) -> PartitionSpec:
         own = rows if leaf.shape[1] == state.batch else None
@@ -378,7 +378,7 @@ def _state_specs(state: RWKV7State, rows: Any) -> RWKV7State:
 def _trace_specs(
     names: Iterable[str], rows: Any, time: Any, sizes: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Returns how the arrays of a trace, [L B T ...], lie on devices."""
+    """Returns the specs of a trace's arrays, [L B T ...]."""
     tensor = sharding.TENSOR if sharding.TENSOR in sizes else None
     specs = {}
     for name in names:
@@ -387,15 +387,15 @@ def _trace_specs(
     return specs
 
 
-# Without a program, Flax would compute the whole model, one operation after the other.
+# Without `jit`, Flax would run the whole model eagerly.
 @functools.partial(jax.jit, static_argnums=0)
 def _init_compiled(model: RWKV7, rngs: Any, tokens: Tokens, state: RWKV7State) -> Any:
-    """Draws the weights of a model that no other program initialises."""
+    """Draws the weights of a model in an eager call."""
     return nn.Module.init(model, rngs, tokens, state)
 
 
-# Compiled once for its sizes. Without a program around it the scan over layers would be compiled
-# at every call, because Flax makes it anew, and JAX would keep all of these programs.
+# Compiled once for its sizes. In an eager call the scan over layers would be compiled every time,
+# because Flax makes a new body, and JAX would cache all of these programs.
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _run_compiled(
     model: RWKV7,
@@ -404,18 +404,19 @@ def _run_compiled(
     names: tuple[str, ...],
     project: bool,
 ):
-    """Runs a model that no other program calls; its arguments were checked."""
-    # Not its own `apply`: without the head a parent holds no weights of it.
+    """Runs a model in an eager call; the arguments were checked."""
+    # Flax's `apply`, without the model's checks: a parent that never runs the head has no weights
+    # for it.
     apply = functools.partial(nn.Module.apply, model, variables)
     return apply(*arguments, names, project, method="_pass")
 
 
 def _with_gathered_weights(module: Callable, parent: RWKV7, *names: str) -> Callable:
-    """Wraps a module so that weights in shards are gathered when it is called.
+    """Wraps a module class so that its sharded weights are gathered when it is called.
 
     Args:
-        module: a class of modules.
-        parent: holds the weights of the submodules `names`.
+        module: the class.
+        parent: the module that holds the weights.
         *names: of the submodules.
     """
     weights = parent.variables.get("params", {})

@@ -1,7 +1,7 @@
-"""Segments: several sequences that share a row of tokens, each with a state of its own.
+"""Segments: several sequences that share a row of tokens, each with its own state.
 
-Sequence k of row b has row b K + k of the state. Here is what the model needs to know of them
-outside the recurrence, which has its own way (`pallas_kernels.packed_rows`).
+Sequence k of row b has row b K + k of the state. This module serves the token shift; the
+recurrence handles segments in `pallas_kernels.packed_rows`.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class Segments(NamedTuple):
     """Where the K sequences of each row lie.
 
     Attributes:
-        ids: the sequence of each token, in range and never falling.
+        ids: the sequence of each token, in range and not decreasing.
         firsts: the first token of each sequence; T or more where it has none.
         sizes: the number of tokens of each sequence.
     """
@@ -32,12 +32,12 @@ class Segments(NamedTuple):
 
 
 def _check_ids(ids: Any, shape: tuple[int, int], sequences: int) -> None:
-    """Raises unless the ids fit the tokens and the state, as far as they can be read."""
+    """Raises unless the ids match the tokens; concrete ids must be in range and not decrease."""
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"`segment_ids` must be integers; got {ids.dtype}.")
     if tuple(ids.shape) != tuple(shape):
         raise ValueError(
-            f"`segment_ids` must have shape {tuple(shape)}, one number a token; "
+            f"`segment_ids` must have shape {tuple(shape)}, one number per token; "
             f"got {tuple(ids.shape)}."
         )
     if not is_known(ids) or not ids.size:
@@ -49,11 +49,11 @@ def _check_ids(ids: Any, shape: tuple[int, int], sequences: int) -> None:
             f"`segment_ids` must be at least 0 and below {sequences}, the rows of `state` for each "
             f"row of tokens; got {wrong[0]}."
         )
-    falling = np.flatnonzero((np.diff(values, axis=1) < 0).any(axis=1))
-    if len(falling):
+    decreasing = np.flatnonzero((np.diff(values, axis=1) < 0).any(axis=1))
+    if len(decreasing):
         raise ValueError(
-            "`segment_ids` must not fall from one token to the next; "
-            f"row {falling[0]} does."
+            "`segment_ids` must not decrease from one token to the next; "
+            f"row {decreasing[0]} does."
         )
 
 
@@ -80,23 +80,24 @@ def check_packed_state(state: RWKV7State, config: RWKV7Config) -> None:
 def find_segments(
     segment_ids: Any, lengths: Lengths | None, shape: tuple[int, int], states: int
 ) -> Segments:
-    """Finds the sequences of each row: concrete ids are checked, traced ones are put in order.
+    """Finds the sequences of each row: checks concrete ids, and clips and sorts traced ones.
 
     Args:
         segment_ids: the sequence of each token.
-        lengths: the number of tokens of each row that count.
+        lengths: the number of real tokens of each row.
         shape: the number of rows and the number of tokens in a row.
-        states: sequences that the state holds.
+        states: the number of sequences in the state.
 
     Raises:
         TypeError: the ids are not integers.
-        ValueError: a wrong shape, ids out of range or falling, or states that the rows do not
-            divide.
+        ValueError: a wrong shape, ids that are out of range or decrease, or states that the rows do
+            not divide.
     """
     batch, tokens = shape
     if not batch or states < batch or states % batch:
         raise ValueError(
-            f"`state` must hold a multiple of the {batch} rows with `segment_ids`; got {states}."
+            f"`state` must hold a multiple of {batch} sequences, the rows of tokens, with "
+            f"`segment_ids`; got {states}."
         )
     ids = as_array(segment_ids, "`segment_ids`")
     sequences = states // batch
@@ -110,7 +111,7 @@ def find_segments(
     belongs = (ids[..., None] == numbers[None, None]) & is_token[..., None]
     sizes = jnp.sum(belongs, axis=1, dtype=jnp.int32)
     firsts = jnp.cumsum(sizes, axis=1, dtype=jnp.int32) - sizes
-    # Past the end, each at another place: `shift` promises that none comes twice.
+    # Out of range and distinct: `shift` promises unique indices.
     firsts = jnp.where(sizes > 0, firsts, tokens + numbers[None])
     return Segments(ids, firsts, sizes)
 
@@ -118,8 +119,8 @@ def find_segments(
 def shift(
     x: Activations, before: Float[Array, "S D"], segments: Segments
 ) -> Activations:
-    """Shifts by one token; each sequence's first one is preceded by its row of `before`."""
-    # Scatters into rows of no tokens, and gathers from them, have no gradient in JAX.
+    """Shifts by one token; the predecessor of a sequence's first token is its row of `before`."""
+    # JAX cannot differentiate scatters into empty rows or gathers from them.
     if not x.shape[1]:
         return x
 
@@ -134,14 +135,14 @@ def shift(
 def last_tokens(
     x: Activations, before: Float[Array, "S D"], segments: Segments
 ) -> Float[Array, "S D"]:
-    """Takes the last token of every sequence; its row of `before` where it has none."""
+    """Takes the last token of every sequence, or its row of `before` if it has none."""
     if not x.shape[1]:
         return before.astype(x.dtype)
 
     def one_row(x, lasts):
         return x.at[lasts].get(mode="fill", fill_value=0)
 
-    # Where there is none the place is past the end, or that of a neighbour: it is not read below.
+    # An empty sequence's index is out of range or a neighbour's; the result is not used below.
     lasts = segments.firsts + segments.sizes - 1
     found = jax.vmap(one_row)(x, lasts).reshape(before.shape)
     is_empty = segments.sizes.reshape(-1, 1) == 0

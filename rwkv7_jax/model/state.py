@@ -1,4 +1,4 @@
-"""The state, which is all that an RWKV-7 remembers: a pytree passed in and handed back.
+"""The state, a pytree that holds everything an RWKV-7 remembers.
 
 Every leaf is [L B ...]. Leaves that all sequences share, such as a static upscaled memory, may have
 B = 1 in a larger batch.
@@ -37,15 +37,15 @@ from rwkv7_jax.model.upscaled_memory import Upscaled, check_form
 @typing.no_type_check
 @struct.dataclass
 class RWKV7State:
-    """The memory of a batch of sequences, all layers together.
+    """The memory of a batch of sequences in all layers.
 
-    One layer's part of it is such a state as well, whose leaves have no axis L.
+    One layer's part of it has the same type, without the axis L.
 
     Attributes:
         att_shift: the last token's first-norm output of each layer, in the activations' dtype.
         wkv: the recurrent states, float32: rows are value channels, columns are key channels.
         ffn_shift: the last token's second-norm output of each layer, in the activations' dtype.
-        upscaled: a further memory read through kernel features, or None.
+        upscaled: an additional memory that is read through kernel features, or None.
     """
 
     att_shift: Float[Array, "L B D"]
@@ -68,7 +68,7 @@ class RWKV7State:
 
 
 def init_state(config: RWKV7Config, batch: int = 1) -> RWKV7State:
-    """Makes the state of `batch` sequences that have read nothing: zeros.
+    """Makes the state of `batch` sequences before any token: zeros.
 
     Raises:
         TypeError: not an `RWKV7Config`, or a batch that is not an integer.
@@ -86,7 +86,7 @@ def init_state(config: RWKV7Config, batch: int = 1) -> RWKV7State:
 
 
 def _check_batch(batch: Any) -> None:
-    """Checks a number of sequences, which may be a dimension of `jax.export`."""
+    """Checks a number of sequences, which may be a symbolic dimension of `jax.export`."""
     if not jax.export.is_symbolic_dim(batch):
         check_count(batch, 0, "`batch`")
 
@@ -106,18 +106,18 @@ def check_state(
     *,
     caller: str | None = None,
 ) -> None:
-    """Checks that a state fits a model and a batch; works on arrays, tracers and shapes alike.
+    """Checks that a state matches a model and a batch; works on arrays, tracers and shapes.
 
     Args:
         state: the state to check.
         batch: the number of sequences it must hold.
         config: the model's configuration.
-        caller: the function whose name begins the message; by default this one, or that of the
-            `prefix_errors` block around the call.
+        caller: the function whose name begins the message; by default this one, or that of an
+            enclosing `prefix_errors` block.
 
     Raises:
         TypeError: not an `RWKV7State`, or the WKV state is not float32.
-        ValueError: a leaf has the wrong shape, or an upscaled memory is of an unknown form.
+        ValueError: a leaf has the wrong shape, or an upscaled memory has an unknown form.
     """
     with prefix_errors("check_state" if caller is None else caller):
         _check_state(state, batch, config)
@@ -142,7 +142,7 @@ def _check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
                 f"`state.{name}` must have shape {shape} "
                 f"(layers {config.num_layers}, batch {batch}, ...); got {came}."
             )
-    # In bfloat16, products of thousands of decays would lose all precision.
+    # In bfloat16, products of thousands of decays lose all precision.
     if state.wkv.dtype != jnp.float32:
         raise TypeError(f"`state.wkv` must be float32; got {state.wkv.dtype}.")
     if state.upscaled is not None:
@@ -155,7 +155,7 @@ def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...]) -> None:
     if (upscaled.readout is not None) != form.replaces_wkv:
         needed = "given" if form.replaces_wkv else "None"
         raise ValueError(
-            f"`state.upscaled.readout` must be {needed} where dynamics are {upscaled.dynamics}."
+            f"`state.upscaled.readout` must be {needed} for dynamics {upscaled.dynamics!r}."
         )
 
     layers, batch, count, size, _ = heads
@@ -176,7 +176,7 @@ def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...]) -> None:
             continue
         came = tuple(leaf.shape)
         shared = (layers, 1, *wanted[2:])
-        # What never changes in context may be one row for all sequences.
+        # Sequences may share leaves that never change in context.
         may_be_shared = name != "memory" or not form.has_own_rows
         if came == wanted or (may_be_shared and came == shared):
             continue
@@ -186,7 +186,7 @@ def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...]) -> None:
 
 
 def _map_batch(change: Callable, state: RWKV7State, *others: RWKV7State) -> RWKV7State:
-    """Applies `change` to every leaf with a row for each sequence; shared leaves stay as they are.
+    """Applies `change` to every leaf with a row per sequence; shared leaves stay as they are.
 
     `change` takes one leaf of each state.
     """
@@ -196,7 +196,7 @@ def _map_batch(change: Callable, state: RWKV7State, *others: RWKV7State) -> RWKV
 
 
 def _map_plain_leaves(change: Callable, states: Sequence[RWKV7State]) -> RWKV7State:
-    """Calls `change` with the leaves that every state has; returns a state that is not upscaled."""
+    """Calls `change` with the leaves that every state has; the result is not upscaled."""
     return jax.tree.map(change, *[state.replace(upscaled=None) for state in states])
 
 
@@ -212,8 +212,8 @@ def _map_batch_upscaled(
     if state.upscaled is None:
         return None
 
-    # In a batch of one, shared leaves cannot be told from others by their shape. They are left
-    # alone, since rows that are added later can share them; a memory that changes cannot be shared.
+    # In a batch of one, the shape does not tell which leaves are shared. All count as shared, since
+    # rows that are added later can share them; a memory that changes cannot be shared.
     def change_own(leaf, *more):
         is_shared = leaf.shape[1] != state.batch or state.batch == 1
         return leaf if is_shared else change(leaf, *more)
@@ -236,11 +236,11 @@ def _upscaled_of(states: Sequence[RWKV7State]) -> list[Upscaled]:
 
 
 def repeat(state: RWKV7State, batch: int) -> RWKV7State:
-    """Makes a batch whose sequences all start from the one that `state` holds.
+    """Repeats the single sequence of a state `batch` times.
 
     Raises:
         TypeError: not an `RWKV7State`, or a batch that is not an integer.
-        ValueError: `state` holds more than one sequence, or a negative batch.
+        ValueError: `state` does not hold exactly one sequence, or a negative batch.
     """
     with prefix_errors("repeat"):
         check_whole_state(state, "`state`")
@@ -253,15 +253,15 @@ def repeat(state: RWKV7State, batch: int) -> RWKV7State:
 
 
 def check_whole_state(state: Any, argument: str) -> None:
-    """Checks that a value is a state whose leaves agree in layers and batch, whatever the model.
+    """Checks that a value is a state whose leaves agree in layers and batch, for any model.
 
     Args:
         state: the value to check.
         argument: the argument in backticks; the message begins with it.
 
     Raises:
-        TypeError: not an `RWKV7State`, or a leaf that is no array.
-        ValueError: leaves that do not fit each other.
+        TypeError: not an `RWKV7State`, or a leaf that is not an array.
+        ValueError: leaves that do not match each other.
     """
     check_instance(state, RWKV7State, argument)
     name = argument.strip("`")
@@ -291,12 +291,12 @@ def select(state: RWKV7State, rows: Any) -> RWKV7State:
     Args:
         state: any batch.
         rows: an index, a slice, a list or an array of indices, or a mask of B bools; negative
-            indices count from the end. Traced indices cannot be checked: those out of range select
-            the state that has read nothing, zeros.
+            indices count from the end. Traced indices are not checked: those out of range select
+            zeros.
 
     Raises:
         TypeError: rows that are not integers.
-        ValueError: rows that are not there, or not flat.
+        ValueError: rows that are out of range or not one-dimensional.
     """
     with prefix_errors("select"):
         check_whole_state(state, "`state`")
@@ -322,7 +322,7 @@ def _row_indices(rows: Any, batch: int) -> Any:
         rows = np.zeros(0, np.int32)
     rows = as_array(rows, "`rows`")
     if len(rows.shape) > 1:
-        raise ValueError(f"`rows` must be flat; got shape {tuple(rows.shape)}.")
+        raise ValueError(f"`rows` must have one axis; got shape {tuple(rows.shape)}.")
     if rows.dtype == bool:
         if tuple(rows.shape) != (batch,):
             raise ValueError(
@@ -330,7 +330,8 @@ def _row_indices(rows: Any, batch: int) -> Any:
             )
         if is_traced(rows):
             raise TypeError(
-                "`rows` must be indices in a compiled function: a mask's count is unknown there."
+                "`rows` must be indices in a compiled function, where the number of rows that a "
+                "mask selects is unknown; got a mask."
             )
         return np.flatnonzero(np.asarray(rows))
     check_indices(rows, batch, "`rows`")
@@ -347,17 +348,17 @@ def where_rows(
     """Takes the sequences where `rows` is true from `state`, the rest from `other`.
 
     Raises:
-        ValueError: one has an upscaled memory and the other has none, or one of another form.
+        ValueError: only one has an upscaled memory, or their memories differ in form.
     """
     if jax.tree.structure(state) != jax.tree.structure(other):
         forms = [one.upscaled and one.upscaled.dynamics for one in (state, other)]
         raise ValueError(
-            "where_rows: both states must have an upscaled memory of one form, or none; got "
-            f"{forms[0]} and {forms[1]}."
+            "where_rows: `state` and `other` must have upscaled memories of the same form, or none; "
+            f"got {forms[0]} and {forms[1]}."
         )
 
     def pick(new, old):
-        # What all sequences of both share stays shared.
+        # Leaves that both states share stay shared.
         return new if new is old else _choose(rows, new, old)
 
     return jax.tree.map(pick, state, other)
@@ -366,9 +367,9 @@ def where_rows(
 def restore_rows(
     rows: Bool[Array, " B"], earlier: RWKV7State, state: RWKV7State
 ) -> RWKV7State:
-    """Sets the sequences where `rows` is true back to what they were some tokens ago.
+    """Restores the sequences where `rows` is true from an earlier state of the same batch.
 
-    What all sequences share has not changed since, and stays shared.
+    Shared leaves have not changed and stay shared.
     """
     return _map_batch(functools.partial(_choose, rows), earlier, state)
 
@@ -384,8 +385,8 @@ def map_linear_leaves(
 ) -> RWKV7State:
     """Applies `change` to the shifts, WKV states, upscaled memories and their write strengths.
 
-    These are the leaves that may be added and averaged. The features through which an upscaled
-    memory is read are taken from `state` as they are.
+    These are the leaves that may be added and averaged. The features of an upscaled memory are
+    those of `state`.
     """
     states = (state, *others)
     upscaled = state.upscaled
@@ -399,12 +400,12 @@ def map_linear_leaves(
 
 
 def stack(states: list[RWKV7State]) -> RWKV7State:
-    """Makes one batch of all the sequences in `states`, in their order.
+    """Makes one batch of all sequences in `states`, in order.
 
-    A state without an upscaled memory gets an empty one where others have one, which reads nothing.
+    If some states have an upscaled memory, the others get an empty one, which reads zeros.
 
     Raises:
-        TypeError: something else than a list of states.
+        TypeError: not a list of states.
         ValueError: no state, states of different models, upscaled memories that differ in dynamics,
             kind or number of features, or only some states with a memory of the paper's form.
     """
@@ -432,22 +433,23 @@ def _check_states(states: Any) -> list[RWKV7State]:
             leaf = getattr(state, name)
             if leaf.shape[:1] + leaf.shape[2:] != wanted.shape[:1] + wanted.shape[2:]:
                 raise ValueError(
-                    f"`states[{index}].{name}` must be of the same model as states[0]'s, of shape "
-                    f"{tuple(wanted.shape)}; got {tuple(leaf.shape)}."
+                    f"`states[{index}].{name}` must be of the same model as that of states[0], "
+                    f"of shape {tuple(wanted.shape)}; got {tuple(leaf.shape)}."
                 )
     return states
 
 
 def _with_upscaled(state: RWKV7State, like: Upscaled) -> RWKV7State:
-    """Gives every sequence of `state` a memory of its own: its present one, or an empty one.
+    """Gives every sequence of `state` its own upscaled memory, an empty one if it has none.
 
-    Empty ones are read through the same features as `like`.
+    Empty memories have the features of `like`.
     """
     upscaled = state.upscaled
     if upscaled is None:
         if like.form.replaces_wkv:
             raise ValueError(
-                f"`states` must all have a memory of the paper's form ({like.dynamics}), or none."
+                "`states` must all have a memory of the paper's form, or none; only some have "
+                f"{like.dynamics!r}."
             )
         one_row = jax.tree.map(lambda leaf: leaf[:, :1], like)
         upscaled = one_row.replace(
@@ -455,7 +457,7 @@ def _with_upscaled(state: RWKV7State, like: Upscaled) -> RWKV7State:
         )
     if _shapes_without_batch(upscaled) != _shapes_without_batch(like):
         raise ValueError(
-            "`states` must have upscaled memories of one form; got "
+            "`states` must have upscaled memories of the same form; got "
             f"{_description(like)} and {_description(upscaled)}."
         )
 
@@ -466,7 +468,7 @@ def _with_upscaled(state: RWKV7State, like: Upscaled) -> RWKV7State:
 
 
 def _shapes_without_batch(upscaled: Upscaled) -> Upscaled:
-    # The comparison of these trees includes their static fields, dynamics and kind.
+    # Comparing these trees includes the static fields, dynamics and kind.
     return jax.tree.map(lambda leaf: (leaf.shape[0], leaf.shape[2:]), upscaled)
 
 
@@ -478,21 +480,20 @@ def _description(upscaled: Upscaled) -> str:
     return f"{kind} and {'no map' if features.map is None else 'a map'}"
 
 
-def _write_words(words: Any) -> bytes:
-    """Writes the fields of a state that are no arrays, such as the kind of features."""
-    return json.dumps(words).encode()
+def _serialize_static_fields(fields: Any) -> bytes:
+    return json.dumps(fields).encode()
 
 
-def _read_words(data: bytes | bytearray) -> Any:
+def _deserialize_static_fields(data: bytes | bytearray) -> Any:
     return tuple(json.loads(bytes(data)))
 
 
-# So that programs of `jax.export` which take or return states can be serialised.
+# Lets programs of `jax.export` that take or return states be serialised.
 for _node in (RWKV7State, Upscaled, Features):
     jax.export.register_pytree_node_serialization(
         _node,
-        # It stands in users' files.
+        # Stored in users' files: never change it.
         serialized_name=f"rwkv7_jax.{_node.__name__}",
-        serialize_auxdata=_write_words,
-        deserialize_auxdata=_read_words,
+        serialize_auxdata=_serialize_static_fields,
+        deserialize_auxdata=_deserialize_static_fields,
     )

@@ -1,11 +1,10 @@
-"""The tokens of one row on several devices: each has a piece of T/n tokens, in order.
+"""The tokens of one row sharded over n devices: each has a shard of T/n tokens, in order.
 
-Every function here is called on each device, with a mesh axis of n devices along which the pieces
-lie. A row's start state belongs to the first piece; the others start from what the pieces before
-them left.
+Every function here runs on each device of a mesh axis. A row's start state belongs to the first
+shard; each other shard starts from the end state of the one before.
 
-Over a piece the state changes as S' = S M + N: M and N depend on the piece's tokens alone. So all
-devices run the WKV op at the same time, and what is exchanged is M and N, not tokens.
+Over a shard the state changes as S' = S M + N, where M and N depend only on the shard's tokens. All
+devices therefore run the WKV op in parallel, and exchange M and N instead of tokens.
 """
 
 from collections.abc import Callable
@@ -19,29 +18,29 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import WKVInputs
 from rwkv7_jax.array_types import Activations, Heads, Lengths, Tokens
 
-# The name of what comes from another device, for policies of `jax.checkpoint`.
+# The name of data from another device, for `jax.checkpoint` policies.
 RECEIVED = "received from another device"
 
 WKVState = Float[Array, "B H Nv Nk"]
 
-# The WKV op with its options: inputs and start state to y and the state after the last token.
+# The WKV op with its options: maps inputs and start state to y and the state after the last token.
 Op = Callable[[WKVInputs, WKVState], tuple[Heads, WKVState]]
 
 
 def wkv7_along_time(
     op: Op, inputs: WKVInputs, state: WKVState, axis: str, **options: Any
 ) -> tuple[Heads, WKVState]:
-    """Runs the WKV op on rows whose tokens lie along a mesh axis.
+    """Runs the WKV op on rows whose tokens are sharded along a mesh axis.
 
-    The op runs once, with Nk more rows of values: they are 0 and start from the identity, so that
-    what they read is what any start state adds to y, and what they end as is M.
+    The op runs once, with Nk additional rows of values. These are 0 and start from the identity:
+    their reads tell how any start state contributes to y, and their end state is M.
 
     Args:
         op: the op.
         inputs: the device's tokens, [B T/n H N].
-        state: the row's start state, the same on all devices.
-        axis: the mesh axis; its size need be no power of 2.
-        options: of the op, besides those that it has.
+        state: the row's start state, replicated.
+        axis: the mesh axis; its size need not be a power of 2.
+        options: further options of the op.
 
     Returns:
         y of the device's tokens, and on every device the state after the row's last token.
@@ -61,16 +60,15 @@ def wkv7_along_time(
         **options,
     )
 
-    # [B H Nv Nk] and [B H Nk Nk]. The first piece has its start state already: nothing that comes
-    # before it can change its end, which is M = 0.
+    # [B H Nv Nk] and [B H Nk Nk]. The first shard's end does not depend on other shards: M = 0.
     added = ends[..., :rows, :]
     kept = jnp.where(is_first, 0, ends[..., rows:, :])
-    # After a round of distance d, `added` and `kept` cover the 2d pieces that end here. Devices
-    # that receive nothing get zeros: their range reaches the first piece already.
+    # After a round of distance d, `added` and `kept` cover the 2d shards that end here. A device
+    # without a sender gets zeros: its range already includes the first shard.
     distance = 1
     while distance < count:
         added = _product(_from_before(added, axis, distance), kept) + added
-        # The last round's M would be read by nothing.
+        # The last round's M is not needed.
         if 2 * distance < count:
             kept = _product(_from_before(kept, axis, distance), kept)
         distance *= 2
@@ -97,9 +95,9 @@ def previous_token(
 def fill_up(
     tokens: Tokens, lengths: Lengths | None, count: int
 ) -> tuple[Int[Array, "B filled"], Lengths | None]:
-    """Fills rows up so that `count` devices divide their tokens; the added ones do not count."""
+    """Pads rows so that `count` devices divide their tokens; `lengths` exclude the padding."""
     length = tokens.shape[1]
-    # Each device has a token, also of rows of none.
+    # Every device needs a token, even if the rows are empty.
     missing = max(-length % count, count - length)
     if not missing:
         return jnp.asarray(tokens), lengths
@@ -109,13 +107,13 @@ def fill_up(
 
 
 def local_lengths(lengths: Lengths, tokens: int, axis: str) -> Lengths:
-    """Returns how many of a device's `tokens` count, of rows of which `lengths` count in all."""
+    """Returns the number of a device's `tokens` that are real, from the lengths of whole rows."""
     first = jax.lax.axis_index(axis) * tokens
     return jnp.clip(lengths - first, 0, tokens)
 
 
 def from_last(x: Float[Array, "..."], axis: str) -> Float[Array, "..."]:
-    """Gives all devices the last one's array."""
+    """Broadcasts the last device's array to all devices."""
     is_last = jax.lax.axis_index(axis) == jax.lax.axis_size(axis) - 1
     return jax.lax.psum(jnp.where(is_last, x, jnp.zeros_like(x)), axis)
 
@@ -123,27 +121,27 @@ def from_last(x: Float[Array, "..."], axis: str) -> Float[Array, "..."]:
 def from_last_token(
     x: Float[Array, "B D"], lengths: Lengths | None, tokens: int, axis: str
 ) -> Float[Array, "B D"]:
-    """Gives all devices each row's array from the device that has the row's last token.
+    """Broadcasts each row's array from the device with the row's last token to all devices.
 
     Args:
-        x: what the device has for each row.
-        lengths: the tokens of the device that count; None for all.
+        x: the device's array for each row.
+        lengths: the number of the device's real tokens; None for all.
         tokens: the tokens of the device.
         axis: the mesh axis.
     """
     if lengths is None:
         return from_last(x, axis)
     in_all = jnp.asarray(jax.lax.psum(lengths, axis))
-    # A row of no tokens ends on the first device, with what it started from.
+    # An empty row belongs to the first device.
     owner = jnp.maximum(in_all - 1, 0) // tokens
     is_owner = owner == jax.lax.axis_index(axis)
     return jax.lax.psum(jnp.where(is_owner[:, None], x, jnp.zeros_like(x)), axis)
 
 
 def _from_before(x: Array, axis: str, distance: int) -> Array:
-    """Receives what the device `distance` places before has; zeros where there is none."""
+    """Receives x from the device `distance` places before; zeros if there is none."""
     count = jax.lax.axis_size(axis)
-    # A full ring, also where nothing is wanted: `jax.vmap` knows no other permutation.
+    # A full ring: `jax.vmap` supports no partial permutation.
     ring = [(i, (i + distance) % count) for i in range(count)]
     received = checkpoint_name(jax.lax.ppermute(x, axis, ring), RECEIVED)
     has_sender = jax.lax.axis_index(axis) >= distance

@@ -1,4 +1,4 @@
-"""Token shift: every token next to the one before it, and what a state keeps of the last one."""
+"""Token shift: mixes every token with the one before it; a state keeps the last one."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -18,7 +18,7 @@ def mix_with_previous(
     coefficients: tuple[Float[Array, " D"], ...],
     segments: Segments | None = None,
 ) -> tuple[Activations, ...]:
-    """Interpolates between every token and the one before it, by each vector of coefficients."""
+    """Interpolates between every token and the one before it with each vector of coefficients."""
     axis = time_axis()
     if axis is not None:
         before = time_shards.previous_token(x, before, axis)
@@ -35,7 +35,7 @@ def previous_tokens(
     """Shifts by one token; the first one's predecessor is `before`."""
     if segments is not None:
         return segments_of_rows.shift(x, before, segments)
-    # [B T+1 D]; its first T tokens are the predecessors.
+    # [B T+1 D]: its first T tokens are the predecessors.
     both = jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)
     return both[:, : x.shape[1]]
 
@@ -46,14 +46,14 @@ def last_token(
     lengths: Lengths | None,
     segments: Segments | None = None,
 ) -> Float[Array, "S D"]:
-    """Takes the last token that counts of every sequence; `before` where none does."""
+    """Takes the last real token of every sequence, or `before` if it has none."""
     if segments is not None:
         return segments_of_rows.last_tokens(x, before, segments)
     axis = time_axis()
     if axis is None and lengths is not None and is_one_token_on_gpu(x):
-        # Number by number, so that XLA writes the new state in the old one's place.
+        # A pointwise select lets XLA update the state in place.
         return jnp.where(lengths[:, None] > 0, x[:, 0], before.astype(x.dtype))
-    # With `before` in front, position n holds the last of n tokens, also for n = 0.
+    # With `before` in front, position n holds the last of n tokens, including n = 0.
     both = jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)
     if lengths is None:
         last = both[:, -1]

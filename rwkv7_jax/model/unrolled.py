@@ -1,8 +1,8 @@
-"""One token through layers that each have arrays of their own, as decoding reads them.
+"""A decoding step through unrolled layers, each with its own arrays.
 
-The model scans over stacked weights, which keeps programs small. Token by token that costs: XLA
-copies each layer's weights out of the stack before a product can read them (on CPUs always, on
-GPUs where the product is a library's), and joins the layers' states to a new stack every time.
+The model scans over stacked weights, which keeps programs small. In decoding this is slow: XLA
+copies each layer's weights out of the stack before a product (always on CPUs; on GPUs if the
+product is a library call), and stacks the layers' states again at every token.
 """
 
 from typing import Any
@@ -21,15 +21,15 @@ from rwkv7_jax.model.layer_states import state_after
 from rwkv7_jax.model.rwkv7 import Embedding, Head
 from rwkv7_jax.model.state import RWKV7State
 
-# One entry a layer, whose leaves have no axis L.
+# One entry per layer, without the axis L.
 LayerStates = tuple[RWKV7State, ...]
 
 
 def split_params(params: Params) -> Params:
-    """Gives each layer weights of its own: "layer_1" and so on in place of "layers".
+    """Gives each layer its own weights: "layer_1" and so on instead of "layers".
 
-    On one CPU they lie where the stack's lie; elsewhere they are copies. All other arrays are those
-    of `params`.
+    On a single CPU device they are views of the stacked weights; elsewhere they are copies. All
+    other arrays are those of `params`.
     """
     split = {name: node for name, node in params.items() if name != "layers"}
     if "layers" in params:
@@ -51,9 +51,9 @@ def _is_on_host(leaf: Any) -> bool:
 
 
 def _view_layer(stack: Params, index: int) -> Params:
-    """Makes arrays that lie where the stack's numbers lie; JAX copies where they are not aligned.
+    """Makes views of a layer in the stack's memory; JAX copies arrays that are not aligned.
 
-    They keep the stack's memory alive, and a program that is given the stack's then copies it.
+    They keep the stack's memory alive, so a program that is given the stack to donate copies it.
     """
 
     def view(leaf):
@@ -63,8 +63,7 @@ def _view_layer(stack: Params, index: int) -> Params:
     return jax.tree.map(view, stack)
 
 
-# The index is traced: one program with an output for each weight of each layer compiles for
-# seconds.
+# The index is traced: a single program for all layers would take seconds to compile.
 @jax.jit
 def _copy_layer(stack: Params, index: Int[Array, ""]) -> Params:
     return jax.tree.map(
@@ -73,7 +72,7 @@ def _copy_layer(stack: Params, index: Int[Array, ""]) -> Params:
 
 
 def split_state(state: RWKV7State) -> LayerStates:
-    """Takes a state apart, one entry a layer."""
+    """Splits a state into one entry per layer."""
     layers = []
     for index in range(state.wkv.shape[0]):
         layers.append(jax.tree.map(lambda leaf, at=index: leaf[at], state))
@@ -93,14 +92,14 @@ def read_token(
     tokens: Int[Array, " B"],
     live: Bool[Array, " B"],
 ) -> tuple[Float[Array, "B V"], LayerStates]:
-    """Computes the next token's logits and the states after one token; the model's own numbers.
+    """Computes the next token's logits and the states after one token, as the model does.
 
     Args:
         config: of the model.
         params: from `split_params`.
         layers: from `split_state`.
-        tokens: one id a row.
-        live: rows that read theirs; the states of the others do not change.
+        tokens: one id per row.
+        live: the rows that read their token; the states of the others do not change.
     """
 
     def run(module, name: str, *arguments: Any) -> Any:

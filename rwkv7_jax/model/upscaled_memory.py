@@ -1,8 +1,8 @@
 """The upscaled memory: M > N columns per head, read through kernel features; and its forms.
 
-The additive forms leave the model as it was: y = S r + S~ phi(r), and an empty memory S~ = 0
-changes nothing, bit for bit. They differ in what happens to S~ from token to token. The form that
-replaces the WKV state is the paper's.
+The additive forms extend the model: y = S r + S~ phi(r). An empty memory, S~ = 0, leaves the model
+bit-exact. They differ in how S~ changes from token to token. The paper's form replaces the WKV
+state.
 
 Source: arXiv 2504.05097, section 3.2 (the kernel method); the additive forms are this project's.
 """
@@ -28,26 +28,26 @@ from rwkv7_jax.model.kernel_features import (
     unit_features,
 )
 
-# The WKV op with its implementation and lengths bound: (inputs, state) -> (y, end state).
-# `implementation` may be given anew by keyword.
+# The WKV op with its implementation and lengths bound: (inputs, state) -> (y, end state). The
+# keyword `implementation` overrides the bound one.
 Op = Callable[..., tuple[Array, Array]]
 
-# The values read, and the memory after the last token; None where it never changes.
+# The values read, and the memory after the last token; None if it never changes.
 Reads = tuple[Float[Array, "B T H Nv"], Array | None]
 
-# Centred features may be negative, a decay may not: its logarithm is taken of at least this.
+# Centred features may be negative, but a decay must be positive: its minimum.
 _SMALLEST_DECAY = 1e-30
 
 
 class MemoryForm(abc.ABC):
-    """How an upscaled memory is read, and how it changes from token to token.
+    """The form of an upscaled memory: how it is read, and how it changes from token to token.
 
     The arguments `upscaled` are one layer's, without the axis L.
 
     Attributes:
         has_own_rows: the memory changes in context, so each sequence of a batch needs its own.
-        replaces_wkv: the memory takes the place of the WKV state instead of adding to its reads.
-        erases: what the context writes removes something from the memory.
+        replaces_wkv: the memory replaces the WKV state instead of adding to its reads.
+        erases: writes in context remove part of the memory.
     """
 
     has_own_rows: bool = True
@@ -62,14 +62,14 @@ class MemoryForm(abc.ABC):
 
         Args:
             upscaled: the layer's memory.
-            inputs: the layer's own inputs of the WKV op, with N channels a head.
+            inputs: the layer's inputs of the WKV op, with N channels per head.
             icl_rate: the in-context learning rate.
             op: runs the WKV op.
         """
 
 
 class StaticMemory(MemoryForm):
-    """A memory that never changes, which all sequences may share: S~_t = S~_0."""
+    """A memory that never changes and that all sequences may share: S~_t = S~_0."""
 
     has_own_rows = False
 
@@ -77,13 +77,13 @@ class StaticMemory(MemoryForm):
         self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads, op: Op
     ) -> Reads:
         """Reads S~_0 phi(r), which needs no recurrence."""
-        # [B T H M]; the memory itself may have one row that all sequences share.
+        # [B T H M]; the memory may have one row that all sequences share.
         phi = kernel_features(upscaled.features, inputs.r)
         return apply_per_head(upscaled.memory, phi), None
 
 
 class RecurrentMemory(MemoryForm):
-    """A memory that is the state of a WKV op of its own, over features instead of channels."""
+    """A memory that is the state of a separate WKV op, over features instead of channels."""
 
     @abc.abstractmethod
     def wkv_inputs(
@@ -93,7 +93,7 @@ class RecurrentMemory(MemoryForm):
 
         Args:
             upscaled: the layer's memory.
-            inputs: the layer's own inputs, with N channels a head.
+            inputs: the layer's inputs, with N channels per head.
             icl_rate: the in-context learning rate.
         """
 
@@ -105,7 +105,7 @@ class RecurrentMemory(MemoryForm):
 
 
 class DecayMemory(RecurrentMemory):
-    """A memory that fades: S~_t = w S~_{t-1} + c v phi(k)^T, with the head's mean decay w.
+    """A memory that decays: S~_t = w S~_{t-1} + c v phi(k)^T, with the head's mean decay w.
 
     phi(k) are the features of the removal key, scaled to length 1; c is `Upscaled.write`.
     """
@@ -113,13 +113,13 @@ class DecayMemory(RecurrentMemory):
     def wkv_inputs(
         self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads
     ) -> WKVInputs:
-        """Computes the features of r and of the key, with one decay for all of them."""
-        # Both [B T H M]. With keys of length 1, a write of strength c adds a matrix of norm c |v|.
+        """Computes the features of r and of the key, with one decay for all features."""
+        # Both [B T H M]. With unit keys, a write of strength c adds a matrix of norm c |v|.
         r = kernel_features(upscaled.features, inputs.r)
         # `a` is the negative of the removal key.
         key = unit_features(kernel_features(upscaled.features, -inputs.a))
-        # The decay belongs to key channels, and features are not channels: only a scalar carries
-        # over. With a scalar, the matrix of one step has norm at most 1 under "delta" as well.
+        # The decay is per key channel, but features are not channels, so only a scalar carries
+        # over. With a scalar, the transition matrix has norm at most 1 under "delta" as well.
         log_w = jnp.log(_head_mean(jnp.exp(inputs.log_w.astype(jnp.float32))))
         return WKVInputs(
             r=r,
@@ -135,7 +135,7 @@ class DecayMemory(RecurrentMemory):
 
 
 class DeltaMemory(DecayMemory):
-    """A memory that fades and is erased where the context writes.
+    """A memory that decays and is erased where the context writes.
 
     S~_t = S~_{t-1} (w I - eta phi(k) phi(k)^T) + c v phi(k)^T, with the head's mean rate eta.
     """
@@ -147,33 +147,33 @@ class DeltaMemory(DecayMemory):
 
 
 class PaperMemory(RecurrentMemory):
-    """The paper's kernel method, which replaces the WKV state: every vector becomes its features.
+    """The paper's kernel method, which replaces the WKV state and every vector by its features.
 
         S_t = S_{t-1} (diag(phi(w)) - phi(k) (phi(a) phi(k))^T) + phi(v) phi(k)^T,
         y_t = Q S_t phi(r)
 
-    S is [M M], a the in-context learning rate and Q a fixed map. The removal key is that of the
-    write, as printed, where RWKV-7 has one of its own. The additive forms leave the model as it was
-    while their memory is empty. This form does not: it is kept for comparison with the paper.
+    S is [M M], a is the in-context learning rate and Q a fixed map. The removal key is the key of
+    the write, as printed, whereas RWKV-7 has a separate one. Unlike the additive forms, an empty
+    memory of this form changes the model: it exists for comparison with the paper.
     """
 
     replaces_wkv = True
     erases = True
 
     def __init__(self, *, unit_keys: bool):
-        """Scales removal keys to length 1 if asked, without which the state can diverge."""
+        """Chooses whether removal keys have length 1, without which the state can diverge."""
         self.unit_keys = unit_keys
 
     def wkv_inputs(
         self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads
     ) -> WKVInputs:
-        """Replaces r, w, k, v and the in-context learning rate by features of themselves."""
+        """Replaces r, w, k, v and the in-context learning rate by their features."""
         features = upscaled.features
         r = kernel_features(features, inputs.r)
         k = kernel_features(features, inputs.k)
         v = kernel_features(features, inputs.v)
         rate = kernel_features(features, icl_rate)
-        # The paper maps the decay itself, so it is taken out of the logarithm and put back below.
+        # The paper maps the decay, not its logarithm.
         w = kernel_features(features, jnp.exp(inputs.log_w.astype(jnp.float32)))
         removal_key = unit_features(k) if self.unit_keys else k
         return WKVInputs(
@@ -190,13 +190,13 @@ class PaperMemory(RecurrentMemory):
     ) -> Reads:
         """Reads the memory and maps its M rows to value channels.
 
-        It runs token by token ("scan") whatever implementation is configured: the features of a
-        decay may be zero, and the factors of a chunk would be infinite.
+        It always runs token by token ("scan"): features of a decay may be zero, which would make
+        the factors of a chunk infinite.
         """
         assert upscaled.readout is not None
         by_token = functools.partial(op, implementation="scan")
         y, memory = super().read(upscaled, inputs, icl_rate, by_token)
-        # y is [B T H M] here, and the readout maps its M rows to the Nv value channels.
+        # y is [B T H M]; the readout maps its M rows to the Nv value channels.
         return apply_per_head(upscaled.readout, y), memory
 
 
@@ -204,7 +204,7 @@ def _head_mean(x: Heads) -> Float[Array, "B T H 1"]:
     return jnp.mean(x.astype(jnp.float32), axis=-1, keepdims=True)
 
 
-# The one place where a name of `Upscaled.dynamics` gets its meaning.
+# By the names of `Upscaled.dynamics`.
 MEMORY_FORMS: dict[str, MemoryForm] = {
     "static": StaticMemory(),
     "decay": DecayMemory(),
@@ -217,7 +217,7 @@ DYNAMICS = tuple(MEMORY_FORMS)
 
 
 def check_form(dynamics: Any, kind: Any) -> None:
-    """Raises unless an upscaled memory is of a form that can be read.
+    """Raises unless an upscaled memory has a known form.
 
     Args:
         dynamics: of the memory.
@@ -231,11 +231,11 @@ def check_form(dynamics: Any, kind: Any) -> None:
 @typing.no_type_check
 @struct.dataclass
 class Upscaled:
-    """A memory next to the WKV state, read through M features instead of N channels; float32.
+    """A float32 memory besides the WKV state, read through M features instead of N channels.
 
     Attributes:
-        memory: the trainable memory; B may be 1 where it is static and all sequences share it. In
-            the paper's form its rows are features as well (M, not Nv).
+        memory: the trainable memory; B may be 1 if it is static and all sequences share it. In the
+            paper's form its rows are features as well (M, not Nv).
         write: strength of the writes in context under "decay" and "delta"; 0 writes nothing.
         features: the features of the read vectors.
         readout: in the paper's form, the fixed map of rows to value channels; else None.
@@ -257,5 +257,5 @@ class Upscaled:
 
     @property
     def form(self) -> MemoryForm:
-        """How this memory is read and how it changes."""
+        """The form of this memory."""
         return MEMORY_FORMS[self.dynamics]

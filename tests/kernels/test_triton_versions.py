@@ -29,12 +29,12 @@ def install(monkeypatch):
         (
             {"jax": "0.9.1", "triton": "3.7.1"},
             RuntimeError,
-            f"{NEEDED}; installed are triton 3.7.1 and jax 0.9.1.",
+            f"{NEEDED}; got triton 3.7.1 and jax 0.9.1.",
         ),
         (
             {"jax": "0.10.2", "jax_triton": "0.3.1", "triton": "3.9.0"},
             RuntimeError,
-            f"{NEEDED}; installed are triton 3.9.0 and jax 0.10.2.",
+            f"{NEEDED}; got triton 3.9.0 and jax 0.10.2.",
         ),
     ],
 )

@@ -41,7 +41,7 @@ def test_tuning_keeps_the_fastest_tile_of_every_kernel():
 
 
 def test_tuning_on_a_cpu_reports_that_there_is_no_kernel():
-    with pytest.raises(SystemExit, match="tune: no kernel to tune on cpu"):
+    with pytest.raises(SystemExit, match="tune: no kernel runs on cpu"):
         tune.main([])
 
 

@@ -66,7 +66,7 @@ def test_a_named_kernel_on_the_wrong_device_names_the_right_one(
     with pytest.raises(NotImplementedError) as caught:
         pallas_kernels.wkv7(*INPUTS, STATE, implementation=implementation)
     assert str(caught.value) == (
-        f"wkv7: {implementation!r} is made for {platform} devices, this program for cpu; name "
+        f"wkv7: {implementation!r} runs on {platform} devices, but this program targets cpu; name "
         f"another implementation or, to lower from here, set an abstract mesh of that device."
     )
     assert implementation not in pallas_kernels.available()
@@ -157,7 +157,7 @@ def test_the_second_call_does_not_compile(implementation):
         (
             {"k": INPUTS[2][:, :5]},
             ValueError,
-            "wkv7: `k` must have shape (3, 21, 2, 32) to fit `r`; got (3, 5, 2, 32).",
+            "wkv7: `k` must have shape (3, 21, 2, 32) to match `r`; got (3, 5, 2, 32).",
         ),
         (
             {"v": INPUTS[3][0]},
@@ -182,7 +182,7 @@ def test_the_second_call_does_not_compile(implementation):
         (
             {"lengths": jnp.array([1, 2])},
             ValueError,
-            "wkv7: `lengths` must be 3 integers, one a row; got shape (2,) of int32.",
+            "wkv7: `lengths` must be 3 integers, one per row; got shape (2,) of int32.",
         ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
@@ -208,7 +208,7 @@ def test_a_decay_that_overflows_in_chunks_is_rejected_or_left_to_scan(log_w):
     expected = op(inputs, STATE, implementation="scan")
     for left, right in zip(op(inputs, STATE), expected, strict=True):
         assert_close(left, right, SAME["op"])
-    with pytest.raises(ValueError, match="wkv7: `log_w` must sum up to at most 80"):
+    with pytest.raises(ValueError, match="of `log_w` must sum to at most 80"):
         op(inputs, STATE, implementation="chunked", chunk=64)
 
 

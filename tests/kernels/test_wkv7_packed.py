@@ -277,7 +277,7 @@ SENTENCES = [
     ({"segment_ids": IDS + 1}, "`segment_ids` must lie between 0 and 3.*got 4"),
     (
         {"segment_ids": IDS.at[1, 69].set(0)},
-        "`segment_ids` must not fall from one token to the next; row 1 does",
+        "`segment_ids` must not decrease from one token to the next; row 1 does",
     ),
     (
         {"state": STATES[:7]},

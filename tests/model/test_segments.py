@@ -148,7 +148,7 @@ SENTENCES = [
     (IDS.astype(float), TypeError, "`segment_ids` must be integers; got float"),
     (IDS - 1, ValueError, "`segment_ids` must be at least 0 and below 3.*got -1"),
     (IDS + 1, ValueError, "`segment_ids` must be at least 0 and below 3.*got 3"),
-    (IDS.at[0, 22].set(0), ValueError, "`segment_ids` must not fall.*row 0 does"),
+    (IDS.at[0, 22].set(0), ValueError, "`segment_ids` must not decrease.*row 0 does"),
 ]
 
 
@@ -163,7 +163,7 @@ def test_bad_ids_are_named_in_one_sentence(unchecked, ids, error, sentence):
 
 def test_states_must_be_a_multiple_of_the_rows(unchecked):
     with pytest.raises(
-        ValueError, match=r"^RWKV7: `state` must hold a multiple of the 2 rows"
+        ValueError, match=r"^RWKV7: `state` must hold a multiple of 2 sequences"
     ):
         RWKV7(QUICK).apply(
             {"params": lively(QUICK)},
