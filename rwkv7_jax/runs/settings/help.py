@@ -1,4 +1,4 @@
-"""The settings by their dotted names: their types, and the list that `--help` prints."""
+"""The list of settings that `--help` prints."""
 
 import dataclasses
 import typing
@@ -9,7 +9,7 @@ from rwkv7_jax.runs.settings import Settings
 
 
 def describe_settings() -> Iterator[str]:
-    """Returns one line for each setting: its flag with the default, and what it may be."""
+    """Yields one line per setting: its flag with the default, and its range or choices."""
     defaults = Settings()
     groups = []
     for field in dataclasses.fields(Settings):
