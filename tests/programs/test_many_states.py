@@ -191,7 +191,7 @@ def test_what_cannot_be_states_is_refused_in_one_sentence(tmp_path, base_model):
     (tmp_path / "poet.txt").write_text("text")
     (tmp_path / "poet.jsonl").write_text("{}")
     for states, sentence in (
-        ({}, "must name texts, or a folder of them"),
+        ({}, "must name texts, or a folder of texts"),
         ({"a/b": "x.txt"}, "must have only names of letters, digits"),
         ({"a": ""}, "`config.tuning.states.a` must name a text"),
         (str(tmp_path / "nowhere"), "must be texts by name, or a folder"),
