@@ -150,7 +150,7 @@ class UpscaledContestant(RWKVContestant):
 
 
 class TunedContestant(RWKVContestant):
-    """A frozen RWKV-7 of one layer whose upscaled start state alone is trained.
+    """A frozen RWKV-7 of one layer; only its upscaled start state is trained.
 
     Its features are fitted to rows of the task. The memory starts empty, and the
     strength of its writes at 0.

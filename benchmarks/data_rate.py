@@ -1,9 +1,9 @@
-"""The speed of reading batches from a cache, in tokens a second on one core.
+"""The throughput of batches from a token cache, in tokens per second on one core.
 
 Run from the repository's root: `taskset -c 1 python -m benchmarks.data_rate [--json FILE]`. The
-cache holds random ids in documents of 20 to 2,000, a tenth of which is held out and an eighth of
-which is not in the loss; it is in the page cache. Seconds are process time, the median of several
-runs; padding is not counted.
+cache holds random ids in documents of 20 to 2,000. A tenth of them is held out, and an eighth does
+not count in the loss. The cache is in the page cache. Seconds are process time, the median of
+several runs. Padding is not counted.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""The cost of decorrelated backpropagation: a step of DBP next to the Adam step of one state.
+"""The cost of decorrelated backpropagation: a DBP step next to an Adam step of the same state.
 
     python -m benchmarks.dbp_step --json benchmarks/results/cpu-dbp-step.json
 
-An upscaled state of a model with random weights, as `train.py` tunes it: `static`, M = 4 N features
-a head. Processor seconds of one process, whose steps of both kinds follow each other; the medians
-are reported. `own` is DBP whose statistics make a forward pass of their own, as they do for a loss
-that is not of this package. The command ends with 1 where DBP costs more than the bar.
+The subject is an upscaled state of a model with random weights, as `train.py` tunes it: `static`,
+M = 4 N features per head. Both kinds of step alternate in one process; the medians of their CPU
+seconds are reported. `own` is DBP whose statistics need a separate forward pass, as for a loss from
+outside this package. The exit code is 1 if DBP costs more than the target.
 """
 
 import argparse
@@ -30,7 +30,7 @@ LEAVES = ("memory",)
 
 
 def make_steps(args: argparse.Namespace) -> dict[str, RepeatedStep]:
-    """Compiles the steps; each one goes on from where it was."""
+    """Compiles the steps; each one continues from its last state."""
     config = rwkv.RWKV7Config(vocab_size=256, num_layers=args.layers, width=args.width)
     model = rwkv.RWKV7(config)
     rng = np.random.default_rng(0)

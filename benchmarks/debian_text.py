@@ -1,14 +1,14 @@
-"""A text of real size from the documentation and dictionaries of installed Debian packages.
+"""A large text from the documentation and dictionaries of installed Debian packages.
 
     python -m benchmarks.debian_text runs/debian.jsonl
 
-Takes the texts of the known packages that are installed, names the missing ones with the command
-that installs them, and writes lines of {"text": ...} that train.py reads as `--config.data.path`,
-with a table of licences next to them (runs/debian.licences.md). The same packages give the same
-bytes. Compressed files are unpacked; pages of HTML and of the manual are written as plain text;
-long texts are cut into documents at blank lines, and the second copy of a document is left out.
-Before you pass the text on, or a model made of it, look at the licences: the table names them as
-the packages do.
+Reads the texts of the known packages that are installed, and names the missing ones with the
+command that installs them. Writes lines of {"text": ...} that train.py reads as
+`--config.data.path`, and next to them a table of licences (runs/debian.licences.md). The same
+packages give the same bytes. Compressed files are decompressed; HTML and manual pages become plain
+text; long texts are split into documents at blank lines; duplicate documents are dropped. Read the
+licences before you share the text or a model trained on it: the table lists them as the packages
+do.
 """
 
 import argparse
@@ -211,7 +211,7 @@ def licences_of(text: str) -> tuple[str, ...]:
 
 
 def read_text(path: Path) -> str | None:
-    """Reads a file as plain text; None where it is none."""
+    """Reads a file as plain text; None if it is not text."""
     data = path.read_bytes()
     if path.suffix in (".bzz", ".czz"):
         data = _sword_module(path, data)
@@ -235,7 +235,7 @@ def read_text(path: Path) -> str | None:
 
 
 def _sword_module(path: Path, data: bytes) -> bytes:
-    """Unpacks the blocks of a module, whose places and sizes are in the file next to it."""
+    """Decompresses the blocks of a module; the index next to it has their positions and sizes."""
     index = path.with_suffix(f"{path.suffix[:-1]}s").read_bytes()
     blocks = []
     for start, size, _ in struct.iter_unpack("<III", index):
@@ -269,7 +269,7 @@ class _PlainText(html.parser.HTMLParser):
             self.pieces.append("\n")
 
     def handle_data(self, data):
-        """Keeps words; the layout of blanks counts in listings alone."""
+        """Keeps words; whitespace is significant only in listings."""
         if not self._hidden:
             self.pieces.append(data if self._kept else re.sub(r"\s+", " ", data))
 
@@ -452,15 +452,20 @@ def main() -> None:
     """Writes the text, and prints its sources and the packages that are missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("target", type=Path, help="OUT.jsonl")
-    parser.add_argument("--root", type=Path, default=Path("/"), help="of the system")
+    parser.add_argument(
+        "--root", type=Path, default=Path("/"), help="root of the system"
+    )
     parser.add_argument(
         "--packages",
         nargs="+",
         default=list(PACKAGES),
-        help="others than the known ones",
+        help="packages other than the known ones",
     )
     parser.add_argument(
-        "--without", nargs="+", default=[], help="some of them, such as other languages"
+        "--without",
+        nargs="+",
+        default=[],
+        help="packages to exclude, such as other languages",
     )
     options = parser.parse_args()
     try:
@@ -474,7 +479,7 @@ def main() -> None:
         ]
         print(licence_table(parts), end="")
         if empty:
-            print(f"no text that can be read: {', '.join(empty)}")
+            print(f"no readable text: {', '.join(empty)}")
         if missing:
             print(f"not installed: apt-get install {' '.join(missing)}")
         if not any(part.documents for part in parts.values()):

@@ -1,4 +1,4 @@
-"""The cost of a generated token by length of context, which must not matter, and by batch.
+"""The cost of a generated token by context length, which must not matter, and by batch size.
 
 Run from the repository's root: `python -m benchmarks.decode [--json FILE]`. The model is random.
 """
@@ -119,7 +119,7 @@ def main() -> None:
         "--tokens",
         type=int,
         default=128,
-        help="a run, per row",
+        help="tokens to generate, per row",
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="file to write")

@@ -1,14 +1,13 @@
-"""What a generated token costs on a GPU, as the compiler of an absent one says it.
+"""The cost of a generated token on a GPU, by the compiler, without the device.
 
     python -m benchmarks.decode_compiled --json benchmarks/results/gpu-decode-compiled.json --check
 
-Nothing but shapes is needed: the loop that generates is compiled ahead of time by XLA
-(`pip install "rwkv7_jax[cuda]"`), on any machine with Linux. Counted are the kernels of the loop's
-body and the bytes that they read and write; branches that depend on the sampling options are left
-out. "kernel" is the loop with `implementation="pallas_gpu"`, whose kernel of one token reads each
-state once; "whole" is that without products that are summed in parts, of which XLA decides by
-trying them on a device and here by a guess; "scan" is a loop over the model's call, which scans
-over stacked weights.
+XLA compiles the decode loop ahead of time (`pip install "rwkv7_jax[cuda]"`) on any Linux machine;
+it needs only shapes. The program counts the kernels of the loop's body and the bytes that they
+read and write, without branches that depend on the sampling options. "kernel" is the loop with
+`implementation="pallas_gpu"`, whose kernel for one token reads each state once. "whole" is the same
+without split-K products, which XLA chooses by autotuning on a device and by a guess here. "scan" is
+a loop over the model's call, which scans over stacked weights.
 """
 
 import argparse
@@ -326,10 +325,12 @@ def compile_form(name: str, batch: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints a line for each form and batch; `--check` exits 1 where a bar is missed."""
+    """Prints a line for each form and batch; `--check` exits with 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", help="file to write")
-    parser.add_argument("--check", action="store_true", help="exit 1 above a bar")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 if a target is missed"
+    )
     args = parser.parse_args()
     rows = {}
     for name, form in FORMS.items():
@@ -354,7 +355,7 @@ def main() -> None:
         or any(row["sliced"] for name, row in rows.items() if "scan" not in name)
     )
     if args.check and missed:
-        raise SystemExit("decode_compiled: a bar is missed.")
+        raise SystemExit("decode_compiled: a target is missed.")
 
 
 if __name__ == "__main__":

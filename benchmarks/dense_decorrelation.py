@@ -1,14 +1,14 @@
-"""Does decorrelated backpropagation pay when all weights are trained from scratch?
+"""Does decorrelated backpropagation help when all weights are trained from scratch?
 
     python -m benchmarks.dense_decorrelation --pictures benchmarks/results \
         --json benchmarks/results/cpu-dense-decorrelation.json
 
-The small toy model learns the mixture of tasks, and a small byte model learns text, at equal steps
-and equal batches, from the same weights: by Adam and by SGD, with and without decorrelated inputs
-of the projections. The published rule is compared with ours (damped, averaged, clipped, scaled). A
-method's learning rate is the best of several with the first seed, and further seeds (of weights and
-batches) have that rate; the program says so where it lies at the edge of those that were tried.
-Every run is cached as soon as it is known.
+The small toy model learns the mixture of tasks, and a small byte model learns text. Adam and SGD
+run with and without decorrelated inputs of the projections, for the same number of steps, on the
+same batches and from the same weights. The published rule is compared with ours (damped, averaged,
+clipped, scaled). The first seed selects a method's learning rate from several; further seeds (of
+weights and batches) use it. The program reports a rate at the edge of those that were tried. Every
+run is cached as soon as it is complete.
 """
 
 import argparse
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--pictures", type=record.folder, help="folder for them")
+    parser.add_argument("--pictures", type=record.folder, help="folder for figures")
     parser.add_argument(
         "--cells", default="runs/dense", help="folder of the results' cache"
     )

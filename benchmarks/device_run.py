@@ -1,21 +1,20 @@
-"""Everything that only a lent NVIDIA GPU can answer, in three calls of nine minutes.
+"""All measurements that need an NVIDIA GPU, in three calls of nine minutes.
 
-    python -m benchmarks.device_run --call 1 --out FILE    # is it right?
-    python -m benchmarks.device_run --call 2 --out FILE    # how fast is the op?
-    python -m benchmarks.device_run --call 3 --out FILE    # what does a user get?
+    python -m benchmarks.device_run --call 1 --out FILE    # correctness
+    python -m benchmarks.device_run --call 2 --out FILE    # speed of the op
+    python -m benchmarks.device_run --call 3 --out FILE    # training, decoding and prompts
     python -m benchmarks.device_run --rehearse [--out FILE]
 
-Each step runs in processes of its own with a time limit, and each result is one line of JSON that
-is written at once: a crash, an illegal access or a full memory loses that process alone, and what
-it had found until then stays. First all checks of a call run, many at once, and with them what
-compiles the programs of the later measurements into JAX's cache: lines of these say "warm", and
-their times do not count. Then one process after the other measures alone, in the order of their
-worth; one that the call has no time left for is written down as skipped. Lines of earlier calls in
-FILE are kept.
+Each step runs in its own processes with a time limit. Each result is one line of JSON, written at
+once: a crash, an illegal access or a full memory loses only that process, and its earlier results
+stay. First all checks of a call run in parallel, together with jobs that compile the programs of
+the later measurements into JAX's cache. Lines of these jobs say "warm"; their times do not count.
+Then the measurements run one at a time, the most valuable first. A measurement for which no time is
+left is recorded as skipped. Lines of earlier calls in FILE are kept.
 
 `--rehearse` runs all steps on a CPU, each in one process, at tiny sizes and with the kernels in
-Pallas's interpreter, so that the program is known to work before a GPU is paid for. Its times mean
-nothing. It exits 1 where a step fails.
+Pallas's interpreter, to test the program before a GPU is paid for. Its times mean nothing. It exits
+with 1 if a step fails.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from typing import NamedTuple
 
 
 class Step(NamedTuple):
-    """A step of a call, which is a process of its own.
+    """A step of a call, run in a separate process.
 
     Attributes:
         name: as `python -m benchmarks.device` takes it.
@@ -114,7 +113,7 @@ class Record:
 def commands_of(
     step: Step, *, rehearse: bool
 ) -> tuple[list[list[str]], list[str] | None]:
-    """Returns the commands that run a step: those that run next to others, and the one alone.
+    """Returns the commands of a step: those that run in parallel, and the one that runs alone.
 
     Returns:
         Commands of the workers, and the measuring command, None if nothing is measured. In a
@@ -171,7 +170,7 @@ def run_process(name: str, command: list[str], record: Record, seconds: float) -
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Steps have children of their own, and others next to them, that need memory of the GPU.
+        # The children of a step, and parallel steps, need memory of the GPU too.
         env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         start_new_session=True,
     ) as child:
@@ -211,7 +210,7 @@ def _copy_lines(lines: Iterable[str], name: str, record: Record, common: dict) -
             row = json.loads(line)
         except ValueError:
             row = None
-        # Compilers and libraries print lines of their own.
+        # Compilers and libraries print other lines.
         if not isinstance(row, dict):
             print(line, end="", file=sys.stderr)
             continue
@@ -256,9 +255,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--call", type=int, choices=(1, 2, 3))
     names = [step.name for step in STEPS]
     parser.add_argument("--steps", nargs="+", choices=names, metavar="STEP")
-    parser.add_argument("--rehearse", action="store_true", help="tiny, on a CPU")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run tiny sizes on a CPU"
+    )
     parser.add_argument("--out", type=Path, default=Path("device.jsonl"))
-    parser.add_argument("--seconds", type=float, help="of all steps together")
+    parser.add_argument(
+        "--seconds", type=float, help="time limit of all steps together"
+    )
     flags = parser.parse_args(arguments)
     if not (flags.call or flags.steps or flags.rehearse):
         parser.error("name a --call, --steps, or --rehearse")

@@ -1,7 +1,7 @@
-"""The experiments of the table: what upscaling, decorrelation and teachers must achieve.
+"""The experiments of the table: targets for upscaling, decorrelation and teachers.
 
-Each returns its numbers and `passed`, whether they meet the bar that its docstring states (None
-where a run is only there for comparison).
+Each function returns its numbers and `passed`: whether they meet the target in its docstring (None
+for a run that only serves as a comparison).
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ def conditioning(seed: int = 0, *, all_rules: bool = True) -> Numbers:
 
     Args:
         seed: of the facts and of the features.
-        all_rules: also the rows without a bar, which are there for comparison: the published rule,
+        all_rules: also the rows without a target, for comparison: the published rule,
             and ours with one iteration.
     """
     rates = (0.1, 0.3, 1.0)

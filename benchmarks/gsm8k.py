@@ -1,4 +1,4 @@
-"""Questions of GSM8K's files, and what can be measured of their answers without a judge.
+"""Questions of GSM8K's files, and measurements of their answers that need no judge.
 
 The reference answers end in a line "#### number" and have annotations <<sum=result>> in their text.
 """

@@ -1,17 +1,17 @@
-"""Grade-school maths: what each way of tuning a model is worth on reference answers of GSM8K.
+"""Grade-school maths: the gain of each tuning method on reference answers of GSM8K.
 
     python -m benchmarks.gsm8k_bits --train train.jsonl --test test.jsonl \
         --json benchmarks/results/cpu-gsm8k-bits.json
 
-The files are those of github.com/openai/grade-school-math; they are read where they lie. Rows are
-the base, the base after it has read all that tuning reads, a start state, an upscaled state with
-DBP, low-rank changes (LoRA) of as many numbers as each of the two, and all weights. Each method's
-rate is found by the same search, on training questions that are kept for it. Columns are bits per
-byte of reference answers; how many answers that the model writes end in "#### number", how many of
-their annotations <<sum=result>> hold, how many are right; and bits per byte of the base's own text.
-All rows answer the same questions, so differences from the base are paired. Cells are cached.
+The files are those of github.com/openai/grade-school-math; they are read in place. Rows are the
+base, the base after a prompt of all training rows, a start state, an upscaled state with DBP, LoRA
+of the size of each of the two, and all weights. The same search selects each method's rate, on
+training questions reserved for it. Columns are bits per byte of reference answers; how many
+generated answers end in "#### number", how many of their annotations <<sum=result>> are correct,
+how many answers are correct; and bits per byte of the base's own text. All rows answer the same
+questions, so differences from the base are paired. Cells are cached.
 
-A larger base wants a GPU, where programs beside each other share what compiling takes:
+A larger base needs a GPU. Parallel programs share the compilation cache:
 
     for row in base prompt start upscaled small-lora lora weights; do
         JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false python -m benchmarks.gsm8k_bits \
@@ -19,7 +19,7 @@ A larger base wants a GPU, where programs beside each other share what compiling
     done; wait
     python -m benchmarks.gsm8k_bits ... --gather cells/*
 
-Each computes a row, and the last one makes the table of those that are there.
+Each program computes a row. The last command makes the table from the available cells.
 """
 
 import argparse
@@ -81,7 +81,7 @@ SHOWN = 48
 
 
 class Method(NamedTuple):
-    """A way of tuning.
+    """A tuning method.
 
     Attributes:
         start: from a seed to what is tuned.
@@ -169,7 +169,7 @@ def method(kind: str, subject: Subject) -> Method:
 
 
 def searched(tuned: Method, subject: Subject) -> dict[str, Any]:
-    """Finds a method's rate: all on a quarter of the rows, judged on questions of their own."""
+    """Finds a method's rate: all on a quarter of the rows, judged on reserved questions."""
     steps = max(subject.steps // 4, LEAST_STEPS)
     rows = max(subject.rows // 4, 1)
 
@@ -393,22 +393,30 @@ def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--train", required=True, help="train.jsonl of GSM8K, or a file of its form")
+    add("--train", required=True, help="train.jsonl of GSM8K, or a file in its format")
     add("--test", required=True, help="test.jsonl")
     add("--model", default=str(ASSETS / "tiny.pth"), help="a checkpoint of any layout")
-    add("--retention", default="stdlib", help="text like the base's own")
+    add("--retention", default="stdlib", help="text like the base's training text")
     add("--steps", type=int, default=80)
-    add("--rows", type=int, default=4, help="questions of a step")
-    add("--length", type=int, default=384, help="ids of a question at most")
-    add("--questions", type=int, default=64, help="of the test file")
-    add("--tokens", type=int, default=192, help="ids of an answer at most")
+    add("--rows", type=int, default=4, help="questions per step")
+    add("--length", type=int, default=384, help="most ids of a question")
+    add("--questions", type=int, default=64, help="test questions to use")
+    add("--tokens", type=int, default=192, help="most ids of an answer")
     add("--seeds", type=int, default=3)
     add("--kinds", nargs="+", default=METHODS, choices=METHODS)
     add("--json", help="file for the numbers")
     add("--cells", default="runs/gsm8k-bits", help="folder of the results' cache")
-    add("--implementation", default="scan", help="of the WKV op; auto for the best")
-    add("--only", choices=ROWS, help="the row whose cells are computed, and no table")
-    add("--gather", nargs="+", help="folders of cells; the table has what is there")
+    add(
+        "--implementation",
+        default="scan",
+        help="implementation of the WKV op; auto for the best",
+    )
+    add("--only", choices=ROWS, help="compute only this row's cells, without a table")
+    add(
+        "--gather",
+        nargs="+",
+        help="folders of cells; the table shows the available cells",
+    )
     return parser.parse_args()
 
 

@@ -1,12 +1,12 @@
-"""What frozen weights in 8 bits cost: bits per byte, logits, the tuned state, time and memory.
+"""The cost of frozen weights in 8 bits: bits per byte, logits, the tuned state, time and memory.
 
     python -m benchmarks.int8_weights --json benchmarks/results/cpu-int8-weights.json
 
-The model that ships is measured on held-out text. Speed is measured on a random model, in turns and
-by the processor's time, so that a busy machine slows all forms equally: a generated token, a
-prompt, and a step of state tuning, with weights in float32, bfloat16 and 8 bits. Activations are
-float32 in all of them, which is the fastest on a CPU. `benchmarks.real_models` measures the loss of
-any other checkpoint.
+Quality is measured with the shipped model on held-out text. Speed is measured with a random model:
+a generated token, a prompt, and a step of state tuning, with weights in float32, bfloat16 and 8
+bits. The forms alternate and the unit is CPU time, so a busy machine slows all of them equally.
+Activations are float32 in all of them, which is the fastest on a CPU. `benchmarks.real_models`
+measures the loss of any other checkpoint.
 """
 
 import argparse

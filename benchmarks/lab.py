@@ -1,7 +1,7 @@
-"""Models, tuning runs and measurements that the experiments on the toy bases share.
+"""Models, tuning runs and measurements shared by the experiments on the toy base models.
 
-A run's learning rate is an argument of the compiled step, so that runs which only differ in rate,
-task or seed share one program.
+A run's learning rate is an argument of the compiled step, so runs that differ only in rate, task or
+seed share one program.
 """
 
 import dataclasses

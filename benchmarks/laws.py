@@ -1,6 +1,6 @@
-"""Exact laws of upscaled, decorrelated and stacked states, checked on the toy bases.
+"""Exact laws of upscaled, decorrelated and stacked states, checked on the toy base models.
 
-Each function returns its numbers and `passed`, whether they meet the bar that its docstring states.
+Each function returns its numbers and `passed`: whether they meet the target in its docstring.
 """
 
 import dataclasses

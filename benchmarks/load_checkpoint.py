@@ -1,8 +1,8 @@
 """The memory and time of loading a checkpoint, next to reading the bytes and next to torch.
 
-Run from the repository's root: `python -m benchmarks.load_checkpoint [--json FILE]`. The file has a
-0.4B model's shapes (0.9 GB of bfloat16) and random numbers, and is in the page cache. Peaks are
-those of a process of its own, mapped pages included. Linux alone: memory is read from /proc.
+Run from the repository's root: `python -m benchmarks.load_checkpoint [--json FILE]`. The file has
+the shapes of a 0.4B model (0.9 GB of bfloat16) and random numbers, and is in the page cache. Each
+peak is that of a separate process, mapped pages included. Linux only: memory is read from /proc.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def random_tensors(config: RWKV7Config) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def measure(program: str, path: Path) -> tuple[float, int]:
-    """Measures seconds and peak bytes of one program in a process of its own."""
+    """Measures seconds and peak bytes of one program in a separate process."""
     done = subprocess.run(
         [sys.executable, "-c", program + _ENDING, str(path)],
         capture_output=True,
@@ -111,9 +111,7 @@ def table(path: Path, repeats: int) -> list[dict]:
 def main() -> None:
     """Prints the table; with `--json`, writes it with device, versions, date and command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--dir", help="folder for the file, which is deleted afterwards"
-    )
+    parser.add_argument("--dir", help="folder for the temporary file")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", help="file to write")

@@ -1,8 +1,9 @@
-"""The cost of train.py's loop besides the jitted steps: logs, batches, signals, checks for NaN.
+"""The overhead of train.py's loop around the jitted steps: logs, batches, signals, NaN checks.
 
-Run from the repository's root: `python -m benchmarks.loop_overhead [--json FILE]`. Both ways make
-the same updates of the small toy model, about 50 ms each, and take turns. Processor time is of all
-threads, and hardly depends on what else the machine does; the loop's own is of its main thread.
+Run from the repository's root: `python -m benchmarks.loop_overhead [--json FILE]`. The loop and the
+bare steps make the same updates of the small toy model, about 50 ms each, and alternate. CPU time
+is summed over all threads and hardly depends on other load; the loop's own time is that of its main
+thread.
 """
 
 import argparse
@@ -129,7 +130,7 @@ def main() -> None:
     medians = {"bare": median_ms(bare_marks), "loop": median_ms(loop_marks)}
     for name, mark in medians.items():
         print(
-            f"{name}  {mark.wall:7.2f} ms a step, processor {mark.processor:7.2f} ms, "
+            f"{name}  {mark.wall:7.2f} ms per step, CPU {mark.processor:7.2f} ms, "
             f"main thread {mark.thread:6.3f} ms"
         )
     alone = medians["bare"]

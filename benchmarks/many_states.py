@@ -1,10 +1,10 @@
-"""Several start states in one program: time and memory next to one state and to runs of their own.
+"""Several start states in one program: time and memory next to one state and to separate runs.
 
     python -m benchmarks.many_states --json benchmarks/results/cpu-many-states.json
 
-Three compiled steps of the shipped base take turns: K states of R rows each, one state of K R rows
-(the same arithmetic), and one state of R rows, which K runs of their own would make K times. The
-processor's time is of all threads and hardly depends on what else the machine does.
+Three compiled steps of the shipped base alternate: K states of R rows each; one state of K R rows
+(the same arithmetic); and one state of R rows, which K separate runs would repeat K times. CPU time
+is summed over all threads and hardly depends on other load.
 """
 
 import argparse
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=5, help="of the comparison")
+    parser.add_argument("--steps", type=int, default=5, help="steps of the comparison")
     parser.add_argument("--json", default="")
     options = parser.parse_args()
     made = programs(options.states, options.rows, options.length)

@@ -1,11 +1,11 @@
-"""The memory of one step of published sizes on one chip, by the compilers of absent chips.
+"""The memory of one step of published sizes on one chip, by the compilers, without the chips.
 
     python -m benchmarks.memory_plans --json benchmarks/results/tpu-plan.json
 
-Each case is a plan (`python -m rwkv7_jax.plan`); a test compares them with the estimate that
-train.py prints before its first step. A compilation takes one to nine minutes.
-Cases that the file has already are not compiled again, so that the table may grow over several
-calls; `--cases` names some.
+Each case is a plan (`python -m rwkv7_jax.plan`). A test compares the plans with the estimate that
+train.py prints before its first step. A compilation takes one to nine minutes. Cases that are
+already in the file are not compiled again, so several calls can build one table; `--cases` selects
+some.
 """
 
 import argparse
@@ -68,7 +68,7 @@ CASES = (
 
 
 def make_plan(case: Case) -> dict[str, Any]:
-    """Compiles a case in processes of its own."""
+    """Compiles a case in separate processes."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "rwkv7_jax.plan", "--json"),
@@ -91,8 +91,8 @@ def make_plan(case: Case) -> dict[str, Any]:
 def main() -> None:
     """Prints a row for each case and writes the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", nargs="*", help="names; all by default")
-    parser.add_argument("--json", required=True, help="file to write, or to add to")
+    parser.add_argument("--cases", nargs="*", help="names of cases; all by default")
+    parser.add_argument("--json", required=True, help="file to write or to extend")
     args = parser.parse_args()
     file = Path(args.json)
     rows = json.loads(file.read_text())["cases"] if file.exists() else {}

@@ -1,11 +1,11 @@
 """Multi-query associative recall: its rows, its sizes, and the trainer of all models.
 
-A row shows pairs of a key and a value and then asks for each key once, between random tokens. The
-value is the label at the key's place and is not fed back. `benchmarks.recall` makes the table.
+A row shows pairs of a key and a value, then asks for each key once, between random tokens. The
+value is the label at the key's position and is not fed back. `benchmarks.recall` makes the table.
 
 Source: the protocol of Arora et al. 2024 (arXiv 2402.18668), as HazyResearch/zoology generates it
-in zoology/data/multiquery_ar.py. There pairs that are shown first tend to be asked first; here the
-order of the questions is drawn apart.
+in zoology/data/multiquery_ar.py. There, pairs that are shown first tend to be asked first. Here the
+order of the questions is drawn independently.
 """
 
 import abc
@@ -57,7 +57,7 @@ class Setting:
         tests: sizes of the table's columns.
         rates: peak learning rates that are tried.
         unlock: share of a run after which the next size joins; 0 starts with all of them.
-        solved: share right on the hardest size of training; twice running, it ends a run.
+        solved: accuracy on the hardest training size that ends a run if reached twice in a row.
         test_rows: of each size.
     """
 
@@ -217,7 +217,7 @@ class Trainer:
         self._score = jax.jit(jax.vmap(self._loss, in_axes=(0, None, None)))
 
     def _loss(self, params, x, y):
-        """Computes the mean nats and the share right of the asked places."""
+        """Computes the mean nats and the accuracy at the positions of the questions."""
         state = self.contestant.start(params, len(x))
         logits, _ = self.contestant.run(params, x, state)
         asked = y >= 0

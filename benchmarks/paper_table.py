@@ -1,14 +1,14 @@
-"""The table of the method on toy tasks: four ways to tune a frozen model, and what each is worth.
+"""The method on toy tasks: four ways to tune a frozen model, and the gain of each.
 
     python -m benchmarks.paper_table --quick      # the gate: a few minutes on two CPU cores
     python -m benchmarks.paper_table --json benchmarks/results/cpu-paper-table.json \
         --pictures benchmarks/results
 
-Rows are a small model as it is, a large one as it is, a large one with instructions or examples,
-and the small one's state tuned in each way; columns are tasks that the models were not trained for.
-`benchmarks.laws` and `benchmarks.experiments` follow, each with its bar. Every cell is cached as
-soon as it is known, so that an interrupted run can continue; a change of the code or of the models
-begins a new cache. Exit code 1 if a bar is missed.
+Rows are an untuned small model, an untuned large model, a large model with instructions or
+examples, and the small model's state tuned in each way. Columns are tasks that the models were not
+trained for. `benchmarks.laws` and `benchmarks.experiments` follow, each with its target. Every cell
+is cached as soon as it is complete, so an interrupted run can resume; a change of the code or of
+the models starts a new cache. The exit code is 1 if a target is missed.
 """
 
 import argparse
@@ -61,7 +61,7 @@ EXPERIMENTS = {
     "E15 serving": laws.serving,
 }
 QUICK = ("E1", "E2", "E4", "E6", "E8", "E9", "E10", "E11", "E13", "E14", "E15")
-# As the gate makes them: the runs that their bars need.
+# In the gate: only the runs that their targets need.
 FEWER_RUNS = {
     "E8 conditioning": lambda: experiments.conditioning(all_rules=False),
     "E9 capacity": experiments.capacity,
@@ -211,7 +211,7 @@ def draw(folder: Path, cells: Cells) -> None:
         pictures.curves(
             folder / "capacity.png",
             {"facts stored in 300 steps": sizes},
-            x="numbers",
+            x="parameters",
             y="facts",
         )
     blocks = known.get("E14 forgetting", {}).get("by_eight_facts")
@@ -224,7 +224,7 @@ def draw(folder: Path, cells: Cells) -> None:
             folder / "forgetting.png",
             lines,
             x="fact of the row",
-            y="share right",
+            y="accuracy",
         )
 
 
@@ -240,7 +240,7 @@ def verdicts(
         passed = shown.pop("passed")
         if passed is False:
             missed.append(name)
-        verdict = {True: "met", False: "MISSED", None: "no bar"}[passed]
+        verdict = {True: "met", False: "MISSED", None: "no target"}[passed]
         head = f"{name:28}{verdict:8}{cell['seconds']:>6} s"
         print(f"{head}  {json.dumps(rounded(shown))}", flush=True)
         report[name] = cell["found"] | {"seconds": cell["seconds"]}
@@ -248,7 +248,7 @@ def verdicts(
 
 
 def carried_over(path: Path) -> dict[str, Any]:
-    """Reads what an earlier run wrote, with its date at each row that has none of its own."""
+    """Reads the results of an earlier run; adds its date to each row without one."""
     if not path.exists():
         return {}
     before = json.loads(path.read_text(encoding="utf-8"))
@@ -260,14 +260,14 @@ def read_options() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--quick", action="store_true", help="the experiments of the gate alone"
+        "--quick", action="store_true", help="only the experiments of the gate"
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--only", default="", help="experiments whose names contain this"
+        "--only", default="", help="only experiments whose names contain this text"
     )
     parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--pictures", type=record.folder, help="folder for them")
+    parser.add_argument("--pictures", type=record.folder, help="folder for figures")
     parser.add_argument(
         "--cells", default="runs/table", help="folder of the results' cache"
     )
@@ -299,7 +299,9 @@ def main() -> int:
         print(show(report["table"]))
     more, missed = verdicts(cells, chosen_experiments(options))
     bars = sum(one["passed"] is not None for one in more.values())
-    print(f"{bars - len(missed)} of {bars} bars met, {time.monotonic() - began:.0f} s")
+    print(
+        f"{bars - len(missed)} of {bars} targets met, {time.monotonic() - began:.0f} s"
+    )
     if options.pictures:
         draw(options.pictures, cells)
     if options.json:

@@ -1,13 +1,12 @@
-"""The jobs that users have, next to what they would pick instead, on one core of a CPU.
+"""The common jobs of users, next to alternative programs, on one core of a CPU.
 
     pip install -e '.[oracle,gguf]' rwkv-ops==0.11.3 keras
     python -m benchmarks.peers --check --json benchmarks/results/cpu-peers.json
 
-Times are processor times of this process, with one thread a program. Programs of a row take turns,
-each after a call of its own that is not measured, and medians are compared; first they must agree
-in their numbers. Memory is the peak of a process of its own, runtimes included. A row whose peer
-is not installed has no number; the file lists it. `--check` exits 1 where a bar is missed. Models
-are random.
+Times are CPU times of this process, with one thread per program. The programs of a row alternate,
+each after an unmeasured warm-up call, and medians are compared. Their results must agree first.
+Memory is the peak of a separate process, runtimes included. A row whose peer is not installed has
+no number; the file lists it. `--check` exits with 1 if a target is missed. Models are random.
 """
 
 import argparse
@@ -340,7 +339,7 @@ def op_rows(rounds: int) -> Rows:
 
 
 def dbp_rows(rounds: int) -> Rows:
-    """Compares steps of an upscaled state by DBP and by Adam alone."""
+    """Compares steps of an upscaled state by DBP and by plain Adam."""
     config = rwkv.RWKV7Config(vocab_size=256, num_layers=6, width=384)
     params = random_params(config)
     model = rwkv.RWKV7(config)
@@ -365,7 +364,7 @@ def child(*command: str) -> tuple[float, str]:
 
 
 def alone(what: str, *arguments: str) -> int:
-    """Runs one of `ALONE` in a process of its own; returns its peak in bytes."""
+    """Runs one of `ALONE` in a separate process; returns its peak in bytes."""
     command = (sys.executable, "-m", "benchmarks.peers", "--alone", what, *arguments)
     return int(child(*command)[1].split()[-1])
 
@@ -442,15 +441,17 @@ def measure(rounds: int, keep: Callable[[Rows], None]) -> Rows:
 
 
 def main() -> None:
-    """Prints the table; `--check` exits 1 where a bar is missed.
+    """Prints the table; `--check` exits with 1 if a target is missed.
 
     Raises:
-        SystemExit: a bar is missed.
+        SystemExit: a target is missed.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="file to write")
-    parser.add_argument("--check", action="store_true", help="exit 1 above a bar")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 if a target is missed"
+    )
     parser.add_argument("--alone", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")

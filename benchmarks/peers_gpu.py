@@ -2,15 +2,15 @@
 
     python -m benchmarks.peers_gpu [--case h200] [--repeats N] [--json FILE]
 
-Measured are all implementations of ours that run here; the algorithm of most published kernels in
-the same framework (`benchmarks.sequential_gpu`); and, where installed, the JAX kernels of rwkv-ops
-and `chunk_rwkv7` of flash-linear-attention, this one in a process of its own on a copy of the data.
-A peer that is missing or fails keeps its row, and "status" says why.
+The program measures all of our implementations that run here; the algorithm of most published
+kernels in the same framework (`benchmarks.sequential_gpu`); and, if installed, the JAX kernels of
+rwkv-ops and `chunk_rwkv7` of flash-linear-attention. The last one runs in a separate process on a
+copy of the data. A peer that is missing or fails keeps its row, and "status" gives the reason.
 
-Tokens are bfloat16, log_w and states float32. A time is the least of several runs, each of enough
-calls to take over 20 ms. Errors are relative L2 distances to float64, of y and of the worst of
-seven gradients. "of copy" is the share of the time in which a large copy of the same run would have
-moved the bytes of `pallas_kernels.bench.least_bytes`.
+Tokens are bfloat16, log_w and states float32. A time is the minimum of several runs, each with
+enough calls to take over 20 ms. Errors are relative L2 distances to float64, of y and of the worst
+of seven gradients. "of copy" is the fraction of the time that a large copy in the same run needs
+for the bytes of `pallas_kernels.bench.least_bytes`.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def measure(
 
 
 def attempt(run: Callable[[], dict]) -> dict:
-    """Returns the result of `run` with a status; the status alone if it raises."""
+    """Returns the result of `run` with a status; only the status if it raises."""
     try:
         return run() | {"status": "ok"}
     except ImportError as error:
@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument("--case", default="h200", choices=CASES)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="file to write")
-    parser.add_argument("--child", metavar="FOLDER", help="used by the program itself")
+    parser.add_argument("--child", metavar="FOLDER", help="internal")
     args = parser.parse_args()
     if args.child:
         return fla_child(args.child, args.repeats)

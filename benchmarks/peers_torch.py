@@ -1,7 +1,7 @@
-"""State tuning as one would write it in PyTorch: the published formulas, fla's chunked recurrence.
+"""State tuning as a user would write it in PyTorch: published formulas, fla's chunked recurrence.
 
-Weights are frozen; the loss is cross entropy; one state a layer and head is tuned by Adam. Source
-of the formulas: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:260-372.
+Weights are frozen; the loss is cross entropy; Adam tunes one state per layer and head. Source of
+the formulas: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:260-372.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What a step of state tuning costs at the least: its matrix products."""
+"""A lower bound for the cost of a state tuning step: its matrix products."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,14 +1,14 @@
-"""The search for a learning rate against a sweep: what its choice is worth, and what it costs.
+"""The search for a learning rate against a full sweep: the quality of its choice, and its cost.
 
     python -m benchmarks.rate_search --json benchmarks/results/cpu-rate-search.json
 
-On three styles of text the start state of the shipped base is tuned, on one of them also an
-upscaled state, low-rank changes and all weights; on a genuine model that reverses digits, where it
-is there, the start state for copying them. Each is searched as a run would be, in a tenth of its
+On three styles of text the start state of the shipped base is tuned; on one of them also an
+upscaled state, LoRA and all weights. If the genuine model that reverses digits is available, its
+start state is tuned to copy them. Each subject is searched as in a run, with a tenth of its
 arithmetic, and tuned at full length at the rates that can be best: states at the largest of the
-list and one beyond it, weights at smaller ones. Next to it stands a search in two rounds (all rates
-for a third of the steps, then the best three for the rest) of the same arithmetic. Cells are
-cached; a run continues from there.
+list and one beyond it, weights at smaller ones. A search in two rounds of the same cost is compared
+(all rates for a third of the steps, then the best three for the rest). Cells are cached, so an
+interrupted run resumes.
 """
 
 import argparse
@@ -215,7 +215,7 @@ def halved(
 ) -> dict[str, Any]:
     """Searches in two rounds: all rates for a third of the steps, the best few for the rest.
 
-    Each round begins anew, with a schedule of its own. What it costs to measure the second one
+    Each round starts from scratch, with its own schedule. What it costs to measure the second one
     comes on top.
 
     Source: successive halving, Karnin et al. 2013; Jamieson and Talwalkar 2016.
@@ -248,7 +248,7 @@ def halved(
 def searched(
     subject: Subject, seed: int, *, steps: int = STEPS, rows: int = ROWS
 ) -> dict[str, Any]:
-    """Searches; the seconds are the processor's, without what is spent on compiling."""
+    """Searches; the seconds are CPU time without compilation."""
     plan = plan_of(subject, steps, rows)
     measuring: list[float] = []
 
@@ -317,14 +317,14 @@ def swept(subject: Subject, seed: int) -> dict[str, float]:
 
 
 def step_seconds(step: TrainStep, train: TrainState, batch: Batch) -> float:
-    """Measures the processor's seconds of one step, the median of ten, without compiling."""
+    """Measures the CPU seconds of one step, the median of ten, without compilation."""
     run = RepeatedStep(step, train, batch)
     times = [time_call(run).processor for _ in range(12)]
     return statistics.median(times[2:])
 
 
 def run_seconds(subject: Subject) -> float:
-    """Measures the processor's seconds of the steps of one run, without compiling."""
+    """Measures the CPU seconds of the steps of one run, without compilation."""
     tx = subject.optimizer(schedule(STEPS))
     step = make_train_step(subject.loss, tx, statistics=subject.statistics)
     train = TrainState.create(subject.start(0), tx)
@@ -346,7 +346,7 @@ def compared(found: dict[str, Any], losses: dict[str, float]) -> dict[str, Any]:
 
 
 def subjects() -> dict[str, tuple[Callable[[], Subject], int]]:
-    """Lists the subjects and how many seeds each has, of those that are there."""
+    """Lists the available subjects with the number of seeds of each."""
     found: dict[str, tuple[Callable[[], Subject], int]] = {}
     folder = os.environ.get("RWKV7_CHECKPOINTS", "../shared/checkpoints")
     path = Path(folder) / REVERSE
@@ -366,8 +366,12 @@ def main() -> None:
     """Runs all cells, prints a line for each, and writes JSON where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--cells", default="runs/rate-search", help="folder of a cache")
-    parser.add_argument("--only", default="", help="part of the names of subjects")
+    parser.add_argument(
+        "--cells", default="runs/rate-search", help="folder of the results' cache"
+    )
+    parser.add_argument(
+        "--only", default="", help="only subjects whose names contain this text"
+    )
     options = parser.parse_args()
     chosen = {}
     for name, subject in subjects().items():

@@ -1,13 +1,13 @@
-"""Any checkpoint: agreement with the `rwkv` package, the loss of 8 bits, and ways of tuning it.
+"""Any checkpoint: agreement with the `rwkv` package, the loss in 8 bits, and tuning methods.
 
     python -m benchmarks.real_models model.pth --data poems.jsonl --retention general.jsonl
 
-The start state, an upscaled state and low-rank changes of as many numbers as the start state are
-tuned at every rate of a list, at equal steps and batches; next to the best stands the rate that the
-search of `train.py` finds in a tenth of a run, and that of a search in two rounds. Measured are
-held-out data and what must not be forgotten, in bits per byte. `--data digits` is for BlinkDL's
-model that reverses numbers: it learns to copy them, and what must not be forgotten is reversing;
-both in nats, with the share of right digits. Cells are cached; a run continues from there.
+The start state, an upscaled state and LoRA of the size of the start state are tuned at every rate
+of a list, at equal steps and batches. The table shows the best rate next to the rate that the
+search of `train.py` finds in a tenth of a run, and that of a search in two rounds. Metrics are bits
+per byte on held-out data and on data that must not be forgotten. `--data digits` is for BlinkDL's
+model that reverses numbers: it learns to copy them and must not forget reversing. Its metrics are
+nats and the fraction of correct digits. Cells are cached, so an interrupted run resumes.
 """
 
 import argparse
@@ -212,7 +212,7 @@ def start_of(kind: str, model, params, data: Data, seed: int) -> Any:
 
 
 def loss_of(kind: str, model, params) -> Any:
-    """Makes the loss of a way of tuning."""
+    """Makes the loss of a tuning method."""
     if kind != "LoRA":
         return rwkv.state_loss(model, params, leaves=text_table.leaves_of(kind))
     loss_of_weights = rwkv.pretrain_loss(model, l2wrap=0.0)
@@ -234,7 +234,7 @@ def measured(
 
 
 def subject_of(kind: str, model, params, data: Data) -> Subject:
-    """Makes a way of tuning, as the search for a rate takes it."""
+    """Makes a tuning method for the search of a rate."""
 
     def measure(trained: Any, count: int) -> float:
         return measured(kind, model, params, data, trained, count)["new"]
@@ -281,18 +281,22 @@ def tuned(
 
 
 def main() -> None:
-    """Prints a line for each way of tuning and seed; with `--json`, writes all numbers."""
+    """Prints a line for each tuning method and seed; with `--json`, writes all numbers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="a checkpoint of any layout")
     parser.add_argument("--data", required=True, help=f"text to learn, or {DIGITS}")
-    parser.add_argument("--retention", default="stdlib", help="text to remember")
-    parser.add_argument("--vocabulary", help="as in the command rwkv7")
+    parser.add_argument(
+        "--retention", default="stdlib", help="text that must not be forgotten"
+    )
+    parser.add_argument("--vocabulary", help="as for the command rwkv7")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--cells", default="runs/real-models", help="folder of a cache")
+    parser.add_argument(
+        "--cells", default="runs/real-models", help="folder of the results' cache"
+    )
     options = parser.parse_args()
     record.require_rows_kept(options.json, "tuned", options.kinds)
     params, config = rwkv.load_model(options.model, dtype="float32")
@@ -340,7 +344,7 @@ def data_of(model: rwkv.RWKV7, options: argparse.Namespace) -> Data:
 
 
 def describe(numbers: dict[str, Any]) -> str:
-    """Formats the rates of one way of tuning, and what its best one reaches."""
+    """Formats the rates of one tuning method, and the result at its best rate."""
     best = numbers["best_rate"]
     edge = " (edge)" if numbers["at_edge"] else ""
     return (

@@ -5,14 +5,13 @@
         --pictures benchmarks/results         # the table: two CPU hours
     python -m benchmarks.recall --full        # the published sizes, for a GPU
 
-The task is multi-query associative recall (`benchmarks.mqar`). A cell is one model, rate and seed;
-it is cached as soon as it is known, so that an interrupted table can continue, and `--cached`
-makes the table of what is there. A model's rate is the best one of the first seed on validation
-rows; lower and higher ones are tried until it lies between two others. Further seeds have that
-rate. The exit code is 1 if a rate is the lowest or the highest that was tried, or if a bar of the
-gate is missed.
+The task is multi-query associative recall (`benchmarks.mqar`). A cell is one model, rate and seed.
+It is cached as soon as it is complete, so an interrupted table can resume; `--cached` makes the
+table from the available cells. The first seed selects a model's rate on validation rows; lower and
+higher rates are tried until it lies between two others. Further seeds use that rate. The exit code
+is 1 if a rate is the lowest or highest that was tried, or if the gate misses a target.
 
-A static upscaled memory is weights and not state, so its bytes are those of the model without it.
+A static upscaled memory counts as weights, so its bytes are those of the model without it.
 """
 
 import argparse
@@ -85,7 +84,7 @@ FULL_NAMES = (
     "delta-32-96",
 )
 
-# Tuned on a frozen model of their own: the model, its memory's features and dynamics.
+# Each tuned on its own frozen model: the model, its memory's features and dynamics.
 TUNED = {
     "tuned-delta-16-64": ("rwkv-16-L1", 64, "delta"),
     "tuned-static-16-64": ("rwkv-16-L1", 64, "static"),
@@ -93,7 +92,7 @@ TUNED = {
 # The rate at which the frozen models were trained.
 BASE_RATE = 0.01
 
-# The gate's models, with the least share right of 16 pairs of 64 tokens, or the largest.
+# The gate's models, with the lowest and highest accuracy on 16 pairs of 64 tokens.
 BARS = {
     "attention": (0.98, 1.0),
     "window-16": (0.0, 0.30),
@@ -257,7 +256,7 @@ def choose_rate(validation: dict[float, float]) -> float:
 def decode_speeds(
     names: Iterable[str], setting: Setting, repeats: int = 5
 ) -> dict[str, dict[str, float]]:
-    """Measures tokens a CPU second after short and long contexts, in batches of rows.
+    """Measures tokens per CPU second after short and long contexts, in batches of rows.
 
     Weights are untrained: speed does not depend on them.
     """
@@ -339,7 +338,7 @@ def draw(
             if name in speeds:
                 speed = speeds[name][str(CONTEXTS[-1])]
                 by_speed.setdefault(group, []).append((right, speed, name))
-    accuracy = f"share right, {setting.tests[-1].pairs} pairs of {hardest.split()[-1]}"
+    accuracy = f"accuracy, {setting.tests[-1].pairs} pairs of {hardest.split()[-1]}"
     pictures.scatter(
         folder / "recall-bytes.png",
         by_bytes,
@@ -352,12 +351,12 @@ def draw(
             folder / "recall-speed.png",
             by_speed,
             x=accuracy,
-            y=f"tokens a CPU second after {CONTEXTS[-1]:,}",
+            y=f"tokens per CPU second after {CONTEXTS[-1]:,}",
         )
 
 
 def quick(table: Table) -> list[str]:
-    """Runs the gate's cells and prints a line each; returns the bars that are missed."""
+    """Runs the gate's cells and prints a line each; returns the missed targets."""
     size = str(table.setting.train[-1])
     right = {}
     missed = []
@@ -402,19 +401,23 @@ def full(cells: Cells, minutes: float) -> None:
 def main() -> int:
     """Makes the table, or runs the gate, prints it, and writes files where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the gate's cells alone")
+    parser.add_argument("--quick", action="store_true", help="only the gate's cells")
     parser.add_argument(
         "--full", action="store_true", help="published sizes, for a GPU"
     )
-    parser.add_argument("--minutes", type=float, default=25, help="of --full")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", help="names of models, with commas")
     parser.add_argument(
-        "--cached", action="store_true", help="make no cell, show those there are"
+        "--minutes", type=float, default=25, help="time limit of --full"
     )
-    parser.add_argument("--no-speed", action="store_true", help="leave out decoding")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--only", default="", help="names of models, separated by commas"
+    )
+    parser.add_argument(
+        "--cached", action="store_true", help="only show the available cells"
+    )
+    parser.add_argument("--no-speed", action="store_true", help="skip decoding")
     parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--pictures", type=record.folder, help="folder for them")
+    parser.add_argument("--pictures", type=record.folder, help="folder for figures")
     parser.add_argument(
         "--cells", default="runs/recall", help="folder of the results' cache"
     )
@@ -447,8 +450,8 @@ def _whole_table(table: Table, options: argparse.Namespace) -> int:
             found[name] = row
     if not found:
         print(
-            f"recall: `{table.cells.path}` must hold cells of the table; got none, so that nothing "
-            "is written. Without `--cached` they are made."
+            f"recall: `{table.cells.path}` must hold cells of the table; got none, so nothing is "
+            "written. Run without `--cached` to compute them."
         )
         return 2
     record.require_rows_kept(options.json, "table", found)

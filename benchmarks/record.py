@@ -37,7 +37,7 @@ def require_rows_kept(path: str | None, place: str, rows: Iterable[str]) -> None
         some = ", ".join(f'"{row}"' for row in lost[:3])
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise SystemExit(
-            f"`{path}` has rows that this run does not make, and is left as it is: {some}{more} "
+            f"`{path}` has rows that this run does not produce, so it is unchanged: {some}{more} "
             f'of "{place}". Name another file.'
         )
 

@@ -1,9 +1,9 @@
-"""The memory of one step of a published size on one GPU, by what its blocks keep.
+"""The memory of one step of a published size on one GPU, by rematerialisation setting.
 
     python -m benchmarks.remat_memory --json benchmarks/results/h100-remat-memory.json
 
 Each row is a plan (`python -m rwkv7_jax.plan`): the step of a run, compiled for a GPU that is not
-here. Rows that the file has already are not compiled again.
+attached. Rows that are already in the file are not compiled again.
 """
 
 import argparse
@@ -23,14 +23,14 @@ def main() -> None:
     """Prints a row for each mode and choice, and writes them as they come."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", default="0.4b", help="a published size (%(default)s)")
-    parser.add_argument("--topology", default="h100", help="as plans name it")
+    parser.add_argument("--topology", default="h100", help="topology, as for plans")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument(
         "--remat", nargs="+", choices=remat.CHOICES, default=remat.CHOICES
     )
-    parser.add_argument("--json", required=True, help="file to write, or to add to")
+    parser.add_argument("--json", required=True, help="file to write or to extend")
     args = parser.parse_args()
     file = Path(args.json)
     rows = json.loads(file.read_text())["plans"] if file.exists() else {}

@@ -1,9 +1,9 @@
 """WKV-7 token by token on a GPU, as in most published CUDA kernels: the baseline for ours.
 
-One program walks one head of one sequence with its state in registers. The forward pass of a
-gradient keeps the state after every 16th token and what each token removes; the backward pass
-walks back from those states and rebuilds the earlier ones by dividing by the decay, which loses
-digits where the decay is strong. Pallas kernels, lowered through Triton.
+One program processes one head of one sequence with its state in registers. The forward pass of a
+gradient stores the state after every 16th token and what each token removes. The backward pass
+starts from those states and rebuilds the earlier ones by dividing by the decay, which loses digits
+if the decay is strong. Pallas kernels, lowered through Triton.
 """
 
 import functools

@@ -1,9 +1,9 @@
-"""Requests that decode together next to the same requests one after another.
+"""Batched decoding of concurrent requests next to the same requests one after another.
 
 Run from the repository's root: `python -m benchmarks.serving [--json FILE]`. The model is random,
-of the 0.1B size by default; prompts have 16 to 256 tokens and answers the same number each, from
-four start states. Every answer is compared with that of `generate`. Time to the first text is from
-the moment when the first request came, so most of it is waiting.
+of the 0.1B size by default. Prompts have 16 to 256 tokens, all answers have the same length, and
+there are four start states. Every answer is compared with that of `generate`. Time to first text
+counts from the arrival of the first request, so most of it is queueing.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""The memory of a state tuning step of a published size, as the compiler of an absent TPU says it.
+"""The memory of a state tuning step of a published size, by the compiler of a TPU, without it.
 
     python -m benchmarks.step_memory --json benchmarks/results/tpu-step-memory.json
 
-Nothing but shapes is needed: the step is compiled ahead of time by libtpu (`pip install
-"rwkv7_jax[tpu]"`), on any machine with Linux. Rows are the forms of the frozen weights: bfloat16,
-as published files hold them, and 8 bits. The peak is the compiler's own, with the optimizer's
-moments; whether a chip has room for it, the compiler decides as well.
+libtpu compiles the step ahead of time (`pip install "rwkv7_jax[tpu]"`) on any Linux machine; it
+needs only shapes. Rows are the forms of the frozen weights: bfloat16, as in published files, and 8
+bits. The peak is the compiler's, with the optimizer's moments; the compiler also decides whether
+the step fits a chip.
 """
 
 import argparse

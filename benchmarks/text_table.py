@@ -1,15 +1,15 @@
-"""Real text: the gain of each way of tuning the small base model on a style it has never seen.
+"""Real text: the gain of each method that tunes the small base model on an unseen style.
 
     python -m benchmarks.text_table --json benchmarks/results/cpu-text-table.json \
         --pictures benchmarks/results
 
 Rows are the base, the base after a prompt, a start state, upscaled states (raw features, whitened,
-raw with DBP), LoRA on the four projections with as many numbers as an upscaled state, and all
-weights, at equal steps and batches, on three styles and three seeds; columns are held-out bits per
-byte, by position, and on the base's own text. The learning rate of each tuned row is that of a
-sweep with the first seed, the best by the mean of the styles; the program says so where it lies at
-the edge of the rates that were tried. Every cell is cached as soon as it is known; a run continues
-from there, and `--cached` makes the table of what is there.
+raw with DBP), LoRA on the four projections with the size of an upscaled state, and all weights, at
+equal steps and batches, on three styles and three seeds. Columns are held-out bits per byte, by
+position, and on the base's own text. A sweep with the first seed selects the learning rate of each
+tuned row, the best on the mean of the styles; the program reports a rate at the edge of the sweep.
+Every cell is cached as soon as it is complete, so an interrupted run resumes; `--cached` makes the
+table from the available cells.
 """
 
 import argparse
@@ -368,7 +368,9 @@ def table(
     for kind, by_style in found.items():
         one = sweeps.get(kind, {"rate": 0.0, "at_edge": False, "numbers": 0})
         edge = " (edge)" if one["at_edge"] else ""
-        print(f"{kind}: {one['numbers']:,} numbers tuned, rate {one['rate']:g}{edge}")
+        print(
+            f"{kind}: {one['numbers']:,} tuned parameters, rate {one['rate']:g}{edge}"
+        )
         for style, results in by_style.items():
             print(f"    {style:18}{show(results, found['base'][style])}", flush=True)
     return sweeps, found
@@ -424,10 +426,10 @@ def main() -> None:
     parser.add_argument("--styles", default=",".join(STYLES))
     parser.add_argument("--kinds", nargs="+", choices=RATES, default=list(RATES))
     parser.add_argument(
-        "--cached", action="store_true", help="make no run, show those there are"
+        "--cached", action="store_true", help="only show the available cells"
     )
     parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--pictures", type=record.folder, help="folder for them")
+    parser.add_argument("--pictures", type=record.folder, help="folder for figures")
     parser.add_argument(
         "--cells", default="runs/text-table", help="folder of the results' cache"
     )
@@ -437,8 +439,8 @@ def main() -> None:
     for style in styles:
         if runs.get("base", style) is None:
             raise SystemExit(
-                f"text_table: `{runs.cells.path}` must hold the base on {style}, with which rows "
-                "are compared; it does not. Without `--cached` it is measured."
+                f"text_table: `{runs.cells.path}` must hold the base on {style}, the reference for "
+                "all rows; it does not. Run without `--cached` to measure it."
             )
     record.require_rows_kept(options.json, "base", styles)
     record.require_rows_kept(options.json, "sweeps", options.kinds)

@@ -31,7 +31,7 @@ def time_call(run: Callable[[], Any]) -> Seconds:
 
 
 class RepeatedStep:
-    """A train step that goes on from where it was at every call, with one batch.
+    """A train step that continues from its last state at every call, with one batch.
 
     Attributes:
         metrics: of the latest call.

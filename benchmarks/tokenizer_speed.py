@@ -1,7 +1,7 @@
 """The speed of encoding, next to the official trie and the Rust tokenizer (extra `oracle`).
 
-Run from the repository's root: `python -m benchmarks.tokenizer_speed [--json FILE]`. The text: the
-standard library's own sources; seconds are process time, the least of several runs.
+Run from the repository's root: `python -m benchmarks.tokenizer_speed [--json FILE]`. The text is
+the source of the standard library. Seconds are process time, the minimum of several runs.
 """
 
 import argparse

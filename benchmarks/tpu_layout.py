@@ -1,13 +1,13 @@
-"""Copies of activations that XLA for TPU puts into one layer, forward and backward.
+"""Copies of activations that XLA for TPU inserts into one layer, forward and backward.
 
     python -m benchmarks.tpu_layout --json benchmarks/results/tpu-layout.json --check
 
-XLA lays an array of heads of 64 with the tokens in the lanes where it sums over a head, and the WKV
-kernel wants the channels there: each change of layout is a copy of a full activation. A gradient
-of a model of three layers is compiled ahead of time by libtpu, on any machine with Linux, and the
-bodies of its two loops over layers are read. Counted are copies and transposes of at least one
-activation in 16 bits that are instructions of their own; prefetches into fast memory are not.
-Cycles are the compiler's estimates, which it has for all instructions but the WKV kernels.
+To sum over heads of 64, XLA stores the array with the tokens in the lanes. The WKV kernel needs the
+channels there, and each change of layout copies a full activation. libtpu compiles a gradient of a
+model of three layers ahead of time, on any Linux machine, and the program reads the bodies of its
+two loops over layers. It counts copies and transposes of at least one 16-bit activation that are
+separate instructions, without prefetches into fast memory. Cycles are the compiler's estimates,
+which exist for all instructions except the WKV kernels.
 """
 
 import argparse
@@ -101,13 +101,17 @@ def estimate_cycles(body: list[hlo.Instruction]) -> int:
 def main() -> None:
     """Prints copies and cycles of both passes; with `--json`, writes the copies one by one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", default="0.4b", help="whose widths (%(default)s)")
-    parser.add_argument("--topology", default="v5e:1x1", help="one chip, as plans say")
+    parser.add_argument(
+        "--size", default="0.4b", help="a published size, for its widths (%(default)s)"
+    )
+    parser.add_argument("--topology", default="v5e:1x1", help="one chip, as for plans")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--remat", choices=remat.CHOICES, default="none")
     parser.add_argument("--json", help="file to write")
-    parser.add_argument("--check", action="store_true", help="fail over the bars")
+    parser.add_argument(
+        "--check", action="store_true", help="fail if a target is missed"
+    )
     args = parser.parse_args()
     config = rwkv.RWKV7Config.preset(
         args.size,

@@ -1,12 +1,12 @@
 """The WKV-7 op on CPU next to other implementations in JAX and a PyTorch loop, in one process.
 
-Run from the repository's root, in an environment of its own (the peers pin their own packages):
+Run from the repository's root, in a separate environment (the peers pin their own packages):
 
     pip install -e . ejkernel==0.0.80.3 rwkv-ops==0.11.3 keras torch
     python -m benchmarks.wkv_peers [--json FILE]
 
-Times are least process times of several runs. Cases: the two of the design (short batch, long
-sequence) and the growth from 1,024 to 4,096 tokens.
+Times are the minimum process times of several runs. The cases are a short batch, a long sequence,
+and the growth from 1,024 to 4,096 tokens.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Runs one step of `benchmarks.device_run`: `python -m benchmarks.device STEP`.
 
-A step prints one line of JSON for each result as soon as it has it. "result" is "ok", or says what
-failed or is not installed. A kernel that returns wrong or varying numbers has failed.
+A step prints one line of JSON per result, as soon as it is available. "result" is "ok", or names
+what failed or is not installed. A kernel that returns wrong or varying numbers counts as failed.
 """
 
 import argparse

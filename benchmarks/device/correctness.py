@@ -1,4 +1,4 @@
-"""Steps that ask whether the kernels are right on this device: laws, repetitions, sanitizers."""
+"""Steps that check the kernels on this device: laws, repetitions, sanitizers."""
 
 import dataclasses
 import functools
@@ -120,7 +120,7 @@ def laws(sizes: Sizes) -> Jobs:
 
 
 def check_packed(sizes: Sizes) -> dict:
-    """Compares packed rows with the same tokens in rows of their own; float32."""
+    """Compares packed rows with the same tokens in separate rows; float32."""
     keys, values = sizes.heads_of[0]
     inputs, state = make_inputs(Case(4, 50, 2, keys, values))
     rows = jax.tree.map(lambda x: x.reshape(2, 100, *x.shape[2:]), inputs)
@@ -232,13 +232,13 @@ def passes_of(choice: tiles.GPU, table: tiles.GPU) -> tuple[bool, ...]:
 
 
 def tile_labels(candidate: tune.Candidate) -> dict[str, Any]:
-    """Returns what the line of a tile's result says."""
+    """Returns the fields of the line of a tile's result."""
     label = "backward" if candidate.backward else "forward"
     return {"name": candidate.name, "choice": candidate.choice, "pass": label}
 
 
 def check_apart(candidate: tune.Candidate) -> dict:
-    """Checks and repeats one choice of tiles in a process of its own."""
+    """Checks and repeats one choice of tiles in a separate process."""
     _, reason = tune.run_apart(candidate)
     if reason:
         raise ArithmeticError(reason)

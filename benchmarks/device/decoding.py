@@ -1,4 +1,4 @@
-"""Steps that ask how fast a model generates and reads prompts on this device."""
+"""Steps that measure generation and prefill of a model on this device."""
 
 import functools
 import itertools

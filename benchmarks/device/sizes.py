@@ -1,4 +1,4 @@
-"""How large the steps of a run on a device are, and the kernels that they try."""
+"""The sizes of the steps of a run on a device, and the kernels that they try."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Steps that ask how fast the op is: next to peers, by tiles, by segments, in float32."""
+"""Steps that measure the speed of the op: next to peers, by tiles, by segments, in float32."""
 
 import dataclasses
 import functools
@@ -61,7 +61,7 @@ def times(sizes: Sizes) -> Jobs:
 
 
 def _contestants(sizes: Sizes, case: Case) -> dict[str, Callable]:
-    """Returns what measures each implementation and peer, some on the first case alone."""
+    """Returns the measurements of each implementation and peer, some only on the first case."""
     if sizes.interpret:
         op = functools.partial(sequential, interpret=True)
         return {"sequential": functools.partial(peers_gpu.measure, op)}

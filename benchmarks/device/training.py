@@ -1,4 +1,4 @@
-"""A step that asks how fast a model trains on this device, and in how much memory."""
+"""A step that measures the training speed and memory of a model on this device."""
 
 import functools
 import itertools

@@ -282,7 +282,7 @@ def check_whole_state(state: Any, argument: str) -> None:
             raise ValueError(f"`{name}.{field}` must have shape {axes}; got {shape}.")
 
 
-def select(state: RWKV7State, rows) -> RWKV7State:
+def select(state: RWKV7State, rows: Any) -> RWKV7State:
     """Selects the sequences `rows`; keeps the axis B.
 
     With `stack`, this serves many tuned states at once: `select(stack(states), ids)` is a batch

@@ -1,4 +1,4 @@
-"""Strings and bytes to token ids and back, at once or as a stream. Imports nothing of ours."""
+"""Tokenizers, detokenizers and chat templates."""
 
 from rwkv7_jax.text.chat_template import THINK_MODES, Message, write_conversation
 from rwkv7_jax.text.detokenizer import (

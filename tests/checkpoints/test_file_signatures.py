@@ -75,7 +75,7 @@ def test_a_file_of_an_unknown_name_is_named_by_its_bytes(tmp_path, name):
     with pytest.raises(ValueError, match="is a Git LFS pointer"):
         load_model(tmp_path / name)
     (tmp_path / name).write_bytes(b"\x01\x02\x03")
-    with pytest.raises(ValueError, match="is no checkpoint: it begins neither as"):
+    with pytest.raises(ValueError, match="is not a checkpoint: it begins neither"):
         load_model(tmp_path / name)
 
 
@@ -211,7 +211,7 @@ def size(file) -> int:
         ("[]", "must hold a JSON object; got a list"),
         ("null", "must hold a JSON object; got a NoneType"),
         ("3", "must hold a JSON object; got a int"),
-        ('{"axes": "head, val', "is not JSON, or was cut"),
+        ('{"axes": "head, val', "is not JSON, or is truncated"),
         ("[" * 100_000, "is nested too deeply"),
         ('{"axes": ["head"]}', "`axes` of a state's sidecar must be a string"),
         (
@@ -219,7 +219,7 @@ def size(file) -> int:
             "`base_model` of a state's sidecar must be a string",
         ),
         ('{"previous": 3}', "must hold a table under 'previous'"),
-        ("\ud83d".encode("utf-8", "surrogatepass"), "is not JSON, or was cut"),
+        ("\ud83d".encode("utf-8", "surrogatepass"), "is not JSON, or is truncated"),
     ],
 )
 def test_a_sidecar_that_is_no_table_is_named(tmp_path, text, sentence):
@@ -288,7 +288,7 @@ def test_a_list_of_the_rwkv_package_is_a_state_with_all_three_parts(tmp_path):
     torch.save(parts, tmp_path / "session.pth")
     assert differing(load_state(tmp_path / "session.pth", config=CONFIG), state) == []
     torch.save(parts[:-1], tmp_path / "short.pth")
-    with pytest.raises(ValueError, match="holds a list that is not a session's state"):
+    with pytest.raises(ValueError, match="holds a list that is not a session state"):
         load_state(tmp_path / "short.pth")
 
 

@@ -254,7 +254,7 @@ def test_numbers_that_were_changed_to_what_their_dtype_cannot_hold_are_refused(
         written, tmp_path / "m.gguf", tensors={"output_norm.weight": (numbers, kind)}
     )
     with pytest.raises(
-        ValueError, match=r"numbers in ln_out\.weight that bfloat16 cannot hold"
+        ValueError, match=r"values in ln_out\.weight that bfloat16 cannot hold"
     ):
         load_model(tmp_path / "m.gguf")
 
@@ -360,7 +360,7 @@ def test_a_vocabulary_that_llama_cpp_would_encode_otherwise_is_not_written(tmp_p
     )
     words.decoder = tokenizers.decoders.ByteLevel()
     vocabulary = JsonTokenizer(words, name="words.json")
-    with pytest.raises(ValueError, match=r"must take the longest entry.*words\.json"):
+    with pytest.raises(ValueError, match=r"must use greedy longest match.*words\.json"):
         save_model(
             tmp_path / "m.gguf", random_params(CONFIG), CONFIG, tokenizer=vocabulary
         )

@@ -264,7 +264,7 @@ def test_where_nothing_decides_the_file_is_refused(square, tmp_path, name, chang
     square = change(layouts.official(square, SQUARE))
     layouts.write_plain_safetensors(tmp_path / name, square)
     with pytest.raises(
-        ValueError, match="nothing in it says whether they lie"
+        ValueError, match="nothing in it says whether they are oriented"
     ) as caught:
         load_model(tmp_path / name)
     assert "\n" not in str(caught.value)

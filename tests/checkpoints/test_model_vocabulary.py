@@ -82,10 +82,10 @@ def test_a_vocabulary_that_was_changed_or_lost_is_refused(tmp_path):
 )
 def test_a_folder_with_a_vocabulary_of_another_form_is_refused_by_name(tmp_path, name):
     (tmp_path / name).write_text("{}")
-    sentence = rf"{name}` holds a vocabulary that is read from a tokenizer\.json alone"
+    sentence = rf"{name}` holds a vocabulary in a format that cannot be read"
     with pytest.raises(ValueError, match=sentence) as caught:
         model_tokenizer(tmp_path, 65536, None, argument="`x`")
-    assert "names another" in str(caught.value)
+    assert "name another with" in str(caught.value)
     assert model_tokenizer(tmp_path, 65536, "world", argument="`x`").encode("a")
     # World's own file is what a model of its size has.
     (tmp_path / name).rename(tmp_path / "rwkv_vocab_v20230424.txt")
@@ -210,7 +210,7 @@ def test_a_vocabulary_that_cannot_be_read_is_refused_with_what_to_do(tmp_path):
     with pytest.raises((ValueError, ImportError)) as caught:
         model_tokenizer(tmp_path, 65536, argument="`x`")
     assert str(caught.value).endswith(
-        "; `--vocabulary` (`config.data.vocabulary`) names another."
+        "; name another with `--vocabulary` (`config.data.vocabulary`)."
     )
     named = model_tokenizer(tmp_path, 65536, "world", argument="`x`")
     assert named is Tokenizer.world()
@@ -219,7 +219,11 @@ def test_a_vocabulary_that_cannot_be_read_is_refused_with_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "tokens", "sentence"),
     [
-        ("gpt2", ["a"], r"vocabulary of the kind rwkv; got 'gpt2'; `--vocabulary`"),
+        (
+            "gpt2",
+            ["a"],
+            r"vocabulary of the kind rwkv; got 'gpt2'; name another with `--vocabulary`",
+        ),
         ("rwkv", ["a", "b"], r"a type for each token of its vocabulary; got 2 and 1; "),
         ("rwkv", [1], r"must have a text and a type for each token"),
     ],
@@ -254,5 +258,5 @@ def test_metadata_of_a_gguf_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "m.gguf").write_bytes(
         content.replace(b"\4\0\0\0\0\0\0\0rwkv", b"\4\0\0\0\0\0\0\0rw\xffv")
     )
-    with pytest.raises(ValueError, match=r"m\.gguf. is damaged: .* names another"):
+    with pytest.raises(ValueError, match=r"m\.gguf. is damaged: .* name another with"):
         kept_vocabulary(tmp_path / "m.gguf", 257)

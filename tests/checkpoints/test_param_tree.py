@@ -207,7 +207,7 @@ def test_a_tree_of_integers_is_refused_as_a_file_of_integers_is(params):
 
 def test_a_tree_with_a_further_leaf_is_refused(params):
     more = params | {"extra": {"weight": jnp.zeros(3)}}
-    with pytest.raises(ValueError, match="leaves alone; got extra/weight too"):
+    with pytest.raises(ValueError, match="only RWKV-7's leaves; got extra/weight too"):
         check_all_leaves(more, CONFIG)
 
 

@@ -33,7 +33,7 @@ def test_convert_writes_the_other_format_and_says_what_it_was(model, tmp_path, c
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["full"], "`{}/full` holds other files, thesis.txt for one"),
+        (["full"], "`{}/full` holds other files, such as thesis.txt"),
         (["full", "--format", "hf"], "`{}/full` holds other files"),
         (["file.txt", "--format", "transformers"], "`{}/file.txt` is a file"),
         (["folder.pth"], "must name a file for .pth; `{}/folder.pth` is a folder"),

@@ -74,7 +74,7 @@ def test_a_cache_without_its_suffix_is_no_source_of_another(file, tmp_path, caps
     [
         (["{file}", "{folder}/out"], "x.jsonl:3: not one JSON object"),
         (["{file}"], "`OUT` must be given, or `--show`; got neither"),
-        (["nowhere", "{folder}/out"], "`nowhere` is no file, no folder"),
+        (["nowhere", "{folder}/out"], "`nowhere` must be a file, a folder"),
         (
             ["{folder}/x.bin", "{folder}/out"],
             "`SOURCE` must be text; got the token cache",

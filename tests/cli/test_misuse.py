@@ -117,7 +117,10 @@ MISUSE = [
     ("convert m.pth t.txt/a/b", "`target` must be in a folder; `t.txt` is a file"),
     ("convert m.pth hf:o/m", "write to a local path"),
     ("convert m.pth gs:b/out.pth", "`target` must be on this machine"),
-    ("convert a.pth out.st", "`a.pth` is a start state: in Python load_state reads it"),
+    (
+        "convert a.pth out.st",
+        "`a.pth` is a start state, not a model: read it with load_state",
+    ),
     # inspect
     ("inspect", "arguments are required: path"),
     ("inspect _", "`path` must name a file or a folder"),
@@ -130,7 +133,7 @@ MISUSE = [
     ("inspect --verify o/m", "hf download o/m"),
     ("inspect --verify none.pth", "`none.pth` does not exist"),
     ("inspect --state gs:b/s.pth", "must be on this machine"),
-    ("inspect a.pth", "on the command line `rwkv7 state info`"),
+    ("inspect a.pth", "with `rwkv7 state info`"),
     # report
     ("report", "arguments are required: folder"),
     ("report _", "`folder` must name a file or a folder"),
@@ -141,7 +144,7 @@ MISUSE = [
     # data
     ("data", "arguments are required: SOURCE"),
     ("data t.txt", "`OUT` must be given, or `--show`"),
-    ("data none.txt out", "`none.txt` is no file"),
+    ("data none.txt out", "`none.txt` must be a file"),
     ("data _ out", "`SOURCE` must name a text; got none"),
     ("data t.txt _", "`OUT` must name a file or a folder"),
     ("data t.txt, out", "`SOURCE` must have a name between commas; entry 2"),
@@ -162,7 +165,7 @@ MISUSE = [
     ("data . t", "must not overwrite `SOURCE`; `t.mask` is read from `.`"),
     ("data task:copy out", "task:copy"),
     ("data t.csv out", 'its keys are "a", "b"'),
-    ("data t.parquet out", "t.parquet` is no Parquet table"),
+    ("data t.parquet out", "t.parquet` is not a Parquet table"),
     ("data t.zip out", "t.zip` is a zip archive"),
     ("data t.png out", "t.png` is a picture"),
     ("data utf16.txt out", "encoding=utf-16"),
@@ -180,7 +183,10 @@ MISUSE = [
     ("data t.bin out", "`SOURCE` must be text; got the token cache"),
     ("data t.BIN out", "`SOURCE` must be text; got the token cache"),
     ("data t.bin --show 1", "t.bin` does not exist"),
-    ("data t.txt out --vocabulary gpt2", "bytes256, ids or a file; got 'gpt2'"),
+    (
+        "data t.txt out --vocabulary gpt2",
+        "bytes256, ids or an existing file; got 'gpt2'",
+    ),
     ("data t.txt out --on-bad ignore", "invalid choice: 'ignore'"),
     ("data t.txt out --packing rows", "invalid choice: 'rows'"),
     ("data t.txt out --encoding klingon", "`encoding` must be a text encoding"),
@@ -218,10 +224,10 @@ MISUSE = [
     ("generate --model _ --prompt a", "`--model` must name a file or a folder"),
     ("generate --model none.pth --prompt a", "`none.pth` does not exist"),
     ("generate --model t.txt --prompt a", "t.txt"),
-    ("generate --model a.pth --prompt a", "`rwkv7 state convert` and `--state`"),
+    ("generate --model a.pth --prompt a", "`rwkv7 state convert` or `--state`"),
     (
         "generate --model session --prompt a",
-        "`session` holds a start state alone, s.st",
+        "`session` holds only a start state, s.st",
     ),
     ("generate --model gs://b/m.pth --prompt a", "`--model` must be on this machine"),
     (f"{GENERATE} --tokens -1", "`--tokens` must be at least 0; got -1"),
@@ -356,7 +362,7 @@ MISUSE = [
     ("state doctor a.pth --model m.pth", "arguments are required: --data"),
     ("state doctor none.pth --model m.pth --data t.txt", "`none.pth` does not exist"),
     ("state doctor a.pth --model none.pth --data t.txt", "`none.pth` does not exist"),
-    ("state doctor a.pth --model m.pth --data none.txt", "`none.txt` is no file"),
+    ("state doctor a.pth --model m.pth --data none.txt", "`none.txt` must be a file"),
     (
         "state doctor a.pth --model m.pth --data _",
         "`--data` must name a text; got none",

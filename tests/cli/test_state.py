@@ -111,7 +111,10 @@ def test_an_upscaled_state_in_a_models_place_is_told_to_be_a_state(
     command, *options = words
     target = [str(tmp_path / "m.pth")] if command == "convert" else []
     assert main([command, str(folder / "wide.safetensors"), *target, *options]) == 2
-    assert "is a start state: in Python load_state reads it" in capsys.readouterr().err
+    assert (
+        "is a start state, not a model: read it with load_state"
+        in capsys.readouterr().err
+    )
 
 
 def test_info_says_whether_the_model_is_the_states_own(folder, capsys):
@@ -307,7 +310,7 @@ def test_doctor_prints_losses_heads_positions_and_advice(folder, capsys, tmp_pat
         ("doctor {a} --model {base} --data task:none", "`name` must be one of copy"),
         (
             "doctor {a} --model {base} --data nowhere.txt",
-            "`nowhere.txt` is no file, no folder",
+            "`nowhere.txt` must be a file, a folder",
         ),
         (
             "doctor {a} --model {base} --data {text} --windows 0",

@@ -111,7 +111,7 @@ def test_several_sources_follow_one_another(folder, tmp_path):
 
 def test_a_source_without_documents_is_not_blamed_on_the_share(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"1")
-    with pytest.warns(UserWarning, match="1 files below .* were passed over"):
+    with pytest.warns(UserWarning, match="1 files below .* were ignored"):
         with pytest.raises(ValueError, match="holds no document"):
             token_stream(tmp_path, BYTES, split="train")
 
@@ -119,5 +119,5 @@ def test_a_source_without_documents_is_not_blamed_on_the_share(tmp_path):
 def test_an_unknown_split_and_an_empty_part_are_refused(folder):
     with pytest.raises(ValueError, match="`split` must be one of"):
         token_stream(folder, BYTES, split="test")
-    with pytest.raises(ValueError, match="has no document in its part 'held_out'"):
+    with pytest.raises(ValueError, match="has no document in its split 'held_out'"):
         token_stream(folder, BYTES, split="held_out", held_out=0.0)

@@ -318,7 +318,7 @@ def test_the_mark_of_every_encoding_is_no_text_and_a_second_one_is(
 def test_the_mark_of_the_other_byte_order_is_refused(tmp_path, encoding, other):
     path = tmp_path / "x.txt"
     path.write_bytes("\ufeffabc".encode(other))
-    reason = f"x.txt` is not {encoding}: its byte order mark is of the other order"
+    reason = f"x.txt` is not {encoding}: its byte order mark is of the other byte order"
     with pytest.raises(ValueError, match=reason):
         token_stream(path, BYTES, encoding=encoding)
     (document,) = documents(path, encoding="utf-16")
@@ -406,7 +406,7 @@ def test_a_folder_passes_over_clutter_and_says_so_once(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"\x00\x01")
     with pytest.warns(
-        UserWarning, match=f"{len(clutter)} files below .* were passed over"
+        UserWarning, match=f"{len(clutter)} files below .* were ignored"
     ) as said:
         stream = token_stream(tmp_path, BYTES)
     assert len(said) == 1 and len(stream) == 5

@@ -81,7 +81,7 @@ ADDED = [
     (["--config.state=3"], "3"),
     # Data
     (["--config.data.path="], "`config.data.path`"),
-    (["--config.data.path=none.txt"], "`none.txt` is no file"),
+    (["--config.data.path=none.txt"], "`none.txt` must be a file"),
     (["--config.data.path=o/d"], "--repo-type dataset o/d"),
     (["--config.data.path=t.txt,"], "entry 2"),
     (["--config.data.path=t.txt,folder/../t.txt"], "must name each file once"),
@@ -91,12 +91,12 @@ ADDED = [
     (["--config.data.path=bad.jsonl"], "bad.jsonl:1"),
     (["--config.data.path=task:fly"], "fly"),
     (["--config.data.path=c.bin"], "c.bin` does not exist"),
-    (["--config.data.evaluation=none.txt"], "`none.txt` is no file"),
+    (["--config.data.evaluation=none.txt"], "`none.txt` must be a file"),
     (["--config.data.evaluation=t.txt,folder/../t.txt"], "must name each file once"),
     (["--config.data.encoding=klingon"], "text encoding"),
     (["--config.data.held_out=2"], "`config.data.held_out` must be at most 1"),
     # Retention and prompts
-    (["--config.evaluation.retention=none.txt"], "`none.txt` is no file"),
+    (["--config.evaluation.retention=none.txt"], "`none.txt` must be a file"),
     (["--config.evaluation.retention=t.txt,"], "entry 2"),
     (
         ["--config.evaluation.retention=t.txt,folder/../t.txt"],

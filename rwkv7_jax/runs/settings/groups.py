@@ -59,12 +59,15 @@ class DataSettings:
         batch_size: rows of a batch, over all hosts.
         length: tokens of a row.
         on_bad: "error" or "skip", for invalid lines of a .jsonl file.
-        packing: "stream" cuts rows from the concatenated documents: it uses every token, and the
-            state leaks from one document into the next in a row, as in RWKV's own training.
-            "documents" gives each document a separate row, truncated or padded to `length`: nothing
-            leaks. "packed" packs the same documents into full rows without leaks. "auto" is
-            "stream"; if a state is tuned on questions with answers, it is "packed", or "documents"
-            if the run cannot read packed rows.
+        packing: how documents become rows.
+
+            * "stream" cuts rows from the concatenated documents. It uses every token, and the state
+              leaks from one document into the next in a row, as in RWKV's own training.
+            * "documents" gives each document a separate row, truncated or padded to `length`.
+              Nothing leaks.
+            * "packed" packs the same documents into full rows. Nothing leaks.
+            * "auto" is "stream". If a state is tuned on questions with answers, it is "packed", or
+              "documents" if the run cannot read packed rows.
         order: "shuffled" by the seed, differently in every epoch; or "cubic", the order of RWKV's
             own trainer, which has no seed and is the same in every epoch (for packing "stream").
         evaluation: data for evaluation in place of the held-out part of `path`; all of it is used.
