@@ -114,7 +114,7 @@ ADDED = [
     (["--config.seed=x"], "`config.seed` must"),
     # Tasks of the harness
     (["--config.tasks=gsm8k,"], "`config.tasks` must have a name between commas"),
-    (["--config.task_data.gsm8k=t.txt"], "must be of a task in `config.tasks`"),
+    (["--config.task_data.gsm8k=t.txt"], "must belong to a task in `config.tasks`"),
     (["--config.task_data.gsm8k="], "`config.task_data.gsm8k` must be train.jsonl"),
     (["--config.task_data.gsm8k=t.txt,"], "entry 2"),
     (["--config.task_data=t.txt"], "`config.task_data` must be"),

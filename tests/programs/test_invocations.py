@@ -170,7 +170,7 @@ OTHERS = [
     ([f"{CONFIG}:huge", HERE], ["the size must be one of", "pretrain_toy.py, line"]),
     (["--config=TMP/group.py", HERE], ["`config.data` must be a group"]),
     (["--config=TMP/unknown.py", HERE], ["nearest is `config.steps`"]),
-    (["--config=TMP/memory.py", HERE], ["`config.1` is no setting"]),
+    (["--config=TMP/memory.py", HERE], ["`config.1` is not a setting"]),
     ([STATE, HERE], ["`config.init` must name"]),
     ([STATE, HERE, "--config.init=TMP/no.pth"], ["no.pth"]),
     ([STATE, HERE, "--config.init=TMP"], ["TMP"]),

@@ -191,15 +191,15 @@ def test_what_cannot_be_states_is_refused_in_one_sentence(tmp_path, base_model):
     (tmp_path / "poet.txt").write_text("text")
     (tmp_path / "poet.jsonl").write_text("{}")
     for states, sentence in (
-        ({}, "must name texts, or a folder of them"),
-        ({"a/b": "x.txt"}, "must have names of letters, digits"),
+        ({}, "must name texts, or a folder of texts"),
+        ({"a/b": "x.txt"}, "must have only names of letters, digits"),
         ({"a": ""}, "`config.tuning.states.a` must name a text"),
-        (str(tmp_path / "nowhere"), "must be names of texts, or a folder"),
+        (str(tmp_path / "nowhere"), "must be texts by name, or a folder"),
         (str(tmp_path), "poet.txt and poet.jsonl would be one state"),
     ):
         with pytest.raises(ValueError, match=sentence):
             state_sources(states)
-    with pytest.raises(ValueError, match=r"`config\.data\.path` must be empty where"):
+    with pytest.raises(ValueError, match=r"`config\.data\.path` must be empty if"):
         stack_settings(base_model, data__path="task:mapping")
     with pytest.raises(
         ValueError,

@@ -26,7 +26,7 @@ SMALL = [
     [
         (
             ["--config.optimizer.learnig_rate=1.0"],
-            "`config.optimizer.learnig_rate` is no setting; the nearest is "
+            "`config.optimizer.learnig_rate` is not a setting; the nearest is "
             "`config.optimizer.learning_rate`.",
         ),
         (

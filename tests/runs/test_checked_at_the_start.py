@@ -69,7 +69,7 @@ def test_positions_outside_of_the_rows_name_the_settings(
     [
         (
             {},
-            r"`config.observer.model.width` must be named, .* head size 16: half .* 16",
+            r"`config.observer.model.width` must be set to .* head size 16: half .* 16",
         ),
         ({"width": 20}, r"^config.observer.model: RWKV7Config: .* got 20 and 16"),
     ],

@@ -110,7 +110,7 @@ def test_what_cannot_be_read_ends_the_program_in_one_line(
         ),
         (
             ["--config=FILE", "--config.data.qqq=0.5"],
-            "`config.data.qqq` is no setting; --help lists them.",
+            "`config.data.qqq` is not a setting; --help lists them.",
         ),
         (
             ["--config=FILE", "--config.sample.tokens=x"],

@@ -164,7 +164,7 @@ def test_unknown_choices_are_said_in_a_sentence(name, reason):
 
 def test_the_cubic_order_is_refused_for_rows_of_documents():
     with pytest.raises(
-        ValueError, match=r'`config\.data\.order` must be "shuffled" where'
+        ValueError, match=r'`config\.data\.order` must be "shuffled" if'
     ):
         settings_of("x", order="cubic", packing="documents")
 

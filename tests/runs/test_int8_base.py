@@ -50,7 +50,7 @@ def test_weights_that_are_trained_are_not_held_in_8_bits(base, tmp_path):
     ("where", "value", "sentence"),
     [
         ("model", "int4", r"`config.model.weights` must be .*int8.*; got 'int4'"),
-        ("observer", "int8", r"`config.observer.model.weights` is no setting"),
+        ("observer", "int8", r"`config.observer.model.weights` is not a setting"),
     ],
 )
 def test_other_values_and_places_are_refused(where, value, sentence):

@@ -112,7 +112,7 @@ def test_prompts_at_test_time_that_processes_do_not_divide_are_refused(
     monkeypatch.setattr(mode, "_share", PromptShare(0, 2))
     monkeypatch.setattr("rwkv7_jax.sharding.own_rows", lambda mesh, rows: own)
     sentence = (
-        "`config.test_time.prompts` must give each of 2 processes as many prompts"
+        "`config.test_time.prompts` must give each of 2 processes equally many prompts"
     )
     with pytest.raises(ValueError, match=f"{sentence}.*got {prompts} prompts of 4"):
         mode.batches(0, None)

@@ -116,7 +116,7 @@ def test_a_setting_that_another_ones_value_leaves_unread_is_refused(
     with pytest.raises(ValueError) as caught:
         read_settings(values_of(kind, others | {name: value}))
     message = str(caught.value)
-    assert message.startswith(f"`config.{name}` must be left out where `config.")
+    assert message.startswith(f"`config.{name}` must be left out if `config.")
     assert "\n" not in message
 
 
@@ -155,7 +155,7 @@ def test_a_setting_that_another_ones_value_makes_read_is_taken(
 def test_a_run_refuses_what_eval_py_alone_reads(name, value):
     refuse_settings_of_evaluation(read_settings({}))
     settings = read_settings(values_of("pretrain", {name: value}))
-    with pytest.raises(ValueError, match=rf"`config\.{name}` must be left out where"):
+    with pytest.raises(ValueError, match=rf"`config\.{name}` must be left out if"):
         refuse_settings_of_evaluation(settings)
 
 

@@ -32,10 +32,13 @@ def test_a_list_of_prompts_becomes_a_tuple():
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"stepz": 3}, r"`config.stepz` is no setting; the nearest is `config.steps`"),
+        (
+            {"stepz": 3},
+            r"`config.stepz` is not a setting; the nearest is `config.steps`",
+        ),
         (
             {"optimizer": {"learnig_rate": 1.0}},
-            r"`config.optimizer.learnig_rate` is no setting; the nearest is "
+            r"`config.optimizer.learnig_rate` is not a setting; the nearest is "
             r"`config.optimizer.learning_rate`",
         ),
         ({"model": {"widht": 3}}, r"nearest is `config.model.width`"),
@@ -47,11 +50,11 @@ def test_a_list_of_prompts_becomes_a_tuple():
         ),
         (
             {"mode": "state", "tuning": {"rates": (0.1, 1.0, 0.10000001)}},
-            r"`config.tuning.rates` must be different .* got 0.1 more than once",
+            r"`config.tuning.rates` must differ .* got 0.1 more than once",
         ),
         (
             {"steps": 20, "profile_steps": "15:21"},
-            r"`config.profile_steps` must lie within the 20 .* got '15:21'",
+            r"`config.profile_steps` must end within `config.steps`, 20; got '15:21'",
         ),
         (
             {"profile_steps": "1:" + "9" * 5000},
@@ -124,8 +127,8 @@ def test_an_absent_value_may_be_spelled_as_in_older_configs(values):
 @pytest.mark.parametrize(
     ("tuning", "learning_rate", "reason"),
     [
-        ({"states": {"one": "a.txt"}}, 0.1, "`config.tuning.states` names several"),
-        ({}, None, "a learning rate is searched"),
+        ({"states": {"one": "a.txt"}}, 0.1, "`config.tuning.states` is set"),
+        ({}, None, "`config.optimizer.learning_rate` is left to a search"),
     ],
 )
 def test_devices_share_heads_where_they_share_no_states(tuning, learning_rate, reason):
@@ -139,7 +142,7 @@ def test_devices_share_heads_where_they_share_no_states(tuning, learning_rate, r
     }
     with pytest.raises(ValueError) as caught:
         read_settings(values)
-    message = f"`config.mesh` must have no tensor axis where {reason}"
+    message = f"`config.mesh` must have no tensor axis if {reason}"
     assert str(caught.value).startswith(message)
 
 

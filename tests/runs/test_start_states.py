@@ -137,12 +137,12 @@ def test_leaves_and_layers_have_rates_of_their_own_in_every_mode_that_tunes_a_st
         (
             "state",
             {"tuning.leaf_rates": {"att_shift": 1.0}},
-            "must be of leaves that are tuned",
+            "must have only tuned leaves",
         ),
         (
             "upscaled_state",
             {"tuning.leaf_rates": {"wkv": 1.0}},
-            "must be of leaves that are tuned",
+            "must have only tuned leaves",
         ),
         (
             "grpo",
@@ -202,7 +202,7 @@ def test_leaves_and_layers_have_rates_of_their_own_in_every_mode_that_tunes_a_st
         (
             "grpo",
             {"test_time.stop": ("",)},
-            "`config.test_time.stop` must hold no empty text",
+            "`config.test_time.stop` must hold only non-empty strings",
         ),
         ("grpo", {"test_time.epsilon_low": 2}, "epsilon_low` must be at most 1"),
         (
@@ -354,16 +354,16 @@ def test_the_memory_of_an_upscaled_start_is_tuned_at_test_time(
 @pytest.mark.parametrize(
     ("mode", "changes", "sentence"),
     [
-        ("state", {}, "upscaled state, which mode 'test_time' alone tunes further"),
+        ("state", {}, "upscaled state, which only mode 'test_time' can tune further"),
         (
             "grpo",
             {"tuning.leaves": "all"},
-            "`config.tuning.leaves` must be left out where `config.start` is an upscaled",
+            "`config.tuning.leaves` must be left out if `config.start` is an upscaled",
         ),
         (
             "context",
             {"tuning.decorrelate": "whiten"},
-            '`config.tuning.decorrelate` must be "none" or "dbp" where `config.start`',
+            '`config.tuning.decorrelate` must be "none" or "dbp" if `config.start`',
         ),
     ],
 )

@@ -275,7 +275,7 @@ def test_a_run_that_cannot_earn_a_reward_is_refused(tmp_path, base, method):
     data = dataclasses.replace(settings.data, path=str(path))
     with pytest.raises(
         ValueError,
-        match=r"verifier` 'hash_number' must find the answer .*questions\.jsonl",
+        match=r"verifier` must find the answer .*questions\.jsonl`; 'hash_number'",
     ):
         make_mode(dataclasses.replace(settings, data=data), tmp_path)
 

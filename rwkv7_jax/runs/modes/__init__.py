@@ -1,6 +1,6 @@
-"""The training modes: what one run of train.py trains, and from which batches.
+"""The training modes, which define what a run of train.py trains, and from which batches.
 
-A mode is a subclass of `TrainingMode`; the loop in train.py knows nothing else of it.
+A mode is a subclass of `TrainingMode`, the only interface that the loop in train.py uses.
 """
 
 from rwkv7_jax.runs.modes.base import TrainingMode

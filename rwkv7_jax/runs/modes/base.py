@@ -1,4 +1,4 @@
-"""The interface between the loop of train.py and what one run trains."""
+"""The interface between the loop of train.py and the training modes."""
 
 import abc
 import contextlib
@@ -42,11 +42,11 @@ from rwkv7_jax.training.train_step import TrainState, TrainStep, make_train_step
 
 
 class FrozenModel(NamedTuple):
-    """A model that several modes read.
+    """A model that several modes share.
 
     Attributes:
-        model: the shell around the weights.
-        params: the weights.
+        model: the network.
+        params: its weights.
     """
 
     model: RWKV7
@@ -56,33 +56,32 @@ class FrozenModel(NamedTuple):
 class TrainingMode(abc.ABC):
     """The trainable parameters of a run, their loss, their batches and their metrics.
 
-    The loop knows nothing else of a mode. A subclass loads its model and makes its loss in
-    `set_up`, and reads its own group of settings there.
+    A subclass loads its model, reads its group of settings and makes its loss in `set_up`.
 
     Attributes:
-        settings: of the run.
-        folder: of the run.
-        model: the shell of the model that is trained or whose state is tuned.
-        tokenizer: of the model's vocabulary.
-        mesh: the devices of this process that hold the weights; None for a single one.
-        frozen: the weights that the run reads and never changes; None where weights are trained.
-        loss: of the trainable parameters and a batch.
-        found_rate: the learning rate that a search found; None where the settings name it.
-        decorrelator: wraps the run's optimizer in what the mode needs around it.
-        abstract_params: shapes and dtypes of the trainable parameters, without their numbers.
+        settings: settings of the run.
+        folder: the run directory.
+        model: the network that is trained or whose state is tuned.
+        tokenizer: the model's tokenizer.
+        mesh: the devices of this process that hold the weights; None for a single device.
+        frozen: weights that the run never changes; None if weights are trained.
+        loss: loss of the trainable parameters and a batch.
+        found_rate: learning rate that a search found; None if the settings name it.
+        decorrelator: wraps the run's optimizer.
+        abstract_params: shapes and dtypes of the trainable parameters.
     """
 
-    # What a step's gradients are of, where a step is one pass of one model. None for modes whose
-    # steps read more than they learn from: their operations and memory are not counted.
+    # The parameters with gradients, if a step is one pass of one model. None for modes with other
+    # steps, whose FLOPs and memory are not estimated.
     gradients_of: ClassVar[Literal["weights", "state"] | None] = None
 
-    # Updates of a step of the run; the learning rate counts updates.
+    # Updates per step of the run; the learning rate schedule counts updates.
     updates_per_step: int = 1
 
-    # Whether the first step is evaluated before it is made, as the last one is after it.
+    # Whether to evaluate before the first step, as well as after the last one.
     measures_start: ClassVar[bool] = True
 
-    # Whether the result is a tuned state, which is not saved where it is worse than no tuning.
+    # Whether the result is a tuned state, which is not saved if it is worse than no tuning.
     tunes_state: ClassVar[bool] = False
 
     model: RWKV7
@@ -93,8 +92,8 @@ class TrainingMode(abc.ABC):
     decorrelator: Decorrelator = Decorrelator(wrap=lambda tx: tx)
     abstract_params: Any
 
-    # Parameters made while setting up, in modes that learn the shapes only by making them. They are
-    # handed over or freed before the first step: a reference kept here would cost a copy.
+    # Parameters that `set_up` has made to find their shapes. They are handed over or freed before
+    # the first step, because a reference here would cost a copy.
     _initial: Any = None
 
     def __init__(
@@ -105,25 +104,25 @@ class TrainingMode(abc.ABC):
         base: FrozenModel | None = None,
         mesh: Mesh | None = None,
     ):
-        """Loads what the mode works with.
+        """Loads the model and the data.
 
         Args:
-            settings: of the run.
-            folder: of the run, for what a mode writes besides its result.
-            base: the model of `config.init` where it is loaded already.
-            mesh: the devices of this process that hold the weights; None for a single one.
+            settings: settings of the run.
+            folder: the run directory, for files besides the result.
+            base: the model of `config.init`, if it is already loaded.
+            mesh: the devices of this process that hold the weights; None for a single device.
 
         Raises:
-            ValueError: settings or data that the mode cannot work with.
+            ValueError: the mode rejects the settings or the data.
         """
         self.settings = settings
         self.folder = folder
         self.mesh = mesh
         self._base = base
         self.set_up()
-        # Described at once: later the parameters may have been handed over.
+        # Now, because the parameters may be handed over later.
         self.abstract_params = self._describe_params()
-        # After `set_up`, which makes the model and the tokenizer that evaluators need.
+        # The evaluators need the model and the tokenizer of `set_up`.
         self._retention = self.retention_evaluators()
         self._check_evaluations()
 
@@ -133,28 +132,28 @@ class TrainingMode(abc.ABC):
 
     @abc.abstractmethod
     def make_params(self) -> Any:
-        """Makes the parameters that a new run starts from; the same bits at every call."""
+        """Makes the initial parameters of a new run; every call gives bit-exact equal values."""
 
     @abc.abstractmethod
     def trained_count(self, params: Any) -> int:
-        """Counts the numbers that the optimizer moves."""
+        """Counts the trained numbers."""
 
     @abc.abstractmethod
     def weights(self, params: Any) -> Params:
-        """Returns the weights of the model that is measured."""
+        """Returns the weights of the model that evaluations measure."""
 
     @abc.abstractmethod
     def start_state(self, params: Any) -> RWKV7State:
-        """Returns the start state, of batch 1, of the model that is measured."""
+        """Returns the start state, of batch 1, that evaluations measure."""
 
     @abc.abstractmethod
     def save(self, folder: Path, params: Any, *, without: Sequence[str] = ()) -> Path:
         """Writes the result of the run into a folder and returns its path.
 
         Args:
-            folder: of the run.
-            params: that the run ends with.
-            without: names of states that are not written, where a run has several.
+            folder: the run directory.
+            params: final parameters of the run.
+            without: names of states not to write, for a run with several.
         """
 
     def state_files(self, folder: Path) -> dict[str, Path]:
@@ -162,39 +161,39 @@ class TrainingMode(abc.ABC):
         return {}
 
     def member(self, name: str) -> "TrainingMode":
-        """Returns the mode of the state of a name; for "", the mode itself."""
+        """Returns the mode of the state with a name; for "", the mode itself."""
         return self
 
     @abc.abstractmethod
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
-        """Opens the source of the batches from a step on.
+        """Opens the source of the batches, from a step on.
 
         Args:
-            start_step: of the first batch, from 0.
-            mesh: the devices that share a batch's rows.
+            start_step: step of the first batch, from 0.
+            mesh: the devices that share the rows of a batch.
 
         Raises:
-            ValueError: the data cannot give a batch.
+            ValueError: the data is too small for a batch.
         """
 
     @abc.abstractmethod
     def held_out_metrics(self, params: Any) -> Metrics:
-        """Measures the parameters on the run's held-out data, by the metrics' names."""
+        """Measures the parameters on the run's held-out data; returns metrics by name."""
 
     def held_out_names(self) -> tuple[str, ...]:
-        """Names the metrics of `held_out_metrics`; none where parts of the mode know them."""
+        """Returns the names of `held_out_metrics`; none if the members of the mode have them."""
         return ()
 
     @abc.abstractmethod
     def input_digests(self) -> dict[str, str]:
-        """Hashes what the run reads besides weights; a continued run must read the same."""
+        """Hashes the inputs of the run besides weights; a resumed run must have equal inputs."""
 
     @abc.abstractmethod
     def describe_data(self) -> str:
-        """Names the data and its size, for the terminal."""
+        """Describes the data and its size, for the terminal."""
 
     def optimizer(self) -> tuple[RateAt, optax.GradientTransformation]:
-        """Makes the learning rate, by the updates made, and the optimizer."""
+        """Makes the learning rate schedule, by the number of updates, and the optimizer."""
         settings = self.settings.optimizer
         if self.found_rate is not None:
             settings = with_rate(settings, self.found_rate)
@@ -204,7 +203,7 @@ class TrainingMode(abc.ABC):
         return rate_at, self.decorrelator.wrap(tx)
 
     def train_state(self, params: Any, tx: optax.GradientTransformation) -> TrainState:
-        """Makes the state before the first step."""
+        """Makes the training state before the first step."""
         return TrainState.create(params, tx)
 
     def train_step(
@@ -214,7 +213,7 @@ class TrainingMode(abc.ABC):
         return self.update_step(tx, mesh)
 
     def example_batch(self) -> Batch:
-        """Returns a batch with the shapes of a step's, for a program that is compiled ahead."""
+        """Returns a batch with the shapes of a step's batch, for ahead-of-time compilation."""
         with contextlib.closing(self.batches(0, None)) as source:
             placed = source.batch(0, self.make_params)
         assert placed is not None
@@ -223,7 +222,7 @@ class TrainingMode(abc.ABC):
     def update_step(
         self, tx: optax.GradientTransformation, mesh: Mesh | None
     ) -> TrainStep:
-        """Makes the compiled update, of which a step of the run is made."""
+        """Makes the compiled update; a step of the run makes one or more of them."""
         return make_train_step(
             self.loss,
             tx,
@@ -237,44 +236,44 @@ class TrainingMode(abc.ABC):
         return RunProgress()
 
     def step_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Returns a step's metrics by the names of their columns.
+        """Returns a step's metrics by column name.
 
         Args:
-            metrics: of the step, on the host.
+            metrics: metrics of the step, on the host.
         """
         return {name: float(value) for name, value in metrics.items()}
 
     @property
     def tokens_per_step(self) -> int | None:
-        """The tokens that a step reads; None where that is not known before."""
+        """The tokens that a step reads; None if not known in advance."""
         return self.settings.data.batch_size * self.settings.data.length
 
     @property
     def flops_per_token(self) -> float | None:
-        """The operations of a step per token; None where they have not been counted."""
-        # An anchored step also reads the anchor, with both the base and the tuned model.
+        """The FLOPs of a step per token; None if they are not estimated."""
+        # A step with an anchor also reads the anchor, with the base and the tuned model.
         if self.gradients_of is None or self.settings.tuning.anchor:
             return None
         flops = flops_per_token(self.model.config)
         return flops.training if self.gradients_of == "weights" else flops.state
 
     def init_params(self) -> Any:
-        """Hands over the parameters that a new run starts from; only the caller holds them."""
+        """Returns the initial parameters of a new run without keeping a reference."""
         initial = self._initial
-        # The caller donates them: a second call has to make new ones.
+        # The caller donates them, so a second call has to make new ones.
         self._initial = None
         return self.make_params() if initial is None else initial
 
     def keep_initial(self, params: Any) -> None:
-        """Takes parameters back that were handed over and not changed, for the next caller."""
+        """Keeps unchanged parameters of `init_params` for its next call."""
         self._initial = params
 
     def release_initial(self) -> None:
-        """Frees parameters that were made while setting up and not handed over."""
+        """Frees the parameters of `set_up` that were not handed over."""
         self._initial = None
 
     def _describe_params(self) -> Any:
-        """Returns shapes and dtypes, by tracing where no parameters have been made."""
+        """Returns shapes and dtypes of the parameters; traces if none have been made."""
         if self._initial is None:
             return jax.eval_shape(self.make_params)
         return jax.tree.map(
@@ -282,10 +281,10 @@ class TrainingMode(abc.ABC):
         )
 
     def memory_estimate(self, mesh: Mesh | None = None) -> Memory | None:
-        """Estimates one step's memory on one device; None for modes that are not estimated.
+        """Estimates a step's memory on one device; None for modes without an estimate.
 
         Args:
-            mesh: the devices that share a step; None for a single one.
+            mesh: the devices that share a step; None for a single device.
         """
         if self.gradients_of is None:
             return None
@@ -303,9 +302,9 @@ class TrainingMode(abc.ABC):
         """Estimates the memory of a step that is one pass of the mode's model.
 
         Args:
-            rows: that one device computes at once.
-            sizes: of the mesh's axes, by name.
-            trained: what has gradients.
+            rows: rows that one device computes at once.
+            sizes: sizes of the mesh axes, by name.
+            trained: the parameters with gradients.
         """
         accumulate = self.settings.optimizer.accumulate
         return training_memory(
@@ -321,15 +320,15 @@ class TrainingMode(abc.ABC):
         )
 
     def own_length(self, sizes: Mapping[str, int]) -> int:
-        """Counts the tokens of a row that one device has on a mesh of some sizes."""
-        # A row that devices share is filled up to pieces of one length.
+        """Returns the tokens of a row on one device of a mesh with some sizes."""
+        # A row over several devices is padded to pieces of equal length.
         return -(-self.settings.data.length // sizes.get(sharding.SEQUENCE, 1))
 
     def evaluate(self, params: Any) -> Metrics:
-        """Measures the parameters on held-out data and on what they must not forget.
+        """Measures the parameters on held-out data and on retention data.
 
-        The held-out metrics come first. `config.evaluation.retention` adds one metric for each of
-        its tasks and one for its text.
+        The held-out metrics come first. `config.evaluation.retention` adds one metric per task and
+        one for its text.
         """
         metrics = self.held_out_metrics(params)
         for evaluator in self._retention:
@@ -337,10 +336,10 @@ class TrainingMode(abc.ABC):
         return metrics
 
     def _check_evaluations(self) -> None:
-        """Checks what evaluations are asked for, which else the first of them would find.
+        """Checks the settings of evaluations, before the first evaluation would fail.
 
         Raises:
-            ValueError: an unknown measure, or a prompt for samples that has no ids.
+            ValueError: the measure is unknown, or a prompt for samples has no ids.
         """
         names = self.held_out_names()
         if names:
@@ -349,10 +348,10 @@ class TrainingMode(abc.ABC):
         for prompt in self.settings.sample.prompts:
             with prefix_errors("config.sample.prompts"):
                 if not self.tokenizer.encode(prompt):
-                    raise ValueError(f"a prompt must have a token; got {prompt!r}.")
+                    raise ValueError(f"a prompt must hold a token; got {prompt!r}.")
 
     def sample_texts(self, params: Any) -> Iterator[tuple[str, str]]:
-        """Returns each of the run's prompts and the text that the model writes after it."""
+        """Yields each prompt for samples and the generated text."""
         sample = self.settings.sample
         for prompt in sample.prompts:
             generation = generate(
@@ -363,27 +362,27 @@ class TrainingMode(abc.ABC):
                 tokens=sample.tokens,
                 temperature=sample.temperature,
                 top_p=sample.top_p,
-                # The same key at every evaluation, so that samples differ by the training alone.
+                # With the same key at every evaluation, samples differ only because of training.
                 key=jax.random.key(self.settings.seed),
                 stop_ids=self.tokenizer.stop_ids,
             )
             yield prompt, readable_text(self.tokenizer, generation.tokens[0])
 
     def retention_evaluators(self) -> list[PredictionEvaluator]:
-        """Makes the evaluators of what the model must not forget."""
+        """Makes the evaluators on retention data."""
         paths = retention_paths(self.settings.evaluation.retention)
         return [self.prediction_evaluator(name, path) for name, path in paths.items()]
 
     def prediction_evaluator(
         self, name: str, path: str | None = None
     ) -> PredictionEvaluator:
-        """Makes an evaluator of the mode's model; without a path, on the run's held-out data."""
+        """Makes an evaluator on a path's text; without a path, on the run's held-out data."""
         rows = HeldOutRows.read(self.settings, self.tokenizer, path=path)
         return PredictionEvaluator(name, self.model, rows)
 
 
 def readable_text(tokenizer: Tokenizer, ids: Iterable[Any]) -> str:
-    """Decodes ids for people: an id without an entry, which a sample may hold, is shown as <7>."""
+    """Decodes ids; an id without an entry in the vocabulary becomes, for instance, <7>."""
     pieces = []
     for number in ids:
         try:

@@ -1,4 +1,4 @@
-"""The part of a mode that reads its batches from data, as most modes do."""
+"""The part of a mode that reads its batches from a dataset."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,30 +15,30 @@ from rwkv7_jax.sharding import own_rows
 
 
 class DatasetMode(TrainingMode):
-    """A mode whose batches come from the run's data alone.
+    """A mode whose batches depend only on the run's data.
 
     Attributes:
-        data: what the run reads.
+        data: training data of the run.
     """
 
     data: TrainingData
     _held_out: PredictionEvaluator
 
     def open_data(self) -> None:
-        """Opens the run's data and its held-out rows; `set_up` calls it once the model is there."""
+        """Opens the run's data and its held-out rows, after `set_up` has loaded the model."""
         self.data = TrainingData(self.settings, self.tokenizer)
         self._held_out = self.prediction_evaluator("held_out")
 
     def held_out_names(self) -> tuple[str, ...]:
-        """Names the metric of the held-out rows."""
+        """Returns the name of the metric on the held-out rows."""
         return (self._held_out.metric_name,)
 
     def held_out_metrics(self, params: Any) -> Metrics:
-        """Measures how well the held-out rows are predicted."""
+        """Measures the model on the held-out rows."""
         return self._held_out(self.weights(params), self.start_state(params))
 
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
-        """Makes batches of the data ahead of their use; of several processes, each its own rows."""
+        """Prefetches batches of the data; each process makes its own rows."""
         count = self.settings.data.batch_size
         batches = self.read_batches(start_step, own_rows(mesh, count))
         return PrefetchedBatches(batches, mesh, rows=count)
@@ -47,8 +47,8 @@ class DatasetMode(TrainingMode):
         """Makes some rows of each batch of the data.
 
         Args:
-            start_step: of the first batch, from 0.
-            rows: of the global batch.
+            start_step: step of the first batch, from 0.
+            rows: slice of the global batch.
         """
         return self.data.batches(start_step=start_step, rows=rows)
 
@@ -57,5 +57,5 @@ class DatasetMode(TrainingMode):
         return self.data.digests()
 
     def describe_data(self) -> str:
-        """Names the data and its size."""
+        """Describes the data and its size."""
         return self.data.describe()

@@ -1,4 +1,4 @@
-"""The model and the vocabulary of a run, as its settings describe them."""
+"""Makes or loads the model and the tokenizer of a run from its settings."""
 
 import dataclasses
 import functools
@@ -21,26 +21,27 @@ from rwkv7_jax.runs.process_group import group_of_mesh
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-# Sizes that a new model must be given; the others follow from them.
+# Required sizes of a new model; the others follow from them.
 _SIZES = ("vocab_size", "num_layers", "width")
 
-# Settings of a model that its checkpoint does not fix: how it computes, not what it is.
+# Settings of a model that its checkpoint does not fix.
 _CHANGEABLE = ("dtype", "remat", "implementation")
 
-# A setting next to the model's own: how the checkpoint's weights are held.
+# The setting of how to hold a checkpoint's weights, next to the fields of the model's config.
 _WEIGHTS = "weights"
 
 
 def load_or_init(settings: Settings, mesh: Mesh | None = None) -> tuple[RWKV7, Params]:
-    """Loads the model of `config.init`, or makes a new one where no checkpoint is named.
+    """Loads the model of `config.init`, or makes a new one without a checkpoint.
 
     Args:
-        settings: of the run; `config.model` has the sizes of a new model, or what a checkpoint does
-            not fix.
-        mesh: the devices that hold the weights; None for the default one.
+        settings: settings of the run; `config.model` has the sizes of a new model, or changes to a
+            checkpoint.
+        mesh: the devices that hold the weights; None for the default device.
 
     Raises:
-        ValueError: neither a checkpoint nor sizes are given, or sizes that the checkpoint fixes.
+        ValueError: neither a checkpoint nor sizes are given, or a given size is fixed by the
+            checkpoint.
     """
     init = settings.init
     changes = dict(settings.model)
@@ -55,14 +56,13 @@ def load_or_init(settings: Settings, mesh: Mesh | None = None) -> tuple[RWKV7, P
             init, weights=weights, allow_nan=settings.allow_nan, mesh=mesh
         )
 
-    # The hash of a model in 8 bits may need all processes, and then none may end before.
+    # The hash of an int8 model may need all processes, so none may fail alone before it.
     waits = weights is not None
     params, config = load() if waits else group_of_mesh(mesh).run_in_all(load)
-    # Refused rather than ignored: the run would not be the one that the settings describe.
     fixed = [name for name in changes if name not in _CHANGEABLE]
     if fixed:
         raise ValueError(
-            f"`config.model.{fixed[0]}` is fixed by the checkpoint {init}; "
+            f"`config.model.{fixed[0]}` must be left out, because the checkpoint {init} fixes it; "
             "only dtype, remat, implementation and weights may be changed "
             "(configs/pretrain.py:checkpoint leaves the others out)."
         )
@@ -75,9 +75,9 @@ def load_frozen(
     """Loads the model of `config.init` for a run that never changes its weights.
 
     Args:
-        settings: of the run.
-        purpose: of the model, which ends the message where no checkpoint is named.
-        mesh: the devices that hold the weights; None for a single one.
+        settings: settings of the run.
+        purpose: purpose of the model, the end of the message if no checkpoint is named.
+        mesh: the devices that hold the weights; None for a single device.
 
     Raises:
         ValueError: no checkpoint is named.
@@ -88,11 +88,11 @@ def load_frozen(
 
 
 def tokenizer_of(settings: Settings, config: RWKV7Config) -> Tokenizer:
-    """Returns the vocabulary of a run: that of `config.data.vocabulary`, or of its checkpoint.
+    """Returns the tokenizer of a run: that of `config.data.vocabulary`, or of its checkpoint.
 
     Raises:
-        ValueError: a vocabulary that does not fit the model, or none that is known to.
-        ImportError: a package is missing that reads it.
+        ValueError: the vocabulary does not fit the model, or no vocabulary is known for it.
+        ImportError: a package that reads the vocabulary is missing.
     """
     return model_tokenizer(
         settings.init,
@@ -103,14 +103,14 @@ def tokenizer_of(settings: Settings, config: RWKV7Config) -> Tokenizer:
 
 
 def refuse_int8(changes: Mapping[str, Any], where: str) -> None:
-    """Refuses `config.model.weights` where no weights are frozen.
+    """Rejects `config.model.weights` if weights are trained.
 
     Args:
         changes: `config.model`.
-        where: the end of the sentence.
+        where: condition in the message.
 
     Raises:
-        ValueError: it is there.
+        ValueError: `config.model.weights` is set.
     """
     if changes.get(_WEIGHTS) is not None:
         raise ValueError(
@@ -119,7 +119,7 @@ def refuse_int8(changes: Mapping[str, Any], where: str) -> None:
 
 
 def new_model(sizes: Mapping[str, Any]) -> RWKV7:
-    """Makes the shell of a new model.
+    """Makes the network of a new model, without weights.
 
     Raises:
         ValueError: a size is missing.
@@ -127,17 +127,17 @@ def new_model(sizes: Mapping[str, Any]) -> RWKV7:
     missing = [name for name in _SIZES if name not in sizes]
     if missing:
         raise ValueError(
-            "`config.init` must name a checkpoint, or `config.model` the new sizes; it has no "
-            f"{', '.join(missing)}."
+            "`config.init` must name a checkpoint, or `config.model` must have all sizes; it has "
+            f"no {', '.join(missing)}."
         )
     return RWKV7(RWKV7Config(**sizes))
 
 
 def init_weights(model: RWKV7, seed: int, mesh: Mesh | None = None) -> Params:
-    """Makes new weights; on a mesh in their shards.
+    """Makes new weights, sharded over the mesh.
 
     Raises:
-        ValueError: a mesh that does not divide the heads.
+        ValueError: the mesh does not divide the heads.
     """
     if mesh is not None:
         parts = mesh.shape.get(sharding.TENSOR, 1)
@@ -145,15 +145,15 @@ def init_weights(model: RWKV7, seed: int, mesh: Mesh | None = None) -> Params:
     return _initializer(model.config, mesh)(jax.random.key(seed))
 
 
-# Kept: a run describes its weights before it makes them, and tracing takes as long as compiling.
+# A run first traces the initializer for the shapes, and tracing is as slow as compiling.
 @functools.lru_cache(maxsize=4)
 def _initializer(config: RWKV7Config, mesh: Mesh | None) -> Callable[[Array], Params]:
-    """Makes the program from a key to new weights; on a mesh in their shards."""
+    """Makes the program from a key to new weights, sharded over the mesh."""
 
-    # One program: without `jit`, Flax would run the model's forward pass op by op.
+    # Without `jit`, Flax would run the model's forward pass op by op.
     @jax.jit
     def init(key):
-        # One token is enough: no parameter's shape depends on the batch or the length.
+        # No parameter's shape depends on the batch or the length.
         tokens = jnp.zeros((1, 1), jnp.int32)
         return RWKV7(config).init(key, tokens, init_state(config))["params"]
 

@@ -26,13 +26,13 @@ from rwkv7_jax.runs.modes.model_setup import load_frozen, tokenizer_of
 from rwkv7_jax.runs.settled_settings import AUTO
 from rwkv7_jax.training.costs import tree_size
 
-# The start states whose continuations are measured, and the names they have in logs: of the
-# observer's proposal, of the teacher after it has read the prompt itself, and of zeros.
+# The start states whose continuations are measured, with their names in logs: the observer's
+# proposal, the teacher's own state after the prompt, and zeros.
 _LOG_NAMES = {"proposed": "proposal", "wkv": "own_state", "zero": "no_state"}
 
 
 class ObserverMode(DatasetMode):
-    """Trains a small model to propose start states of the frozen teacher that `init` names."""
+    """Trains a small model to propose start states for the frozen teacher in `init`."""
 
     frozen: Params
 
@@ -57,17 +57,17 @@ class ObserverMode(DatasetMode):
             answers=settings.observer.answers,
         )
         rows = held_out(settings, self.tokenizer)
-        # Split once, so that all evaluations of a run measure the same continuations.
+        # All evaluations of a run measure the same continuations.
         self._rows = self._split_prompts(rows, 0)
         if not count_answers(self._rows):
             raise ValueError(
-                "`config.observer.most` must leave a target that counts after a prompt of the rows "
-                "for evaluation; none does. Take shorter prompts, or a longer "
+                "`config.observer.most` must leave a target that counts after the prompts of the "
+                "evaluation rows; none is left. Take shorter prompts, or a longer "
                 "`config.evaluation.length`."
             )
 
     def _check_positions(self, setting: str, length: int) -> None:
-        """Checks that prompts can end where they are meant to, in rows of a length."""
+        """Checks that the range of prompt lengths fits into rows of a length."""
         observer = self.settings.observer
         # The last target of a row belongs to its continuation.
         most = observer.most or length - 1
@@ -80,12 +80,12 @@ class ObserverMode(DatasetMode):
     def _observer_config(self, teacher: RWKV7Config) -> RWKV7Config:
         """Sizes the observer: by default one layer of half the teacher's width."""
         changes = dict(self.settings.observer.model)
-        # As the teacher's, which is settled already.
+        # "auto" takes the teacher's dtype, below.
         if changes.get("dtype") == AUTO:
             del changes["dtype"]
         if "vocab_size" in changes:
             raise ValueError(
-                "`config.observer.model.vocab_size` is the teacher's; leave it out."
+                "`config.observer.model.vocab_size` must be left out: it is the teacher's."
             )
         sizes = {
             "vocab_size": teacher.vocab_size,
@@ -94,18 +94,18 @@ class ObserverMode(DatasetMode):
             "head_size": teacher.head_size,
             "dtype": teacher.dtype,
         }
-        # Later entries win: what the user set replaces the defaults.
+        # The user's settings replace the defaults.
         sizes |= changes
         if "width" not in changes and sizes["width"] % sizes["head_size"]:
             raise ValueError(
-                "`config.observer.model.width` must be named, a multiple of the head size "
-                f"{sizes['head_size']}: half of the teacher's width, {teacher.width}, is none."
+                "`config.observer.model.width` must be set to a multiple of the head size "
+                f"{sizes['head_size']}: half of the teacher's width, {teacher.width}, is not one."
             )
         with prefix_errors("config.observer.model"):
             return RWKV7Config(**sizes)
 
     def _split_prompts(self, batch: Batch, step: int, first: int = 0) -> Batch:
-        """Adds the positions at which prompts end, to the rows of a batch from `first` on."""
+        """Adds the positions at which prompts end to a batch, whose first row is row `first`."""
         settings = self.settings.observer
         # The last target of a row belongs to its continuation.
         most = settings.most or batch.tokens.shape[1] - 2
@@ -127,11 +127,11 @@ class ObserverMode(DatasetMode):
     def _init_observer(self, bias: Float[Array, "L H Nv Nk"] | None = None) -> Params:
         config = self._observer.model.config
         key = jax.random.key(self.settings.seed)
-        # `set_up` has made the observer itself: the loss needs its shell before any weights exist.
+        # Only the weights: `set_up` has made the observer, which the loss needs.
         return init_observer(config, self.model.config, key, bias=bias)[1]
 
     def _describe_params(self) -> Params:
-        """Returns the shapes and dtypes, without measuring the teacher's states."""
+        """Returns shapes and dtypes, without measuring the teacher's states."""
         return jax.eval_shape(self._init_observer)
 
     def trained_count(self, params: Params) -> int:
@@ -143,25 +143,25 @@ class ObserverMode(DatasetMode):
         return self.frozen
 
     def start_state(self, params: Params) -> RWKV7State:
-        """Returns a state of zeros: samples are the teacher's own."""
+        """Returns zeros: samples come from the untuned teacher."""
         return init_state(self.model.config)
 
     def read_batches(self, start_step: int, rows: slice) -> Iterator[Batch]:
         """Makes batches of the data, with the positions at which prompts end."""
         batches = super().read_batches(start_step, rows)
-        # The step, not a running count: a resumed run has to draw the same splits.
+        # The splits depend on the step, so that a resumed run has the same ones.
         for step, batch in enumerate(batches, start_step):
             yield self._split_prompts(batch, step, rows.start or 0)
 
     def held_out_names(self) -> tuple[str, ...]:
-        """Names the accuracy and the loss after each start state."""
+        """Returns the names of the accuracy and the loss after each start state."""
         names = []
         for subject in _LOG_NAMES.values():
             names += [log_name(subject, "accuracy"), log_name(subject, "nats")]
         return tuple(names)
 
     def held_out_metrics(self, params: Params) -> Metrics:
-        """Measures what the teacher makes of held-out continuations, by where it starts from."""
+        """Measures the teacher on held-out continuations, from each start state."""
         prompts = np.asarray(self._rows.inputs)
         proposal = propose(self._observer, params, prompts, self._rows.split)
         handover = evaluate_handover(self.model, self.frozen, proposal, self._rows)

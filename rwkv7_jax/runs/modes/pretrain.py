@@ -32,15 +32,14 @@ class PretrainMode(DatasetMode):
         settings = self.settings
         refuse_int8(settings.model, 'in mode "pretrain": integers cannot be trained')
         if settings.init is not None:
-            # The sizes are in the checkpoint's tensors, so its weights are read to know them. They
-            # are kept for a new run, which would otherwise read the file a second time.
+            # The sizes come from the checkpoint's tensors. A new run starts from the same weights,
+            # so they are kept instead of reading the file twice.
             self.model, params = load_or_init(settings, self.mesh)
             self._initial = _in_float32(params)
         else:
             self.model = new_model(settings.model)
         self.tokenizer = tokenizer_of(settings, self.model.config)
         self.loss = pretrain_loss(self.model, l2wrap=settings.optimizer.l2wrap)
-        # The field names of these settings are the keyword arguments of the decorrelator.
         self.decorrelator = weight_decorrelator(
             self.model,
             method=settings.optimizer.decorrelate,
@@ -49,7 +48,7 @@ class PretrainMode(DatasetMode):
         self.open_data()
 
     def make_params(self) -> Params:
-        """Makes new weights, or reads the checkpoint's; in float32."""
+        """Makes new weights, or reads the checkpoint's, in float32."""
         return _in_float32(load_or_init(self.settings, self.mesh)[1])
 
     def trained_count(self, params: Params) -> int:
@@ -74,5 +73,5 @@ class PretrainMode(DatasetMode):
 
 
 def _in_float32(params: Params) -> Params:
-    # Updates of 16-bit weights would be rounded away; the model computes in `config.dtype` anyway.
+    # Updates of 16-bit weights would be rounded away. Activations still have `config.dtype`.
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)

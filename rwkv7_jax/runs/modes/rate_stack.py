@@ -1,4 +1,4 @@
-"""The mode that tries learning rates: a stack of one run's start state, each at its own rate."""
+"""The mode of a learning rate search: a stack of a run's start state, one member per rate."""
 
 import dataclasses
 
@@ -17,24 +17,24 @@ from rwkv7_jax.training.costs import flops_per_token
 from rwkv7_jax.training.stacked_step import params_of, stack_params
 from rwkv7_jax.tuning.rate_search import SearchPlan, plan_search
 
-# Held-out windows that judge a rate. All rates are judged on the same ones.
+# Held-out windows that measure a rate, the same for all rates.
 _WINDOWS = 8
 
-# Its folder in the run's.
+# The folder of the search in the run directory.
 SEARCH_FOLDER = "rate_search"
 
 # The part of a metric's name for the state before tuning, in place of a rate.
 BASE = "base"
 
-# Rows that a step of a search may have in memory, relative to one of the run.
+# Rows in memory of a search step, relative to a step of the run.
 _SLACK = 1.25
 
-# Checkpoints of a search, if the run itself saves between its ends.
+# Checkpoints of a search, if the run itself has intermediate checkpoints.
 _SAVES = 4
 
 
 def subjects_of(mode: TrainingMode) -> dict[str, StateTuningMode]:
-    """Returns the modes whose rates are searched by the beginnings of their names in the search."""
+    """Returns the modes whose rates are searched, by their prefix in the names of the search."""
     if isinstance(mode, StackMode):
         return {f"{name}/": member for name, member in mode.members.items()}
     assert isinstance(mode, StateTuningMode)
@@ -42,26 +42,26 @@ def subjects_of(mode: TrainingMode) -> dict[str, StateTuningMode]:
 
 
 class RateStackMode(StackMode):
-    """Tunes each start state of a run at many rates at once, for a small share of the run.
+    """Tunes each start state of a run at many rates at once, at a small fraction of its cost.
 
     Attributes:
-        plan: how long, and with how many rows.
-        subjects: the modes of the states, by the beginnings of their names.
+        plan: steps and rows of the search.
+        subjects: the modes of the states, by the prefix of their names.
         results: the metrics of each subject by rate, and as `BASE` before tuning; empty until the
             last step is measured.
     """
 
-    # Before the last step there is nothing to compare.
+    # Only the last step is compared.
     measures_start = False
 
     subjects: dict[str, StateTuningMode]
     results: dict[str, dict[str, Metrics]]
 
     def __init__(self, mode: TrainingMode):
-        """Sizes the search.
+        """Plans the search.
 
         Args:
-            mode: of the run; its model and data are used as they are.
+            mode: mode of the run; the search uses its model and data.
         """
         self.subjects = subjects_of(mode)
         self.plan = _plan(mode)
@@ -70,13 +70,13 @@ class RateStackMode(StackMode):
         self.results = {}
         settings = _search_settings(mode.settings, self.plan)
         if mode.settings.backup and sharding.is_shared(mode.mesh):
-            # There lie the shards of processes that have no folder in common.
+            # Processes without a shared folder write their shards there.
             place = f"{mode.settings.backup.rstrip('/')}/{SEARCH_FOLDER}"
             settings = dataclasses.replace(settings, backup=place)
         super().__init__(settings, mode.folder, mesh=mode.mesh)
 
     def set_up(self) -> None:
-        """Makes one member of each state and rate."""
+        """Makes one member per state and rate."""
         self.members = {}
         for subject, mode in self.subjects.items():
             for rate in self._rates:
@@ -85,9 +85,9 @@ class RateStackMode(StackMode):
 
     @property
     def at_once(self) -> int:
-        """As many states on a device as need no more memory there than a step of the run.
+        """The most states per device that need no more memory there than a step of the run.
 
-        Devices have parts of the run's rows, and whole rows of their states.
+        In the run, devices share the rows. In the search, a device has all rows of its states.
         """
         states = len(self.members)
         processes = 1 if sharding.is_shared(self.mesh) else jax.process_count()
@@ -101,14 +101,14 @@ class RateStackMode(StackMode):
         return np.asarray(self._rates * len(self.subjects), np.float32)
 
     def make_params(self) -> RWKV7State:
-        """Makes the start state of each subject, once for each rate."""
+        """Makes the start state of each subject, once per rate."""
         states = []
         for mode in self.subjects.values():
             states += [self._start(mode)] * len(self._rates)
         return stack_params(states)
 
     def readers(self) -> list[tuple[StateTuningMode, int]]:
-        """Returns the modes whose texts are read: one for all rates."""
+        """Returns the modes whose texts are read, once for all rates."""
         return [(mode, len(self._rates)) for mode in self.subjects.values()]
 
     def evaluate(self, params: RWKV7State) -> Metrics:
@@ -127,21 +127,21 @@ class RateStackMode(StackMode):
         return metrics
 
     def guess(self, subject: str) -> float:
-        """Computes the loss on a subject's held-out windows of guessing by frequency."""
+        """Computes the loss of frequency-based prediction on a subject's held-out windows."""
         return self.subjects[subject].guess(windows=_WINDOWS)
 
     def describe_data(self) -> str:
-        """Names the texts and their sizes, once for all rates."""
+        """Describes the texts and their sizes, once for all rates."""
         return "; ".join(mode.describe_data() for mode in self.subjects.values())
 
     def _start(self, mode: StateTuningMode) -> RWKV7State:
-        """Returns the state before tuning, which stays with its mode for the run."""
+        """Returns the state before tuning, and keeps it in its mode for the run."""
         start = mode.init_params()
         mode.keep_initial(start)
         return start
 
     def release_initial(self) -> None:
-        """Frees nothing: the run begins with the same states."""
+        """Keeps the states, because the run starts from them."""
 
 
 def _plan(mode: TrainingMode) -> SearchPlan:
@@ -155,7 +155,7 @@ def _plan(mode: TrainingMode) -> SearchPlan:
         steps=settings.steps,
         rows=settings.data.batch_size,
         share=settings.tuning.search_share,
-        # A window is read forwards only.
+        # An evaluation has no backward pass.
         measuring=tokens * flops.forward / (settings.data.length * flops.state),
     )
 
@@ -171,7 +171,7 @@ def _search_settings(settings: Settings, plan: SearchPlan) -> Settings:
         keep_every=None,
         keep_best=0,
         profile_steps=None,
-        # What the search finds is copied with the run's other files.
+        # The result of the search is copied with the run's other files.
         backup=None,
         data=dataclasses.replace(settings.data, batch_size=plan.rows),
         optimizer=dataclasses.replace(

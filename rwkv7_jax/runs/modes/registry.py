@@ -30,21 +30,21 @@ def make_mode(
     """Makes the mode that `config.mode` names.
 
     Args:
-        settings: of the run.
-        folder: of the run, where mode "test_time" keeps a teacher's completions.
-        mesh: the devices of this process that hold the weights; None for a single one.
+        settings: settings of the run.
+        folder: the run directory, where mode "test_time" keeps a teacher's completions.
+        mesh: the devices of this process that hold the weights; None for a single device.
 
     Raises:
-        ValueError: settings that the mode cannot work with.
+        ValueError: the mode rejects the settings or the data.
     """
     return mode_class(settings)(settings, Path(folder), mesh=mesh)
 
 
 def mode_class(settings: Settings) -> type[TrainingMode]:
-    """Returns the class of the mode that settings name."""
+    """Returns the class of the mode that the settings name."""
     if settings.tuning.states is not None:
         return StackMode
-    # The one method of test-time tuning that reads text in place of questions.
+    # The only test-time method that reads text instead of questions.
     if settings.mode == "test_time" and settings.test_time.method == "context":
         return ContextMode
     return MODES[settings.mode]
@@ -56,8 +56,8 @@ def make_mesh_of(
     """Makes the mesh of a run, whose devices share the rows of a step or the states of a stack.
 
     Args:
-        settings: of the run.
-        devices: all by default.
+        settings: settings of the run.
+        devices: the devices; None for all.
 
     Raises:
         ValueError: as `sharding.make_mesh`.

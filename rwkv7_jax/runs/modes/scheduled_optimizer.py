@@ -1,4 +1,4 @@
-"""The optimizer of a run and the schedule that it follows, from the run's settings."""
+"""Makes the optimizer and the learning rate schedule of a run from its settings."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from rwkv7_jax.optim.optimizer import build_optimizer, learning_rate_schedule
 from rwkv7_jax.runs.settings import OptimizerSettings
 from rwkv7_jax.tuning.rate_search import FINAL_SHARE
 
-# From how many updates were made to the learning rate of the next one; of a stack, [K] to [K].
+# Maps the number of updates so far to the learning rate of the next one; for a stack, [K] to [K].
 RateAt = Callable[[Any], Any]
 
 
 def with_rate(settings: OptimizerSettings, rate: float) -> OptimizerSettings:
-    """Returns the settings in which a found rate is the highest one."""
+    """Returns the settings with a found learning rate as the peak."""
     return dataclasses.replace(
         settings, learning_rate=rate, final_learning_rate=FINAL_SHARE * rate
     )
@@ -27,14 +27,14 @@ def with_rate(settings: OptimizerSettings, rate: float) -> OptimizerSettings:
 def schedule_and_optimizer(
     settings: OptimizerSettings, *, total_steps: int
 ) -> tuple[RateAt, optax.GradientTransformation]:
-    """Makes the learning rate, by the updates made, and the optimizer that follows it.
+    """Makes the learning rate schedule, by the number of updates, and the optimizer.
 
     Args:
-        settings: the group of settings, with its learning rates.
-        total_steps: of the run; schedules that fall end there.
+        settings: settings of the optimizer, with learning rates.
+        total_steps: number of updates, at which decaying schedules end.
 
     Raises:
-        ValueError: an unknown optimizer or schedule.
+        ValueError: the optimizer or the schedule is unknown.
     """
     assert settings.learning_rate is not None
     assert settings.final_learning_rate is not None
@@ -58,18 +58,16 @@ def schedule_and_optimizer(
 
 
 def copy_updates_made(opt_state: Any) -> Int[Array, "*K"]:
-    """Copies the count of updates that the schedule has followed.
-
-    It is not that of steps: an update that is left out takes its count back.
+    """Copies the schedule's count of updates, which excludes skipped updates.
 
     Args:
-        opt_state: of `schedule_and_optimizer`, with what a mode wraps around it; of a stack, with
-            a leading axis K.
+        opt_state: state of the optimizer of `schedule_and_optimizer`, also wrapped by a mode; for a
+            stack, with a leading axis K.
     """
 
     def is_count(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
     nodes = jax.tree.leaves(opt_state, is_leaf=is_count)
-    # A copy, since steps donate what they are given.
+    # A copy, because steps donate their arguments.
     return jnp.copy(next(node.count for node in nodes if is_count(node)))

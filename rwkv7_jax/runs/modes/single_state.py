@@ -1,4 +1,4 @@
-"""What the modes share that tune one state of a frozen model."""
+"""The common part of the modes that tune one state of a frozen model."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from rwkv7_jax.tuning.state_arithmetic import scaled
 from rwkv7_jax.tuning.state_tuning import LEAVES, trainable_mask
 from rwkv7_jax.tuning.upscaling import fold_feature_map
 
-# Of an upscaled state.
+# File name of an upscaled state.
 UPSCALED_RESULT = "state.safetensors"
 
 
@@ -31,14 +31,14 @@ class SingleStateMode(TrainingMode):
     """A mode that tunes one start state of a frozen model.
 
     Attributes:
-        result_name: of the file with the tuned state.
+        result_name: name of the file with the tuned state.
         takes_upscaled_start: whether `config.start` may name an upscaled state.
     """
 
     result_name: str = "state.pth"
     takes_upscaled_start: ClassVar[bool] = False
     tunes_state = True
-    # Whether the memory of an upscaled state is tuned, which `config.start` decides.
+    # Whether the memory is tuned, because `config.start` is an upscaled state.
     _tunes_memory = False
 
     frozen: Params
@@ -52,7 +52,7 @@ class SingleStateMode(TrainingMode):
         settings = self.settings
         if settings.tuning.anchor and settings.tuning.anchor_path is None:
             raise ValueError(
-                "`config.tuning.anchor_path` must name the text of the anchor."
+                "`config.tuning.anchor_path` must name a text if `config.tuning.anchor` is above 0."
             )
         self.model, self.frozen = self._base or load_frozen(
             settings, "whose start state is tuned", mesh=self.mesh
@@ -60,7 +60,7 @@ class SingleStateMode(TrainingMode):
         self.tokenizer = tokenizer_of(settings, self.model.config)
 
     def make_params(self) -> RWKV7State:
-        """Makes a state of zeros or reads that of `config.start`, in float32 always."""
+        """Makes a state of zeros, or reads `config.start`; always in float32."""
         settings = self.settings
         if settings.start is not None:
             return read_start_state(
@@ -71,37 +71,38 @@ class SingleStateMode(TrainingMode):
                 any_base=settings.any_base,
                 may_be_upscaled=self.takes_upscaled_start,
             )
-        # Its token shifts have the model's dtype, in which small updates would be rounded away.
+        # The token-shift states have the model's dtype, in which small updates may be rounded away.
         zeros = init_state(self.model.config)
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), zeros)
 
     def make_initial(self) -> None:
-        """Makes the first parameters; of an upscaled state the memory is tuned.
+        """Makes the initial parameters; for an upscaled state, the memory will be tuned.
 
         Raises:
-            ValueError: leaves are asked for that are not tuned, or features to be calibrated again.
+            ValueError: the state is upscaled, and the settings tune other leaves or calibrate its
+                features again.
         """
         self._initial = self.make_params()
         if self._initial.upscaled is None:
             return
         if self.settings.tuning.leaves == "all":
             raise ValueError(
-                "`config.tuning.leaves` must be left out where `config.start` is an upscaled "
-                "state: its memory is tuned alone; got all."
+                "`config.tuning.leaves` must be left out if `config.start` is an upscaled state, "
+                "of which only the memory is tuned; got all."
             )
         if self.settings.tuning.decorrelate == "whiten":
             raise ValueError(
-                '`config.tuning.decorrelate` must be "none" or "dbp" where `config.start` is an '
-                "upscaled state, whose features were calibrated before; got whiten."
+                '`config.tuning.decorrelate` must be "none" or "dbp" if `config.start` is an '
+                "upscaled state, whose features are already calibrated; got whiten."
             )
         self._tunes_memory = True
-        # The other formats have no place for features.
+        # The other formats cannot hold features.
         self.result_name = UPSCALED_RESULT
 
     def tuned_leaves(self) -> tuple[str, ...]:
-        """Names the tuned leaves: the WKV state, and the token-shift states where asked for.
+        """Returns the tuned leaves: the WKV state, and optionally the token-shift states.
 
-        Of an upscaled start state it is the memory alone; `make_initial` comes before.
+        For an upscaled state it is only the memory; call `make_initial` first.
         """
         if self._tunes_memory:
             return ("memory",)
@@ -109,17 +110,18 @@ class SingleStateMode(TrainingMode):
         return LEAVES[:3] if self.settings.tuning.leaves == "all" else ("wkv",)
 
     def make_decorrelator(self) -> Decorrelator:
-        """Prepares the optimizer of the tuned leaves as the settings say.
+        """Makes the decorrelator of the tuned leaves from the settings.
 
-        The first parameters have been made: reading those of `config.start` cannot be traced.
+        `self._initial` must exist, because reading `config.start` cannot be traced.
 
         Raises:
-            ValueError: a leaf that is not tuned, or another number of layers than the model's.
+            ValueError: a leaf with a factor is not tuned, or the number of layer factors is not
+                that of the model's layers.
         """
         settings = self.settings
         method = settings.tuning.decorrelate
         if settings.mode == TEST_TIME and method == "none":
-            # With moments of all leaves, as in runs of earlier versions, which go on.
+            # Keeps moments of all leaves, so that runs of earlier versions can resume.
             return self._with_own_rates(self.decorrelator)
         decorrelator = state_decorrelator(
             self.model,
@@ -132,21 +134,21 @@ class SingleStateMode(TrainingMode):
         return self._with_own_rates(decorrelator)
 
     def _with_own_rates(self, decorrelator: Decorrelator) -> Decorrelator:
-        """Adds the learning rates that the settings give to leaves and layers."""
+        """Adds the learning rate factors of leaves and layers."""
         tuning = self.settings.tuning
         if not tuning.leaf_rates and not tuning.layer_rates:
-            # Without them the optimizer's state is that of runs before there were any.
+            # Keeps the optimizer state of earlier versions, which had no factors.
             return decorrelator
         for name in tuning.leaf_rates:
             if name not in self.tuned_leaves():
                 raise ValueError(
-                    "`config.tuning.leaf_rates` must be of leaves that are tuned, "
+                    "`config.tuning.leaf_rates` must have only tuned leaves, "
                     f"{', '.join(self.tuned_leaves())}; got {name!r}."
                 )
         layers = self.model.config.num_layers
         if tuning.layer_rates and len(tuning.layer_rates) != layers:
             raise ValueError(
-                "`config.tuning.layer_rates` must have a number for each of the model's "
+                "`config.tuning.layer_rates` must have one factor for each of the model's "
                 f"{layers} layers; got {len(tuning.layer_rates)}."
             )
         factors = rate_factors(
@@ -160,7 +162,7 @@ class SingleStateMode(TrainingMode):
         """Counts the numbers of the tuned leaves."""
         mask = trainable_mask(params, self.tuned_leaves())
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)
-        # By the mask and not by names: "memory" stands for two arrays of an upscaled state.
+        # By mask, not by name: "memory" covers two arrays of an upscaled state.
         return sum(leaf.size for leaf, tuned in pairs if tuned)
 
     def weights(self, params: RWKV7State) -> Params:
@@ -180,26 +182,25 @@ class SingleStateMode(TrainingMode):
         return path
 
     def state_files(self, folder: Path) -> dict[str, Path]:
-        """Returns the file of the tuned state, which has no name."""
+        """Returns the file of the tuned state, under the name ""."""
         return {"": folder / self.result_name}
 
     def base_hash(self) -> str:
-        """Computes the hash of the frozen model, which files of its states name."""
+        """Computes the hash of the frozen model, for the files of its states."""
         return model_hash(self.frozen, self.model.config)
 
     def save_state(self, path: Path, params: RWKV7State, *, base_model: str) -> None:
         """Writes the tuned state, scaled by `config.tuning.alpha`, to a file.
 
         Args:
-            path: of the file.
+            path: path of the file.
             params: the state.
-            base_model: from `base_hash`.
+            base_model: result of `base_hash`.
         """
         alpha = self.settings.tuning.alpha
-        # Only in the file: checkpoints hold the unscaled state, from which a run goes on.
+        # Checkpoints hold the unscaled state, from which a run resumes.
         result = scaled(params, alpha)
-        # A static memory is linear in its features, so the map that whitens them folds into it and
-        # the file needs no map.
+        # A static memory is linear in its features, so their whitening map can be folded into it.
         if result.upscaled is not None and not result.upscaled.form.has_own_rows:
             result = result.replace(upscaled=fold_feature_map(result.upscaled))
         info = {

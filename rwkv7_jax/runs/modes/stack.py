@@ -1,4 +1,4 @@
-"""The mode that tunes the start states of several texts at once: one program, one file each."""
+"""The mode that tunes start states for several texts in one program, with one file each."""
 
 import dataclasses
 import re
@@ -38,19 +38,19 @@ from rwkv7_jax.training.stacked_step import (
 )
 from rwkv7_jax.training.train_step import TrainState, TrainStep
 
-# The folder of the results, in the run's folder.
+# The folder of the results, in the run directory.
 RESULTS = "states"
 
-# Names are parts of file names and of columns, which "/" divides.
+# Names are parts of file names and of columns, in which "/" is a separator.
 _NAME = re.compile(r"\w[\w.-]*")
 
 
 def if_named(text: str, name: str) -> str:
-    """Puts the name of a state into a text; "" for the only state of a run, which has no name.
+    """Inserts the name of a state into a text; returns "" for a run's only state.
 
     Args:
-        text: with {} where the name goes.
-        name: of the state, or "".
+        text: text with {} for the name.
+        name: name of the state, or "".
     """
     return text.format(name) if name else ""
 
@@ -59,10 +59,10 @@ def state_sources(states: str | Mapping[str, str]) -> dict[str, str]:
     """Returns the texts of `config.tuning.states` by the names of their states.
 
     Args:
-        states: the setting; of a folder, each file is a text whose state has the file's name.
+        states: the setting; in a folder, each file is a text, and its stem names the state.
 
     Raises:
-        ValueError: no text, or a name that cannot be that of a file.
+        ValueError: there is no text, or a name is not allowed.
     """
     if isinstance(states, str):
         found = _files_by_stem(states)
@@ -70,12 +70,12 @@ def state_sources(states: str | Mapping[str, str]) -> dict[str, str]:
         found = dict(states)
     if not found:
         raise ValueError(
-            f"`config.tuning.states` must name texts, or a folder of them; got {states!r}."
+            f"`config.tuning.states` must name texts, or a folder of texts; got {states!r}."
         )
     for name, path in found.items():
         if not _NAME.fullmatch(name):
             raise ValueError(
-                "`config.tuning.states` must have names of letters, digits, dots, dashes and "
+                "`config.tuning.states` must have only names of letters, digits, dots, dashes and "
                 f"underscores; got {name!r}."
             )
         if not isinstance(path, str) or not path.strip():
@@ -89,7 +89,7 @@ def _files_by_stem(folder: str) -> dict[str, str]:
     place = local_path(folder, "`config.tuning.states`")
     if not place.is_dir():
         raise ValueError(
-            f"`config.tuning.states` must be names of texts, or a folder; got {folder!r}."
+            f"`config.tuning.states` must be texts by name, or a folder; got {folder!r}."
         )
     found: dict[str, str] = {}
     for file in sorted(place.iterdir()):
@@ -97,18 +97,18 @@ def _files_by_stem(folder: str) -> dict[str, str]:
             continue
         if file.stem in found:
             raise ValueError(
-                "`config.tuning.states` must be a folder of files with different names; "
-                f"{file.name} and {Path(found[file.stem]).name} would be one state."
+                "`config.tuning.states` must be a folder of files with different stems; "
+                f"{file.name} and {Path(found[file.stem]).name} would be the same state."
             )
         found[file.stem] = str(file)
     return found
 
 
 class StackMode(TrainingMode):
-    """Tunes one start state for each of several texts, each as a run of its own would.
+    """Tunes one start state for each of several texts, as separate runs would.
 
     Attributes:
-        members: the mode that each state would have alone, by the state's name.
+        members: the mode of each state in a separate run, by name.
     """
 
     gradients_of = "state"
@@ -117,7 +117,7 @@ class StackMode(TrainingMode):
     members: dict[str, StateTuningMode]
 
     def set_up(self) -> None:
-        """Loads the frozen model once, and opens the text of every state."""
+        """Loads the frozen model once, and opens the texts of all states."""
         settings = self.settings
         kind = (
             UpscaledStateMode if settings.mode == "upscaled_state" else StateTuningMode
@@ -140,7 +140,7 @@ class StackMode(TrainingMode):
         self.adopt()
 
     def adopt(self) -> None:
-        """Takes what all members share from the first of them."""
+        """Takes the attributes that all members share from the first one."""
         first = next(iter(self.members.values()))
         self.model = first.model
         self.frozen = first.frozen
@@ -150,27 +150,27 @@ class StackMode(TrainingMode):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the states, in the order of their rows."""
+        """The names of the states, in stack order."""
         return tuple(self.members)
 
     @property
     def at_once(self) -> int:
-        """How many states a device computes at the same time, at most."""
+        """The most states that a device computes at the same time."""
         return len(self.names)
 
     def rates(self) -> np.ndarray | None:
-        """Returns each state's learning rate, 0 where none was found; None where one is named."""
+        """Returns each state's found learning rate, or 0; None if the settings name the rate."""
         if not self.settings.finds_rate:
             return None
         found = [member.found_rate or 0.0 for member in self.members.values()]
         return np.asarray(found, np.float32)
 
     def optimizer(self) -> tuple[RateAt, optax.GradientTransformation]:
-        """Makes each state's learning rate by its updates, and the optimizer."""
+        """Makes the learning rate schedule of each state, and the optimizer."""
         rates = self.rates()
         if rates is None:
             return super().optimizer()
-        # The schedule is that of a rate of 1, with which each state's own is multiplied.
+        # The schedule has a peak of 1; each state multiplies it by its rate.
         schedule, tx = schedule_and_optimizer(
             with_rate(self.settings.optimizer, 1.0), total_steps=self.settings.steps
         )
@@ -181,11 +181,11 @@ class StackMode(TrainingMode):
         return rates_at, self.decorrelator.wrap(tx)
 
     def make_params(self) -> RWKV7State:
-        """Makes the start states, with a leading axis of states."""
+        """Makes the start states, stacked along a leading axis."""
         return stack_params([one.init_params() for one in self.members.values()])
 
     def _describe_params(self) -> Any:
-        """Returns shapes and dtypes: a member's, once for each state."""
+        """Returns the shapes and dtypes of a member, stacked."""
         first = next(iter(self.members.values())).abstract_params
         count = len(self.names)
         return jax.tree.map(
@@ -193,17 +193,17 @@ class StackMode(TrainingMode):
         )
 
     def release_initial(self) -> None:
-        """Frees parameters that the members made while setting up."""
+        """Frees the parameters of the members' `set_up`."""
         for member in self.members.values():
             member.release_initial()
 
     def by_name(self, params: RWKV7State) -> Iterator[tuple[str, StateTuningMode, Any]]:
-        """Returns each state's name, mode and parameters."""
+        """Yields each state's name, mode and parameters."""
         for index, (name, member) in enumerate(self.members.items()):
             yield name, member, params_of(params, index)
 
     def trained_count(self, params: RWKV7State) -> int:
-        """Counts the numbers of all states."""
+        """Counts the trained numbers of all states."""
         return sum(mode.trained_count(own) for _, mode, own in self.by_name(params))
 
     def weights(self, params: RWKV7State) -> Params:
@@ -211,11 +211,11 @@ class StackMode(TrainingMode):
         return self.frozen
 
     def start_state(self, params: RWKV7State) -> RWKV7State:
-        """Returns the first of the states."""
+        """Returns the first state."""
         return params_of(params, 0)
 
     def train_state(self, params: Any, tx: optax.GradientTransformation) -> TrainState:
-        """Makes the state before the first step, with moments for each start state."""
+        """Makes the training state before the first step, with moments for each start state."""
         return create_stack(params, tx)
 
     def update_step(
@@ -238,7 +238,7 @@ class StackMode(TrainingMode):
         return StackProgress({name: RunProgress() for name in self.names})
 
     def step_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Names each state's metrics after it; the loss of all is the mean of those that count."""
+        """Prefixes metrics with the states' names; `loss_nats` is the mean of finite losses."""
         numbers: dict[str, float] = {}
         for metric, values in metrics.items():
             values = np.broadcast_to(values, len(self.names))
@@ -255,13 +255,13 @@ class StackMode(TrainingMode):
         return len(self.names) * data.batch_size * data.length
 
     def memory_estimate(self, mesh: Mesh | None = None) -> Memory:
-        """Estimates one step's memory on one device, which has its share of the states."""
+        """Estimates a step's memory on one device, which computes its share of the states."""
         states = len(self.names)
         sizes = sharding.sizes_of(mesh)
         own = sharding.share_of_sets(states, sizes)
         rows = self.settings.rows_per_step * min(own, self.at_once)
         first = next(iter(self.members.values()))
-        # The rows of a set are on one device.
+        # All rows of a state are on one device.
         whole_rows = {**sizes, sharding.SEQUENCE: 1}
         one = first.step_memory(rows, whole_rows, trained="state")
         # Every device holds all states and their moments.
@@ -274,13 +274,13 @@ class StackMode(TrainingMode):
         )
 
     def readers(self) -> list[tuple[StateTuningMode, int]]:
-        """Returns the modes whose texts are read, and how many states have the rows of each."""
+        """Returns the modes whose texts are read, and the number of states that share each text."""
         return [(member, 1) for member in self.members.values()]
 
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
-        """Makes batches of all texts, the rows of each state next to each other.
+        """Makes batches of all texts, with adjacent rows for each state.
 
-        Of several processes, each makes its own rows.
+        Each process makes its own rows.
         """
         count = len(self.names) * self.settings.data.batch_size
         own = range(count)[own_rows(mesh, count)]
@@ -292,11 +292,11 @@ class StackMode(TrainingMode):
         """Makes some of the rows of all states.
 
         Args:
-            start_step: of the first batch, from 0.
-            own: the rows, counted over all states.
+            start_step: step of the first batch, from 0.
+            own: range of the rows over all states.
         """
         rows = self.settings.data.batch_size
-        # Of all texts, also those of other processes: the rows must fit together.
+        # Over the texts of all processes, so that their rows have equal shapes.
         sequences = max(mode.data.sequences for mode, _ in self.readers())
         sources = []
         pieces = []
@@ -309,7 +309,7 @@ class StackMode(TrainingMode):
                     found.append(piece)
             first += states * rows
             if found:
-                # A text is read once, however many states have its rows.
+                # A text is read once for all states that share it.
                 sources.append(
                     mode.data.batches(start_step=start_step, rows=slice(0, rows))
                 )
@@ -323,11 +323,11 @@ class StackMode(TrainingMode):
             yield jax.tree.map(lambda *rows: np.concatenate(rows), *joined)
 
     def retention_evaluators(self) -> list[PredictionEvaluator]:
-        """Makes none: each member has its own."""
+        """Makes none: each member has its own evaluators."""
         return []
 
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
-        """Measures each state on its own held-out text and on what it must not forget."""
+        """Measures each state on its held-out text and on retention data."""
         metrics: Metrics = {}
         for name, member, own in self.by_name(params):
             for metric, value in member.evaluate(own).items():
@@ -335,7 +335,7 @@ class StackMode(TrainingMode):
         return metrics
 
     def sample_texts(self, params: RWKV7State) -> Iterator[tuple[str, str]]:
-        """Returns what the model writes from each state, the prompt after the state's name."""
+        """Yields prompts, prefixed with the state's name, and the text generated from the state."""
         for name, member, own in self.by_name(params):
             for prompt, text in member.sample_texts(own):
                 yield f"[{name}] {prompt}", text
@@ -345,12 +345,12 @@ class StackMode(TrainingMode):
         digests: dict[str, str] = {}
         for name, member in self.members.items():
             for kind, digest in member.input_digests().items():
-                # One anchor serves all states.
+                # All states share the anchor.
                 digests[kind if kind == "anchor" else f"{kind} {name}"] = digest
         return {"data": json_digest(digests), **digests}
 
     def describe_data(self) -> str:
-        """Names the texts and their sizes."""
+        """Describes the texts and their sizes."""
         texts = []
         for name, member in self.members.items():
             texts.append(f"{name}: {member.describe_data()}")
@@ -359,8 +359,8 @@ class StackMode(TrainingMode):
     def save(
         self, folder: Path, params: RWKV7State, *, without: Sequence[str] = ()
     ) -> Path:
-        """Writes one file for each state but some, and returns the path of their folder."""
-        # All that several processes do together comes first: then one may fail to write.
+        """Writes one file per state, except those in `without`, and returns their folder."""
+        # Collective work of all processes comes first, because a process may fail to write.
         base_model = next(iter(self.members.values())).base_hash()
         states = list(self.by_name(params))
         files = self.state_files(folder)
@@ -372,7 +372,7 @@ class StackMode(TrainingMode):
         return place
 
     def state_files(self, folder: Path) -> dict[str, Path]:
-        """Returns the file of each state by its name."""
+        """Returns the file of each state, by name."""
         files = {}
         for name, member in self.members.items():
             suffix = Path(member.result_name).suffix
@@ -380,5 +380,5 @@ class StackMode(TrainingMode):
         return files
 
     def member(self, name: str) -> StateTuningMode:
-        """Returns the mode that the state of a name would have alone."""
+        """Returns the mode of a state in a separate run."""
         return self.members[name]

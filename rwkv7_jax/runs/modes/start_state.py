@@ -1,4 +1,4 @@
-"""The state that tuning starts from: of a file, or of a model that has read a prompt."""
+"""Reads the state that tuning starts from: a state file, or the state after a prompt."""
 
 import jax
 import jax.numpy as jnp
@@ -27,19 +27,19 @@ def read_start_state(
     any_base: bool,
     may_be_upscaled: bool,
 ) -> RWKV7State:
-    """Reads the state that a run starts from, in float32 whatever the model computes in.
+    """Reads the state that a run starts from; always in float32.
 
     Args:
-        path: a state's file, or a text, which the model reads as a prompt.
+        path: a state file, or a text that the model reads as a prompt.
         model: the frozen model.
-        params: its weights; where they are only described, any state of their sizes is taken.
-        tokenizer: of the prompt.
-        any_base: take a state of other weights.
-        may_be_upscaled: whether the mode tunes the memory of an upscaled state further.
+        params: its weights; with abstract weights, any state of the right shapes is accepted.
+        tokenizer: tokenizer of the prompt.
+        any_base: whether to accept a state of other weights.
+        may_be_upscaled: whether the mode can tune the memory of an upscaled state.
 
     Raises:
-        ValueError: a file that holds neither, an upscaled state where it may not be one, or a state
-            of another model.
+        ValueError: the file is neither a state nor text, the state is upscaled and must not be, or
+            it belongs to another model.
     """
     is_described = sharding.is_abstract(params)
     with prefix_errors("config.start"):
@@ -54,7 +54,7 @@ def read_start_state(
             )
         if state.upscaled is not None and not may_be_upscaled:
             raise ValueError(
-                f"`{path}` holds an upscaled state, which mode 'test_time' alone tunes further."
+                f"`{path}` holds an upscaled state, which only mode 'test_time' can tune further."
             )
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state)
 
@@ -62,12 +62,12 @@ def read_start_state(
 def read_prompt(
     path: str, model: RWKV7, params: Params, tokenizer: Tokenizer
 ) -> RWKV7State:
-    """Returns the state after all documents of a text have been read (batch 1).
+    """Prefills all documents of a text and returns the state (batch 1).
 
-    Weights that are only described read nothing: the state is empty.
+    With abstract weights it returns zeros.
 
     Raises:
-        ValueError: a text without a token.
+        ValueError: the text has no token.
     """
     if sharding.is_abstract(params):
         return init_state(model.config)

@@ -16,7 +16,7 @@ from rwkv7_jax.tuning.calibration import resolve_features
 from rwkv7_jax.tuning.state_tuning import state_loss
 from rwkv7_jax.tuning.upscaling import describe_upscaled, upscale
 
-# The features of all tokens of a layer that exist at the same time in the backward pass.
+# Copies of a layer's features, for all tokens, that are live in the backward pass.
 _FEATURE_COPIES = 3
 
 
@@ -41,24 +41,24 @@ class StateTuningMode(DatasetMode, SingleStateMode):
         self.decorrelator = self.make_decorrelator()
 
     def losses(self, params: RWKV7State, *, windows: int) -> Metrics:
-        """Measures the loss on some windows of each text that an evaluation reads."""
+        """Measures the loss on some windows of each evaluation text."""
         metrics: Metrics = {}
         for evaluator in (self._held_out, *self._retention):
             metrics |= evaluator.loss(self.frozen, params, windows=windows)
         return metrics
 
     def guess(self, *, windows: int) -> float:
-        """Computes the first of `losses` for guessing by how often each token occurs."""
+        """Computes the first of `losses` for predicting each token by its frequency."""
         return self._held_out.guess(windows=windows)
 
 
 class UpscaledStateMode(StateTuningMode):
-    """Tunes a memory read through kernel features; the start state itself remains zero."""
+    """Tunes a memory that is read through kernel features; the start state stays zero."""
 
     result_name = UPSCALED_RESULT
 
     def tuned_leaves(self) -> tuple[str, ...]:
-        """Names the memory, the only tuned leaf."""
+        """Returns the memory, the only tuned leaf."""
         return ("memory",)
 
     def step_memory(
@@ -68,13 +68,13 @@ class UpscaledStateMode(StateTuningMode):
         *,
         trained: Literal["weights", "state"],
     ) -> Memory:
-        """Estimates the memory of a step: that of a start state, and what a memory adds."""
+        """Estimates the memory of a step: as for a start state, plus the upscaled memory."""
         need = super().step_memory(rows, sizes, trained=trained)
         upscaled = self.abstract_params.upscaled
         held = sum(leaf.size * 4 for leaf in jax.tree.leaves(upscaled))
         memory = 4 * upscaled.memory.size
         config = self.model.config
-        # Of the layer that is computed: a head's features of each token.
+        # The features per token of the layer that is being computed.
         features = 4 * config.num_heads * upscaled.features.mean.shape[-1]
         made = rows * self.own_length(sizes) * features * _FEATURE_COPIES
         return dataclasses.replace(
@@ -86,14 +86,14 @@ class UpscaledStateMode(StateTuningMode):
         )
 
     def make_params(self) -> RWKV7State:
-        """Makes a state of zeros with an empty memory, its features fitted to the run's text."""
+        """Makes a state of zeros with an empty memory, and calibrates features on the text."""
         settings = self.settings.upscaling
         features = resolve_features(
             settings.dynamics,
             kind=settings.kind,
             prepare=settings.prepare,
             widths=settings.widths,
-            # Under "dbp" the optimizer learns to whiten while tuning; "none" does not whiten.
+            # With "dbp" the optimizer learns to whiten while tuning.
             whiten=self.settings.tuning.decorrelate == "whiten",
         )
         if sharding.is_abstract(self.frozen):
@@ -117,5 +117,5 @@ class UpscaledStateMode(StateTuningMode):
                 widths=features.widths,
                 seed=self.settings.seed,
             ).upscaled
-        # Not `upscale`'s own state, whose token shifts have the model's dtype.
+        # The state of `upscale` has token shifts in the model's dtype, not in float32.
         return super().make_params().replace(upscaled=upscaled)

@@ -1,4 +1,4 @@
-"""The mode that tunes a state by rewards, by a larger model's traces or by a prompt."""
+"""The modes that tune a state from rewards, from a larger model's traces or from a prompt."""
 
 import contextlib
 import dataclasses
@@ -56,12 +56,12 @@ from rwkv7_jax.training.train_step import TrainState, TrainStep
 
 _REWARD = log_name("held_out", "reward")
 
-# The standard error of that mean, which decides nothing: it is not among the names of a mode.
+# The standard error of that mean. It selects no checkpoint, so `held_out_names` omits it.
 _REWARD_ERROR = f"{_REWARD}_error"
 
 
 class ContextMode(DatasetMode, SingleStateMode):
-    """Turns a long prompt into a state; its rows are the run's text."""
+    """Compresses a long prompt into a state, with rows of the run's text."""
 
     takes_upscaled_start = True
 
@@ -71,13 +71,12 @@ class ContextMode(DatasetMode, SingleStateMode):
         context = self.settings.test_time.context
         if context is None:
             raise ValueError(
-                "`config.test_time.context` must name the file that becomes a state."
+                "`config.test_time.context` must name the file of the prompt; got none."
             )
         self._context = context
         with prefix_errors("config.test_time.context"):
             prompt = read_prompt(context, self.model, self.frozen, self.tokenizer)
         self.make_initial()
-        # The state after the prompt: the loss compares with the model that starts from it.
         self.loss = context_distillation(
             self.model, self.frozen, prompt, leaves=self.tuned_leaves()
         )
@@ -88,25 +87,25 @@ class ContextMode(DatasetMode, SingleStateMode):
         """Hashes the data and the prompt."""
         return {
             **self.data.digests(),
-            # The digest that older records have; it contains the path.
+            # The digest in older records, which includes the path.
             "context": digest_of(self._context, None),
             **content_digests({"context": self._context}),
         }
 
 
 class TestTimeMode(SingleStateMode):
-    """Tunes a start state on questions, by the method that `config.test_time.method` names."""
+    """Tunes a start state on questions, with the method in `config.test_time.method`."""
 
-    # The name begins with "Test"; pytest must not collect it.
+    # Keeps pytest from collecting the class because of its name.
     __test__ = False
 
     takes_upscaled_start = True
 
     def set_up(self) -> None:
-        """Loads the model and the questions; for "distil", lets the teacher answer."""
+        """Loads the model and the questions; for "distil", samples the teacher's completions."""
         settings = self.settings
         self.load_frozen_model()
-        # Weights that are only described write nothing.
+        # Abstract weights cannot generate.
         if not sharding.is_abstract(self.frozen):
             self._open_questions()
         self.make_initial()
@@ -118,8 +117,8 @@ class TestTimeMode(SingleStateMode):
                 self.frozen,
                 temperature=settings.test_time.temperature,
                 kl=settings.test_time.kl,
-                # Where tuning starts: of a distilled state the rewards keep what it learnt. Copied,
-                # for the first step consumes the state itself.
+                # The initial state, so that a distilled state keeps what it learnt. A copy, because
+                # the first step donates the state.
                 reference=jax.tree.map(jnp.copy, self._initial),
                 leaves=self.tuned_leaves(),
                 epsilon_low=settings.test_time.epsilon_low,
@@ -131,7 +130,7 @@ class TestTimeMode(SingleStateMode):
             )
 
     def _open_questions(self) -> None:
-        """Opens the questions and what makes batches of their answers."""
+        """Opens the questions and the source of batches."""
         settings = self.settings
         processes = group_of_run()
         self._share = PromptShare(
@@ -157,29 +156,30 @@ class TestTimeMode(SingleStateMode):
         )
         if learns_from_rewards and not (is_own or self._questions.can_be_answered):
             raise ValueError(
-                f"`config.test_time.verifier` {verifier!r} must find the answer of a question of "
-                f"`{settings.data.path}`; it finds none, and no completion could earn a reward."
+                f"`config.test_time.verifier` must find the answer of at least one question of "
+                f"`{settings.data.path}`; {verifier!r} finds none, so no completion could earn a "
+                "reward."
             )
         self._held_out = self._questions.prompts(
             0, settings.evaluation.windows, held_out=True
         )
-        # "distil" lets the teacher answer here, which takes long: before the first step, not in it.
+        # For "distil", this samples all completions of the teacher, which takes long.
         self._source = self._make_source()
 
     @property
     def tokens_per_step(self) -> int | None:
-        """None: completions end where they end."""
+        """None: the lengths of completions are not known in advance."""
         return None
 
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
-        """Makes batches of the teacher's traces, or of what the model writes from its state.
+        """Makes batches of the teacher's traces, or of the model's completions from its state.
 
-        Of several processes, each draws the completions of its own rows.
+        Each process samples the completions of its own rows.
 
         Raises:
-            ValueError: rows or prompts that the processes do not divide evenly.
+            ValueError: the processes do not divide the rows or the prompts evenly.
         """
-        # All rows are known here, in a single process or because all of them draw every row.
+        # Whether this process has all rows.
         draws_all = self._share.count == 1 or self._share.drawn_together
         if self.settings.test_time.method == "distil" or draws_all:
             return DrawnBatches(self._source, mesh)
@@ -190,14 +190,14 @@ class TestTimeMode(SingleStateMode):
         expected = slice(own.start * group, own.stop * group)
         if sharding.own_rows(mesh, rows) != expected:
             raise ValueError(
-                f"`config.test_time.prompts` must give each of {self._share.count} processes as "
-                f"many prompts, and each of their devices as many rows; got {prompts} prompts of "
-                f"{group} rows."
+                f"`config.test_time.prompts` must give each of {self._share.count} processes "
+                "equally many prompts, and each of their devices equally many rows; got "
+                f"{prompts} prompts of {group} rows."
             )
         return DrawnBatches(self._source, mesh, rows=rows)
 
     def example_batch(self) -> Batch:
-        """Returns a batch of zeros, of rows as long as `config.data.length` says."""
+        """Returns a batch of zeros, with rows of `config.data.length` tokens."""
         settings = self.settings.test_time
         rows = settings.prompts * settings.group
         if settings.method == "distil":
@@ -216,7 +216,7 @@ class TestTimeMode(SingleStateMode):
         )
 
     def _make_source(self) -> StateBatchSource:
-        """Makes the method's source; its draws depend on the seed, the step and the state alone."""
+        """Makes the source of batches, which depend only on the seed, the step and the state."""
         settings = self.settings.test_time
         if settings.method == "distil":
             return TraceBatches(
@@ -243,11 +243,11 @@ class TestTimeMode(SingleStateMode):
                 importance_cap=settings.importance_cap,
                 trainer=self.model,
             )
-        # Without replay, which a checkpoint would have to hold to be resumed.
+        # Without replay, because checkpoints do not hold earlier completions.
         return ExpertBatches(sampler, self._prompts_at, self._reward, key=key)
 
     def _sampler(self, model: RWKV7, params: Params) -> RolloutSampler:
-        """Makes what draws completions of a model, the student or the teacher."""
+        """Makes the sampler of the student or the teacher."""
         settings = self.settings.test_time
         return RolloutSampler(
             model,
@@ -262,7 +262,7 @@ class TestTimeMode(SingleStateMode):
         )
 
     def _drawing_model(self) -> RWKV7:
-        """Returns the model that draws; in another dtype it still reads the same weights."""
+        """Returns the model for sampling, which may compute in another dtype."""
         dtype = self.settings.test_time.sampling_dtype
         if dtype is None:
             return self.model
@@ -271,10 +271,10 @@ class TestTimeMode(SingleStateMode):
     def train_step(
         self, tx: optax.GradientTransformation, mesh: Mesh | None
     ) -> TrainStep:
-        """Makes the step: as many updates as are set, with the same completions.
+        """Makes the step: `config.test_time.updates` updates with the same completions.
 
-        They are one step of the run, so a run never ends between them: the state that the
-        completions were drawn from would be lost.
+        They are one step of the run, so a run never ends between them, which would lose the state
+        that sampled the completions.
         """
         update = self.update_step(tx, mesh)
         updates = self.updates_per_step
@@ -284,9 +284,9 @@ class TestTimeMode(SingleStateMode):
             for _ in range(updates):
                 train, metrics = update(train, batch)
             if updates > 1:
-                # Each update has counted itself.
+                # Each update has counted as a step.
                 train = dataclasses.replace(train, step=train.step - (updates - 1))
-            # Of the same names, what the update says comes first.
+            # Metrics of the update take precedence.
             return train, {**self._source.metrics, **metrics}
 
         return step
@@ -295,15 +295,15 @@ class TestTimeMode(SingleStateMode):
         return self._questions.prompts(step, self.settings.test_time.prompts)
 
     def held_out_names(self) -> tuple[str, ...]:
-        """Names the mean reward."""
+        """Returns the name of the mean reward."""
         return (_REWARD,)
 
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
-        """Measures the mean reward of the most probable answers to held-out questions.
+        """Measures the mean reward of greedy answers to held-out questions, and its standard error.
 
-        With its standard error, sqrt(p (1 - p) / n) where a share p of n answers is right.
+        For a fraction p of n correct answers, the error is sqrt(p (1 - p) / n).
         """
-        # The tuned model itself, whatever dtype draws the completions.
+        # The tuned model, not the one for sampling, which may have another dtype.
         sampler = self._sampler(self.model, self.frozen)
         rewards, _ = sampler.greedy_rewards(params, self._held_out, self._reward)
         error = rewards.std() / math.sqrt(len(rewards))
@@ -316,22 +316,22 @@ class TestTimeMode(SingleStateMode):
         """Hashes the questions."""
         path = self.settings.data.path
         contents = {"data": path, "guide": self.settings.test_time.guide}
-        # The first digest is the one that older records have; it contains the path.
+        # The first digest is the one in older records, which includes the path.
         return {"data": digest_of(path, None), **content_digests(contents)}
 
     def describe_data(self) -> str:
-        """Names the questions, and how many of them are measured."""
+        """Describes the questions, with the number that evaluations use."""
         described = self._questions.describe(len(self._held_out))
         return f"{self.settings.data.path}: {described}"
 
     def _traces(self) -> list[Trace]:
-        """Lets the teacher answer, or reads what it has answered elsewhere."""
+        """Samples the teacher's traces, or reads them from a file."""
         guide = self.settings.test_time.guide
         if guide is None:
             raise ValueError(
-                "`config.test_time.guide` must name the larger model's checkpoint."
+                "`config.test_time.guide` must name the larger model's checkpoint, or a file of "
+                "traces; got none."
             )
-        # Traces of an earlier run need no teacher.
         if guide.endswith(".jsonl"):
             traces = read_traces(guide)
             with prefix_errors("config.test_time.guide"):
@@ -340,14 +340,14 @@ class TestTimeMode(SingleStateMode):
         traces = self._collect_traces(guide)
         if not traces:
             raise ValueError(
-                "`config.test_time.keep` must leave a trace to learn from; got none."
+                "`config.test_time.keep` must keep at least one trace to learn from; got none."
             )
-        # Another run reads them as its guide, and needs no teacher.
+        # Another run can use the file as its guide, without a teacher.
         write_traces(self.folder / "kept_traces.jsonl", traces)
         return traces
 
     def _collect_traces(self, guide: str) -> list[Trace]:
-        """Lets the teacher answer; its completions stay in the run's folder."""
+        """Samples the teacher's completions, which stay in the run directory."""
         settings = self.settings.test_time
         params, config = load_model(
             guide, allow_nan=self.settings.allow_nan, mesh=self.mesh
@@ -358,7 +358,6 @@ class TestTimeMode(SingleStateMode):
         teacher = dataclasses.replace(sampler, group=chains)
         vote = None
         if settings.keep == "majority":
-            # Two completions agree where they give the same answer, in whatever words.
             vote = (self._questions.given_answer, settings.vote_margin)
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(ProgressBar(settings.traces, "teacher")) as bar:
@@ -385,13 +384,13 @@ class TestTimeMode(SingleStateMode):
 def _require_same_vocabulary(
     guide: str, size: int, model: RWKV7, tokenizer: Tokenizer
 ) -> None:
-    """Raises if a guide's ids mean other texts than the model's, as far as the guide says.
+    """Raises if a guide has another vocabulary than the model, as far as its checkpoint shows.
 
     Args:
-        guide: path of its checkpoint.
-        size: ids of the guide.
-        model: that learns from it.
-        tokenizer: of the run.
+        guide: path of the guide's checkpoint.
+        size: vocabulary size of the guide.
+        model: the model that learns from it.
+        tokenizer: tokenizer of the run.
     """
     own = model.config.vocab_size
     if size != own:
@@ -410,16 +409,16 @@ def _require_same_vocabulary(
 def _teacher_template(
     settings: TestTimeSettings, tokenizer: Tokenizer
 ) -> Callable[[Sequence[int]], list[int]]:
-    """Makes the function from a prompt to what the teacher reads in its place.
+    """Makes the function from a prompt to the teacher's prompt.
 
-    The hint comes before the prompt, and in it one text is replaced by another.
+    It applies the substitution to the prompt and puts the hint before it.
 
     Raises:
         ValueError: `substitute` is not two texts.
     """
     if len(settings.substitute) not in (0, 2):
         raise ValueError(
-            "`config.test_time.substitute` must be two texts, what and with what; "
+            "`config.test_time.substitute` must be two texts, the old and the new one; "
             f"got {settings.substitute}."
         )
     hint = tokenizer.encode(settings.hint)

@@ -1,4 +1,4 @@
-"""Settings of a run: groups of dataclasses, their ranges, and how they are read and listed."""
+"""Settings of a run: dataclasses with their ranges, and functions that read and list them."""
 
 from rwkv7_jax.runs.settings.conversion import as_config
 from rwkv7_jax.runs.settings.fields import profiled

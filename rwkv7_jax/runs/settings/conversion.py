@@ -1,7 +1,7 @@
-"""Groups of settings from nested mappings, such as config files, and back.
+"""Converts nested mappings, such as config files, to groups of settings and back.
 
-The reader is ours because a library would not say `config.optimizer.learnig_rate` is no setting,
-nor name the nearest one; `names.check_names` does, before a mapping is read here.
+Libraries for this do not suggest the nearest setting for `config.optimizer.learnig_rate`;
+`names.check_names` does, before this module reads a mapping.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from rwkv7_jax.runs.settings.names import unknown_setting
 
 
 def as_config(settings: Any) -> dict[str, Any]:
-    """Returns the nested mapping that `read_settings` reads, spelled as in config files."""
+    """Returns the settings as the nested mapping of a config file, which `read_settings` reads."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
             value = as_config(value)
         elif value is None:
-            # Run folders of older versions hold this spelling, and are compared with it.
+            # Run directories hold this spelling, and resumed runs compare their settings with it.
             value = field.metadata.get("absent")
         values[field.name] = value
     return values
@@ -38,12 +38,15 @@ def as_config(settings: Any) -> dict[str, Any]:
 def check_model_sizes(
     where: str, sizes: Mapping[str, Any], *, loaded: bool = False
 ) -> None:
-    """Checks each of a model's sizes by itself; whether they fit is up to `RWKV7Config`.
+    """Checks each size of a model; `RWKV7Config` checks how they fit together.
 
     Args:
-        where: the dotted name of the group.
+        where: dotted name of the group.
         sizes: the group.
-        loaded: whether the model may be loaded, and the group may say how.
+        loaded: whether the model may be loaded, so that the group may have `weights`.
+
+    Raises:
+        ValueError: a size is unknown, has the wrong type or is out of range.
     """
     hints = typing.get_type_hints(RWKV7Config)
     if loaded:
@@ -56,19 +59,22 @@ def check_model_sizes(
         name = f"{where}.{key}"
         _convert(name, hints[key], value)
         if hints[key] is int:
-            # 0 takes the rule of new models, where there is one.
+            # A default of 0 stands for a rule that computes the size.
             Range(0 if defaults[key] == 0 else 1, MOST_COUNT).check(value, name)
         elif hints[key] is float:
             Range(0, 1, above=True, below=True).check(value, name)
 
 
 def from_mapping(cls, values: Any, where: str):
-    """Reads a group of settings; keys that are left out take their defaults.
+    """Reads a group of settings; missing keys take their defaults.
 
     Args:
-        cls: the dataclass of the group.
-        values: a nested mapping whose keys are fields of the group.
-        where: the dotted name of the group, for messages.
+        cls: dataclass of the group.
+        values: nested mapping whose keys are fields of the group.
+        where: dotted name of the group, for messages.
+
+    Raises:
+        ValueError: a value has the wrong type or is not allowed.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"`{where}` must be a group of settings; got {shown(values)}.")
@@ -86,7 +92,7 @@ def from_mapping(cls, values: Any, where: str):
 
 
 def _is_spelling(value: Any, absent: Any) -> bool:
-    """Tells whether a config's value is the spelling of an absent one; `False` is not 0."""
+    """Tells whether a value in a config is the spelling of None; `False` is not 0."""
     if isinstance(value, list):
         value = tuple(value)
     return type(value) is type(absent) and value == absent
@@ -103,7 +109,7 @@ def _convert(where: str, kind: Any, value: Any) -> Any:
         origin = typing.get_origin(option) or option
         if value is None and option is type(None):
             return None
-        # In Python `True` is an integer; in a config it is a mistake.
+        # bool is a subclass of int, but in a config `True` is not a number.
         if isinstance(value, bool) and origin in (int, float):
             continue
         if origin is float and isinstance(value, int):

@@ -1,4 +1,4 @@
-"""Fields of settings that say, next to their default, which values are allowed."""
+"""Fields of settings with their defaults and allowed values."""
 
 import dataclasses
 import math
@@ -11,14 +11,14 @@ from rwkv7_jax.local_paths import is_remote, local_path, refuse_two_spellings
 # Counters are 32-bit integers.
 MOST_COUNT = 2**31 - 1
 
-# Above these, numbers in float32 overflow before long.
+# Larger numbers soon overflow in float32.
 MOST_RATE = 1e6
 MOST_WEIGHT = 1e9
 
-# A folder in a store: a bucket alone would mix a run with whatever else is there.
+# A folder in an object store: a whole bucket would mix a run with other files.
 _STORE = re.compile(r"(gs|s3)://[\w.-]+/[^?#\s]+|file:///[^?#\s]+")
 
-# The first and the last step of a profile. Python reads no number of thousands of digits.
+# First and last step of a profile. `int` rejects numbers with thousands of digits.
 _STEPS = re.compile(r"([0-9]{1,10}):([0-9]{1,10})")
 
 _SHOWN_CHARACTERS = 100
@@ -27,14 +27,14 @@ _REQUIRED: Any = object()
 
 
 class Range(NamedTuple):
-    """The numbers that a setting may have; each must be finite.
+    """A range of finite numbers that a setting may have.
 
     Attributes:
-        low: the smallest number.
-        high: the largest number.
-        above: whether `low` itself is refused.
-        below: whether `high` itself is refused.
-        note: the end of the message, for numbers with a meaning of their own.
+        low: smallest number.
+        high: largest number.
+        above: whether to reject `low` itself.
+        below: whether to reject `high` itself.
+        note: end of the message, for values with a special meaning.
     """
 
     low: float | int
@@ -48,10 +48,10 @@ class Range(NamedTuple):
 
         Args:
             value: the number.
-            where: the dotted name of the setting.
+            where: dotted name of the setting.
 
         Raises:
-            ValueError: it is outside the range, or not finite.
+            ValueError: the number is out of range or not finite.
         """
         limit = self._broken_limit(value)
         if limit is not None:
@@ -71,7 +71,7 @@ class Range(NamedTuple):
 
 
 def optional() -> Any:
-    """Makes a field that is absent by default, which config files spell ""."""
+    """Makes a field that is None by default, which config files spell ""."""
     return dataclasses.field(default=None, metadata={"absent": ""})
 
 
@@ -85,16 +85,16 @@ def number(
     note: str = "",
     absent: Any = _REQUIRED,
 ) -> Any:
-    """Makes a field of a number, or of a tuple of numbers, with the range that they may have.
+    """Makes a field for a number, or a tuple of numbers, in a range.
 
     Args:
-        default: of the field.
-        low: the smallest number.
-        high: the largest number.
-        above: whether `low` itself is refused.
-        below: whether `high` itself is refused.
-        note: the end of the message, for numbers with a meaning of their own.
-        absent: spelling of None in config files; left out where None has no other spelling.
+        default: default of the field.
+        low: smallest number.
+        high: largest number.
+        above: whether to reject `low` itself.
+        below: whether to reject `high` itself.
+        note: end of the message, for values with a special meaning.
+        absent: spelling of None in config files; omit it if None has no other spelling.
     """
     metadata: dict[str, Any] = {"range": Range(low, high, above, below, note)}
     if absent is not _REQUIRED:
@@ -103,12 +103,12 @@ def number(
 
 
 def choice(default: Any, choices: Sequence[str], *, absent: Any = _REQUIRED) -> Any:
-    """Makes a field whose value is one of some names, which another room defines.
+    """Makes a field for one of several names, which another subpackage defines.
 
     Args:
-        default: of the field.
+        default: default of the field.
         choices: the names.
-        absent: spelling of None in config files; left out where the field is never None.
+        absent: spelling of None in config files; omit it if the field is never None.
     """
     metadata: dict[str, Any] = {"choices": tuple(choices)}
     if absent is not _REQUIRED:
@@ -117,12 +117,12 @@ def choice(default: Any, choices: Sequence[str], *, absent: Any = _REQUIRED) -> 
 
 
 def place(default: str | None, *, several: bool = False, target: bool = False) -> Any:
-    """Makes a field that names a place on this machine.
+    """Makes a field for a local path.
 
     Args:
-        default: of the field; None where the place may be absent, which is spelled "".
-        several: whether commas separate several places.
-        target: whether the program writes there.
+        default: default of the field; with None the path is optional, and "" spells None.
+        several: whether the field takes several comma-separated paths.
+        target: whether the program writes to the path.
     """
     metadata: dict[str, Any] = {"place": True, "several": several, "target": target}
     if default is None:
@@ -131,20 +131,23 @@ def place(default: str | None, *, several: bool = False, target: bool = False) -
 
 
 def store() -> Any:
-    """Makes a field that names a folder in an object store; absent by default, spelled ""."""
+    """Makes a field for a folder in an object store; None by default, spelled ""."""
     return dataclasses.field(default=None, metadata={"store": True, "absent": ""})
 
 
 def check_field(where: str, value: Any, metadata: Mapping[str, Any]) -> Any:
-    """Returns the value of a field once it fits the field's range, choices or kind of place.
+    """Checks a value against the range, the choices or the path rules of its field.
 
     Args:
-        where: the dotted name of the setting.
-        value: of the right type, or None.
-        metadata: of the field.
+        where: dotted name of the setting.
+        value: value of the right type, or None.
+        metadata: metadata of the field.
+
+    Returns:
+        The value, with `~` expanded in paths.
 
     Raises:
-        ValueError: it does not fit.
+        ValueError: the value is not allowed.
     """
     if value is None:
         return None
@@ -166,7 +169,7 @@ def check_field(where: str, value: Any, metadata: Mapping[str, Any]) -> Any:
 
 
 def _check_unicode(where: str, text: str) -> None:
-    """Refuses halves of surrogate pairs, as bytes of a command line that are no UTF-8 become."""
+    """Rejects unpaired surrogates, which stand for bytes of a command line that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -179,9 +182,9 @@ def choose(where: str, choices: Sequence[str], value: Any) -> str:
     """Returns the value if it is one of the choices.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: the value is not one of the choices.
     """
-    # Not `value in choices` alone: comparing an array gives an array.
+    # `value in choices` fails for an array.
     if isinstance(value, str) and value in choices:
         return value
     listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
@@ -189,27 +192,27 @@ def choose(where: str, choices: Sequence[str], value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Returns a value as a message shows it: on one line, and not longer than that line."""
+    """Formats a value for a message, truncated to one line."""
     try:
         text = repr(value)
-    # Python does not print integers of thousands of digits.
+    # Python does not print integers with thousands of digits.
     except ValueError:
-        return "a number of thousands of digits"
+        return "a number with thousands of digits"
     if len(text) <= _SHOWN_CHARACTERS:
         return text
     return f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def _check_place(where: str, value: str, metadata: Mapping[str, Any]) -> str:
-    """Returns the place or places with "~" expanded; refuses those that are not on this machine."""
+    """Returns the path or paths with "~" expanded; rejects remote ones."""
     places = []
     entries = value.split(",") if metadata["several"] else [value]
-    # As they were written: below, "./x" becomes "x".
+    # Before `local_path`, which turns "./x" into "x".
     refuse_two_spellings([one.strip() for one in entries], f"`{where}`")
     for one in entries:
         if metadata["target"]:
             refuse_remote_target(where, one)
-        # Whether a list may have an empty name is up to what reads it.
+        # The reader of a list decides about empty entries.
         if one.strip():
             one = str(local_path(one, f"`{where}`"))
         places.append(one)
@@ -217,23 +220,23 @@ def _check_place(where: str, value: str, metadata: Mapping[str, Any]) -> str:
 
 
 def refuse_remote_target(argument: str, path: str) -> None:
-    """Refuses a place to write to that is not on this machine, such as gs://bucket/run.
+    """Rejects a remote target, such as gs://bucket/run.
 
     Raises:
-        ValueError: it is such a place.
+        ValueError: the path is remote.
     """
     if is_remote(path):
         raise ValueError(
-            f"`{argument}` must be a folder on this machine; got {path}. Write to a local folder; "
-            "train.py copies a run to the store that `config.backup` names."
+            f"`{argument}` must be a folder on this machine; got {path}. Write to a local folder: "
+            "train.py copies a run to the object store in `config.backup`."
         )
 
 
 def profiled(steps: str | None) -> tuple[int, int] | None:
-    """Parses `config.profile_steps` into the first and the last step; None where it is absent.
+    """Parses `config.profile_steps` into the first and the last step; None stays None.
 
     Raises:
-        ValueError: it is not "first:last".
+        ValueError: the text is not "first:last".
     """
     if steps is None:
         return None
@@ -241,5 +244,5 @@ def profiled(steps: str | None) -> tuple[int, int] | None:
     if match and 1 <= int(match[1]) <= int(match[2]):
         return int(match[1]), int(match[2])
     raise ValueError(
-        f'`config.profile_steps` must be "first:last", steps from 1 on; got {shown(steps)}.'
+        f'`config.profile_steps` must be "first:last", with steps from 1; got {shown(steps)}.'
     )

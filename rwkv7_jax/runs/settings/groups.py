@@ -1,7 +1,7 @@
-"""The groups of settings of a run, each a frozen dataclass with its defaults and ranges.
+"""The groups of settings of a run, each a frozen dataclass with defaults and ranges.
 
-Inside the program an absent value is None. Config files and run folders spell some of them "", 0 or
-(), which older runs hold and users type; `conversion` converts between the two.
+Inside the program an absent value is None. Config files and run directories spell it "", 0 or ()
+for some settings; `conversion` converts between the two.
 """
 
 import dataclasses
@@ -50,29 +50,32 @@ class DataSettings:
 
     Attributes:
         path: a .jsonl file or a table of texts, questions with answers or conversations (see
-            `data.records.record`), a text file, a folder of these, a built-in corpus, or a .bin
-            file that `rwkv7 data` or RWKV's tools made of them (also without suffix, as RWKV-LM
-            names it); several with commas; or a synthetic task such as "task:copy" (see
+            `data.records.record`); a text file; a folder of these; a built-in corpus; a .bin file
+            of `rwkv7 data` or of RWKV's tools (also without its suffix, as RWKV-LM names it); a
+            comma-separated list of these; or a synthetic task such as "task:copy" (see
             `data.synthetic_tasks`).
-        held_out: share of the documents kept for evaluation, chosen by a hash of their bytes; of a
-            single document its end.
-        batch_size: rows of a batch, on all hosts together.
+        held_out: fraction of the documents held out for evaluation, chosen by a hash of their
+            bytes. Of a single document, the end is held out.
+        batch_size: rows of a batch, over all hosts.
         length: tokens of a row.
-        on_bad: "error" or "skip", for lines of a .jsonl file that cannot be read.
-        packing: "stream" cuts rows from all documents joined: nothing is left out, and the state
-            leaks from one document into the next of the same row, as in RWKV's own training;
-            "documents" gives each a row of its own, cut or filled up to `length`: nothing leaks;
-            "packed" puts the same documents together into full rows, in which none sees another.
-            "auto" is "stream", except where a state is tuned on questions with answers: "packed"
-            there, or "documents" where the run cannot read packed rows.
-        order: "shuffled" by the seed, anew in every epoch, or "cubic", that of RWKV's own trainer,
-            which has no seed and is the same in every epoch (for packing "stream").
-        evaluation: what evaluation reads instead of the held-out part of `path`; all of it.
-        as_bytes: takes files that are no text (tables, archives, pictures) or not UTF-8, and reads
-            their bytes.
-        encoding: of the text, such as "utf-16" or "gbk"; by default it is UTF-8.
+        on_bad: "error" or "skip", for invalid lines of a .jsonl file.
+        packing: how documents become rows.
+
+            * "stream" cuts rows from the concatenated documents. It uses every token, and the state
+              leaks from one document into the next in a row, as in RWKV's own training.
+            * "documents" gives each document a separate row, truncated or padded to `length`.
+              Nothing leaks.
+            * "packed" packs the same documents into full rows. Nothing leaks.
+            * "auto" is "stream". If a state is tuned on questions with answers, it is "packed", or
+              "documents" if the run cannot read packed rows.
+        order: "shuffled" by the seed, differently in every epoch; or "cubic", the order of RWKV's
+            own trainer, which has no seed and is the same in every epoch (for packing "stream").
+        evaluation: data for evaluation in place of the held-out part of `path`; all of it is used.
+        as_bytes: read files that are not text (tables, archives, pictures) or not UTF-8 as bytes.
+        encoding: encoding of the text, such as "utf-16" or "gbk"; UTF-8 by default.
         vocabulary: "world", "bytes", "bytes256" (raw), "ids" (numbers), a vocabulary file in
-            World's format or a tokenizer.json; by default that of the checkpoint or of its size.
+            World's format or a tokenizer.json. By default the vocabulary of the checkpoint, or the
+            one with its size.
     """
 
     path: str = place("", several=True)
@@ -94,19 +97,19 @@ class OptimizerSettings:
 
     Attributes:
         kind: "adamw" or "muon".
-        learning_rate: the highest one, after the warm-up. Where a state is tuned on text and none
-            is named, it is found (see `tuning.rates`); elsewhere it is 6e-4 by default.
-        final_learning_rate: the one of the last step, under schedules that fall; by default 6e-5,
-            or a tenth of `learning_rate` where that is less. It is a hundredth of a rate that was
-            found, and cannot be named then.
+        learning_rate: peak learning rate, after the warmup. By default 6e-4, or the result of a
+            search if a state is tuned on text (see `tuning.rates`).
+        final_learning_rate: learning rate of the last step, for decaying schedules. By default
+            6e-5, or a tenth of `learning_rate` if that is less. With a learning rate search it is
+            a hundredth of the result and cannot be set.
         schedule: "cosine", "linear", "wsd" or "constant"; see `learning_rate_schedule`.
-        warmup_steps: updates of the warm-up.
-        weight_decay: of the groups that decay.
+        warmup_steps: updates of the warmup.
+        weight_decay: weight decay of the parameter groups that decay.
         clip: largest norm of the gradient; None for no limit.
-        b1, b2, eps: of Adam.
+        b1, b2, eps: constants of Adam.
         l2wrap: weight of RWKV's penalty on the largest logit.
-        accumulate: pieces in which a batch is computed.
-        decorrelate: of mode "pretrain": "none", "dbp" (decorrelated backpropagation of the blocks'
+        accumulate: microbatches per batch (gradient accumulation).
+        decorrelate: in mode "pretrain": "none", "dbp" (decorrelated backpropagation of the blocks'
             projections) or "whiten" (once, from the first batch). With `accumulate` above 1 it
             costs a second forward pass over `config.decorrelation.rows` rows.
     """
@@ -129,7 +132,7 @@ class OptimizerSettings:
 
 
 def default_final_rate(learning_rate: float | None) -> float:
-    """Returns the rate of the last step where none is named; below the highest one always."""
+    """Returns the default learning rate of the last step, which is below the peak."""
     assert learning_rate is not None
     return min(6e-5, 0.1 * learning_rate)
 
@@ -140,10 +143,10 @@ class ObserverSettings:
 
     Attributes:
         model: sizes of the observer, fields of `RWKV7Config`; its vocabulary is the teacher's.
-        variance: weight of the states' variance that a proposal leaves unexplained.
+        variance: weight of the fraction of the states' variance that a proposal leaves unexplained.
         divergence: weight of KL(teacher || observer) on the prompt.
         answers: weight of the frozen teacher's loss after the proposal.
-        least, most: prompts end at positions drawn from this range; by default up to the row's end.
+        least, most: range of the random prompt lengths; by default up to the end of the row.
     """
 
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -159,19 +162,19 @@ class EvaluationSettings:
     """The evaluations of a run, on held-out data.
 
     Attributes:
-        every: steps between two evaluations; by default only the first and the last step are
+        every: steps between evaluations; by default only the first and the last step are
             evaluated.
-        windows: pieces of text.
-        length: tokens of a piece.
-        prompt_tokens: text of the training part that the base model reads as a prompt, for
+        windows: windows of text.
+        length: tokens per window.
+        prompt_tokens: lengths of prompts from the training data that the base model reads, for
             comparison; -1 is all of it.
-        retention: other text, to see what tuning costs there; or tasks such as
+        retention: other text, to measure what tuning costs there; or tasks such as
             "task:dictionary,task:mapping".
-        measure: the metric that decides which step is best, such as "held_out_accuracy"; by default
-            the first one.
-        patience: evaluations in a row without a new best one after which a run ends; 0 for none.
-            Where there is patience, the result is the best step's and not the last one's.
-        enough: value of the measure at which a run ends; None for none.
+        measure: metric that selects the best step, such as "held_out_accuracy"; by default the
+            first one.
+        patience: evaluations without an improvement after which a run ends (early stopping); 0 for
+            no limit. With patience, the result is the best step, not the last one.
+        enough: value of the metric at which a run ends; None for no such value.
     """
 
     every: int | None = number(None, 0, MOST_COUNT, absent=0)
@@ -186,13 +189,13 @@ class EvaluationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SampleSettings:
-    """Sample text, written at every evaluation after each of the prompts.
+    """Sample texts, which every evaluation generates.
 
     Attributes:
-        prompts: one text is generated after each.
-        tokens: of a text at most.
-        temperature: of the sampling; 0 is greedy.
-        top_p: probability mass that is kept.
+        prompts: prompts, with one sample each.
+        tokens: most tokens of a sample.
+        temperature: sampling temperature; 0 is greedy.
+        top_p: probability mass to keep.
     """
 
     prompts: tuple[str, ...] = ()
@@ -207,44 +210,44 @@ class Settings:
 
     Attributes:
         mode: "pretrain", "state", "upscaled_state", "observer" or "test_time".
-        init: checkpoint to start from; None for a new model of `model`'s sizes.
-        state: tuned start states for eval.py, several with commas.
-        start: what the modes that tune a start state begin with in place of zeros: the file of a
-            state, or a text, which the model reads as a prompt.
-        questions: .jsonl files of questions that eval.py answers, several with commas, judged by
+        init: checkpoint to start from; None for a new model with the sizes in `model`.
+        state: tuned start states for eval.py, comma-separated.
+        start: initial state of the modes that tune a start state, in place of zeros: a state file,
+            or a text that the model reads as a prompt.
+        questions: .jsonl files of questions that eval.py answers, comma-separated; judged by
             `test_time.verifier`.
-        tasks: of lm-evaluation-harness that eval.py measures, several with commas.
-        task_data: local files of these by the task's name, "train.jsonl,test.jsonl" or the test
-            questions alone; of a group a folder.
-        shots: examples before each question; by default what the task says.
-        limit: questions of each task, or of `questions`, the first ones; by default all.
-        bos: ids that are read before each context of a task, after the start state.
+        tasks: tasks of lm-evaluation-harness that eval.py measures, comma-separated.
+        task_data: local files by task: "train.jsonl,test.jsonl", or only the test questions; for a
+            group, a folder.
+        shots: examples before each question; by default the task's number.
+        limit: use only this many first questions of each task, or of `questions`; all by default.
+        bos: ids before each context of a task, after the start state.
         model: fields of `RWKV7Config` for a new model, or changes (dtype, remat, implementation) to
             `init`; and `weights`, "int8" to hold the frozen matrices of `init` in 8 bits. The dtype
-            "auto" is float32 on CPUs and bfloat16 elsewhere; a run that goes on keeps its own.
-        steps: updates.
-        seed: of initialisation and data order.
-        log_every: steps between two lines of the log.
-        save_every: steps between two checkpoints; by default only the end is saved.
-        keep: newest checkpoints kept.
+            "auto" is float32 on CPUs and bfloat16 elsewhere; a resumed run keeps its dtype.
+        steps: number of steps.
+        seed: seed of initialisation and data order.
+        log_every: steps between log lines.
+        save_every: steps between checkpoints; by default only the end is saved.
+        keep: number of newest checkpoints to keep.
         keep_every: checkpoints whose step is a multiple of this are never removed.
-        keep_best: how many of the best checkpoints are kept; evaluations save them.
-        stop_after_bad: the run stops after so many updates in a row whose loss or gradient was not
-            finite; such updates are skipped.
+        keep_best: number of best checkpoints to keep; evaluations save them.
+        stop_after_bad: the run stops after this many consecutive updates with a non-finite loss or
+            gradient; such updates are skipped.
         mesh: how devices share a step: "auto", or sizes such as "data=2,fsdp=4".
-        allow_nan: take a checkpoint that holds NaN or Inf.
-        any_base: let eval.py take states that were tuned for other weights.
-        profile_steps: "first:last", steps of which process 0 writes a profile.
+        allow_nan: accept a checkpoint with NaN or Inf.
+        any_base: let eval.py accept states that were tuned for other weights.
+        profile_steps: "first:last", the steps that process 0 profiles.
         trackers: where metrics go besides the run's files: "tensorboard", "wandb".
-        workdir: eval.py's folder for its report; train.py has it as a flag.
+        workdir: eval.py's folder for its report; train.py has a flag for it.
         backup: object store (gs://, s3:// or file://) for a copy of every checkpoint and of the
-            run's files; a new machine continues from it. Shards of processes that see no common
-            folder are written there.
+            run's files, from which a new machine resumes. Processes without a shared folder write
+            their shards there.
         data, optimizer, tuning, upscaling, decorrelation, observer, test_time, evaluation, sample:
             groups of settings; see their classes.
     """
 
-    # Names are keys in config files and in checkpoints of older runs; they cannot change.
+    # The names are keys in config files and in checkpoints of older runs, so they cannot change.
     mode: Mode = "pretrain"
     init: str | None = place(None)
     state: str = place("", several=True)
@@ -286,33 +289,33 @@ class Settings:
     sample: SampleSettings = dataclasses.field(default_factory=SampleSettings)
 
     def __post_init__(self):
-        """Fills in the learning rates, and checks what the types cannot say."""
+        """Sets the default learning rates, and checks constraints between settings."""
         self._fill_in_rates()
         check_model_sizes("config.model", self.model, loaded=True)
         check_model_sizes("config.observer.model", self.observer.model)
         profiles = profiled(self.profile_steps)
         if profiles and profiles[1] > self.steps:
             raise ValueError(
-                f"`config.profile_steps` must lie within the {self.steps} of `config.steps`; got "
+                f"`config.profile_steps` must end within `config.steps`, {self.steps}; got "
                 f"{self.profile_steps!r}."
             )
         self._check_mesh()
-        # The last 0 tokens of a text would be all of it.
+        # Slicing the last 0 tokens would give the whole text.
         if 0 in self.evaluation.prompt_tokens:
             raise ValueError(
                 "`config.evaluation.prompt_tokens` must be at least 1, or -1 for all; got 0."
             )
         self._check_lists()
-        # Elsewhere it would silently do nothing.
+        # In other modes it would silently have no effect.
         if self.optimizer.decorrelate != "none" and self.mode != "pretrain":
             raise ValueError(
-                '`config.optimizer.decorrelate` must be "none" outside mode "pretrain", where '
-                f"`config.tuning.decorrelate` has its place; got {self.optimizer.decorrelate!r}."
+                '`config.optimizer.decorrelate` must be "none" outside mode "pretrain" (see '
+                f"`config.tuning.decorrelate`); got {self.optimizer.decorrelate!r}."
             )
-        # The cubic order cuts rows at positions of one long stream; documents have none.
+        # The cubic order selects positions in one long stream of tokens.
         if self.data.order == "cubic" and self.data.packing not in ("auto", "stream"):
             raise ValueError(
-                '`config.data.order` must be "shuffled" where `config.data.packing` is '
+                '`config.data.order` must be "shuffled" if `config.data.packing` is '
                 f'"{self.data.packing}"; got "cubic".'
             )
         refuse_unread_settings(self)
@@ -331,19 +334,19 @@ class Settings:
             )
 
     def _fill_in_rates(self) -> None:
-        """Gives the learning rates their defaults where they are not to be found by a search."""
+        """Sets the default learning rates, unless a search finds them."""
         if self.finds_rate:
             if not self.tuning.rates:
                 raise ValueError(
-                    "`config.tuning.rates` must hold learning rates to try, or "
-                    "`config.optimizer.learning_rate` name one; got none."
+                    "`config.tuning.rates` must hold learning rates to try if "
+                    "`config.optimizer.learning_rate` is not set; got none."
                 )
             final = self.optimizer.final_learning_rate
             if final is not None:
                 raise ValueError(
-                    "`config.optimizer.final_learning_rate` must be left out where the learning "
-                    "rate is found, whose hundredth it is, or "
-                    f"`config.optimizer.learning_rate` be named too; got {final:g}."
+                    "`config.optimizer.final_learning_rate` must be left out if "
+                    "`config.optimizer.learning_rate` is, because it is a hundredth of the rate "
+                    f"that a search finds; got {final:g}."
                 )
             return
         optimizer = self.optimizer
@@ -352,46 +355,46 @@ class Settings:
         if optimizer.final_learning_rate is None:
             final = default_final_rate(optimizer.learning_rate)
             optimizer = dataclasses.replace(optimizer, final_learning_rate=final)
-        # The class is frozen for everybody else.
+        # The dataclass is frozen.
         object.__setattr__(self, "optimizer", optimizer)
 
     @property
     def packing_of_answers(self) -> Packing:
-        """What `data.packing` "auto" is for questions with answers."""
+        """The meaning of `data.packing` "auto" for questions with answers."""
         implementation = self.model.get("implementation")
         return packing_of_answers(self.mode, self.upscaling.dynamics, implementation)
 
     @property
     def finds_rate(self) -> bool:
-        """Whether the run finds its learning rate: it tunes states on text, and none is named."""
+        """Whether the run searches for its learning rate: it tunes states on text, without one."""
         tunes = self.mode in ("state", "upscaled_state")
         return tunes and self.optimizer.learning_rate is None
 
     def _check_states(self) -> None:
-        """Checks that the texts of several states are named in one place."""
+        """Checks that only one setting names the texts of several states."""
         if self.tuning.states is not None and self.data.path:
             raise ValueError(
-                "`config.data.path` must be empty where `config.tuning.states` names the texts; "
+                "`config.data.path` must be empty if `config.tuning.states` names the texts; "
                 f"got {self.data.path!r}."
             )
 
     def _check_mesh(self) -> None:
-        """Checks the sizes of a mesh, and that it does not share heads where it shares sets."""
+        """Checks the sizes of a mesh, and that a run with several states does not shard heads."""
         sizes = parse_sizes(self.mesh, "`config.mesh`")
         if isinstance(sizes, str) or sizes.get(TENSOR, 1) == 1:
             return
         what = None
         if self.tuning.states is not None:
-            what = "`config.tuning.states` names several"
+            what = "`config.tuning.states` is set"
         elif self.finds_rate:
-            what = "a learning rate is searched: name one, `config.optimizer.learning_rate`"
+            what = "`config.optimizer.learning_rate` is left to a search"
         if what:
             raise ValueError(
-                f"`config.mesh` must have no tensor axis where {what}; got {self.mesh!r}."
+                f"`config.mesh` must have no tensor axis if {what}; got {self.mesh!r}."
             )
 
     def _check_lists(self) -> None:
-        """Checks that no list of names has an empty entry, before anything is read."""
+        """Checks that no list has an empty entry, before anything is read."""
         lists = {
             "data.path": self.data.path,
             "data.evaluation": self.data.evaluation,
@@ -406,7 +409,7 @@ class Settings:
         for tracker in self.trackers:
             if not isinstance(tracker, str) or not tracker.strip():
                 raise ValueError(
-                    f"`config.trackers` must hold names of trackers; got {self.trackers!r}."
+                    f"`config.trackers` must hold only names of trackers; got {self.trackers!r}."
                 )
 
     def _check_tasks(self) -> None:
@@ -416,24 +419,24 @@ class Settings:
             name = f"config.task_data.{task}"
             if not isinstance(files, str) or not files:
                 raise ValueError(
-                    f"`{name}` must be train.jsonl,test.jsonl or test.jsonl, or the folder of a "
-                    f"group; got {shown(files)}."
+                    f"`{name}` must be train.jsonl,test.jsonl or test.jsonl, or, for a group, a "
+                    f"folder; got {shown(files)}."
                 )
             for file in split_paths(files, f"`{name}`"):
                 local_path(file, f"`{name}`")
             if task not in names:
                 raise ValueError(
-                    f"`{name}` must be of a task in `config.tasks`; got {self.tasks!r}."
+                    f"`{name}` must belong to a task in `config.tasks`; got {self.tasks!r}."
                 )
 
     @property
     def task_names(self) -> list[str]:
-        """The tasks of lm-evaluation-harness."""
+        """The names of the tasks of lm-evaluation-harness."""
         return list(split_list(self.tasks, "`config.tasks`"))
 
     @property
     def task_files(self) -> dict[str, list[str]]:
-        """The local files of tasks, by the task's name."""
+        """The local files of tasks, by task."""
         files = {}
         for task, text in self.task_data.items():
             files[task] = list(split_paths(text, f"`config.task_data.{task}`"))
@@ -446,38 +449,38 @@ class Settings:
 
     @property
     def _draws_its_rows(self) -> bool:
-        """Whether the model itself writes the rows of a step."""
+        """Whether the model generates the rows of a step."""
         return self.mode == "test_time" and self.test_time.method in ("grpo", "expert")
 
     @property
     def rows_per_step(self) -> int:
         """The rows that a step computes at once."""
-        # What the model itself writes is one batch a step; everything else is cut into batches.
+        # Generated rows are one batch per step; other rows are cut into batches.
         if self._draws_its_rows:
             return self.test_time.prompts * self.test_time.group
         return self.data.batch_size // self.optimizer.accumulate
 
     @property
     def untuned(self) -> str:
-        """What a state is tuned from, as messages name it."""
+        """The untuned state, as messages name it."""
         return "no state" if self.start is None else "the state of `config.start`"
 
     @property
     def kept_best(self) -> int:
-        """How many best checkpoints are kept; with patience at least one, to go back to."""
+        """The number of best checkpoints to keep; at least one if the run may go back to it."""
         goes_back = bool(self.evaluation.patience)
-        # A state that is good enough waits, at its best step, for the others of its run.
+        # A member that is good enough keeps its best step until the others end.
         if self.tuning.states is not None and self.evaluation.enough is not None:
             goes_back = True
         return max(self.keep_best, int(goes_back))
 
 
 def read_settings(values: Mapping[str, Any]) -> Settings:
-    """Reads the settings that a nested mapping holds; keys left out take their defaults.
+    """Reads settings from a nested mapping; missing keys take their defaults.
 
     Raises:
-        ValueError: an unknown key (the message names the nearest known one), a value of the wrong
-            type, or one that is not allowed.
+        ValueError: a key is unknown (the message names the nearest known one), or a value has the
+            wrong type or is not allowed.
     """
     check_names(values, setting_types(Settings))
     return from_mapping(Settings, values, "config")

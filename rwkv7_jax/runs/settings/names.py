@@ -1,4 +1,4 @@
-"""The dotted names of settings: their types, and the nearest one to a name that does not exist."""
+"""The dotted names of settings, their types, and suggestions for misspelt names."""
 
 import dataclasses
 import difflib
@@ -8,19 +8,19 @@ from typing import Any, Literal
 
 from rwkv7_jax.model.config import RWKV7Config
 
-# Names less alike than this are no misspelling of one another.
+# Least similarity of a name and its misspelling.
 _ALIKE = 0.7
 
-# What a name in the group that was meant gains: a misspelt name is in the wrong group less often.
+# Bonus for a name in the same group, because a misspelt name is rarely in the wrong group.
 _SAME_GROUP = 0.2
 
 
 def setting_types(cls: type, where: str = "config") -> dict[str, Any]:
-    """Returns the type of each setting and group below a dataclass of settings, by dotted name."""
+    """Returns the type of each setting and group in a dataclass of settings, by dotted name."""
     types: dict[str, Any] = {}
     for field, kind in typing.get_type_hints(cls).items():
         name = f"{where}.{field}"
-        # A mapping, since only what it names is changed in a model that is loaded.
+        # The field is a mapping, which for a loaded model holds only the changes.
         if field == "model":
             kind = RWKV7Config
         types[name] = kind
@@ -32,10 +32,12 @@ def setting_types(cls: type, where: str = "config") -> dict[str, Any]:
 
 
 def check_names(values: Any, types: Mapping[str, Any], where: str = "config") -> None:
-    """Checks that all keys of nested mappings name settings; a group that is none has no keys.
+    """Checks that all keys of nested mappings name settings.
+
+    A group that is not a mapping has no keys; `conversion` rejects it.
 
     Raises:
-        ValueError: one does not.
+        ValueError: a key is not the name of a setting.
     """
     if not isinstance(values, Mapping):
         return
@@ -48,14 +50,14 @@ def check_names(values: Any, types: Mapping[str, Any], where: str = "config") ->
 
 
 def unknown_setting(name: str, names: Iterable[str]) -> str:
-    """Says that a name is no setting, and which one is most like it, if any is."""
+    """Makes the message for an unknown setting, with the nearest name if there is one."""
     nearest = nearest_name(name, names)
     hint = f"the nearest is `{nearest}`" if nearest else "--help lists them"
-    return f"`{name}` is no setting; {hint}."
+    return f"`{name}` is not a setting; {hint}."
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str | None:
-    """Finds the dotted name whose last part is most like that of another; None where none is."""
+    """Returns the dotted name with the most similar last part; None if none is similar."""
     group, _, last = name.rpartition(".")
     best = None
     most = 0.0

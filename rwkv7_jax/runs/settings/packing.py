@@ -1,39 +1,39 @@
-"""How the rows of a run are cut, and which runs can read rows that several documents share."""
+"""How documents are packed into the rows of a run, and which runs can read packed rows."""
 
 from typing import Literal
 
 from rwkv7_jax.data.choices import Packing
 
-# `config.data.packing`, where "auto" leaves it to the run's mode and data.
+# `config.data.packing`; "auto" depends on the run's mode and data.
 PackingChoice = Literal["auto", "stream", "documents", "packed"]
 
-# They train the state that a document begins from.
+# The modes that train the state from which a document begins.
 _STATE_MODES = ("state", "upscaled_state")
 
-# Their losses start each document of a row anew.
+# The modes whose losses start each document of a row from the start state.
 PACKED_MODES = ("pretrain", *_STATE_MODES)
 
 
 def packing_of_answers(mode: str, dynamics: str, implementation: str | None) -> Packing:
-    """Returns what packing "auto" is for questions with answers; it is "stream" for other text.
+    """Returns the packing that "auto" stands for with questions; it is "stream" for other text.
 
-    A state is tuned from where questions begin, as it is used: a row that begins inside of one
-    teaches it another place.
+    A tuned state is used at the beginning of a question, so its training rows must begin there,
+    too, not inside a question.
 
     Args:
         mode: `config.mode`.
         dynamics: `config.upscaling.dynamics`.
-        implementation: of the recurrence; None for the best one.
+        implementation: implementation of the recurrence; None for the best one.
     """
     if mode not in _STATE_MODES:
         return "stream"
     has_sequences = mode == "state" or dynamics == "static"
-    # jax-triton's kernel reads rows of one sequence.
+    # The Triton kernel supports only one sequence per row.
     return "packed" if has_sequences and implementation != "triton" else "documents"
 
 
 def check_packing(packing: PackingChoice, mode: str, dynamics: str) -> None:
-    """Checks that the run can read rows packed like this.
+    """Checks that the run supports the packing.
 
     Args:
         packing: `config.data.packing`.
@@ -41,17 +41,17 @@ def check_packing(packing: PackingChoice, mode: str, dynamics: str) -> None:
         dynamics: `config.upscaling.dynamics`.
 
     Raises:
-        ValueError: several documents would share a row, and the run does not know how.
+        ValueError: several documents would share a row, which the run does not support.
     """
     if packing != "packed":
         return
     if mode not in PACKED_MODES:
         raise ValueError(
-            '`config.data.packing` must be "stream" or "documents" but in modes '
+            '`config.data.packing` must be "stream" or "documents" outside modes '
             f'{", ".join(PACKED_MODES)}; got "packed" in mode {mode!r}.'
         )
     if mode == "upscaled_state" and dynamics != "static":
         raise ValueError(
-            '`config.upscaling.dynamics` must be "static" where `config.data.packing` is '
+            '`config.upscaling.dynamics` must be "static" if `config.data.packing` is '
             f'"packed"; got {dynamics!r}.'
         )

@@ -1,4 +1,4 @@
-"""Which runs read a setting: the others refuse it, for it would silently do nothing there.
+"""Which runs read a setting; the others reject it, because it would silently have no effect.
 
 The kind of a run is its mode or, in mode "test_time", its method.
 """
@@ -19,17 +19,17 @@ _METHODS = (*_QUESTIONS, "context")
 _STATES = (*_TEXT_STATES, *_METHODS)
 _TEXT = (*_WEIGHTS, *_TEXT_STATES, "context")
 
-# Which kinds of runs read a setting; one without an entry is read by all. The entry of a group is
-# for all of its settings that have none of their own.
+# The kinds of runs that read a setting. All runs read a setting without an entry. The entry of a
+# group applies to its settings without an entry.
 _READERS: dict[str, tuple[str, ...]] = {
     "start": _STATES,
-    # Questions are lines of JSON, each read by itself.
+    # Questions are always lines of JSON.
     "data.on_bad": _TEXT,
     "data.packing": _TEXT,
     "data.order": _TEXT,
     "data.as_bytes": _TEXT,
     "data.encoding": _TEXT,
-    # No leaf of a state decays, and none is a matrix for Muon.
+    # A state has neither weight decay nor matrices for Muon.
     "optimizer.kind": _WEIGHTS,
     "optimizer.weight_decay": _WEIGHTS,
     "optimizer.l2wrap": ("pretrain", *_TEXT_STATES),
@@ -41,7 +41,7 @@ _READERS: dict[str, tuple[str, ...]] = {
     "tuning.search_share": _TEXT_STATES,
     "tuning.states": _TEXT_STATES,
     "upscaling": ("upscaled_state",),
-    # The observer's first proposal is fitted to as many rows.
+    # The observer's initial proposal, the teacher's mean state, is measured on these rows.
     "upscaling.rows": ("upscaled_state", "observer"),
     "decorrelation": ("pretrain", *_STATES),
     "observer": ("observer",),
@@ -64,7 +64,7 @@ _READERS: dict[str, tuple[str, ...]] = {
     "test_time.vote_margin": ("distil",),
 }
 
-# What eval.py alone reads, a program with the same settings.
+# Settings that only eval.py reads.
 _EVALUATION_ALONE = (
     "state",
     "questions",
@@ -78,7 +78,7 @@ _EVALUATION_ALONE = (
 )
 
 
-# How eval.py answers the files of `questions`, whatever the mode.
+# Settings that eval.py reads in every mode to answer the files of `questions`.
 _READ_FOR_QUESTIONS = (
     "test_time.verifier",
     "test_time.tokens",
@@ -88,13 +88,13 @@ _READ_FOR_QUESTIONS = (
 
 
 class _Unread(NamedTuple):
-    """Values of a setting under which others are not read.
+    """Settings that are not read for some values of another setting.
 
     Attributes:
-        setting: the name of the one that decides.
+        setting: name of the other setting.
         holds: tells whether it has such a value.
-        when: the end of the sentence that refuses the others.
-        names: of the others.
+        when: condition in the error message.
+        names: the settings that are not read.
     """
 
     setting: str
@@ -129,7 +129,7 @@ _UNREAD = (
         '`config.test_time.keep` is not "majority"',
         ("test_time.vote_margin",),
     ),
-    # The ratio that they clip is 1 in the first update.
+    # In the first update the ratio is 1, so there is nothing to clip.
     _Unread(
         "test_time.updates",
         lambda updates: updates == 1,
@@ -138,10 +138,10 @@ _UNREAD = (
     ),
 )
 
-# Numbers of the online rule, which whitening once does not follow.
+# Numbers of the online rule, which "whiten" does not use.
 _ONLINE = ("rate", "balance", "iterations", "average", "clip")
 
-# Groups and the setting that switches them on, by the kind of the run.
+# The setting that switches on decorrelation, by mode.
 _SWITCHES = {
     "pretrain": "optimizer.decorrelate",
     "state": "tuning.decorrelate",
@@ -154,7 +154,7 @@ def is_read(name: str, mode: str, method: str) -> bool:
     """Tells whether a run reads a setting.
 
     Args:
-        name: of the setting, such as "tuning.anchor", or of one inside of it.
+        name: name of a setting, such as "tuning.anchor", or of an entry inside it.
         mode: `config.mode`.
         method: `config.test_time.method`.
     """
@@ -164,7 +164,7 @@ def is_read(name: str, mode: str, method: str) -> bool:
 
 
 def _readers_of(name: str) -> tuple[str, ...] | None:
-    """Returns the kinds of runs that read a setting; None where all do."""
+    """Returns the kinds of runs that read a setting; None if all do."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         readers = _READERS.get(".".join(parts[:length]))
@@ -174,13 +174,13 @@ def _readers_of(name: str) -> tuple[str, ...] | None:
 
 
 def refuse_unread_settings(settings: Any) -> None:
-    """Raises if a setting is set that the run does not read; a value at its default never is.
+    """Raises if a setting that the run does not read differs from its default.
 
     Args:
-        settings: of the run, a `Settings`.
+        settings: `Settings` of the run.
 
     Raises:
-        ValueError: there is one; the message names it, and the mode or the method.
+        ValueError: there is such a setting; the message names it, and the mode or the method.
     """
     mode = settings.mode
     method = settings.test_time.method
@@ -199,11 +199,11 @@ def refuse_unread_settings(settings: Any) -> None:
 def unread_by_value(
     mode: str, value: Callable[[str], Any]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields settings that the values of others leave unread, and the end of a sentence on them.
+    """Yields settings that are not read because of another setting's value, and the condition.
 
     Args:
         mode: `config.mode`.
-        value: from the name of a setting to its value.
+        value: maps the name of a setting to its value.
     """
     for unread in _UNREAD:
         if unread.holds(value(unread.setting)):
@@ -227,43 +227,43 @@ def _value(settings: Any, name: str) -> Any:
 
 
 def refuse_settings_of_evaluation(settings: Any) -> None:
-    """Raises if a setting is set that eval.py alone reads.
+    """Raises if a setting that only eval.py reads differs from its default.
 
     Args:
-        settings: of a run of train.py, a `Settings`.
+        settings: `Settings` of a run of train.py.
 
     Raises:
-        ValueError: there is one; the message names it.
+        ValueError: there is such a setting; the message names it.
     """
-    _refuse(settings, _EVALUATION_ALONE, "train.py runs, since eval.py alone reads it")
+    _refuse(settings, _EVALUATION_ALONE, "train.py runs, because only eval.py reads it")
 
 
 def _refuse(settings: Any, names: tuple[str, ...], when: str) -> None:
-    """Raises if one of these settings, or one inside of them, is set."""
+    """Raises if one of these settings, or an entry inside one, differs from its default."""
     for name, value in _set_values(settings):
         if lies_in(name, names):
             raise ValueError(
-                f"`config.{name}` must be left out where {when}; got {shown(value)}."
+                f"`config.{name}` must be left out if {when}; got {shown(value)}."
             )
 
 
 def lies_in(name: str, groups: Iterable[str]) -> bool:
-    """Tells whether a setting is one of these, or inside of one."""
+    """Tells whether a setting is one of these, or inside one."""
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
 def _where(name: str, mode: str, method: str) -> str:
-    """Returns the end of the sentence: the mode has no such setting, or its method has not."""
+    """Returns the condition under which a setting is not read, for the error message."""
     readers = _readers_of(name) or ()
     modes = dict.fromkeys(TEST_TIME if one in _METHODS else one for one in readers)
     if mode == TEST_TIME and mode in modes:
-        return f"where `config.test_time.method` is {method!r}"
+        return f"if `config.test_time.method` is {method!r}"
     listed = ", ".join(modes)
     return f"in mode {mode!r}, where it has no effect (modes that read it: {listed})"
 
 
 def _set_values(settings: Any) -> Iterator[tuple[str, Any]]:
-    """Returns the settings that are not at their defaults, by their dotted names."""
+    """Yields the dotted names and values of settings that differ from their defaults."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):

@@ -14,7 +14,7 @@ from rwkv7_jax.runs.settings.fields import (
 
 SAMPLING_DTYPES = ("float32", "bfloat16")
 
-# Completions of a prompt that vote where no other number is set.
+# Default number of completions per prompt for a majority vote.
 _VOTES = 8
 
 TestTimeMethod = Literal["grpo", "distil", "expert", "context"]
@@ -25,44 +25,44 @@ class TestTimeSettings:
     """The settings of mode "test_time".
 
     Attributes:
-        method: "grpo" (rewards alone), "distil" (a guide's traces), "expert" (the model's own
-            verified answers) or "context" (a long prompt becomes a state).
+        method: "grpo" (from rewards), "distil" (from a guide's traces), "expert" (from the model's
+            own verified answers) or "context" (compresses a long prompt into a state).
         guide: checkpoint of the larger model that writes traces, or a .jsonl file of traces.
         context: file of the prompt that "context" distils.
-        verifier: which answer a completion gives, to be compared with the known one: "exact" (all
-            of it), "hash_number" (the number after "####"), "last_number" or "letter" (of a
-            choice); or "module:function", called with the ids of prompt and completion and giving a
-            reward.
-        keep: "verified" traces, the "majority" answer's, or "all".
-        substitute: (what, with what) in the guide's prompts, so that it sees more than the model.
+        verifier: how the answer is extracted from a completion and compared with the reference:
+            "exact" (the whole completion), "hash_number" (the number after "####"), "last_number"
+            or "letter" (of a choice). Or "module:function", a reward function of the ids of prompt
+            and completion.
+        keep: "verified" traces, those with the "majority" answer, or "all".
+        substitute: (old, new), a replacement in the guide's prompts, so that it sees more than the
+            model.
         hint: text before the guide's prompts.
-        prompts: prompts a step.
-        group: completions of each that the model itself writes.
-        tokens: of a completion at most.
-        temperature: of sampling.
-        kl: weight of KL(tuned || start) on what was drawn; the start is the state of
-            `config.start`, without one the untuned model.
-        baseline: of "grpo", what a reward is compared with: "mean" of its group, or of the others
-            alone ("leave_one_out").
-        scale: of "grpo", "std" divides by the group's standard deviation, "none" does not.
-        average: of "grpo", over what the loss is a mean: "token", "row" or "constant" length.
-        redraws: of "grpo", how often at most completions are drawn again whose group is uniform.
-        updates: of "grpo", updates made of the completions of each step (num_iterations, mu). After
-            the first one they weigh by the ratio of probabilities, which is clipped.
-        epsilon_low, epsilon_high: how far below and above 1 that ratio counts (clip-higher of
+        prompts: prompts per step.
+        group: the model's completions per prompt.
+        tokens: most tokens of a completion.
+        temperature: sampling temperature.
+        kl: weight of KL(tuned || start) on sampled tokens; the start is the state of
+            `config.start`, or the untuned model without one.
+        baseline: for "grpo", subtracted from a reward: the "mean" of its group, or the mean of the
+            other completions ("leave_one_out").
+        scale: for "grpo", "std" divides by the group's standard deviation, "none" does not.
+        average: for "grpo", how the loss averages: by "token", by "row" or by a "constant" length.
+        redraws: for "grpo", most times that completions of a uniform group are sampled again.
+        updates: for "grpo", updates with the completions of each step (num_iterations, mu). From
+            the second one on, the loss uses the clipped ratio of probabilities.
+        epsilon_low, epsilon_high: largest distances of that ratio below and above 1 (clip-higher of
             DAPO: 0.2 and 0.28).
-        sampling_dtype: of "grpo", dtype of the activations with which completions are drawn, such
-            as "bfloat16"; by default the model's.
-        importance_cap: of "grpo", highest weight of a token by the ratio of its probability in
-            training to that in sampling (truncated importance sampling); by default tokens are
-            not weighed.
-        stop: texts that end a completion, such as ("Question:",), and are not judged as a part of
-            it. What is learnt from still has their tokens, or nothing would learn to end there.
-        traces: prompts that the guide answers in all.
-        chains: completions of each of them that it writes, of which those are learnt that `keep`
-            leaves; by default 8 for a "majority", and else one.
-        at_once: prompts that it answers at the same time, each `chains` times.
-        vote_margin: share of a prompt's completions by which the "majority" answer must lead.
+        sampling_dtype: for "grpo", dtype of the activations in sampling, such as "bfloat16"; by
+            default the model's.
+        importance_cap: for "grpo", largest weight of a token in truncated importance sampling: the
+            ratio of its probability in training to that in sampling. By default no such weights.
+        stop: stop sequences of a completion, such as ("Question:",). The judged completion excludes
+            them; the training target includes them, so the model learns to stop.
+        traces: number of prompts that the guide completes.
+        chains: the guide's completions per prompt, of which `keep` selects some; by default 8 for
+            "majority" and otherwise 1.
+        at_once: prompts per batch of the guide, with `chains` completions each.
+        vote_margin: fraction of a prompt's completions by which the "majority" answer must lead.
     """
 
     method: TestTimeMethod = "grpo"
@@ -91,14 +91,14 @@ class TestTimeSettings:
     stop: tuple[str, ...] = ()
     traces: int = number(256, 1, MOST_COUNT)
     chains: int | None = number(
-        None, 1, MOST_COUNT, note=', or None for 8 of a "majority" and else 1'
+        None, 1, MOST_COUNT, note=', or None for 8 with "majority" and otherwise 1'
     )
     at_once: int = number(64, 1, MOST_COUNT)
     vote_margin: float = number(0.25, 0, 1)
 
     @property
     def chains_of_prompt(self) -> int:
-        """The completions of each prompt that the guide writes."""
+        """The number of the guide's completions per prompt."""
         if self.chains is not None:
             return self.chains
         return _VOTES if self.keep == "majority" else 1
@@ -107,9 +107,9 @@ class TestTimeSettings:
         """Checks the stop strings.
 
         Raises:
-            ValueError: an empty string.
+            ValueError: a stop string is empty.
         """
         if "" in self.stop:
             raise ValueError(
-                "`config.test_time.stop` must hold no empty text; got one."
+                "`config.test_time.stop` must hold only non-empty strings; got ''."
             )

@@ -29,25 +29,23 @@ class TuningSettings:
     """The settings of the modes that tune a state.
 
     Attributes:
-        leaves: "wkv", or "all" to tune the token-shift states as well; an upscaled state tunes its
-            memory in their place.
+        leaves: "wkv", or "all" to tune the token-shift states too. For an upscaled state, the
+            memory is tuned instead.
         decorrelate: "none", "dbp" (decorrelated backpropagation, learnt while tuning) or "whiten"
-            (once: of features on the calibration text, of a start state at the first step).
-        anchor: weight of KL(base || tuned) on the unlabelled text of `anchor_path`; 0 switches it
-            off.
-        anchor_path: general text, or a task, on which the tuned model must stay close to the base.
-        alpha: factor on the saved state; below 1 it keeps most of the target and forgets less.
-        warn_above: largest entry of the state that passes without a warning.
-        rates: learning rates of which one is found before the run where
-            `optimizer.learning_rate` names none: each is tried on a short run of its own, all in
-            one program, and held-out text decides.
-        search_share: the cost of that, as a share of the run's arithmetic.
+            (once: for features on the calibration text, for a start state at the first step).
+        anchor: weight of KL(base || tuned) on the unlabelled text of `anchor_path`; 0 turns it off.
+        anchor_path: general text, or a task, on which the tuned model should stay close to the
+            base.
+        alpha: factor on the saved state. A factor below 1 keeps most of the gain and forgets less.
+        warn_above: a larger magnitude in the state causes a warning.
+        rates: learning rates to search before the run if `optimizer.learning_rate` is not set. Each
+            is tried in a short run, all in one program; the loss on held-out text decides.
+        search_share: cost of the search, as a fraction of the run's FLOPs.
         states: texts by the names of their states, such as {"poet": "poems.jsonl"}, or a folder of
-            texts: one start state for each is tuned in the same run, in place of `data.path`.
-        leaf_rates: factors on the learning rate by the name of a tuned leaf ("wkv", "att_shift",
-            "ffn_shift", "memory"), such as {"att_shift": 0.1}; 1 where none is named.
-        layer_rates: factors on the learning rate, one for each layer from the first on; by default
-            all are 1.
+            texts. The run tunes one start state for each, in place of `data.path`.
+        leaf_rates: factors on the learning rate by tuned leaf ("wkv", "att_shift", "ffn_shift",
+            "memory"), such as {"att_shift": 0.1}; 1 for other leaves.
+        layer_rates: factors on the learning rate, one per layer; all 1 by default.
     """
 
     leaves: Literal["wkv", "all"] = "wkv"
@@ -63,17 +61,17 @@ class TuningSettings:
     layer_rates: tuple[float, ...] = number((), 0, MOST_RATE)
 
     def __post_init__(self):
-        """Checks rates and the factors of leaves; which leaves a run tunes is not known here.
+        """Checks the rates and the factors; the mode checks that the leaves are tuned.
 
         Raises:
-            ValueError: two equal rates, an unknown leaf, or a factor out of its range.
+            ValueError: two rates are equal, a leaf is unknown, or a factor is out of range.
         """
-        # The records of a search name a rate by so many digits.
+        # Records of a search name a rate by six digits.
         names = [f"{rate:g}" for rate in self.rates]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(
-                    "`config.tuning.rates` must be different in their first six digits; got "
+                    "`config.tuning.rates` must differ in their first six digits; got "
                     f"{name} more than once."
                 )
         for name, factor in self.leaf_rates.items():
@@ -89,14 +87,14 @@ class UpscalingSettings:
     """The settings of mode "upscaled_state"; see `tuning.upscaling.upscale`.
 
     Attributes:
-        size: features of a head (M); by default four times the head size.
+        size: features per head (M); by default four times the head size.
         dynamics: "static", "decay", "delta"; "replace" and "replace_raw" are the paper's form.
         kind: "gaussian" (by default), "fourier" or "gaussian_raw".
         landmarks: "random" or "kmeans".
-        widths: factors on 1 / the median squared distance; by default 1, 4 and 16 where features
-            are whitened and 1 elsewhere.
-        prepare: "none", "centre" or "whiten"; by default as `tuning.decorrelate` says.
-        rows: rows of the training text that features are calibrated on.
+        widths: factors on 1 / the median squared distance; by default 1, 4 and 16 for whitened
+            features and otherwise 1.
+        prepare: "none", "centre" or "whiten"; the default depends on `tuning.decorrelate`.
+        rows: rows of the training text for the calibration of features.
     """
 
     size: int | None = number(None, 0, MOST_COUNT, absent=0)
@@ -121,11 +119,11 @@ class DecorrelationSettings:
         balance: between decorrelation (0) and unit variances (1).
         iterations: steps of the rule per update.
         damping: added to the covariance, in units of its mean eigenvalue.
-        average: share of the old covariance in its running average.
+        average: weight of the old covariance in its running average.
         clip: largest norm of the online rule's relative step; None for no limit.
         normalise: whiten the covariance in units of its mean, which keeps learning rates
             comparable.
-        rows: rows of a batch that statistics are taken from.
+        rows: rows of a batch for the statistics.
     """
 
     rate: float = number(0.2, 0, MOST_RATE)
