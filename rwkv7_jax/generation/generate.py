@@ -17,6 +17,7 @@ from rwkv7_jax.checks import (
     check_function,
     check_ids,
     check_model,
+    check_not_intercepted,
     check_params,
     check_placed,
     is_traced,
@@ -132,7 +133,8 @@ def generate(
         prefill_chunk: tokens of a prompt that are read at once.
 
     Raises:
-        ValueError: an argument out of its range, or weights or a state that give no finite logits.
+        ValueError: an argument out of its range, weights or a state that give no finite logits, or
+            a call inside of `flax.linen.intercept_methods`.
         TypeError: ids that are not integers, or an argument of the wrong kind.
     """
     with prefix_errors("generate"):
@@ -154,6 +156,7 @@ def generate(
                 "it must be called outside of jit, vmap and grad, because it reads tokens on the "
                 "host; inside, `lax.scan` over `model.apply` decodes."
             )
+        check_not_intercepted()
         check_count(tokens, 0, "`tokens`")
         check_count(prefill_chunk, 1, "`prefill_chunk`")
         check_text_options(tokenizer, stop_strings, on_text)

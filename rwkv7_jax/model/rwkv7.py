@@ -26,6 +26,7 @@ from rwkv7_jax.checks import (
     check_params,
     check_placed,
     check_tokens,
+    is_intercepted,
     prefix_errors,
 )
 from rwkv7_jax.model import initializers as initial
@@ -98,7 +99,7 @@ class RWKV7(nn.Module):
             *arguments: of the call: tokens of any shape [B T], a state of B rows.
             **named: as of `flax.linen.Module.init`.
         """
-        if named or len(arguments) != 2 or not is_eager():
+        if named or len(arguments) != 2 or is_intercepted() or not is_eager():
             return super().init(rngs, *arguments, **named)
         tokens, state = arguments
         tokens, *_ = self._checked(tokens, state, None, None)
@@ -258,7 +259,8 @@ class RWKV7(nn.Module):
         arguments = (tokens, state, lengths, segments)
         # A module that is initialised, or whose intermediates are kept, writes while it runs.
         writes = self.is_initializing() or self.is_mutable_collection("intermediates")
-        if writes or not is_eager():
+        # A program that is kept would ignore interceptors, or keep them for later calls.
+        if writes or is_intercepted() or not is_eager():
             return self._pass(*arguments, names, project)
         model = self.clone(parent=None)
         return _run_compiled(model, self.variables, arguments, names, project)

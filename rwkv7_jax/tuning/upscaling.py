@@ -18,6 +18,7 @@ from rwkv7_jax.checks import (
     check_choice,
     check_count,
     check_model,
+    check_not_intercepted,
     check_params,
     check_placed,
     check_seed,
@@ -218,6 +219,7 @@ def upscale(
             or ids outside the vocabulary.
     """
     with prefix_errors("upscale"):
+        check_not_intercepted()
         check_model(model)
         check_params(params, model.config)
         check_placed(params, "`params`")
