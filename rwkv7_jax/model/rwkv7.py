@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
@@ -25,7 +26,6 @@ from rwkv7_jax.checks import (
     check_instance,
     check_params,
     check_placed,
-    check_tokens,
     is_intercepted,
     prefix_errors,
 )
@@ -98,7 +98,12 @@ class RWKV7(nn.Module):
             rngs: a random key.
             *arguments: of the call: tokens of any shape [B T], a state of B rows.
             **named: as of `flax.linen.Module.init`.
+
+        Raises:
+            ValueError: vectors in place of ids, with which no table `emb` would be drawn.
         """
+        if arguments and np.ndim(arguments[0]) == 3:
+            raise ValueError("RWKV7.init: `tokens` must be ids [B T]; got vectors.")
         if named or len(arguments) != 2 or is_intercepted() or not is_eager():
             return super().init(rngs, *arguments, **named)
         tokens, state = arguments
@@ -167,7 +172,7 @@ class RWKV7(nn.Module):
 
     def __call__(
         self,
-        tokens: Tokens,
+        tokens: Tokens | Activations,
         state: RWKV7State,
         lengths: Lengths | None = None,
         segment_ids: SegmentIds | None = None,
@@ -176,7 +181,8 @@ class RWKV7(nn.Module):
 
         Args:
             tokens: ids below `config.vocab_size`; T may be 0. Concrete ids are checked here. Traced
-                ones cannot be: those out of range are embedded as zeros.
+                ones cannot be: those out of range are embedded as zeros. Or vectors [B T D] in the
+                place of the ids' rows of the table `emb`, as for a prompt that is trained.
             state: the start state, with one row for each row of `tokens`.
             lengths: the number of tokens of each row that count, from the left. Logits after them
                 mean nothing; the state returned is the one after the last token that counts. Traced
@@ -195,7 +201,7 @@ class RWKV7(nn.Module):
 
     def hidden(
         self,
-        tokens: Tokens,
+        tokens: Tokens | Activations,
         state: RWKV7State,
         lengths: Lengths | None = None,
         segment_ids: SegmentIds | None = None,
@@ -206,7 +212,7 @@ class RWKV7(nn.Module):
 
     def trace(
         self,
-        tokens: Tokens,
+        tokens: Tokens | Activations,
         state: RWKV7State,
         lengths: Lengths | None = None,
         segment_ids: SegmentIds | None = None,
@@ -229,7 +235,7 @@ class RWKV7(nn.Module):
 
     def hidden_with_trace(
         self,
-        tokens: Tokens,
+        tokens: Tokens | Activations,
         state: RWKV7State,
         lengths: Lengths | None = None,
         segment_ids: SegmentIds | None = None,
@@ -276,8 +282,8 @@ class RWKV7(nn.Module):
         project: bool,
     ):
         config = self.config
-        x = Embedding(config, name="emb")(tokens).astype(config.dtype)
-        x = Norm(config, name="ln0")(x)
+        x = tokens if tokens.ndim == 3 else Embedding(config, name="emb")(tokens)
+        x = Norm(config, name="ln0")(x.astype(config.dtype))
         x, memories, trace = self._blocks(x, state, lengths, segments, names)
         x = Norm(config, name="ln_out")(x)
         if project:
@@ -292,13 +298,10 @@ class RWKV7(nn.Module):
         config = self.config
         with prefix_errors("RWKV7"):
             tokens = as_array(tokens, "`tokens`")
-            if len(tokens.shape) != 2:
-                raise ValueError(
-                    f"`tokens` must have shape [B T]; got {tuple(tokens.shape)}."
-                )
-            check_tokens(tokens, config.vocab_size)
+            inputs.check_inputs(tokens, config)
+            rows_and_tokens = tokens.shape[:2]
             if lengths is not None:
-                lengths = inputs.safe_lengths(lengths, tokens.shape)
+                lengths = inputs.safe_lengths(lengths, rows_and_tokens)
             segments = None
             # A device's own heads are of a state that was checked before.
             if not sharding.shares_heads():
@@ -309,7 +312,7 @@ class RWKV7(nn.Module):
             sharding.refuse_checked_axes((tokens, state))
             if segment_ids is not None:
                 segments = find_segments(
-                    segment_ids, lengths, tokens.shape, state.batch
+                    segment_ids, lengths, rows_and_tokens, state.batch
                 )
         return tokens, lengths, segments
 
