@@ -13,7 +13,13 @@ from rwkv7_jax.checks.arrays import (
     is_traced,
 )
 from rwkv7_jax.checks.errors import escape_controls, first_line, prefix_errors
-from rwkv7_jax.checks.models import check_model, check_params, leaf_at
+from rwkv7_jax.checks.models import (
+    check_model,
+    check_not_intercepted,
+    check_params,
+    is_intercepted,
+    leaf_at,
+)
 from rwkv7_jax.checks.tokens import (
     check_ids,
     check_lengths,
@@ -44,6 +50,7 @@ __all__ = [
     "check_lengths",
     "check_model",
     "check_not_donated",
+    "check_not_intercepted",
     "check_number",
     "check_params",
     "check_placed",
@@ -53,6 +60,7 @@ __all__ = [
     "check_tokens",
     "escape_controls",
     "first_line",
+    "is_intercepted",
     "is_known",
     "is_traced",
     "leaf_at",

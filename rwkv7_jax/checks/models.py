@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 
 
@@ -20,6 +21,25 @@ def check_model(model: Any, argument: str = "`model`") -> None:
     ):
         kind = model.__name__ if isinstance(model, type) else type(model).__name__
         raise TypeError(f"{argument} must be a model, RWKV7(config); got {kind}.")
+
+
+def is_intercepted() -> bool:
+    """Tells whether Flax calls somebody's function in place of a module's methods."""
+    # Flax has no public name for them. A test tells if this one is gone.
+    return bool(getattr(nn.module, "_global_interceptor_stack", ()))
+
+
+def check_not_intercepted() -> None:
+    """Checks that a program which is kept for later calls may be compiled.
+
+    Raises:
+        ValueError: Flax's interceptors would become part of it, or a kept one would ignore them.
+    """
+    if is_intercepted():
+        raise ValueError(
+            "it must be called outside of flax.linen.intercept_methods, because its program is "
+            "kept for later calls; inside, call `model.apply`."
+        )
 
 
 def check_params(params: Any, config: Any, argument: str = "`params`") -> None:

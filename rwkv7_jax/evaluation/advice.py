@@ -42,7 +42,7 @@ class MemoryStatistics:
     """One memory of a start state: the WKV state, or the upscaled one.
 
     Attributes:
-        dynamics: "recurrent" for the WKV state, otherwise one of `model.DYNAMICS`.
+        dynamics: "recurrent" for the WKV state, otherwise one of `model.MEMORY_FORMS`.
         spectrum: singular values, largest first.
         norms: Frobenius norms.
         reference_norm: root mean square norms of the base model's state after the rows; None for a

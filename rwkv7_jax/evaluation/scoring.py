@@ -16,6 +16,7 @@ from rwkv7_jax.checks import (
     as_array,
     check_count,
     check_model,
+    check_not_intercepted,
     check_params,
     check_placed,
     check_tokens,
@@ -163,6 +164,7 @@ def token_nats(
 
 def check_start(model: RWKV7, params: Params, state: RWKV7State) -> None:
     """Raises unless the weights and the state fit the model, and the state has batch 1."""
+    check_not_intercepted()
     check_model(model)
     check_params(params, model.config)
     check_placed(params, "`params`")

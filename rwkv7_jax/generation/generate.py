@@ -17,6 +17,7 @@ from rwkv7_jax.checks import (
     check_function,
     check_ids,
     check_model,
+    check_not_intercepted,
     check_params,
     check_placed,
     is_traced,
@@ -132,7 +133,8 @@ def generate(
         prefill_chunk: number of prompt tokens read at once.
 
     Raises:
-        ValueError: an argument is out of range, or the logits are not finite.
+        ValueError: an argument is out of range, the logits are not finite, or it is called inside
+            `flax.linen.intercept_methods`.
         TypeError: ids are not integers, or an argument has the wrong type.
     """
     with prefix_errors("generate"):
@@ -154,6 +156,7 @@ def generate(
                 "it must be called outside jit, vmap and grad, because it reads tokens on the "
                 "host; inside them, decode with `lax.scan` over `model.apply`."
             )
+        check_not_intercepted()
         check_count(tokens, 0, "`tokens`")
         check_count(prefill_chunk, 1, "`prefill_chunk`")
         check_text_options(tokenizer, stop_strings, on_text)

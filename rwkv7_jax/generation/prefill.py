@@ -8,6 +8,7 @@ from rwkv7_jax.checks import (
     check_count,
     check_ids,
     check_model,
+    check_not_intercepted,
     check_params,
     check_placed,
     prefix_errors,
@@ -41,6 +42,7 @@ def prefill_state(
             below 1.
     """
     with prefix_errors("prefill_state"):
+        check_not_intercepted()
         check_model(model)
         check_params(params, model.config)
         check_placed(params, "`params`")

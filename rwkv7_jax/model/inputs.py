@@ -6,8 +6,31 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Activations, Tokens
-from rwkv7_jax.checks import as_array, check_lengths, is_traced
+from rwkv7_jax.checks import as_array, check_lengths, check_tokens, is_traced
 from rwkv7_jax.model.casts import at_least_int32
+from rwkv7_jax.model.config import RWKV7Config
+
+
+def check_inputs(tokens: Any, config: RWKV7Config) -> None:
+    """Checks the ids of a call, or the vectors in their place.
+
+    Raises:
+        TypeError: ids [B T] that are not integers.
+        ValueError: another shape, or an id out of range.
+    """
+    shape = tuple(tokens.shape)
+    if len(shape) == 3 and jnp.issubdtype(tokens.dtype, jnp.floating):
+        if shape[2] != config.width:
+            raise ValueError(
+                f"`tokens` must have shape [B T {config.width}] where they are vectors; got "
+                f"{shape}."
+            )
+        return
+    if len(shape) != 2:
+        raise ValueError(
+            f"`tokens` must have shape [B T], or be vectors [B T D]; got {shape}."
+        )
+    check_tokens(tokens, config.vocab_size)
 
 
 def safe_lengths(lengths: Any, tokens: tuple[int, int]) -> Any:

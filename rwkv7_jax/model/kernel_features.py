@@ -2,6 +2,7 @@
 
 import math
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ from jaxtyping import Array, Float
 from rwkv7_jax.array_types import Heads, describe_fields
 from rwkv7_jax.model.remat import name_product
 
-KINDS = ("gaussian", "fourier", "gaussian_raw")
+# One number per feature for each token.
+Reads = Float[Array, "B T H M"]
 
 # Minimum norms, by which shorter vectors are divided.
 _SHORTEST_VECTOR = 1e-6
@@ -31,7 +33,7 @@ class Features:
         widths: inverse squared widths of the Gaussians; for Fourier features, the phases.
         mean: the features' mean on calibration text, which is subtracted.
         map: a matrix that multiplies the centred features from the left, or None.
-        kind: one of `KINDS`; all but "gaussian_raw" depend only on the direction of a vector.
+        kind: a name in `FEATURE_MAPS`; all but "gaussian_raw" depend only on a vector's direction.
     """
 
     landmarks: Float[Array, "L B H M N"]
@@ -76,6 +78,32 @@ def unit_features(phi: Float[Array, "... M"]) -> Float[Array, "... M"]:
     return phi * jax.lax.rsqrt(jnp.maximum(square, _SHORTEST_FEATURES**2))
 
 
+def _gaussians(features: Features, x: Heads, inner: Reads) -> Reads:
+    # |x - landmark|^2 from its three terms: the difference itself would be [B T H M N].
+    landmarks_squared = jnp.sum(jnp.square(features.landmarks), axis=-1)[:, None]
+    x_squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    widths = features.widths[:, None]
+    return jnp.exp(-widths * (x_squared + landmarks_squared - 2 * inner))
+
+
+def _cosines(features: Features, x: Heads, inner: Reads) -> Reads:
+    phases = features.widths[:, None]
+    return math.sqrt(2 / phases.shape[-1]) * jnp.cos(inner + phases)
+
+
+# Feature maps by the names of `Features.kind`: functions of one layer's features, of x [B T H N]
+# and of the products of x with the landmarks [B T H M], to [B T H M]. Further ones may be added.
+# Compiled programs are cached by name, so a changed function needs a new name.
+FEATURE_MAPS: dict[str, Callable[[Features, Heads, Reads], Reads]] = {
+    "gaussian": _gaussians,
+    "fourier": _cosines,
+    "gaussian_raw": _gaussians,
+}
+
+# The feature maps of this package.
+KINDS = tuple(FEATURE_MAPS)
+
+
 def kernel_features(features: Features, x: Heads) -> Float[Array, "B T H M"]:
     """Computes phi(x) in float32 with the features of one layer (without the axis L).
 
@@ -90,15 +118,7 @@ def kernel_features(features: Features, x: Heads) -> Float[Array, "B T H M"]:
         x = unit_vectors(x)
     # [B T H M]: the products with all landmarks or frequencies of the head.
     inner = apply_per_head(features.landmarks, x)
-    widths = features.widths[:, None]
-    if features.kind == "fourier":
-        count = widths.shape[-1]
-        phi = math.sqrt(2 / count) * jnp.cos(inner + widths)
-    else:
-        # |x - landmark|^2 from its three terms: the difference would be [B T H M N].
-        landmarks_squared = jnp.sum(jnp.square(features.landmarks), axis=-1)[:, None]
-        x_squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-        phi = jnp.exp(-widths * (x_squared + landmarks_squared - 2 * inner))
+    phi = FEATURE_MAPS[features.kind](features, x, inner)
     # Gaussians are positive: without centring they have a large common component.
     phi = phi - features.mean[:, None]
     if features.map is None:

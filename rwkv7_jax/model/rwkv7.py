@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
@@ -25,7 +26,7 @@ from rwkv7_jax.checks import (
     check_instance,
     check_params,
     check_placed,
-    check_tokens,
+    is_intercepted,
     prefix_errors,
 )
 from rwkv7_jax.model import initializers as initial
@@ -97,8 +98,13 @@ class RWKV7(nn.Module):
             rngs: a random key.
             *arguments: of the call: tokens of any shape [B T] and a state of B rows.
             **named: as in `flax.linen.Module.init`.
+
+        Raises:
+            ValueError: vectors in place of ids, which would leave the table `emb` uninitialized.
         """
-        if named or len(arguments) != 2 or not is_eager():
+        if arguments and np.ndim(arguments[0]) == 3:
+            raise ValueError("RWKV7.init: `tokens` must be ids [B T]; got vectors.")
+        if named or len(arguments) != 2 or is_intercepted() or not is_eager():
             return super().init(rngs, *arguments, **named)
         tokens, state = arguments
         tokens, *_ = self._checked(tokens, state, None, None)
@@ -166,7 +172,7 @@ class RWKV7(nn.Module):
 
     def __call__(
         self,
-        tokens: Tokens,
+        tokens: Tokens | Activations,
         state: RWKV7State,
         lengths: Lengths | None = None,
         segment_ids: SegmentIds | None = None,
@@ -175,7 +181,8 @@ class RWKV7(nn.Module):
 
         Args:
             tokens: ids below `config.vocab_size`; T may be 0. Concrete ids are checked. Traced ones
-                are not: ids out of range are embedded as zeros.
+                are not: ids out of range are embedded as zeros. Vectors [B T D] may take the place of
+                the ids' rows in the table `emb`, for example a trained prompt.
             state: the start state, with one row for each row of `tokens`.
             lengths: the number of real tokens of each row; padding is on the right. The logits of
                 padding are meaningless, and the returned state is the one after the last real
@@ -194,7 +201,7 @@ class RWKV7(nn.Module):
 
     def hidden(
         self,
-        tokens: Tokens,
+        tokens: Tokens | Activations,
         state: RWKV7State,
         lengths: Lengths | None = None,
         segment_ids: SegmentIds | None = None,
@@ -205,7 +212,7 @@ class RWKV7(nn.Module):
 
     def trace(
         self,
-        tokens: Tokens,
+        tokens: Tokens | Activations,
         state: RWKV7State,
         lengths: Lengths | None = None,
         segment_ids: SegmentIds | None = None,
@@ -228,7 +235,7 @@ class RWKV7(nn.Module):
 
     def hidden_with_trace(
         self,
-        tokens: Tokens,
+        tokens: Tokens | Activations,
         state: RWKV7State,
         lengths: Lengths | None = None,
         segment_ids: SegmentIds | None = None,
@@ -258,7 +265,8 @@ class RWKV7(nn.Module):
         arguments = (tokens, state, lengths, segments)
         # A module writes variables while it is initialised or records intermediates.
         writes = self.is_initializing() or self.is_mutable_collection("intermediates")
-        if writes or not is_eager():
+        # A program that is kept would ignore interceptors, or keep them for later calls.
+        if writes or is_intercepted() or not is_eager():
             return self._pass(*arguments, names, project)
         model = self.clone(parent=None)
         return _run_compiled(model, self.variables, arguments, names, project)
@@ -274,8 +282,8 @@ class RWKV7(nn.Module):
         project: bool,
     ):
         config = self.config
-        x = Embedding(config, name="emb")(tokens).astype(config.dtype)
-        x = Norm(config, name="ln0")(x)
+        x = tokens if tokens.ndim == 3 else Embedding(config, name="emb")(tokens)
+        x = Norm(config, name="ln0")(x.astype(config.dtype))
         x, memories, trace = self._blocks(x, state, lengths, segments, names)
         x = Norm(config, name="ln_out")(x)
         if project:
@@ -290,13 +298,10 @@ class RWKV7(nn.Module):
         config = self.config
         with prefix_errors("RWKV7"):
             tokens = as_array(tokens, "`tokens`")
-            if len(tokens.shape) != 2:
-                raise ValueError(
-                    f"`tokens` must have shape [B T]; got {tuple(tokens.shape)}."
-                )
-            check_tokens(tokens, config.vocab_size)
+            inputs.check_inputs(tokens, config)
+            rows_and_tokens = tokens.shape[:2]
             if lengths is not None:
-                lengths = inputs.safe_lengths(lengths, tokens.shape)
+                lengths = inputs.safe_lengths(lengths, rows_and_tokens)
             segments = None
             # Under tensor parallelism the whole state was checked before it was split.
             if not sharding.shares_heads():
@@ -307,7 +312,7 @@ class RWKV7(nn.Module):
             sharding.refuse_checked_axes((tokens, state))
             if segment_ids is not None:
                 segments = find_segments(
-                    segment_ids, lengths, tokens.shape, state.batch
+                    segment_ids, lengths, rows_and_tokens, state.batch
                 )
         return tokens, lengths, segments
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import WKVInputs
 from rwkv7_jax.array_types import Activations, Heads, Lengths, Tokens
@@ -93,8 +93,8 @@ def previous_token(
 
 
 def fill_up(
-    tokens: Tokens, lengths: Lengths | None, count: int
-) -> tuple[Int[Array, "B filled"], Lengths | None]:
+    tokens: Tokens | Activations, lengths: Lengths | None, count: int
+) -> tuple[Array, Lengths | None]:
     """Pads rows so that `count` devices divide their tokens; `lengths` exclude the padding."""
     length = tokens.shape[1]
     # Every device needs a token, even if the rows are empty.
@@ -103,7 +103,8 @@ def fill_up(
         return jnp.asarray(tokens), lengths
     if lengths is None:
         lengths = jnp.full(tokens.shape[0], length, jnp.int32)
-    return jnp.pad(tokens, ((0, 0), (0, missing))), lengths
+    padding = [(0, 0), (0, missing), *[(0, 0)] * (tokens.ndim - 2)]
+    return jnp.pad(tokens, padding), lengths
 
 
 def local_lengths(lengths: Lengths, tokens: int, axis: str) -> Lengths:

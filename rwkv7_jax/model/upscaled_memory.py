@@ -21,7 +21,7 @@ from pallas_kernels import WKVInputs
 from rwkv7_jax.array_types import Heads, describe_fields
 from rwkv7_jax.checks import check_choice
 from rwkv7_jax.model.kernel_features import (
-    KINDS,
+    FEATURE_MAPS,
     Features,
     apply_per_head,
     kernel_features,
@@ -204,7 +204,8 @@ def _head_mean(x: Heads) -> Float[Array, "B T H 1"]:
     return jnp.mean(x.astype(jnp.float32), axis=-1, keepdims=True)
 
 
-# By the names of `Upscaled.dynamics`.
+# Memory forms by the names of `Upscaled.dynamics`; further ones may be added. Compiled programs are
+# cached by name, so a changed form needs a new name.
 MEMORY_FORMS: dict[str, MemoryForm] = {
     "static": StaticMemory(),
     "decay": DecayMemory(),
@@ -213,6 +214,7 @@ MEMORY_FORMS: dict[str, MemoryForm] = {
     "replace_raw": PaperMemory(unit_keys=False),
 }
 
+# The memory forms of this package.
 DYNAMICS = tuple(MEMORY_FORMS)
 
 
@@ -223,8 +225,8 @@ def check_form(dynamics: Any, kind: Any) -> None:
         dynamics: of the memory.
         kind: of its features.
     """
-    check_choice(dynamics, DYNAMICS, "`state.upscaled.dynamics`")
-    check_choice(kind, KINDS, "`state.upscaled.features.kind`")
+    check_choice(dynamics, tuple(MEMORY_FORMS), "`state.upscaled.dynamics`")
+    check_choice(kind, tuple(FEATURE_MAPS), "`state.upscaled.features.kind`")
 
 
 # Not checked at run time, for the reason given at `Features`.
@@ -239,7 +241,7 @@ class Upscaled:
         write: strength of the writes in context under "decay" and "delta"; 0 writes nothing.
         features: the features of the read vectors.
         readout: in the paper's form, the fixed map of rows to value channels; else None.
-        dynamics: one of `DYNAMICS`.
+        dynamics: a name of `MEMORY_FORMS`.
     """
 
     memory: Float[Array, "L B H Nv M"]

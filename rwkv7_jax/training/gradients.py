@@ -161,11 +161,11 @@ def _gradients_with_trace(
         return loss_value, (metrics, jax.lax.stop_gradient(trace))
 
     grad = jax.value_and_grad(value, has_aux=True)
-    (loss_value, (metrics, trace)), grads = grad(params, _with_shares(batch, 1))
+    (loss_value, (metrics, trace)), grads = grad(params, with_shares(batch, 1))
     return (loss_value, metrics), grads, trace
 
 
-def _with_shares(batch: Mapping[str, Any], accumulate: int) -> Mapping[str, Any]:
+def with_shares(batch: Mapping[str, Any], accumulate: int) -> Mapping[str, Any]:
     """Returns a batch whose weights are each target's share of the loss, times the pieces."""
     # Multiplied by the number of pieces, so that the mean over pieces is the sum over the batch.
     weights = target_shares(batch)
@@ -200,7 +200,7 @@ def _gradients(
 ) -> tuple[tuple[Scalar, Metrics], Any]:
     """Computes the batch's loss, metrics and gradient, in `accumulate` pieces one by one."""
     _check_rows(batch, accumulate)
-    batch = _with_shares(batch, accumulate)
+    batch = with_shares(batch, accumulate)
     if accumulate == 1:
         grad = jax.value_and_grad(
             lambda params, batch: loss_and_metrics(loss(params, batch)), has_aux=True

@@ -26,9 +26,9 @@ from rwkv7_jax.sharding import constrain_layout, place, use_mesh
 from rwkv7_jax.training.gradients import (
     compute_gradients,
     loss_and_metrics,
-    with_weights,
+    with_shares,
 )
-from rwkv7_jax.training.losses import Loss, Metrics, nan_where_all_zero
+from rwkv7_jax.training.losses import Loss, Metrics
 from rwkv7_jax.training.shared_pass import can_share_pass
 from rwkv7_jax.training.step_checks import (
     CheckedProgram,
@@ -266,6 +266,9 @@ def make_train_step(
 def make_eval_step(loss: Loss) -> CheckedProgram:
     """Compiles `evaluate(params, batch) -> metrics`, without gradients; it has `lower` and `trace`.
 
+    A loss gets the batch as in a train step, with `weights` where there is a mask. Here a mapping
+    may have neither, for a loss that reads neither.
+
     Raises:
         TypeError: not a function.
         ValueError: from `evaluate`: arrays that do not fit each other, or ids out of range.
@@ -274,10 +277,9 @@ def make_eval_step(loss: Loss) -> CheckedProgram:
         loss = as_partial(loss, "`loss`")
 
     def evaluate(loss: Partial, params: Any, batch: Mapping[str, Any]) -> Metrics:
-        # Here a batch is no piece of another one.
-        if "weights" in batch:
-            weights = nan_where_all_zero(jnp.asarray(batch["weights"]))
-            batch = with_weights(batch, weights)
+        # As in a train step, so that the caller's own loss can be the same.
+        if "mask" in batch or "weights" in batch:
+            batch = with_shares(batch, 1)
         value, metrics = loss_and_metrics(loss(params, batch))
         # A loss without metrics is one itself.
         return metrics or {"loss": value}

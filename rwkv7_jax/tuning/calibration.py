@@ -18,12 +18,12 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.model.kernel_features import (
-    KINDS,
+    FEATURE_MAPS,
     Features,
     kernel_features,
     unit_vectors,
 )
-from rwkv7_jax.model.upscaled_memory import DYNAMICS, MEMORY_FORMS
+from rwkv7_jax.model.upscaled_memory import MEMORY_FORMS
 from rwkv7_jax.optim.whitening import whitening
 
 LANDMARKS = ("random", "kmeans")
@@ -45,7 +45,7 @@ class FeatureSettings(NamedTuple):
     """How features are made, without anything left open.
 
     Attributes:
-        kind: of `KINDS`.
+        kind: of `model.FEATURE_MAPS`.
         prepare: of `PREPARATIONS`.
         widths: factors on 1 / the median squared distance.
     """
@@ -68,7 +68,7 @@ def resolve_features(
     A setting is left open by None, or by "" or () in config files.
 
     Args:
-        dynamics: of the memory, of `DYNAMICS`.
+        dynamics: of the memory, of `model.MEMORY_FORMS`.
         kind: by default "gaussian", or "gaussian_raw" under "replace".
         prepare: by default "whiten", or "none" under "replace" and where `whiten` is off.
         widths: by default 1, 4 and 16; 1 alone where `prepare` is "none".
@@ -78,7 +78,7 @@ def resolve_features(
         ValueError: unknown dynamics.
     """
     with prefix_errors("upscale"):
-        check_choice(dynamics, DYNAMICS, "`dynamics`")
+        check_choice(dynamics, tuple(MEMORY_FORMS), "`dynamics`")
         widths = () if widths is None else _check_widths(widths)
     replaces = MEMORY_FORMS[dynamics].replaces_wkv
     if not kind:
@@ -178,7 +178,7 @@ def calibrate(
     Args:
         reads: R vectors of each layer and head, finite.
         size: features of a head (M).
-        kind: of `KINDS`; None takes "gaussian".
+        kind: of `model.FEATURE_MAPS`; None takes "gaussian".
         landmarks: "random" takes read vectors, "kmeans" their centres.
         widths: factors on 1 / the median squared distance, given to the features in turn; None
             takes the default of `resolve_features`.
@@ -196,7 +196,7 @@ def calibrate(
         kind, prepare, widths = resolve_features(
             "static", kind=kind, prepare=prepare, widths=widths
         )
-        check_choice(kind, KINDS, "`kind`")
+        check_choice(kind, tuple(FEATURE_MAPS), "`kind`")
         check_choice(landmarks, LANDMARKS, "`landmarks`")
         check_choice(prepare, PREPARATIONS, "`prepare`")
         check_count(size, 1, "`size`")

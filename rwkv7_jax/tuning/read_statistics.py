@@ -72,8 +72,16 @@ def memory_read_vectors(
         upscaled: one layer's memory.
         parts: the same layer's arrays of a trace.
         implementation: of the WKV op, for a memory that changes in context.
+
+    Raises:
+        TypeError: a form that changes in context in another way than the WKV op's.
     """
     form = upscaled.form
+    if form.has_own_rows and not isinstance(form, RecurrentMemory):
+        raise TypeError(
+            "memory_read_vectors: `upscaled` must be static or of a `RecurrentMemory`, whose reads "
+            f"are known; got dynamics {upscaled.dynamics}."
+        )
     if not isinstance(form, RecurrentMemory):
         return kernel_features(upscaled.features, parts["r"])
     inputs = form.wkv_inputs(upscaled, wkv_inputs_of(parts), parts["icl_rate"])

@@ -18,6 +18,7 @@ from rwkv7_jax.checks import (
     check_choice,
     check_count,
     check_model,
+    check_not_intercepted,
     check_params,
     check_placed,
     check_seed,
@@ -27,7 +28,7 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.model.block import RECURRENCE
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.kernel_features import KINDS, Features
+from rwkv7_jax.model.kernel_features import FEATURE_MAPS, Features
 from rwkv7_jax.model.recurrence import LayerTrace, wkv_inputs_of
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
@@ -73,7 +74,7 @@ def empty_memory(
 
     Args:
         features: of `calibrate`; their landmarks [L 1 H M N] have its sizes.
-        dynamics: of `model.DYNAMICS`.
+        dynamics: of `model.MEMORY_FORMS`.
         seed: of the fixed map by which the paper's form is read; other dynamics have none.
     """
     layers, _, heads, width, size = features.landmarks.shape
@@ -203,9 +204,9 @@ def upscale(
         params: all weights.
         tokens: text of the kind that will be tuned on; some thousand tokens.
         size: features of a head (M); 0 takes four times the head size.
-        dynamics: of `model.DYNAMICS`. "static" never fades and is shared by all sequences; "decay"
-            fades with the mean decay; "delta" is erased where the context writes.
-        kind: of `model.KINDS`; None takes "gaussian", or "gaussian_raw" in the paper's form.
+        dynamics: of `model.MEMORY_FORMS`. "static" never fades and is shared by all sequences;
+            "decay" fades with the mean decay; "delta" is erased where the context writes.
+        kind: of `model.FEATURE_MAPS`; None takes "gaussian", or "gaussian_raw" in the paper's form.
         landmarks: "random" or "kmeans".
         widths: factors on 1 / the median squared distance, given to the landmarks in turn; None
             takes 1, 4 and 16, or 1 alone where `prepare` is "none".
@@ -218,11 +219,12 @@ def upscale(
             or ids outside the vocabulary.
     """
     with prefix_errors("upscale"):
+        check_not_intercepted()
         check_model(model)
         check_params(params, model.config)
         check_placed(params, "`params`")
         settings = resolve_features(dynamics, kind=kind, prepare=prepare, widths=widths)
-        check_choice(settings.kind, KINDS, "`kind`")
+        check_choice(settings.kind, tuple(FEATURE_MAPS), "`kind`")
         check_choice(landmarks, LANDMARKS, "`landmarks`")
         check_choice(settings.prepare, PREPARATIONS, "`prepare`")
         # 0 stands for the default.

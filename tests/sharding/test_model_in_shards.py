@@ -77,6 +77,18 @@ def test_every_call_matches_one_device(mesh, method, rows):
     assert_trees_close(in_shards(mesh, call), alone(call), SAME["op"])
 
 
+def test_vectors_in_place_of_tokens_are_read_as_on_one_device(mesh):
+    config = dataclasses.replace(SHALLOW, implementation="scan")
+    state = random_state(config, ROWS)
+
+    @jax.jit
+    def call(params):
+        vectors = lively(config)["emb"]["weight"][tokens(ROWS, LENGTH, config)]
+        return RWKV7(config).apply({"params": params}, vectors, state)
+
+    assert_trees_close(in_shards(mesh, call, config), alone(call, config), SAME["op"])
+
+
 @functools.cache
 def make_call_of_a_shared_memory(config):
     model = RWKV7(config)

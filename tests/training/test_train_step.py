@@ -111,6 +111,20 @@ def test_a_scalar_in_a_batch_is_passed_to_the_loss():
         make_train_step(scaled_by_batch, PLAIN, accumulate=2)(train, batch)
 
 
+@pytest.mark.parametrize("weights", [{}, {"weights": MASK / 5}])
+def test_a_loss_of_weights_is_trained_and_evaluated_alike(weights):
+    def weighed(params, batch):
+        return jnp.sum(batch["weights"]) * jnp.sum(params["x"])
+
+    batch = {**BATCH, **weights}
+    train = TrainState.create({"x": jnp.ones(3)}, PLAIN)
+    _, found = make_train_step(weighed, PLAIN)(train, batch)
+    evaluated = make_eval_step(weighed)({"x": jnp.ones(3)}, batch)
+    assert evaluated["loss"] == found["loss"]
+    without = make_eval_step(lambda params, batch: jnp.sum(params["x"]))
+    assert without({"x": jnp.ones(3)}, {"tokens": BATCH["tokens"]})["loss"] == 3
+
+
 @pytest.mark.parametrize("metrics", [(), (None,), ({"other": jnp.float32(3)},)])
 def test_a_loss_may_have_no_metrics(metrics):
     def squared(params, batch):
