@@ -71,7 +71,7 @@ def test_without_stop_strings_a_reward_sees_the_full_completion(free):
     assert free.judged == free.completions
 
 
-def test_a_stop_id_ends_a_row_even_where_its_bytes_would_complete_a_stop_string(params):
+def test_a_stop_id_takes_precedence_over_a_stop_string(params):
     sampler = RolloutSampler(
         MODEL,
         params,
