@@ -1,6 +1,6 @@
 """RWKV-7 in JAX, with a first-class state that can be tuned, observed, saved and served.
 
-A name is loaded when it is first used: importing this package imports neither JAX nor itself.
+Public names are imported on first use: importing this package imports neither JAX nor its modules.
 """
 
 import importlib
@@ -8,7 +8,7 @@ import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    # The rooms are public too.
+    # The subpackages are public too.
     from rwkv7_jax import (  # noqa: F401
         based,
         checkpoints,
@@ -80,7 +80,7 @@ __all__ = [
     "upscale",
 ]
 
-# Where the names are, as type checkers read it above.
+# The modules of the public names, as in the imports above.
 _MODULES = {
     "RWKV7": "model.rwkv7",
     "RWKV7Config": "model.config",
@@ -110,33 +110,33 @@ _MODULES = {
 
 
 def _load(name: str) -> Any:
-    """Loads a public name, or a room such as `model`.
+    """Imports a public name, or a subpackage such as `model`.
 
     Raises:
-        AttributeError: there is neither.
+        AttributeError: the name is neither.
     """
     if name in _MODULES:
         module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
         value = getattr(module, name)
-        # Found without this function from now on.
+        # From now on, the name is found without this function.
         globals()[name] = value
         return value
     path = f"{__name__}.{name}"
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
-        # A package that a room needs and that is not installed is another error.
+        # A missing dependency of the subpackage is another error.
         if error.name != path:
             raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Type checkers read the imports above, and must not take any name for a public one.
+# With `__getattr__`, type checkers would accept any name.
 if not TYPE_CHECKING:
     __getattr__ = _load
 
 
 def __dir__() -> list[str]:
-    """Lists the public names and the rooms too, loaded or not."""
+    """Lists the public names and the subpackages, imported or not."""
     rooms = [module.name for module in pkgutil.iter_modules(__path__) if module.ispkg]
     return sorted({*globals(), *__all__, *rooms})

@@ -1,4 +1,4 @@
-"""Axis letters of all shapes in this package, and the aliases used everywhere.
+"""Axis letters of all shapes in this package, and common type aliases.
 
 B batch, T tokens, L layers, D width, H heads, N head size, `Nk` key channels (columns of a state),
 `Nv` value channels (rows of a state), F feed-forward width, R low rank, C chunk, V vocabulary,
@@ -12,13 +12,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# Ids may come straight from the host.
 Tokens = Int[Array | np.ndarray, "B T"]
 
-# The number of tokens of each row that count; the rest of the row is padding on the right.
+# The number of valid tokens of each row; padding is on the right.
 Lengths = Int[Array | np.ndarray, " B"]
 
-# The sequence of each token where several share a row, numbered from 0 in each row.
+# The sequence that each token of a packed row belongs to, numbered from 0 in each row.
 SegmentIds = Int[Array | np.ndarray, "B T"]
 
 Activations = Float[Array, "B T D"]
@@ -27,20 +26,20 @@ Heads = Float[Array, "B T H N"]
 
 Logits = Float[Array, "B T V"]
 
-# The inner tree of weights: nested dicts whose paths are the official checkpoint names, with the
-# first block under `layer_0` and the other blocks stacked under `layers`.
+# Nested dicts of weights. Their paths are the official checkpoint names, with the first block under
+# `layer_0` and the other blocks stacked under `layers`.
 Params = dict[str, Any]
 
 
 class _ArraySummary:
-    """An array that prints its dtype and shape."""
+    """A stand-in for an array that prints dtype and shape."""
 
     def __init__(self, array: Any):
         """Describes an array by dtype and shape, and any other value by its own `repr`."""
         if not (hasattr(array, "shape") and hasattr(array, "dtype")):
             self._text = repr(array)
             return
-        # Its `repr` would bring the numbers from the device.
+        # The `repr` of an array copies its values from the device.
         sizes = ",".join(map(str, array.shape))
         self._text = f"{array.dtype}[{sizes}]"
 
@@ -50,10 +49,10 @@ class _ArraySummary:
 
 
 def describe_fields(self: Any) -> str:
-    """Describes a dataclass of trees with dtypes and shapes in place of numbers.
+    """Describes a dataclass of pytrees by dtypes and shapes instead of values.
 
-    For `__repr__`: the numbers of a state fill screens, and say nothing. Fields with `repr=False`
-    are left out.
+    Serves as `__repr__`, because the values of a state fill screens. Fields with `repr=False` are
+    left out.
     """
     parts = []
     for field in dataclasses.fields(self):

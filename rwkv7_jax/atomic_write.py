@@ -1,4 +1,4 @@
-"""Writes files completely or not at all, and appends lines to logs."""
+"""Writes files atomically, and appends lines to logs."""
 
 import contextlib
 import errno
@@ -13,37 +13,37 @@ from rwkv7_jax.local_paths import is_special
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that replaces `path` when the block ends, and is deleted when the block fails.
+    """Opens a temporary file that replaces `path` when the block ends without an error.
 
     Raises:
-        ValueError: the folder of `path` does not exist, or a device or a pipe is at `path`.
-        OSError: nothing can be written there, or not all of it; it names `path`.
+        ValueError: the folder of `path` does not exist, or `path` is a device or a pipe.
+        OSError: the file cannot be written, or only in part; the error names `path`.
     """
     if not path.parent.is_dir():
         raise ValueError(f"atomic_write: the folder of `{path}` does not exist.")
-    # A link stays a link: the file that it leads to is replaced.
+    # The target of a link is replaced, not the link.
     path = Path(os.path.realpath(path))
-    # A user who may do everything would put a file in the place of /dev/null, for all programs.
+    # With root's permissions, a file could replace /dev/null for all programs.
     if is_special(path):
         raise ValueError(
-            f"atomic_write: `{path}` must be a file; a device or a pipe is there."
+            f"atomic_write: `{path}` must be a file; it is a device or a pipe."
         )
-    # In the same folder: `os.replace` is atomic only within one file system.
+    # In the same folder, because `os.replace` is atomic only within a file system.
     partial = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
-        # Closed before the replacement, so that everything is written by then.
+        # Closing flushes everything before the replacement.
         with _create(partial, path) as file:
             yield file
         if path.exists():
-            # Who may read the file stays as it was.
+            # Keep the permissions of the existing file.
             partial.chmod(path.stat().st_mode & 0o777)
         os.replace(partial, path)
     except OSError as error:
         number = error.errno
         if number is None and str(error).endswith(" written"):
-            # NumPy's `tofile` says how much was written, and not why no more.
+            # `tofile` of NumPy reports how much it wrote, without a reason.
             number = errno.EIO
-        # An error of something that the block reads names its own file or has no number.
+        # An error from reading another file names that file or has no number.
         if error.filename is not None or number is None:
             raise
         raise OSError(number, error.strerror or str(error), str(path)) from None
@@ -52,31 +52,30 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends a line to a file, on a line of its own even where an earlier one was cut off.
+    """Appends a line to a file, on a new line even if the last one is incomplete.
 
     Args:
-        path: of the file; it is made where it does not exist.
-        line: without its end.
+        path: path of the file; created if missing.
+        line: the line, without a line feed.
 
     Raises:
-        OSError: it cannot be written, or only a part of it.
+        OSError: the line cannot be written, or only in part.
     """
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                # A full disk cut the last one: glued to its rest, this one would be lost as well.
+                # A full disk may truncate a line; appending to it would lose this one too.
                 file.write(b"\n")
         file.write(f"{line}\n".encode())
 
 
 def _create(partial: Path, path: Path) -> BinaryIO:
-    """Opens a new file; an error names the one that it is to replace."""
+    """Opens a new file; errors name the file that it replaces."""
     try:
-        # Not `tempfile`, whose files are readable by their owner alone: the system applies the
-        # umask.
+        # `os.open` applies the umask; files of `tempfile` are readable only by their owner.
         handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError as error:
-        # The hidden file's name would tell a user nothing.
+        # The name of the temporary file would not help a user.
         raise OSError(error.errno, error.strerror, str(path)) from None
     return os.fdopen(handle, "wb")

@@ -1,4 +1,4 @@
-"""JSON files that are written completely or not at all, and read where they may be damaged."""
+"""Writes JSON files atomically, and reads JSON that may be damaged."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,12 @@ from rwkv7_jax.atomic_write import atomic_write
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
-    """Writes a value as JSON, completely, or leaves what was there before.
+    """Atomically writes a value as JSON.
 
     Args:
-        path: of the file.
-        value: fit for JSON.
-        indent: spaces for each level; None for one line.
+        path: path of the file.
+        value: JSON-compatible value.
+        indent: spaces per level; None for one line.
 
     Raises:
         ValueError: the folder of `path` does not exist.
@@ -25,13 +25,13 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """Returns the value that JSON of another program, or damaged JSON, describes.
+    """Parses JSON that another program wrote, or that may be damaged.
 
     Raises:
-        ValueError: it is no JSON in UTF-8, or is nested so deeply that it cannot be read; the
-            message is the reason alone.
+        ValueError: it is not JSON in UTF-8, or is nested too deeply; the message is only the
+            reason.
     """
-    # Editors on Windows begin files with a byte order mark.
+    # Some editors begin files with a byte order mark.
     text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     try:
         return json.loads(text)
@@ -40,8 +40,8 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Returns what a JSON file holds; None where there is none, or a damaged one."""
-    # Opening a pipe would wait for ever.
+    """Reads a JSON file; returns None if it is missing or damaged."""
+    # Opening a pipe would block forever.
     if not path.is_file():
         return None
     try:
@@ -51,13 +51,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """Returns the object in a JSON file; None where there is none, or a damaged one."""
+    """Reads the object in a JSON file; returns None if it is missing or damaged."""
     value = read_json(path)
     return value if isinstance(value, dict) else None
 
 
 def number_of(value: Any) -> float | None:
-    """Returns a value of JSON as a float; None where it is no number, or too large for one.
+    """Returns a JSON value as a float; None if it is not a number, or too large for a float.
 
     True and False are 1 and 0.
     """

@@ -1,4 +1,4 @@
-"""Paths as people type them: lists with commas, `~`, and places that are no local file."""
+"""Paths as users type them: lists with commas, `~`, and addresses that are not local files."""
 
 import contextlib
 import os
@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# Any scheme with a slash; one letter would be a Windows drive. Schemes of stores and hubs need no
-# slash, and hosts that models are copied from need no scheme.
+# Any scheme with a slash (a single letter would be a Windows drive), schemes of stores and hubs
+# without one, and hosts of models without a scheme.
 _URL = re.compile(
     r"""\s*(?:
         [a-z][a-z0-9+.-]+:[/\\]
@@ -19,7 +19,7 @@ _URL = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
-# "owner/model", as hubs name models; a path with a known suffix is a file that is missing.
+# "owner/model", as hubs name models. A path with a known suffix is a missing file instead.
 _HUB_NAME = re.compile(
     r"[A-Za-z0-9][\w-]*/(?!.*\.(?:pth|safetensors|st|state|json|bin|gguf)$)[\w.-]+"
 )
@@ -28,15 +28,15 @@ _HUB_HOSTS = ("huggingface.co/", "hf.co/", "hf-mirror.com/")
 
 
 def split_list(text: str, argument: str) -> tuple[str, ...]:
-    """Splits a list that is typed in one string, with commas between its entries.
+    """Splits a comma-separated list.
 
     Args:
         text: the list; an empty string has no entries.
-        argument: the setting or option in backticks; the message begins with it.
+        argument: the setting or option in backticks; messages begin with it.
 
     Raises:
-        ValueError: an entry is empty or blank, as after a trailing comma. As a path it would mean
-            the current folder.
+        ValueError: an entry is empty or blank, for instance after a trailing comma. As a path it
+            would mean the current folder.
     """
     if not text:
         return ()
@@ -50,10 +50,10 @@ def split_list(text: str, argument: str) -> tuple[str, ...]:
 
 
 def split_paths(text: str, argument: str) -> tuple[str, ...]:
-    """Splits a list of paths; see `split_list`.
+    """Splits a comma-separated list of paths; see `split_list`.
 
-    A path that is written twice in the same way is meant twice, as a text that counts double. Where
-    a file has the full text as its name, it is that file.
+    A path that is repeated verbatim counts twice, for a text with double weight. If the whole text
+    is the name of an existing file, the result is that file.
 
     Raises:
         ValueError: an entry is empty, or two entries are spellings of one file or folder.
@@ -69,8 +69,8 @@ def refuse_two_spellings(entries: Iterable[str], argument: str) -> None:
     """Raises if two entries of a list are different spellings of one file or folder.
 
     Args:
-        entries: paths as they were written.
-        argument: the argument in backticks; the message begins with it.
+        entries: paths as typed.
+        argument: the argument in backticks; messages begin with it.
 
     Raises:
         ValueError: there are two such entries.
@@ -83,7 +83,7 @@ def refuse_two_spellings(entries: Iterable[str], argument: str) -> None:
         before = spellings.setdefault(place, entry)
         if before != entry:
             raise ValueError(
-                f"{argument} must name a file once; {before!r} and {entry!r} are the same one."
+                f"{argument} must name each file once; {before!r} and {entry!r} are the same file."
             )
 
 
@@ -94,7 +94,7 @@ def is_same(one: str | os.PathLike[str], two: str | os.PathLike[str]) -> bool:
 
 
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
-    """Returns what tells a file from all others; None where there is none."""
+    """Returns device and inode of a file; None if it does not exist."""
     try:
         status = os.stat(os.path.expanduser(path))
     except (OSError, ValueError):
@@ -103,9 +103,9 @@ def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
 
 
 def is_remote(text: str) -> bool:
-    """Tells whether a text is an address and not the path of something on this machine.
+    """Tells whether a text is a remote address.
 
-    Where a file or a folder has that name, it is a path.
+    A text that names an existing file or folder is a path.
     """
     return _URL.match(text) is not None and not os.path.exists(text)
 
@@ -116,13 +116,13 @@ def local_path(
     """Returns a path with `~` expanded to the home folder.
 
     Args:
-        path: of something on this machine.
-        argument: the argument, setting or option in backticks; the message begins with it.
-        target: whether something will be written there.
+        path: path on this machine.
+        argument: the argument, setting or option in backticks; messages begin with it.
+        target: whether the path will be written to.
 
     Raises:
-        ValueError: the path is empty, is a URL, or holds a zero byte.
-        TypeError: something else than a path.
+        ValueError: the path is empty, is a URL, or has a null byte.
+        TypeError: the argument is not a path.
     """
     try:
         text = os.fspath(path)
@@ -135,56 +135,55 @@ def local_path(
     if not text.strip():
         raise ValueError(f"{argument} must name a file or a folder; got {text!r}.")
     if "\0" in text:
-        raise ValueError(f"{argument} must be a path without zero bytes; got {text!r}.")
-    # `Path` folds "//", so a `Path` of a URL has a single slash.
+        raise ValueError(f"{argument} must be a path without null bytes; got {text!r}.")
+    # `Path` folds "//", so `_URL` accepts a single slash.
     if is_remote(text):
         advice = f"download it first, for example with `{_download_command(text)}`"
         if target:
-            advice = "write to a local place and copy it there afterwards"
+            advice = "write to a local path and copy it there afterwards"
         raise ValueError(f"{argument} must be on this machine; got {text}: {advice}.")
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        # "~nobody" of a user who does not exist is the name of a file.
+        # "~name" without such a user is the name of a file.
         return Path(text)
 
 
 def is_special(path: Path) -> bool:
-    """Tells whether a device, a pipe or a socket is at a path: neither a file nor a folder.
+    """Tells whether a path is a device, a pipe or a socket.
 
-    Opening a pipe may wait for ever, and a device may have no end.
+    Opening a pipe may block forever, and reading a device may never end.
     """
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextlib.contextmanager
 def name_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Puts a path into errors of the operating system that name none, as those of a read.
+    """Adds a path to operating system errors without one, such as those of a read.
 
     Raises:
-        OSError: the block raises one; it names the path, or the file that it named before.
+        OSError: the block raised it; it names `path` unless it names another file.
     """
     try:
         yield
     except OSError as error:
-        # Libraries' own errors have no number, and say what they are about.
+        # Errors that libraries make themselves have no number.
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
 
 def existing_path(path: str | os.PathLike[str], argument: str) -> Path:
-    """Returns the path of something that is there, with `~` expanded.
+    """Returns the path of an existing file or folder, with `~` expanded.
 
     Args:
-        path: of something on this machine.
-        argument: the argument, setting or option in backticks; the message begins with it.
+        path: path on this machine.
+        argument: the argument, setting or option in backticks; messages begin with it.
 
     Raises:
-        ValueError: nothing is there, a device or a pipe is, or the path is none of this machine;
-            see `local_path`. The name of a model on a hub is told apart from a file that is
-            missing.
-        TypeError: something else than a path.
+        ValueError: the path does not exist, is a device or a pipe, or is not local; see
+            `local_path`. The message distinguishes a model on a hub from a missing file.
+        TypeError: the argument is not a path.
     """
     place = local_path(path, argument)
     if is_special(place):
@@ -198,45 +197,45 @@ def existing_path(path: str | os.PathLike[str], argument: str) -> Path:
 
 
 def check_target(path: Path, argument: str) -> None:
-    """Checks that a file or a folder can be made at a path.
+    """Checks that a file or a folder can be created at a path.
 
     Args:
-        path: of what will be written; folders that are missing will be made.
-        argument: the argument, setting or option in backticks; the message begins with it.
+        path: path of the output; missing folders will be created.
+        argument: the argument, setting or option in backticks; messages begin with it.
 
     Raises:
-        ValueError: a file lies where a folder of the path must be, the folder is read-only, or a
-            device or a pipe is at the path.
+        ValueError: a parent of the path is a file, the folder is read-only, or the path is a device
+            or a pipe.
     """
     if path.is_symlink():
-        # What the link leads to is replaced, and not the link. Not `Path.resolve`, which before
-        # Python 3.13 raises RuntimeError where links lead back to themselves.
+        # The target of the link is replaced, not the link. `Path.resolve` raises RuntimeError for
+        # circular links before Python 3.13.
         path = Path(os.path.realpath(path))
     if is_special(path):
         raise ValueError(
             f"{argument} must name a file or a folder; `{path}` is a device or a pipe."
         )
-    # Also of a folder that is there: it is made anew next to it, and then replaced.
+    # The parent of an existing folder too: its replacement is written next to it.
     folder = next((parent for parent in path.parents if parent.exists()), Path())
     if not folder.is_dir():
         raise ValueError(f"{argument} must be in a folder; `{folder}` is a file.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(
-            f"{argument} must be where you may write; `{folder}` is not such a folder."
+            f"{argument} must be in a writable folder; `{folder}` is read-only."
         )
 
 
 def require_unicode(path: Path, argument: str) -> None:
-    """Refuses a place that Orbax cannot open: its library in C++ takes UTF-8 alone.
+    """Rejects a path that Orbax cannot open because it is not UTF-8.
 
-    Python keeps what it could not decode in a path as lone surrogates.
+    Python represents undecodable bytes of a path as unpaired surrogates.
 
     Args:
-        path: of a folder, whose parents count as well.
-        argument: the argument, setting or option in backticks; the message begins with it.
+        path: path of a folder; its parents are checked too.
+        argument: the argument, setting or option in backticks; messages begin with it.
 
     Raises:
-        ValueError: a part of the path is not UTF-8, or the locale's encoding is not.
+        ValueError: a part of the path, or the encoding of the locale, is not UTF-8.
     """
     place = str(path.absolute())
     try:
@@ -244,22 +243,22 @@ def require_unicode(path: Path, argument: str) -> None:
     except UnicodeEncodeError:
         raise ValueError(
             f"{argument} must have a path in UTF-8; got {place!r}: rename the folder, or set "
-            "`PYTHONUTF8=1` where it is the locale that has another encoding."
+            "`PYTHONUTF8=1` if the locale has another encoding."
         ) from None
 
 
 def refuse_hub_name(
     path: str | os.PathLike[str], argument: str, *, kind: str = "model"
 ) -> None:
-    """Refuses the name of something on a hub, such as "owner/model", in place of a file.
+    """Rejects a name on a hub, such as "owner/model", in place of a file.
 
     Args:
-        path: of nothing that exists.
-        argument: the argument, setting or option in backticks; the message begins with it.
+        path: path that does not exist.
+        argument: the argument, setting or option in backticks; messages begin with it.
         kind: "model" or "dataset".
 
     Raises:
-        ValueError: it is such a name.
+        ValueError: `path` is such a name.
     """
     text = os.fspath(path)
     if not _HUB_NAME.fullmatch(text) or Path(text).parent.exists():
@@ -268,16 +267,16 @@ def refuse_hub_name(
     if kind != "model":
         command = command.replace("hf download", f"hf download --repo-type {kind}")
     raise ValueError(
-        f"{argument} must name what is there; `{text}` does not exist, so make it or, if it is the "
-        f"name of a {kind} on Hugging Face, download it first: `{command}`."
+        f"{argument} must name an existing file or folder; `{text}` does not exist. If it is a "
+        f"{kind} on Hugging Face, download it first: `{command}`."
     )
 
 
 def _download_command(url: str) -> str:
-    """Returns a command that downloads what an address names to the current folder."""
+    """Returns a command that downloads an address to the current folder."""
     scheme, colon, place = url.strip().replace("\\", "/").partition(":")
     if not colon or "/" in scheme or "@" in scheme:
-        # A host alone, such as "huggingface.co/owner/model".
+        # A host without a scheme, such as "huggingface.co/owner/model".
         scheme = "https"
         place = url.strip().removeprefix("git@").replace("github.com:", "github.com/")
     scheme = scheme.lower()
@@ -296,10 +295,10 @@ def _download_command(url: str) -> str:
 
 
 def _hub_command(name: str) -> str:
-    """Returns the command that downloads a model, or one file of it, from Hugging Face."""
+    """Returns a command that downloads a model, or one of its files, from Hugging Face."""
     owner, _, rest = name.partition("/")
     repository, *inside = rest.split("/")
-    # Addresses of single files have the revision in them: "resolve/main/model.pth".
+    # Addresses of single files contain the revision: "resolve/main/model.pth".
     if inside[:1] in (["resolve"], ["blob"], ["tree"]):
         inside = inside[2:]
     parts = ["hf download", f"{owner}/{repository}"]

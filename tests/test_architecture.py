@@ -54,7 +54,7 @@ def _imports(path):
 @pytest.mark.parametrize(
     "path", [p for p in MODULES if "pallas_kernels" in p.parts], ids=name_of
 )
-def test_kernels_need_jax_alone(path):
+def test_kernels_import_only_jax(path):
     allowed = {"jax", "jaxlib", "jaxtyping", "pallas_kernels", *sys.stdlib_module_names}
     optional = {"bench.py": {"matplotlib"}, "triton_kernels.py": {"triton"}}
     optional |= {"triton_launcher.py": {"jax_triton", "triton"}}
@@ -66,7 +66,7 @@ def test_kernels_need_jax_alone(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_configs_import_nothing_of_ours_and_nothing_imports_them(path):
+def test_configs_and_packages_do_not_import_each_other(path):
     assert not any(
         name.split(".")[0] in ("rwkv7_jax", "pallas_kernels") for name in imports(path)
     )
@@ -75,13 +75,13 @@ def test_configs_import_nothing_of_ours_and_nothing_imports_them(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_the_checkpoint_that_a_config_names_ships_with_the_project(path):
+def test_checkpoints_named_by_configs_are_in_the_repository(path):
     for name in re.findall(r'config\.init = "(.+)"', path.read_text()):
         assert (ROOT / name).exists(), name
 
 
 @pytest.mark.parametrize("folder", ["configs", "tests", "benchmarks"])
-def test_folders_that_are_no_packages_have_no_init(folder):
+def test_only_packages_have_an_init_file(folder):
     assert not (ROOT / folder / "__init__.py").exists()
 
 
@@ -116,7 +116,7 @@ def test_the_package_has_at_most_25_public_names_and_all_exist():
         assert inspect.getdoc(getattr(rwkv7_jax, name)), f"{name} has no docstring."
 
 
-def test_public_names_are_loaded_when_they_are_used():
+def test_public_names_load_lazily():
     lines = (
         "import sys, rwkv7_jax",
         "assert 'jax' not in sys.modules and 'numpy' not in sys.modules",
@@ -128,7 +128,7 @@ def test_public_names_are_loaded_when_they_are_used():
     subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True)
 
 
-def test_type_checkers_find_the_names_where_they_are_loaded_from():
+def test_type_checkers_see_the_lazy_names():
     tree = ast.parse((ROOT / "rwkv7_jax" / "__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     found = {}
@@ -158,7 +158,7 @@ print(seconds)
 """
 
 
-def test_importing_starts_no_backend_and_takes_little_beyond_jax():
+def test_importing_starts_no_backend_and_costs_little_beyond_jax():
     """The processor's seconds, which other jobs on the machine hardly change: about 2."""
     done = subprocess.run(
         [sys.executable, "-c", IMPORT],

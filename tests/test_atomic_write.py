@@ -19,7 +19,7 @@ def mode(path) -> int:
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o002, 0o022, 0o027, 0o077])
-def test_a_new_file_has_the_rights_that_the_umask_leaves(tmp_path, mask):
+def test_a_new_file_has_the_permissions_of_the_umask(tmp_path, mask):
     before = os.umask(mask)
     try:
         write(tmp_path / "x")
@@ -29,7 +29,7 @@ def test_a_new_file_has_the_rights_that_the_umask_leaves(tmp_path, mask):
 
 
 @pytest.mark.parametrize("rights", [0o600, 0o640, 0o644, 0o666, 0o755, 0o400])
-def test_a_file_that_is_replaced_keeps_its_rights(tmp_path, rights):
+def test_a_replaced_file_keeps_its_permissions(tmp_path, rights):
     (tmp_path / "x").write_bytes(b"old")
     (tmp_path / "x").chmod(rights)
     write(tmp_path / "x")
@@ -39,9 +39,7 @@ def test_a_file_that_is_replaced_keeps_its_rights(tmp_path, rights):
 
 @pytest.mark.parametrize("target", ["x", "./x", "b/../x", "ABSOLUTE"])
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_link_stays_a_link_and_the_file_it_leads_to_is_written(
-    tmp_path, target, exists
-):
+def test_writing_through_a_link_keeps_the_link(tmp_path, target, exists):
     (tmp_path / "b").mkdir()
     if exists:
         (tmp_path / "x").write_bytes(b"old")
@@ -54,7 +52,7 @@ def test_a_link_stays_a_link_and_the_file_it_leads_to_is_written(
     assert not (tmp_path / "x").is_symlink()
 
 
-def test_a_link_into_another_folder_is_written_there(tmp_path):
+def test_a_link_into_another_folder_writes_its_target(tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "x").write_bytes(b"old")
     (tmp_path / "link").symlink_to("far/x")
@@ -64,7 +62,7 @@ def test_a_link_into_another_folder_is_written_there(tmp_path):
     assert os.listdir(tmp_path / "far") == ["x"]
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path):
     (tmp_path / "x").write_bytes(b"old")
     with pytest.raises(KeyError), atomic_write(tmp_path / "x") as file:
         file.write(b"half")
@@ -73,7 +71,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_a_folder_that_is_missing_is_named(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"the folder of .*/none/x` does not exist"):
         write(tmp_path / "none" / "x")
 
@@ -86,9 +84,7 @@ def test_a_folder_that_is_missing_is_named(tmp_path):
         (OSError("131072 requested and 24416 written"), errno.EIO),
     ],
 )
-def test_a_write_that_fails_names_the_file_and_leaves_the_old_one(
-    tmp_path, error, number
-):
+def test_a_failed_write_names_the_file(tmp_path, error, number):
     (tmp_path / "x").write_bytes(b"old")
     with pytest.raises(OSError) as caught, atomic_write(tmp_path / "x"):
         raise error
@@ -101,7 +97,7 @@ def test_a_write_that_fails_names_the_file_and_leaves_the_old_one(
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOENT, "No such file", "source"), OSError("no archive")]
 )
-def test_an_error_of_what_is_read_meanwhile_stays_its_own(tmp_path, error):
+def test_a_read_error_during_a_write_is_not_reworded(tmp_path, error):
     with pytest.raises(OSError) as caught, atomic_write(tmp_path / "x"):
         raise error
     assert caught.value is error
@@ -111,7 +107,7 @@ def test_an_error_of_what_is_read_meanwhile_stays_its_own(tmp_path, error):
     ("before", "after"),
     [(None, "é\n"), ("", "é\n"), ("a\n", "a\né\n"), ('{"st', '{"st\né\n')],
 )
-def test_a_line_is_one_of_its_own_also_where_the_last_was_cut(tmp_path, before, after):
+def test_an_appended_line_does_not_join_a_truncated_one(tmp_path, before, after):
     path = tmp_path / "log"
     if before is not None:
         path.write_text(before)
@@ -119,9 +115,7 @@ def test_a_line_is_one_of_its_own_also_where_the_last_was_cut(tmp_path, before, 
     assert path.read_bytes().decode() == after
 
 
-def test_an_interrupt_between_making_and_opening_a_file_leaves_none(
-    tmp_path, monkeypatch
-):
+def test_an_interrupt_before_opening_a_file_leaves_none(tmp_path, monkeypatch):
     create = os.open
 
     def interrupted(*arguments):

@@ -15,14 +15,14 @@ def message_of(error, call, *arguments):
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError, ImportError])
-def test_the_public_function_comes_first_in_the_message_and_the_type_stays(error):
+def test_the_message_begins_with_the_public_function_and_keeps_the_type(error):
     with pytest.raises(error) as raised, checks.prefix_errors("generate"):
         raise error("`tokens` must be integers; got float32.")
     assert type(raised.value) is error
     assert str(raised.value) == "generate: `tokens` must be integers; got float32."
 
 
-def test_the_outermost_function_is_the_one_that_is_named():
+def test_the_outermost_function_is_named():
     with (
         pytest.raises(ValueError) as raised,
         checks.prefix_errors("rollouts"),
@@ -32,7 +32,7 @@ def test_the_outermost_function_is_the_one_that_is_named():
     assert str(raised.value) == "rollouts: `top_k` must be at least 0; got -1."
 
 
-def test_a_block_that_failed_leaves_nothing_for_the_next():
+def test_a_failed_block_does_not_affect_the_next():
     for function in ("first", "second"):
         with pytest.raises(
             TypeError, match=f"^{function}: `reward` must be a function"
@@ -50,7 +50,7 @@ def test_the_traceback_still_ends_at_the_check():
     assert raised.traceback[-1].name == "check_count"
 
 
-def test_other_errors_pass_as_they_are():
+def test_other_errors_are_unchanged():
     for error in (NotImplementedError("here"), KeyError("name")):
         with pytest.raises(type(error)) as raised, checks.prefix_errors("generate"):
             raise error
@@ -155,7 +155,7 @@ def test_traced_values_are_checked_by_dtype_alone(unchecked):
         compiled(jnp.ones((1, 1)))
 
 
-def test_checked_values_come_back_in_their_usual_form():
+def test_checked_values_are_returned_as_builtin_types():
     assert checks.check_ids([], 4, "`ids`").dtype == np.int32
     assert checks.check_count(np.int64(3), 1, "`n`") == 3
     assert checks.check_prompts(np.array([[1, 2]]), 4) == [[1, 2]]
@@ -177,11 +177,11 @@ def test_the_first_line_of_any_error_is_one_short_line(error, line):
     assert checks.first_line(error) == line
 
 
-def test_the_first_line_is_whole_where_no_limit_is_named():
+def test_without_a_limit_the_first_line_is_complete():
     assert checks.first_line(ValueError(300 * "x"), limit=None) == 300 * "x"
 
 
-def test_an_object_of_a_class_that_was_loaded_again_is_refused_as_such():
+def test_an_object_of_a_reloaded_class_is_rejected():
     first = type("State", (), {})
     again = type("State", (), {})
     message = message_of(TypeError, checks.check_instance, first(), again, "`state`")

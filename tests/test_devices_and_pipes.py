@@ -90,7 +90,7 @@ def make_pipe(path, kind):
 
 @pytest.mark.parametrize("kind", ["pipe", "link"])
 @pytest.mark.parametrize("door", READERS)
-def test_a_pipe_is_refused_by_its_name_and_not_waited_for(tmp_path, door, kind):
+def test_a_pipe_is_rejected_without_waiting(tmp_path, door, kind):
     name, read = READERS[door]
     make_pipe(tmp_path / name, kind)
     with pytest.raises((ValueError, OSError), match=str(tmp_path)) as caught:
@@ -100,7 +100,7 @@ def test_a_pipe_is_refused_by_its_name_and_not_waited_for(tmp_path, door, kind):
 
 @pytest.mark.parametrize("kind", ["pipe", "link"])
 @pytest.mark.parametrize("door", WRITERS)
-def test_nothing_is_written_in_the_place_of_a_pipe(tmp_path, door, kind):
+def test_a_pipe_is_not_replaced(tmp_path, door, kind):
     name, write = WRITERS[door]
     make_pipe(tmp_path / name, kind)
     with pytest.raises(ValueError, match="a device or a pipe"):
@@ -109,14 +109,14 @@ def test_nothing_is_written_in_the_place_of_a_pipe(tmp_path, door, kind):
     assert (tmp_path / name).is_symlink() == (kind == "link")
 
 
-def test_a_device_stays_where_it_is(tmp_path):
+def test_a_device_file_is_not_replaced(tmp_path):
     device = tmp_path / "device"
     try:
         os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     except PermissionError:
         pytest.skip("only root may make devices")
     with (
-        pytest.raises(ValueError, match="a device or a pipe is there"),
+        pytest.raises(ValueError, match="it is a device or a pipe"),
         atomic_write(device) as file,
     ):
         file.write(b"x")
@@ -126,14 +126,14 @@ def test_a_device_stays_where_it_is(tmp_path):
 @pytest.mark.parametrize(
     "name", ["config.json", "rwkv7_jax.json", "model.safetensors.index.json"]
 )
-def test_a_pipe_in_the_folder_of_a_model_is_refused(tmp_path, name):
+def test_a_pipe_in_a_model_folder_is_rejected(tmp_path, name):
     save_model(tmp_path / "model.safetensors", random_params(), CONFIG)
     os.mkfifo(tmp_path / name)
     with pytest.raises(ValueError, match=f"{name}. must be a file"):
         load_model(tmp_path)
 
 
-def test_a_pipe_in_the_place_of_a_sidecar_is_refused(tmp_path):
+def test_a_pipe_as_a_sidecar_is_rejected(tmp_path):
     path = tmp_path / "s.pth"
     save_state(path, random_state())
     (tmp_path / "s.pth.json").unlink()
@@ -143,7 +143,7 @@ def test_a_pipe_in_the_place_of_a_sidecar_is_refused(tmp_path):
             read(path)
 
 
-def test_pipes_beside_the_tokens_of_a_cache_are_refused(tmp_path):
+def test_a_pipe_beside_a_token_cache_is_rejected(tmp_path):
     write_text_cache(tmp_path / "c.bin")
     for name in ("c.idx", "c.card.json"):
         (tmp_path / name).unlink()
@@ -152,7 +152,7 @@ def test_pipes_beside_the_tokens_of_a_cache_are_refused(tmp_path):
             open_cache(tmp_path / "c.bin", BYTES)
 
 
-def test_a_report_leaves_out_what_is_no_file(tmp_path):
+def test_a_report_ignores_pipes(tmp_path):
     for name in ("settings.json", "metrics.jsonl", "events.jsonl", "plot.png"):
         os.mkfifo(tmp_path / name)
     assert report_page(tmp_path).startswith("<!DOCTYPE html>")

@@ -22,7 +22,7 @@ def relative(path: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
-def test_links_to_files_and_headings_lead_somewhere(page):
+def test_links_to_files_and_headings_resolve(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith("http"):
             continue
@@ -39,7 +39,7 @@ def test_links_to_files_and_headings_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
-def test_files_and_modules_that_are_named_exist(page):
+def test_named_files_and_modules_exist(page):
     text = page.read_text()
     for name in re.findall(
         r"`((?:rwkv7_jax|pallas_kernels|tests|configs|docs)/[\w/.]*)`", text
@@ -52,7 +52,7 @@ def test_files_and_modules_that_are_named_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
-def test_tests_that_are_selected_by_name_exist(page):
+def test_named_tests_exist(page):
     for path, word in re.findall(r"(tests/[\w/]+\.py) -k (\w+)", page.read_text()):
         assert re.search(rf"def test_\w*{word}", (ROOT / path).read_text()), (
             path,
@@ -71,7 +71,7 @@ def test_every_room_has_a_charter_a_page_and_its_public_names(room):
     assert f"::: rwkv7_jax.{room}\n" in page
 
 
-def test_the_picture_of_the_rooms_is_that_of_the_contract():
+def test_the_picture_of_the_rooms_matches_the_contract():
     spec = importlib.util.spec_from_file_location(
         "draw_rooms", ROOT / "docs" / "draw_rooms.py"
     )

@@ -197,7 +197,7 @@ def assert_read_or_refused(path, read):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_damaged_text_is_read_or_refused_by_its_path(tmp_path, name):
+def test_a_damaged_text_is_read_or_rejected_by_its_path(tmp_path, name):
     good, damage, read = FORMS[name]
     path = tmp_path / name
     rng = random.Random(name)
@@ -206,7 +206,7 @@ def test_a_damaged_text_is_read_or_refused_by_its_path(tmp_path, name):
         assert_read_or_refused(path, read)
 
 
-def test_a_damaged_card_of_tokens_is_refused_by_its_path(tmp_path):
+def test_a_damaged_token_card_is_rejected_by_its_path(tmp_path):
     (tmp_path / "source.txt").write_text("abc")
     write_cache([tmp_path / "source.txt"], tmp_path / "c.bin", BYTES)
     path = tmp_path / "c.card.json"

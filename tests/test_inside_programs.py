@@ -55,7 +55,7 @@ def assert_same(one, two):
 
 
 @pytest.mark.parametrize("outside", OUTSIDE)
-def test_a_traced_id_out_of_range_reads_as_a_row_of_zeros(params, three, outside):
+def test_a_traced_id_out_of_range_embeds_as_zeros(params, three, outside):
     state = rwkv.select(three, [0, 1])
     found = run(params, jnp.asarray(IDS).at[1, 2].set(outside), state)
     # An id of the vocabulary whose row is zero is what it must equal.
@@ -75,7 +75,7 @@ def test_a_traced_id_out_of_range_reads_as_a_row_of_zeros(params, three, outside
         ([2**31 - 1, 0], [5, 0]),
     ],
 )
-def test_traced_lengths_count_no_token_that_is_not_there(params, three, lengths, meant):
+def test_traced_lengths_are_clipped_to_the_row(params, three, lengths, meant):
     state = rwkv.select(three, [0, 1])
     tokens = jnp.asarray(IDS)
     _, found = run(params, tokens, state, jnp.asarray(lengths, jnp.int32))
@@ -87,7 +87,7 @@ def test_traced_lengths_count_no_token_that_is_not_there(params, three, lengths,
 
 
 @pytest.mark.parametrize("rows", [[3], [-4], [0, 2**30], [-(2**31), 1]])
-def test_traced_rows_out_of_range_select_a_state_that_has_read_nothing(three, rows):
+def test_traced_rows_out_of_range_select_an_empty_state(three, rows):
     found = jax.jit(rwkv.select)(three, jnp.asarray(rows, jnp.int32))
     for place, row in enumerate(rows):
         expected = rwkv.select(three, row) if -3 <= row < 3 else rwkv.init_state(CONFIG)
@@ -103,7 +103,7 @@ def test_traced_lengths_of_the_recurrence_are_clipped(lengths, meant):
 
 
 @pytest.mark.parametrize("outside", OUTSIDE)
-def test_a_traced_target_out_of_range_is_never_right_and_spoils_no_other(
+def test_a_traced_target_out_of_range_is_never_correct_and_affects_no_other(
     params, outside
 ):
     hidden = draw((2, 4, 32))
@@ -136,9 +136,7 @@ def make_loss(name, params):
 @pytest.mark.parametrize(
     "name", ["pretraining", "state tuning", "imitation", "distillation", "policy"]
 )
-def test_a_loss_is_no_number_where_a_target_that_counts_is_or_follows_no_id(
-    params, name
-):
+def test_a_counted_target_that_is_or_follows_a_bad_id_makes_the_loss_nan(params, name):
     loss, start = make_loss(name, params)
     run = jax.jit(lambda batch: loss(start, batch)[0])
     batch = {
@@ -167,7 +165,7 @@ def test_an_anchor_with_an_id_out_of_range_has_no_divergence(params):
     assert np.isnan(run(batch))
 
 
-def test_a_step_leaves_out_a_batch_with_a_target_out_of_range(params):
+def test_a_step_skips_a_batch_with_a_target_out_of_range(params):
     step = rwkv.make_train_step(rwkv.state_loss(MODEL, params), optax.sgd(0.1))
     train = rwkv.TrainState.create(rwkv.init_state(CONFIG), optax.sgd(0.1))
     train, _ = step(train, on_device(MASK))
@@ -180,13 +178,13 @@ def test_a_step_leaves_out_a_batch_with_a_target_out_of_range(params):
 
 
 @pytest.mark.parametrize("split", [[-1, 1], [5, 1], [2**30, 1], [-(2**31), 1]])
-def test_a_traced_split_out_of_range_leaves_no_answer_in_its_row(split):
+def test_a_traced_split_out_of_range_leaves_its_row_without_an_answer(split):
     cut = jax.jit(continuations)
     _, _, shares = cut(jnp.asarray(IDS), jnp.asarray(split), jnp.asarray(MASK))
     np.testing.assert_allclose(shares, [[0.0] * 4, [1 / 3] * 3 + [0.0]], rtol=1e-6)
 
 
-def test_shares_of_nothing_are_no_numbers_in_a_program():
+def test_continuations_without_targets_give_nan_under_jit():
     cut = jax.jit(continuations)
     split = jnp.asarray([4, 4])
     _, _, shares = cut(jnp.asarray(IDS), split, jnp.asarray(MASK))
@@ -219,7 +217,7 @@ BAD = {
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("trained", ["state", "weights"])
-def test_a_step_that_is_not_finite_changes_nothing(params, trained, accumulate):
+def test_a_non_finite_step_changes_nothing(params, trained, accumulate):
     loss, start, decorrelator = optimizers(params)[trained]
     tx = decorrelator.wrap(optax.adamw(0.1, weight_decay=0.1))
     step = rwkv.make_train_step(
@@ -244,13 +242,13 @@ def test_a_step_that_is_not_finite_changes_nothing(params, trained, accumulate):
 
 
 @pytest.mark.parametrize("name", ["mask", "weights"])
-def test_an_evaluation_of_nothing_has_no_loss(params, name):
+def test_an_evaluation_without_targets_has_no_loss(params, name):
     evaluate = rwkv.make_eval_step(rwkv.pretrain_loss(MODEL))
     assert np.isfinite(evaluate(params, on_device(MASK, name))["loss_nats"])
     assert np.isnan(evaluate(params, on_device(0 * MASK, name))["loss_nats"])
 
 
-def test_a_mask_of_fractions_has_the_mean_of_its_multiples(params):
+def test_scaling_a_mask_does_not_change_the_mean(params):
     loss = jax.jit(rwkv.pretrain_loss(MODEL, l2wrap=0.0))
     halves = NOISE.random((2, 4))
     whole, _ = loss(params, on_device(halves))

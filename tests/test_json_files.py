@@ -31,7 +31,7 @@ PARSERS = {
 }
 
 
-def test_what_was_written_is_read_again(tmp_path):
+def test_json_round_trips(tmp_path):
     write_json(tmp_path / "x.json", {"a": [1, None]})
     assert read_object(tmp_path / "x.json") == {"a": [1, None]}
     assert (tmp_path / "x.json").read_text().endswith("}\n")
@@ -40,7 +40,7 @@ def test_what_was_written_is_read_again(tmp_path):
     assert read_json(tmp_path / "x.json") == [1, 2]
 
 
-def test_a_value_that_is_no_json_leaves_what_was_there_before(tmp_path):
+def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path):
     write_json(tmp_path / "x.json", {"a": 1})
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", {"a": object()})
@@ -48,7 +48,7 @@ def test_a_value_that_is_no_json_leaves_what_was_there_before(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
-def test_what_holds_no_object_reads_as_none(tmp_path, content):
+def test_a_file_without_an_object_reads_as_none(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     assert read_object(tmp_path / "x.json") is None
     assert read_object(tmp_path / "absent.json") is None
@@ -57,26 +57,26 @@ def test_what_holds_no_object_reads_as_none(tmp_path, content):
 @pytest.mark.parametrize(
     "content", [b'{"a": [1]}', b'\xef\xbb\xbf{"a": [1]}\r\n', '{"a": [1]}']
 )
-def test_json_may_begin_with_the_mark_that_editors_write(content):
+def test_json_may_begin_with_a_byte_order_mark(content):
     assert parse_json(content) == {"a": [1]}
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000, "[" * 100_000, "{"]
 )
-def test_what_is_no_json_is_an_error_of_one_kind(content):
+def test_invalid_json_raises_one_type_of_error(content):
     with pytest.raises(ValueError):
         parse_json(content)
 
 
-def test_only_numbers_that_a_float_holds_are_numbers():
+def test_only_numbers_within_the_range_of_float_are_accepted():
     assert [number_of(value) for value in (2, 0.5, True)] == [2.0, 0.5, 1.0]
     assert math.isnan(number_of(math.nan))
     for value in (None, "1", [], {}, 10**400, -(10**400)):
         assert number_of(value) is None
 
 
-def test_json_of_others_is_parsed_in_one_place():
+def test_external_json_is_parsed_in_one_place():
     found = set()
     for path in PACKAGE.rglob("*.py"):
         if re.search(r"json\.loads?\(", path.read_text(encoding="utf-8")):

@@ -93,7 +93,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("address", "command"), ADDRESSES)
-def test_an_address_is_refused_with_the_command_that_downloads_it(address, command):
+def test_an_address_is_rejected_with_its_download_command(address, command):
     for read in (local_path, existing_path):
         with pytest.raises(ValueError) as caught:
             read(address, "f: `path`")
@@ -101,18 +101,18 @@ def test_an_address_is_refused_with_the_command_that_downloads_it(address, comma
         assert said.startswith("f: `path` must be on this machine; got ")
         assert "download it first" in said
         assert command in said
-    with pytest.raises(ValueError, match="write to a local place and copy it there"):
+    with pytest.raises(ValueError, match="write to a local path and copy it there"):
         local_path(address, "f: `path`", target=True)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_name_with_a_colon_or_a_dot_stays_the_name_of_a_file(name):
+def test_a_name_with_a_colon_or_a_dot_is_a_file_name(name):
     assert not is_remote(name)
     assert str(local_path(name, "`path`")) == name.removeprefix("./")
 
 
 @pytest.mark.parametrize("name", ["hf:a", "gs:b/x", "huggingface.co/a/b", "s3:/b/x"])
-def test_an_existing_file_wins_over_an_address(tmp_path, name):
+def test_an_existing_file_takes_precedence_over_an_address(tmp_path, name):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("")
     assert existing_path(name, "`path`").exists()
@@ -120,11 +120,10 @@ def test_an_existing_file_wins_over_an_address(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a/b", "BlinkDL/rwkv7-g1", "a-b/c.d", "fla-hub/rwkv"])
-def test_a_name_on_a_hub_is_told_apart_from_a_missing_file(tmp_path, name):
+def test_a_hub_name_is_distinguished_from_a_missing_file(tmp_path, name):
     with pytest.raises(ValueError, match=f"hf download {name} --local-dir") as caught:
         existing_path(name, "`path`")
-    # Most names of this form are of a folder that was not made yet.
-    missing = f"`path` must name what is there; `{name}` does not exist, so make it or"
+    missing = f"`path` must name an existing file or folder; `{name}` does not exist."
     assert str(caught.value).startswith(missing)
     with pytest.raises(ValueError, match=f"--repo-type dataset {name}"):
         refuse_hub_name(name, "`path`", kind="dataset")
@@ -158,7 +157,7 @@ def spellings(folder) -> list[str]:
     ]
 
 
-def test_spellings_of_one_path_are_one_file(tmp_path, monkeypatch):
+def test_different_spellings_of_a_path_name_one_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for spelling in spellings(tmp_path):
         assert is_same("x", spelling), spelling
@@ -167,12 +166,12 @@ def test_spellings_of_one_path_are_one_file(tmp_path, monkeypatch):
     assert not is_same("y", "y")
 
 
-def test_a_list_may_not_name_a_file_in_two_spellings(tmp_path, monkeypatch):
+def test_a_list_may_not_name_a_file_twice(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     first, *others = spellings(tmp_path)
     (tmp_path / "y").write_text("text")
     for other in others:
-        with pytest.raises(ValueError, match="`p` must name a file once; 'x' and "):
+        with pytest.raises(ValueError, match="`p` must name each file once; 'x' and "):
             split_paths(f"{first},y,{other}", "`p`")
     with pytest.raises(ValueError, match="'b' and 'b/'"):
         split_paths("b,b/", "`p`")
@@ -198,9 +197,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("address", ["gs://b/x", "s3:/b/x", "hf:a/b", "https://h/x"])
 @pytest.mark.parametrize("writer", WRITERS)
-def test_no_writer_makes_a_folder_that_is_named_like_an_address(
-    tmp_path, writer, address
-):
+def test_no_writer_creates_a_folder_named_like_an_address(tmp_path, writer, address):
     for place in (address, pathlib.Path(address)):
         with pytest.raises(ValueError, match="must be on this machine"):
             WRITERS[writer](place)
@@ -220,13 +217,13 @@ READERS = {
 
 @pytest.mark.parametrize("name", ["hf:owner/name", "gs://b/x", "owner/name"])
 @pytest.mark.parametrize("reader", READERS)
-def test_every_reader_says_how_to_download_what_is_not_here(reader, name):
+def test_every_reader_names_the_download_command_of_an_address(reader, name):
     with pytest.raises(ValueError, match="download it first") as caught:
         READERS[reader](name)
     assert name in str(caught.value)
 
 
-def test_a_target_needs_a_folder_that_can_be_written(tmp_path, monkeypatch):
+def test_an_output_path_needs_a_writable_folder(tmp_path, monkeypatch):
     mine = tmp_path / "mine"
     mine.mkdir()
     (tmp_path / "file").write_bytes(b"")
@@ -239,7 +236,7 @@ def test_a_target_needs_a_folder_that_can_be_written(tmp_path, monkeypatch):
         check_target(tmp_path / "file" / "x.pth", "`path`")
     # A folder is replaced by one that is made next to it.
     for name in ("x.pth", "new/x.pth", "mine"):
-        with pytest.raises(ValueError, match="must be where you may write"):
+        with pytest.raises(ValueError, match="must be in a writable folder"):
             check_target(tmp_path / name, "`path`")
 
 
@@ -264,7 +261,7 @@ def test_a_folder_of_arrays_must_have_a_name_in_utf8(tmp_path, monkeypatch, name
     require_unicode(tmp_path / "größe 中", "`--workdir`")
 
 
-def test_links_that_lead_back_to_themselves_end_in_one_sentence(tmp_path):
+def test_circular_links_are_named_in_one_sentence(tmp_path):
     (tmp_path / "loop.pth").symlink_to("loop.pth")
     with pytest.raises(ValueError, match=r"loop\.pth` does not exist"):
         load_model(tmp_path / "loop.pth")
@@ -281,7 +278,7 @@ class Failing(io.FileIO):
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "m.pth"])
-def test_a_disk_that_fails_is_an_error_that_names_the_file(tmp_path, monkeypatch, name):
+def test_a_disk_error_names_the_file(tmp_path, monkeypatch, name):
     read = load_model if name == "m.pth" else lambda path: list(documents(path))
     (tmp_path / name).write_bytes(b"text" * 9)
     monkeypatch.setattr(pathlib.Path, "open", lambda path, mode: Failing(path, "r"))
@@ -291,7 +288,7 @@ def test_a_disk_that_fails_is_an_error_that_names_the_file(tmp_path, monkeypatch
     assert caught.value.errno == errno.EIO
 
 
-def test_an_error_that_names_its_file_or_has_no_number_stays_as_it_is():
+def test_an_error_that_names_its_file_or_has_no_errno_is_unchanged():
     for error in (
         FileNotFoundError(errno.ENOENT, "none", "y"),
         OSError("of a library"),

@@ -106,7 +106,7 @@ def test_a_step_refuses_a_batch_before_it_compiles(unchecked, batch):
 
 @pytest.mark.parametrize("load", [rwkv.load_model, rwkv.load_state])
 @pytest.mark.parametrize("path", REMOTE)
-def test_a_place_elsewhere_is_named_with_the_command_that_downloads_it(load, path):
+def test_a_remote_path_is_named_with_its_download_command(load, path):
     with pytest.raises(
         ValueError, match=r"ownload it first.* `(curl|hf|gcloud|aws) "
     ) as caught:
@@ -114,7 +114,7 @@ def test_a_place_elsewhere_is_named_with_the_command_that_downloads_it(load, pat
     assert path in str(caught.value)
 
 
-def test_values_from_everywhere_pass():
+def test_values_of_common_types_pass():
     for alpha in itertools.chain(
         (0, 1.0), (np.float32(0.5), jnp.float32(2), np.array(1.0))
     ):

@@ -180,7 +180,7 @@ def test_a_second_call_compiles_nothing(unchecked, name):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-def test_what_is_compiled_alone_is_what_a_program_computes():
+def test_an_eager_call_matches_a_compiled_one():
     state = two_states()
     assert_close(logits(state), jax.jit(logits)(state), SAME["model"])
     alone = gradient(logits, state).wkv
@@ -188,14 +188,14 @@ def test_what_is_compiled_alone_is_what_a_program_computes():
     assert_close(alone, inside, SAME["gradient"])
 
 
-def test_new_weights_are_those_that_a_program_makes():
+def test_initial_weights_are_the_same_eager_and_compiled():
     state = rwkv.init_state(TINIEST, 2)
     alone = MODEL.init(KEY, IDS, state)
     inside = jax.jit(MODEL.init)(KEY, IDS, state)
     jax.tree.map(np.testing.assert_array_equal, alone, inside)
 
 
-def test_gradients_and_maps_are_no_program_and_loops_are():
+def test_grad_and_vmap_do_not_compile_but_loops_do():
     found = []
 
     def look(x):

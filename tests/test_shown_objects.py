@@ -44,7 +44,7 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("kind", SHOWN)
-def test_arrays_are_shown_by_their_shapes(kind):
+def test_arrays_print_their_shapes(kind):
     value = SHOWN[kind]()
     shown = repr(value)
     assert shown.startswith(f"{kind}(") and "rray(" not in shown
@@ -52,19 +52,19 @@ def test_arrays_are_shown_by_their_shapes(kind):
     assert len(shown) < 700
 
 
-def test_a_donated_state_is_still_shown():
+def test_a_donated_state_can_be_printed():
     train = rwkv.TrainState.create(random_state(TINIEST), optax.adam(0.1))
     shown = repr(train)
     jax.tree.map(lambda leaf: leaf.delete(), train)
     assert repr(train) == shown
 
 
-def test_tokenizers_are_shown_by_their_names():
+def test_tokenizers_print_their_names():
     assert repr(rwkv.Tokenizer.bytes()) == "Tokenizer('bytes', vocab_size=257)"
     assert repr(IdTokenizer(13)) == "IdTokenizer('ids', vocab_size=13)"
 
 
-def test_names_are_listed_before_they_are_loaded():
+def test_dir_lists_lazy_names():
     """For completion, without the seconds that loading takes."""
     script = (
         "import sys, rwkv7_jax; names = dir(rwkv7_jax)\n"

@@ -1,7 +1,7 @@
-"""Names, shapes and layouts of every file format, read safely and written atomically.
+"""Readers and writers of every checkpoint format; reads are safe, writes are atomic.
 
-The only room that knows what a tensor is called inside a file. Models are in `model_files`, start
-states in `state_files`; the other modules are what these two are made of.
+Only this package knows the tensor names inside a file. `model_files` handles models and
+`state_files` handles start states; both are built from the other modules.
 """
 
 from rwkv7_jax.checkpoints.integrity.finite_numbers import is_finite

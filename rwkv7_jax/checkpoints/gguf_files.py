@@ -1,10 +1,10 @@
 """GGUF files of llama.cpp: the tensors, sizes and vocabulary of its `rwkv7` architecture.
 
-Needs the package `gguf` (extra `gguf`): `tensor_files.gguf_files` imports this module. Numbers are
-written as float32, float16 or bfloat16; quantised ones are read as the float32 numbers that they
-stand for. Start states have no place in the format.
-Source: ggml-org/llama.cpp conversion/rwkv.py (names, orientation) and src/models/rwkv7.cpp (what is
-required); the format itself is the package's business.
+Needs the package `gguf` (extra `gguf`), so `tensor_files.gguf_files` imports this module lazily.
+Tensors are written as float32, float16 or bfloat16. Quantised tensors are dequantised to float32
+when read. The format cannot hold start states.
+Source: ggml-org/llama.cpp conversion/rwkv.py (names, orientation) and src/models/rwkv7.cpp
+(required tensors and keys). The package `gguf` parses and writes the container.
 """
 
 import re
@@ -37,13 +37,13 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 
 _ARCHITECTURE = "rwkv7"
 
-# llama.cpp's kernel for CPUs takes so many channels at a time, and leaves out the rest of a head.
+# llama.cpp's CPU kernel processes this many channels at a time and skips a remainder of the head.
 _HEAD_SIZE_STEP = 32
 
-# llama.cpp has it as a constant.
+# A constant in llama.cpp.
 _GROUP_NORM_EPS = 64e-5
 
-# llama.cpp's converter writes this for every RWKV model; no length is too long for one.
+# llama.cpp's converter writes this value for every RWKV model, which has no maximum length.
 _CONTEXT_LENGTH = 1 << 20
 
 _TYPES = {
@@ -58,11 +58,10 @@ _FILE_TYPES = {
     np.dtype(ml_dtypes.bfloat16): gguf.LlamaFileType.MOSTLY_BF16,
 }
 
-# Metadata of ours, by dtype: official names of the tensors that were widened to float32.
+# Our own metadata key: official names of the tensors that were widened from `dtype` to float32.
 _WIDENED_KEY = "rwkv7_jax.widened.{dtype}"
 
-# Metadata of ours: the digest of the tensors as they are in the file, and of the numbers with which
-# they are read.
+# Our own metadata key: the digest of the stored tensors, `norm_eps` and the head size.
 _DIGEST_KEY = "rwkv7_jax.digest"
 
 _OUTSIDE = {
@@ -108,24 +107,24 @@ _OFFICIAL_OUTSIDE = {theirs: official for official, theirs in _OUTSIDE.items()}
 
 _OFFICIAL_INSIDE = {theirs: official for official, theirs in _INSIDE.items()}
 
-# The six lerps of time mix are one tensor [6, 1, 1, D], in the order of `LERPS`.
+# The six lerps of time mix, fused into one tensor [6, 1, 1, D] in the order of `LERPS`.
 _FUSED_LERPS = "time_mix_lerp_fused.weight"
 
 _OFFICIAL_INSIDE[_FUSED_LERPS] = f"att.x_{LERPS}"
 
 _LERP = re.compile(r"^blocks\.(\d+)\.att\.x_([rwkvag])$")
 
-# The matrices that llama.cpp keeps in float32 besides all vectors.
+# llama.cpp keeps these matrices in float32, as it does all vectors.
 _FLOAT32_MATRICES = re.compile(r"\.att\.w[12]$")
 
-# llama.cpp wants a value residual in block 0, of the rank of `a`, and does not read it.
+# llama.cpp requires a value residual in block 0, with the rank of `a`, but never reads it.
 _COPIED_IN_BLOCK_0 = re.compile(r"^blocks\.0\.att\.a([012])$")
 
 _UNREAD = re.compile(r"^blk\.0\.time_mix_v[012]\.weight$")
 
 
 class _CheckedReader(gguf.GGUFReader):
-    """Reader that raises where a file ends too early, instead of going on with fewer numbers."""
+    """Reader that raises on a truncated file instead of returning short arrays."""
 
     def _get(self, offset, dtype, count=1, override_order=None):
         array = super()._get(offset, dtype, count, override_order)
@@ -135,10 +134,10 @@ class _CheckedReader(gguf.GGUFReader):
 
 
 def _open(path: Path) -> gguf.GGUFReader:
-    """Opens a file of the architecture; its header is checked, and no tensor is read."""
+    """Opens an RWKV-7 GGUF file and checks its header; reads no tensor."""
     try:
         reader = _CheckedReader(path)
-    # What the package raises for headers that make no sense.
+    # The errors that the package raises for malformed headers.
     except (
         ValueError,
         LookupError,
@@ -175,7 +174,7 @@ def _refuse_unreadable(reader: gguf.GGUFReader, path: Path) -> None:
         if kind in checked:
             continue
         try:
-            # One row, and of each type the first: the others are read when they are needed.
+            # One row of one tensor of each type is enough to tell.
             gguf.dequantize(tensor.data[:1], kind)
         except NotImplementedError:
             raise ValueError(
@@ -186,10 +185,10 @@ def _refuse_unreadable(reader: gguf.GGUFReader, path: Path) -> None:
 
 
 def _number(reader: gguf.GGUFReader, key: str, path: Path) -> float:
-    """Returns a positive number of the metadata.
+    """Reads a positive number from the metadata.
 
     Raises:
-        ValueError: the key is missing, or its value is something else.
+        ValueError: the key is missing, or its value is not a positive number.
     """
     name = key.format(arch=_ARCHITECTURE)
     value = metadata(reader, name)
@@ -204,16 +203,16 @@ def has_gguf_digest(path: Path) -> bool:
 
 
 def read_gguf(path: Path, *, verify: bool = False) -> TensorFile:
-    """Opens a GGUF file's tensors by official name, and reads the layer norms' epsilon.
+    """Opens a GGUF file's tensors by official name and reads the layer norm epsilon.
 
-    The head size is the one thing that no shape tells: it comes from the metadata.
+    The head size comes from the metadata, because no tensor shape determines it.
 
     Args:
-        path: of the file.
-        verify: compare the tensors with the file's digest, where it has one; this reads all of it.
+        path: path of the file.
+        verify: check the tensors against the file's digest, if it has one. Reads the whole file.
 
     Raises:
-        ValueError: not a GGUF file of RWKV-7, a type that cannot be read, or a damaged file.
+        ValueError: not a GGUF file of RWKV-7, an unreadable tensor type, or a damaged file.
     """
     reader = _open(path)
     _refuse_unreadable(reader, path)
@@ -229,26 +228,26 @@ def read_gguf(path: Path, *, verify: bool = False) -> TensorFile:
             )
     tensors: dict[str, Tensor] = {}
     for entry in reader.tensors:
-        # Block 0 does not read its value residual; llama.cpp's is a copy of other tensors.
+        # Block 0 never uses its value residual; in GGUF files it is a copy of other tensors.
         if _UNREAD.match(entry.name):
             continue
         parts = split_lerps(_official_name(entry.name), _tensor(entry))
         for name, part in parts.items():
             tensors[name] = _official_form(name, part, head_size)
     _narrow(tensors, reader, path)
-    # The file has a float32; its shortest decimal form is the number that was written.
+    # The file stores a float32; its shortest decimal form is the value that was written.
     return TensorFile(tensors, "official", float(str(np.float32(norm_eps))))
 
 
 def read_gguf_vocabulary(path: Path, vocab_size: int) -> Tokenizer | None:
-    """Reads the vocabulary of a GGUF file; None where it has none.
+    """Reads the vocabulary of a GGUF file; returns None if it has none.
 
     Args:
-        path: of the file.
-        vocab_size: of the model.
+        path: path of the file.
+        vocab_size: vocabulary size of the model.
 
     Raises:
-        ValueError: a vocabulary of another kind than RWKV's, or a damaged file.
+        ValueError: the vocabulary is not of RWKV's kind, or the file is damaged.
     """
     return read_vocabulary(_open(path), path, vocab_size)
 
@@ -256,15 +255,15 @@ def read_gguf_vocabulary(path: Path, vocab_size: int) -> Tokenizer | None:
 def _digest(
     arrays: Iterable[tuple[str, np.ndarray]], norm_eps: float, head_size: int
 ) -> str:
-    """Computes the digest of a file's arrays and of the numbers with which they are read."""
+    """Computes the digest of a file's arrays, `norm_eps` and head size."""
     description = {"norm_eps": str(np.float32(norm_eps)), "head_size": head_size}
     return digest_of_arrays(arrays, description)
 
 
 def _tensor(stored: gguf.ReaderTensor) -> Tensor:
-    """Describes a tensor of a file; its numbers stay there until they are read."""
+    """Wraps a stored tensor; its data is read on demand."""
     kind = stored.tensor_type
-    # The file has the axes in the opposite order.
+    # GGUF lists the axes in reverse order.
     shape = tuple(reversed([int(size) for size in stored.shape]))
     if kind in _TYPES:
         dtype = _TYPES[kind]
@@ -277,7 +276,7 @@ def _tensor(stored: gguf.ReaderTensor) -> Tensor:
 
 
 def _official_name(name: str) -> str:
-    """Translates a name of llama.cpp's; any other stays, so that the check of names reports it."""
+    """Translates a llama.cpp name; an unknown name is kept, so that `check_names` reports it."""
     if name in _OFFICIAL_OUTSIDE:
         return _OFFICIAL_OUTSIDE[name]
     block, _, inside = name.removeprefix("blk.").partition(".")
@@ -286,7 +285,7 @@ def _official_name(name: str) -> str:
 
 
 def _official_form(name: str, tensor: Tensor, head_size: int) -> Tensor:
-    """Gives a tensor its official orientation and shape, now and later its numbers."""
+    """Converts a tensor to its official orientation and shape."""
     if tensor_names.LOW_RANK.search(name):
         return transposed(tensor)
     if name.endswith(".att.r_k") and len(tensor.shape) == 1:
@@ -298,7 +297,7 @@ def _official_form(name: str, tensor: Tensor, head_size: int) -> Tensor:
 
 
 def _narrow(tensors: dict[str, Tensor], reader: gguf.GGUFReader, path: Path) -> None:
-    """Gives tensors that were widened for llama.cpp the dtype that they had before."""
+    """Restores the original dtype of tensors that were widened for llama.cpp."""
     for dtype in _FILE_TYPES:
         key = _WIDENED_KEY.format(dtype=dtype)
         for name in metadata(reader, key) or ():
@@ -307,15 +306,15 @@ def _narrow(tensors: dict[str, Tensor], reader: gguf.GGUFReader, path: Path) -> 
 
 
 def _narrowed(wide: Tensor, dtype: np.dtype, name: str, path: Path) -> Tensor:
-    """Returns a float32 tensor in a narrower dtype, which must hold each of its numbers."""
+    """Converts a float32 tensor to a narrower dtype, which must represent every value exactly."""
 
     def narrow(array: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
             narrowed = array.astype(dtype)
         if not np.array_equal(narrowed.astype(np.float32), array, equal_nan=True):
             raise ValueError(
-                f"`{path}` has numbers in {name} that {dtype} cannot hold, "
-                "although its metadata says that they were of that type."
+                f"`{path}` has values in {name} that {dtype} cannot hold, "
+                "although its metadata names that as the original dtype."
             )
         return narrowed
 
@@ -328,20 +327,20 @@ def save_gguf(
     tensors: Iterable[tuple[str, np.ndarray]],
     tokenizer: Tokenizer | None,
 ) -> None:
-    """Writes a GGUF file completely, or leaves what was there before.
+    """Writes a GGUF file atomically.
 
-    Vectors and the matrices of the decay become float32, as llama.cpp needs them; the metadata says
-    of which dtype they were, so that `read_gguf` gives back every bit.
+    Vectors and the decay matrices are widened to float32, which llama.cpp requires. The metadata
+    records their original dtypes, so that the round-trip through `read_gguf` is bit-exact.
 
     Args:
-        path: of the file.
-        config: the model's sizes.
-        tensors: `official_tensors` of the tree. All of them are in memory at once.
-        tokenizer: the vocabulary; None takes that of the size.
+        path: path of the file.
+        config: the config of the model.
+        tensors: `official_tensors` of the parameter tree. All of them are in memory at once.
+        tokenizer: the vocabulary; None selects the built-in one of the model's size.
 
     Raises:
-        ValueError: an epsilon, a head size or a dtype that llama.cpp does not compute with, or a
-            vocabulary of another size.
+        ValueError: an epsilon, head size or dtype that llama.cpp does not support, or a
+            vocabulary that does not fit the model.
     """
     _check_config(config)
     entries = writable_entries(tokenizer, config.vocab_size)
@@ -355,7 +354,7 @@ def save_gguf(
     ]
     writer.add_string(_DIGEST_KEY, _digest(arrays, config.norm_eps, config.head_size))
     with atomic_write(path) as file:
-        # The package would open a path itself, and truncate what is there.
+        # Given a path, the package would open and truncate the existing file itself.
         writer.fout = [cast(BufferedWriter, file)]
         writer.state = gguf.gguf_writer.WriterState.EMPTY
         writer.write_header_to_file()
@@ -364,7 +363,7 @@ def save_gguf(
 
 
 def _check_config(config: RWKV7Config) -> None:
-    """Raises unless llama.cpp computes what the model does."""
+    """Raises unless llama.cpp computes the same function as the model."""
     if not np.isclose(config.group_norm_eps, _GROUP_NORM_EPS):
         raise ValueError(
             f"`config.group_norm_eps` of a .gguf file must be {_GROUP_NORM_EPS}, "
@@ -373,13 +372,13 @@ def _check_config(config: RWKV7Config) -> None:
     if config.head_size % _HEAD_SIZE_STEP:
         raise ValueError(
             f"`config.head_size` of a .gguf file must be a multiple of "
-            f"{_HEAD_SIZE_STEP}, as llama.cpp computes wrong numbers with others; "
+            f"{_HEAD_SIZE_STEP}, because llama.cpp computes wrong results otherwise; "
             f"got {config.head_size}."
         )
 
 
 def _add_sizes(writer: gguf.GGUFWriter, config: RWKV7Config) -> None:
-    """Adds the metadata that llama.cpp makes its graph of."""
+    """Adds the metadata from which llama.cpp builds its graph."""
     writer.add_context_length(_CONTEXT_LENGTH)
     writer.add_embedding_length(config.width)
     writer.add_block_count(config.num_layers)
@@ -390,14 +389,14 @@ def _add_sizes(writer: gguf.GGUFWriter, config: RWKV7Config) -> None:
     writer.add_value_residual_mix_lora_rank(config.value_rank)
     writer.add_gate_lora_rank(config.gate_rank)
     writer.add_feed_forward_length(config.ffn_width)
-    # Required and not read.
+    # Required but never read.
     writer.add_head_count(0)
 
 
 def _add_tensors(
     writer: gguf.GGUFWriter, tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Adds the tensors under llama.cpp's names, and what the metadata says of their dtypes."""
+    """Adds the tensors under llama.cpp's names and records the dtypes of widened ones."""
     widened: dict[np.dtype, list[str]] = {}
     lerps: dict[str, np.ndarray] = {}
     for name, array in drop_unused_value_residual(tensors):
@@ -425,7 +424,7 @@ def _add_tensors(
 
 
 def _is_float32_in_gguf(name: str, array: np.ndarray) -> bool:
-    """Returns whether llama.cpp wants a tensor in float32, whatever the matrices are."""
+    """Returns whether llama.cpp requires a tensor in float32, regardless of the matrices' dtype."""
     is_flattened = name.endswith(".att.r_k")
     return array.ndim == 1 or is_flattened or bool(_FLOAT32_MATRICES.search(name))
 
@@ -441,7 +440,7 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, array: np.ndarray) -> None:
     array = np.ascontiguousarray(array)
     raw_dtype = None
     if array.dtype == ml_dtypes.bfloat16:
-        # The package knows bfloat16 as a kind of quantisation, whose arrays are bytes.
+        # The package treats bfloat16 as a quantised type, whose arrays are bytes.
         raw_dtype = gguf.GGMLQuantizationType.BF16
         array = array.view(np.uint8)
     writer.add_tensor(_to_gguf(name), array, raw_dtype=raw_dtype)
@@ -452,7 +451,7 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, array: np.ndarray) -> None:
 
 
 def _to_gguf(name: str) -> str:
-    """Translates an official name into llama.cpp's."""
+    """Translates an official name to llama.cpp's."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     _, block, inside = name.split(".", 2)

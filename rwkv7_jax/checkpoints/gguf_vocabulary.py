@@ -1,8 +1,8 @@
-"""The vocabulary in a GGUF file, as llama.cpp's `rwkv` tokenizer has it: bytes as escaped ASCII.
+"""The vocabulary of a GGUF file, as llama.cpp's `rwkv` tokenizer stores it: escaped ASCII.
 
 Needs the package `gguf`, as `gguf_files` does.
-Source: ggml-org/llama.cpp conversion/base.py, `_set_vocab_rwkv_world`; src/llama-vocab.cpp,
-`llama_unescape_rwkv_token` (how it is read).
+Source: ggml-org/llama.cpp conversion/base.py, `_set_vocab_rwkv_world` (writing);
+src/llama-vocab.cpp, `llama_unescape_rwkv_token` (reading).
 """
 
 import re
@@ -25,7 +25,7 @@ from rwkv7_jax.text.vocabulary_entries import (
 
 _KIND = "rwkv"
 
-# As llama.cpp's converter says, a turn of a conversation ends at a blank line.
+# In llama.cpp's converter a blank line ends a turn of a conversation.
 _END_OF_TURN = b"\n\n"
 
 _ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|.)", re.DOTALL)
@@ -34,26 +34,27 @@ _ESCAPED = {b"t": b"\t", b"n": b"\n", b"r": b"\r"}
 
 
 def metadata(reader: gguf.GGUFReader, key: str) -> Any:
-    """Returns the value of a key; None where the file does not have it."""
+    """Returns the value of a metadata key, or None if the file lacks it."""
     field = reader.get_field(key)
     return None if field is None else field.contents()
 
 
 def writable_entries(tokenizer: Tokenizer | None, vocab_size: int) -> dict[int, bytes]:
-    """Returns the bytes of every id; llama.cpp takes the longest entry at a place, as we do.
+    """Returns the bytes of every id; llama.cpp uses greedy longest match, as this package does.
 
     Raises:
-        ValueError: no vocabulary is known, or one that is encoded otherwise.
+        ValueError: no vocabulary of this size is known, or the vocabulary does not use greedy
+            longest match.
     """
     vocabulary = fitting_vocabulary(tokenizer, vocab_size)
     if vocabulary is None:
         raise ValueError(
-            f"`tokenizer` must be given for a .gguf file of {vocab_size} ids, as no "
+            f"`tokenizer` must be given for a .gguf file of {vocab_size} ids, because no "
             "built-in vocabulary has that size (`rwkv7 convert --vocabulary`)."
         )
     if isinstance(vocabulary, JsonTokenizer):
         raise ValueError(
-            "`tokenizer` of a .gguf file must take the longest entry at a place, as "
+            "`tokenizer` of a .gguf file must use greedy longest match, as "
             f"llama.cpp does for RWKV; got {vocabulary.name}."
         )
     return vocabulary_entries(vocabulary, vocab_size)
@@ -62,7 +63,7 @@ def writable_entries(tokenizer: Tokenizer | None, vocab_size: int) -> dict[int, 
 def add_vocabulary(
     writer: gguf.GGUFWriter, entries: Mapping[int, bytes], vocab_size: int
 ) -> None:
-    """Adds the vocabulary as llama.cpp's `rwkv` tokenizer wants it: bytes as escaped ASCII."""
+    """Adds the vocabulary in the form of llama.cpp's `rwkv` tokenizer: bytes as escaped ASCII."""
     tokens = []
     types = []
     for number in range(vocab_size):
@@ -71,15 +72,15 @@ def add_vocabulary(
             tokens.append(repr(entries[number])[2:-1])
             types.append(gguf.TokenType.NORMAL)
         elif number == END_OF_TEXT:
-            # Not the converter's "<s>": such text would become this id.
+            # Not the converter's "<s>": that text in a prompt would be encoded as this id.
             tokens.append(END_OF_TEXT_NAME)
             types.append(gguf.TokenType.CONTROL)
         else:
-            # The converter's "[PAD65530]" would be taken for the id in a text; no text has 0xff.
+            # The converter's "[PAD65530]" would match in a prompt; no UTF-8 text contains 0xff.
             tokens.append(f"\\xff[PAD{number}]")
             types.append(gguf.TokenType.UNUSED)
     writer.add_tokenizer_model(_KIND)
-    # Without one llama.cpp would take that of other models.
+    # Without a template llama.cpp would use another model's.
     writer.add_chat_template(chat_template_jinja())
     writer.add_token_list(tokens)
     writer.add_token_types(types)
@@ -94,15 +95,16 @@ def add_vocabulary(
 def read_vocabulary(
     reader: gguf.GGUFReader, path: Path, vocab_size: int
 ) -> Tokenizer | None:
-    """Reads the vocabulary of an open file; None where it has none.
+    """Reads the vocabulary of an open file; returns None if it has none.
 
     Args:
-        reader: of the file.
-        path: of the file, for messages.
-        vocab_size: of the model.
+        reader: reader of the file.
+        path: path of the file, for error messages.
+        vocab_size: vocabulary size of the model.
 
     Raises:
-        ValueError: a vocabulary of another kind, a damaged list, or larger ids than the model has.
+        ValueError: the vocabulary is of another kind, its lists are damaged, or its ids exceed the
+            model's.
     """
     kind = metadata(reader, gguf.Keys.Tokenizer.MODEL)
     if kind is None:

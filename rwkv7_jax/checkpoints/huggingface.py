@@ -1,6 +1,7 @@
-"""Folders in the manner of Hugging Face: their tensors and their config.json.
+"""Hugging Face folders: their tensors and their config.json.
 
-Folders of any layout are read; the names decide which it is. `huggingface_writer` writes two.
+Folders of any layout are read; the tensor names determine the layout. `huggingface_writer` writes
+two of them.
 """
 
 import math
@@ -16,8 +17,8 @@ CONFIG_FILE = "config.json"
 
 WEIGHTS_FILE = "model.safetensors"
 
-# The names that transformers gives to weights, in the order of its preference. An index has
-# ".index.json" after them.
+# The names that transformers gives to weight files, in its order of preference. The name of an
+# index appends ".index.json".
 _STEMS = (WEIGHTS_FILE, "pytorch_model.bin")
 
 _SHARD = re.compile(r"-\d+-of-(\d+)\.")
@@ -26,23 +27,23 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".st", ".gguf")
 
 
 def read_hf(folder: Path, *, verify: bool = False) -> TensorFile:
-    """Opens the tensors of a folder, by the names in its files, and reads the norms' epsilon.
+    """Opens the tensors of a folder under their stored names and reads the norms' epsilon.
 
     Nothing else is read from config.json: published ones have wrong head counts and token ids, and
-    some have another model's type or none.
+    a wrong or missing model type.
 
     Args:
-        folder: with one model.
-        verify: compare the files with the checksums and the digests in them.
+        folder: a folder with one model.
+        verify: check the files against the checksums and digests in them.
 
     Raises:
-        ValueError: files that are missing or broken, a tensor that is in two of them, or epsilons
-            that differ.
+        ValueError: a file is missing or damaged, two files hold the same tensor, or the epsilons
+            differ.
     """
     tensors: dict[str, Tensor] = {}
     orientations: set[LowRank] = set()
     norm_eps = None
-    # Opening a shard reads its header alone, unless it is verified.
+    # Without `verify`, opening a shard reads only its header.
     for file in _weight_files(folder):
         shard = open_tensors(file, verify=verify)
         twice = tensors.keys() & shard.tensors.keys()
@@ -65,7 +66,7 @@ def read_hf(folder: Path, *, verify: bool = False) -> TensorFile:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Lists the folder's weight files: those of its index, else the shards, else the only one."""
+    """Lists the folder's weight files: those in its index, else the shards, else the only file."""
     for stem in _STEMS:
         index = folder / f"{stem}.index.json"
         if index.exists():
@@ -74,7 +75,7 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / stem]
     files = files_of_weights(folder)
     if not files:
-        _refuse_shards_of_trainers(folder)
+        _reject_trainer_shards(folder)
         raise ValueError(
             f"`{folder}` is not a checkpoint: it holds neither rwkv7_jax.json nor a "
             f"file of weights ({', '.join(_WEIGHT_SUFFIXES)})."
@@ -91,26 +92,26 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _refuse_shards_of_trainers(folder: Path) -> None:
-    """Refuses folders of a trainer, whose files are parts of tensors, with what joins them.
+def _reject_trainer_shards(folder: Path) -> None:
+    """Rejects a trainer's sharded checkpoint and names the tool that consolidates it.
 
     Raises:
-        ValueError: a folder of DeepSpeed, or of PyTorch's distributed checkpoints.
+        ValueError: the folder is DeepSpeed's, or a PyTorch distributed checkpoint.
     """
     if (folder / "zero_to_fp32.py").exists() or any(folder.glob("*_states.pt")):
         raise ValueError(
-            f"`{folder}` is a folder of DeepSpeed, whose parts its zero_to_fp32.py "
-            "joins to one file of weights: run it, and name that file."
+            f"`{folder}` is a DeepSpeed checkpoint: merge its shards into one weight "
+            "file with its zero_to_fp32.py, and name that file."
         )
     if any(folder.glob("*.distcp")):
         raise ValueError(
-            f"`{folder}` is a distributed checkpoint of PyTorch: join its parts with "
+            f"`{folder}` is a PyTorch distributed checkpoint: merge its shards with "
             "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth`."
         )
 
 
 def files_of_weights(folder: Path) -> list[Path]:
-    """Lists the files in a folder that may be weights by their suffix."""
+    """Lists the files in a folder whose suffix is that of a weight file."""
     files = []
     for file in sorted(folder.iterdir()):
         if file.suffix in _WEIGHT_SUFFIXES and file.is_file():
@@ -126,7 +127,7 @@ def _indexed_files(index: Path) -> list[Path]:
     folder = index.parent
     shards = set()
     for shard in weight_map.values():
-        # An index that points elsewhere would make us read files that the user never named.
+        # An index that points elsewhere would make us open files that the user never named.
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ValueError(f"`{index}` names {shard!r}, which is not next to it.")
         if not (folder / shard).exists():
@@ -138,7 +139,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def _require_all_shards(folder: Path, shards: list[Path]) -> None:
-    """Raises unless there are as many shards as their names say."""
+    """Raises unless the number of shards is the one in their names."""
     for shard in shards:
         match = _SHARD.search(shard.name)
         assert match is not None
@@ -150,16 +151,16 @@ def _require_all_shards(folder: Path, shards: list[Path]) -> None:
 
 
 def read_norm_eps(folder: Path) -> float | None:
-    """Reads the norms' epsilon from a folder's config.json; None where that does not say it.
+    """Reads the norms' epsilon from a folder's config.json; returns None if it has none.
 
     Raises:
-        ValueError: not a positive number.
+        ValueError: the epsilon is not a positive number.
     """
     config = folder / CONFIG_FILE
     if not config.exists():
         return None
     table = read_json(config)
-    # Models of transformers use either name.
+    # Models in transformers use either name.
     norm_eps = table.get("norm_eps", table.get("layer_norm_epsilon"))
     if norm_eps is None:
         return None

@@ -1,14 +1,14 @@
-"""Folders for Hugging Face's libraries: weights, config.json, generation settings, tokenizer, chat.
+"""Hugging Face folders: weights, config.json, generation config, tokenizer and chat template.
 
-There are two layouts of the same model:
+A model can be written in two layouts:
 
 * "hf": the names of flash-linear-attention, which `fla` and `rwkv7-hf` read.
-* "transformers": official names after `rwkv7.`, as in the RWKV project's own repositories since
-  August 2026 and in the model that is proposed for transformers.
+* "transformers": official names with the prefix `rwkv7.`, as in the RWKV project's own repositories
+  since August 2026 and in the model that is proposed for transformers.
 
 Source: fla-org/flash-linear-attention@bc3b101 utils/convert_from_rwkv7.py; huggingface/transformers
-issue 47787; aabbdev/rwkv-publisher@67f4b55 src/rwkv_publisher/conversion.py (what the project's
-repositories hold).
+issue 47787; aabbdev/rwkv-publisher@67f4b55 src/rwkv_publisher/conversion.py (contents of the
+project's repositories).
 """
 
 import json
@@ -53,7 +53,7 @@ _TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 _CHAT_FILE = "chat_template.jinja"
 
-# All that a folder may hold which another one replaces.
+# The only files that a folder may hold if a new one is to replace it.
 HF_CONTENT = {
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -63,7 +63,7 @@ HF_CONTENT = {
     _CHAT_FILE,
 }
 
-# Of the per-head norm, which readers of official names take without asking config.json.
+# The epsilon of the per-head norm. Readers of official names assume it and ignore config.json.
 _OFFICIAL_GROUP_NORM_EPS = 64e-5
 
 _TRANSFORMERS_PREFIX = "rwkv7."
@@ -78,36 +78,36 @@ def save_hf(
     layout: Layout,
     tokenizer: Tokenizer | None,
 ) -> None:
-    """Writes a folder completely, or leaves what was there before.
+    """Writes a folder atomically.
 
     Args:
-        path: of the folder.
-        params: the parameter tree; config.json tells its dtype.
-        config: its sizes.
-        tensors: `official_tensors` of the tree, taken one at a time.
-        layout: whose names the tensors get.
-        tokenizer: the vocabulary; None takes that of the size, where a built-in one has it.
+        path: path of the folder.
+        params: the parameter tree, whose dtype goes into config.json.
+        config: the config of the model.
+        tensors: `official_tensors` of the tree, consumed one at a time.
+        layout: the naming scheme of the tensors.
+        tokenizer: the vocabulary; None selects the built-in one of the model's size, if any.
 
     Raises:
-        ValueError: epsilons that config.json cannot express, a vocabulary that does not fit the
-            model, or a folder with other files.
+        ValueError: config.json cannot express the epsilons, the vocabulary does not fit the model,
+            or the folder holds other files.
     """
     _check_epsilons(config, layout)
     vocabulary = fitting_vocabulary(tokenizer, config.vocab_size)
     end_of_text = END_OF_TEXT if vocabulary is None else vocabulary.end_of_text
     texts = _vocabulary_files(vocabulary, config.vocab_size)
-    # One id begins and ends a text, and fills up a batch. Nothing here samples.
+    # RWKV uses one id for BOS, EOS and padding. No sampling settings are written.
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     filling = {"pad_token_id": end_of_text}
-    texts[_GENERATION_FILE] = _pretty(ids | filling | {"use_cache": True})
+    texts[_GENERATION_FILE] = _indented_json(ids | filling | {"use_cache": True})
     dtype = str(params["emb"]["weight"].dtype)
     if layout == "hf":
-        # fla's embedding would have no gradient in the row of `filling`: the end of a text could
-        # not be learnt. The published folders with official names have it.
+        # fla gives the embedding row of the padding id no gradient, so the end of text could not
+        # be learnt. The published folders with official names have a padding id.
         table = _fla_config(config, dtype)
     else:
         table = _transformers_config(config, dtype) | filling
-    texts[CONFIG_FILE] = _pretty(table | ids)
+    texts[CONFIG_FILE] = _indented_json(table | ids)
 
     def fill(folder: Path) -> None:
         folder.mkdir()
@@ -126,30 +126,30 @@ def save_hf(
 
 
 def _check_epsilons(config: RWKV7Config, layout: Layout) -> None:
-    """Raises unless a reader of the layout takes the epsilons that the model has."""
-    # Both compute the per-head epsilon, so a different one would be lost without a word.
+    """Raises unless a reader of the layout uses the model's epsilons."""
+    # Readers derive the per-head epsilon, so a different one would be lost silently.
     if not np.isclose(config.group_norm_eps, config.head_size * config.norm_eps):
         raise ValueError(
-            "an HF folder has one `norm_eps` for all norms, and the per-head norm's is "
-            f"head_size times it; got {config.norm_eps} and {config.group_norm_eps}."
+            "`config.group_norm_eps` of an HF folder must be head_size times `norm_eps`, the only "
+            f"epsilon in config.json; got {config.group_norm_eps} and {config.norm_eps}."
         )
     is_official = np.isclose(config.group_norm_eps, _OFFICIAL_GROUP_NORM_EPS)
     if layout == "transformers" and not is_official:
         raise ValueError(
             "`config.group_norm_eps` of a folder with official names must be "
-            f"{_OFFICIAL_GROUP_NORM_EPS}, which its readers take; got {config.group_norm_eps}."
+            f"{_OFFICIAL_GROUP_NORM_EPS}, which its readers assume; got {config.group_norm_eps}."
         )
 
 
-def _pretty(table: dict[str, Any]) -> str:
-    """Formats a table as people read it."""
+def _indented_json(table: dict[str, Any]) -> str:
+    """Formats a table as indented JSON."""
     return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
 
 
 def _vocabulary_files(vocabulary: Tokenizer | None, vocab_size: int) -> dict[str, str]:
-    """Returns the texts of the files with the vocabulary and the chat template, by name.
+    """Returns the contents of the vocabulary and chat template files, by file name.
 
-    There are none where no vocabulary is known, or ids stand for no text.
+    The result is empty if no vocabulary is known or the ids stand for no text.
     """
     if vocabulary is None or isinstance(vocabulary, IdTokenizer):
         return {}
@@ -162,7 +162,7 @@ def _vocabulary_files(vocabulary: Tokenizer | None, vocab_size: int) -> dict[str
         end_of_text = None if vocabulary.end_of_text is None else END_OF_TEXT_NAME
     return {
         _TOKENIZER_FILE: content,
-        _TOKENIZER_CONFIG_FILE: _pretty(tokenizer_config(end_of_text)),
+        _TOKENIZER_CONFIG_FILE: _indented_json(tokenizer_config(end_of_text)),
         _CHAT_FILE: chat_template_jinja(),
     }
 
@@ -170,7 +170,7 @@ def _vocabulary_files(vocabulary: Tokenizer | None, vocab_size: int) -> dict[str
 def _fla_tensors(
     tensors: Iterable[tuple[str, np.ndarray]],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields official tensors by fla's names, in its orientation and shapes."""
+    """Yields official tensors under fla's names, in its orientation and shapes."""
     for name, array in drop_unused_value_residual(tensors):
         if tensor_names.LOW_RANK.search(name):
             array = array.swapaxes(-1, -2)
@@ -183,7 +183,7 @@ def _fla_tensors(
 def _transformers_tensors(
     tensors: Iterable[tuple[str, np.ndarray]], config: RWKV7Config
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields tensors as official files have them, with a prefix before all but the head."""
+    """Yields tensors as official files have them, with a prefix on every name but the head's."""
     for name, array in add_unused_value_residual(tensors, config):
         array = array.reshape(tensor_names.file_shape(name, array.shape))
         is_head = name.startswith("head.")
@@ -191,7 +191,7 @@ def _transformers_tensors(
 
 
 def _sizes(config: RWKV7Config, dtype: str) -> dict[str, Any]:
-    """Returns what config.json has in both layouts."""
+    """Returns the entries that config.json has in both layouts."""
     return {
         "model_type": "rwkv7",
         "vocab_size": config.vocab_size,
@@ -207,14 +207,14 @@ def _sizes(config: RWKV7Config, dtype: str) -> dict[str, Any]:
         "norm_eps": config.norm_eps,
         "norm_bias": True,
         "tie_word_embeddings": False,
-        # transformers renamed `torch_dtype` to `dtype`; older versions know the former alone.
+        # transformers renamed `torch_dtype` to `dtype`; older versions only know the former.
         "dtype": dtype,
         "torch_dtype": dtype,
     }
 
 
 def _fla_config(config: RWKV7Config, dtype: str) -> dict[str, Any]:
-    """Makes the config.json that fla and rwkv7-hf read."""
+    """Builds the config.json that fla and rwkv7-hf read."""
     return {
         "architectures": ["RWKV7ForCausalLM"],
         **_sizes(config, dtype),
@@ -222,19 +222,19 @@ def _fla_config(config: RWKV7Config, dtype: str) -> dict[str, Any]:
         "attn_mode": "chunk",
         "hidden_act": "sqrelu",
         "hidden_ratio": config.ffn_width / config.width,
-        # fla's default; RWKV itself has no longest context.
+        # fla's default; RWKV itself has no maximum context length.
         "max_position_embeddings": 2048,
         "norm_first": True,
     }
 
 
 def _transformers_config(config: RWKV7Config, dtype: str) -> dict[str, Any]:
-    """Makes the config.json of the model that is proposed for transformers."""
+    """Builds the config.json of the model that is proposed for transformers."""
     return {
         "architectures": ["Rwkv7ForCausalLM"],
         **_sizes(config, dtype),
         "use_cache": True,
         "wkv_state_dtype": "float32",
-        # The one that computes token by token, as the reference does.
+        # Token by token, like the reference.
         "wkv_implementation": "eager",
     }

@@ -1,4 +1,4 @@
-"""Files that are mapped into memory: their bytes are read when they are looked at."""
+"""Memory-mapped files, whose bytes are read on access."""
 
 import mmap
 from pathlib import Path
@@ -6,20 +6,20 @@ from typing import Any
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """Maps a file that is only read; arrays made of the map keep it alive.
+    """Maps a file for reading; arrays that view the map keep it alive.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is empty.
+        OSError: the file cannot be read.
+        ValueError: the file is empty.
     """
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def release_pages(view: Any) -> None:
-    """Gives back the pages that reading brought in.
+    """Releases the resident pages of a memory map.
 
-    Otherwise they would count as this process's memory besides the copy that was made of them.
+    Otherwise they would count towards the process's memory in addition to the copy made of them.
 
     Args:
         view: a mapped file, or an array that may be a view of one.

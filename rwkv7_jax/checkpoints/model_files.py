@@ -1,4 +1,4 @@
-"""Models as files and folders: every layout is read, those of `Format` are written."""
+"""Models as files and folders: loads every supported layout and saves those in `Format`."""
 
 import collections
 import functools
@@ -86,16 +86,16 @@ from rwkv7_jax.sharding import (
 )
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-_LARGEST_HALF = 65504
+_LARGEST_FLOAT16 = 65504
 
-# Formats that are folders, and all that a folder may hold which a new one replaces.
+# Formats that are folders, and the only files that a folder may hold if it is to be replaced.
 _CONTENT_OF_FOLDERS: dict[Format, set[str]] = {
     "orbax": ORBAX_CONTENT,
     "hf": HF_CONTENT,
     "transformers": HF_CONTENT,
 }
 
-# Compiled, so that no float copy of a matrix is made.
+# Compiled, to avoid a float copy of the matrix.
 _quantize_rows = jax.jit(quantize_rows, static_argnames="origin")
 
 
@@ -111,30 +111,31 @@ def load_model(
 ) -> tuple[Params, RWKV7Config]:
     """Loads a checkpoint's parameters and infers its config.
 
-    Every size is inferred from tensors, never from metadata; the layout from their names, never
-    from the path. The arrays are on the default device, or in shards on those of `mesh`, in the
-    file's dtypes unless `dtype` is given. In shards no device or host holds a full array, and each
-    process reads what its own devices keep.
+    The sizes are inferred from the tensors, never from metadata. The layout is inferred from the
+    tensor names, never from the path. The arrays are on the default device, or sharded over `mesh`.
+    When sharded, no device or host holds a full array, and each process reads only the shards of
+    its own devices.
 
     Args:
-        path: a file of PyTorch's, safetensors (official or web-rwkv's), of rwkv.cpp or a GGUF file
-            of floats, a folder of such files, or an Orbax folder.
-        dtype: of all parameters. The activations have that of the config, which is float32 whatever
-            the file's: `dataclasses.replace(config, dtype="bfloat16")` changes it.
-        weights: "int8" to hold the matrices of a frozen model in 8 bits (see
-            `model.int8_weights`); they cannot be trained or saved. None keeps floats.
+        path: a PyTorch, safetensors (official or web-rwkv), rwkv.cpp or GGUF file, a folder of such
+            files, or an Orbax folder.
+        dtype: dtype of all parameters; None keeps the file's. Activations use `config.dtype`, which
+            is float32 whatever the file's dtype; change it with
+            `dataclasses.replace(config, dtype="bfloat16")`.
+        weights: "int8" holds the matrices of a frozen model in 8 bits (see `model.int8_weights`);
+            they cannot be trained or saved. None keeps floats.
         allow_nan: accept NaN and Inf.
-        verify: compare all bytes with the digests in the file first, for which it is read once
-            more. The CRC-32 of a PyTorch file's tensor is always compared where all of it is read.
-        progress: called with the bytes done and the bytes in all.
-        mesh: devices of this process, from `sharding.make_mesh`; None for the default one.
+        verify: first check all bytes against the digests in the file, which reads it once more.
+            The CRC-32 of a PyTorch tensor is always checked when the whole tensor is read.
+        progress: called with the number of bytes done and the total.
+        mesh: the mesh to shard over, from `sharding.make_mesh`; None uses the default device.
 
     Raises:
-        ValueError: no such file, a damaged one, not RWKV-7, tensors missing or misshapen (one
-            table), NaN, float64 where JAX has none, numbers that `dtype` cannot hold, or a mesh
-            that does not divide the heads.
-        TypeError: `dtype` is not floating-point, or `path` is no path.
-        ImportError: the package for a GGUF file is missing.
+        ValueError: the file does not exist, is damaged or is not RWKV-7; tensors are missing or
+            misshapen (the message lists them all); a value is NaN or Inf, or out of range for
+            `dtype`; the file is float64 and x64 is off; or the mesh does not divide the heads.
+        TypeError: `dtype` is not floating-point, or `path` is not a path.
+        ImportError: the package `gguf`, which GGUF files need, is not installed.
     """
     with prefix_errors("load_model"):
         if dtype is not None:
@@ -155,7 +156,7 @@ def load_model(
             check_shared_heads(config, mesh.shape.get(TENSOR, 1), "`mesh`")
         convert = None
         if weights is not None:
-            # Read once more for this: the matrices carry the hash of all tensors.
+            # The matrices carry the hash of all tensors, which costs one more read of the file.
             named = loaded_tensors(tensors, config, str(path), dtype=dtype)
             convert = functools.partial(_int8_leaf, _hash_tensors(named))
         params = build_tree(
@@ -172,30 +173,29 @@ def load_model(
 
 
 def _check_weights(weights: str | None, allow_nan: bool) -> None:
-    """Raises for an unknown form of weights, and for one that could not hold NaN."""
+    """Raises if `weights` is unknown, or is int8 together with `allow_nan`."""
     if weights is None:
         return
     check_choice(weights, (INT8,), "`weights`")
     if allow_nan:
         raise ValueError(
-            "`allow_nan` must be left out with int8 weights: a row that holds NaN or Inf has no "
-            "scale."
+            "`allow_nan` must be left out with int8 weights: a row with NaN or Inf has no scale."
         )
 
 
 def _load_orbax_in_int8(
     folder: Path, dtype, mesh: Mesh | None, *, verify: bool
 ) -> tuple[Params, RWKV7Config]:
-    """Loads an Orbax folder onto the devices and rounds its matrices there, one after the other.
+    """Loads an Orbax folder onto the devices and quantises its matrices there, one at a time.
 
-    The host holds one tensor at a time, for the hash. Of several processes none may leave before
-    the hash is made.
+    For the hash, the host holds one tensor at a time. Every process must take part in computing the
+    hash.
     """
     params, config = load_orbax(folder, dtype=dtype, verify=verify, device=mesh)
     origin = model_hash(params, config)
     places = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     leaves, structure = jax.tree.flatten(params)
-    # Each float matrix is freed as soon as its integers are there.
+    # Each float matrix is freed as soon as it is quantised.
     del params
     for index, path in enumerate(places):
         path_of_leaf = tuple(key.key for key in path)
@@ -206,16 +206,16 @@ def _load_orbax_in_int8(
 
 
 def _int8_leaf(origin: str, path: tuple[str, ...], array: np.ndarray) -> Any:
-    """Converts a leaf, or a part of its rows, to 8 bits if it is a matrix of those that are.
+    """Quantises a leaf, or some of its rows, to 8 bits; other leaves than matrices are kept.
 
     Args:
         origin: hash of the model.
-        path: of the leaf in the tree.
-        array: finite.
+        path: path of the leaf in the tree.
+        array: finite values.
     """
     if not is_quantizable(path, array.ndim):
         return array
-    # On the host: the device may have no room for the floats next to what it already holds.
+    # On the host, because the device may have no memory left for the floats.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         matrix = _quantize_rows(array, origin=origin)
     return jax.tree.map(np.asarray, matrix)
@@ -228,7 +228,7 @@ def _open_model(
     open_file = read_hf if path.is_dir() else open_tensors
     file = open_file(path, verify=verify)
     named = with_official_names(file.tensors, path)
-    # First, so that a file of another architecture is one sentence and not a table of differences.
+    # First, so that another architecture gives one sentence instead of a table of differences.
     reject_adapters(named.tensors, path)
     reject_other_architectures(named.tensors, path)
     tensors, state = tensor_names.split_states(named.tensors)
@@ -252,11 +252,11 @@ def _open_model(
 
 
 def describe_model(path: str | Path) -> tuple[RWKV7Config, str]:
-    """Infers a checkpoint's config and the widest dtype of its tensors; no number is read.
+    """Infers a checkpoint's config and the widest dtype of its tensors without reading their data.
 
     Raises:
-        ValueError: no such file, a damaged one, or not RWKV-7.
-        ImportError: the package for a GGUF file is missing.
+        ValueError: the file does not exist, is damaged or is not RWKV-7.
+        ImportError: the package `gguf`, which GGUF files need, is not installed.
     """
     path = existing_model(path)
     with name_file(path, "load_model"):
@@ -268,15 +268,16 @@ def describe_model(path: str | Path) -> tuple[RWKV7Config, str]:
 
 
 def _describe_state(path: Path) -> str:
-    """Says of a file that it is a start state, or of a folder that it holds nothing else."""
+    """Describes a path that holds only a start state, and names what reads it."""
     if path.is_file():
         return (
-            "is a start state: in Python load_state reads it, on the command line `rwkv7 state "
-            "info`, `rwkv7 state convert` and `--state`, or `--config.state` of eval.py"
+            "is a start state, not a model: read it with load_state in Python, with `rwkv7 state "
+            "info`, `rwkv7 state convert` or `--state` on the command line, or with "
+            "`--config.state` of eval.py"
         )
     names = ", ".join(file.name for file in files_of_weights(path))
     return (
-        f"holds a start state alone, {names}: a model's folder has rwkv7_jax.json, or the model's "
+        f"holds only a start state, {names}: a model's folder holds rwkv7_jax.json, or the model's "
         "weights in one file or in shards"
     )
 
@@ -284,15 +285,15 @@ def _describe_state(path: Path) -> str:
 def _web_rwkv_tensors(
     tensors: Iterable[tuple[str, np.ndarray]],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields tensors in half precision, which web-rwkv reads alone, low-rank ones transposed."""
+    """Yields tensors for web-rwkv: in float16, with the low-rank matrices transposed."""
     for name, array in tensors:
-        # NumPy warns of numbers that become Inf; the error below names the tensor as well.
+        # NumPy would warn of an overflow; the error below also names the tensor.
         with np.errstate(over="ignore"):
             half = np.asarray(array).astype(np.float16)
         if overflows(array, half):
             raise ValueError(
-                f"`params` of a .st file must be within {_LARGEST_HALF}; got larger ones "
-                f"in {name}."
+                f"`params` of a .st file must be at most {_LARGEST_FLOAT16} in magnitude; got "
+                f"larger values in {name}."
             )
         if tensor_names.LOW_RANK.search(name):
             half = half.swapaxes(-1, -2)
@@ -302,7 +303,7 @@ def _web_rwkv_tensors(
 def _count_bytes(
     tensors: Iterable[tuple[str, np.ndarray]], total: int, progress: Progress
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors and reports the bytes of those that were taken."""
+    """Yields the tensors and reports the number of bytes consumed."""
     done = 0
     for name, array in tensors:
         yield name, array
@@ -314,7 +315,7 @@ def _count_bytes(
 def check_model_target(
     path: str | Path, *, format: str | None = None
 ) -> tuple[Path, Format]:
-    """Checks that a checkpoint can be written at a path, before its model is made or read.
+    """Checks that a checkpoint can be written at a path, before its model is built or loaded.
 
     Args:
         path: as for `save_model`.
@@ -324,8 +325,8 @@ def check_model_target(
         The path with `~` expanded, and the format.
 
     Raises:
-        ValueError: an unknown format, a place where nothing can be written, or a folder with
-            other files.
+        ValueError: the format is unknown, the path is not writable, or the folder holds other
+            files.
         ImportError: the format needs a package that is not installed.
     """
     with prefix_errors("save_model"):
@@ -356,30 +357,31 @@ def save_model(
     allow_nan: bool = False,
     progress: Progress = None,
 ) -> None:
-    """Writes a checkpoint completely, or leaves what was there before.
+    """Writes a checkpoint atomically: a failed write leaves the previous one in place.
 
-    Dtypes are kept (`.st` alone is half precision by definition). Any tree of the parameters' shape
-    can be saved: gradients, averages, differences. Of arrays in shards over several processes, all
-    of them call it and the first one writes; one tensor at a time is gathered.
+    Dtypes are kept, except in `.st` files, which are always float16. Any tree with the structure of
+    the parameters can be saved: gradients, averages, differences. If the arrays are sharded over
+    several processes, all processes must call this function; tensors are gathered one at a time
+    and process 0 writes them.
 
     Args:
-        path: `.pth`, `.safetensors`, `.st`, `.gguf`; a folder otherwise.
+        path: a `.pth`, `.safetensors`, `.st` or `.gguf` file; a folder otherwise.
         params: the parameter tree.
-        config: its sizes.
+        config: the config of the model.
         format: "hf" for a folder that flash-linear-attention and rwkv7-hf read, "transformers" for
-            one with official names; otherwise the path says it.
-        tokenizer: the vocabulary that goes into formats that hold one: folders and GGUF. None is
-            that of the size, where one is needed.
-        allow_nan: write NaN and Inf, which `load_model` refuses unless it is told the same.
-        progress: called with the bytes done and the bytes in all.
+            one with official names; None infers the format from the path.
+        tokenizer: the vocabulary, for the formats that hold one: folders and GGUF. None selects the
+            built-in one of the model's size where one is needed.
+        allow_nan: write NaN and Inf, which `load_model` rejects unless its `allow_nan` is set.
+        progress: called with the number of bytes done and the total.
 
     Raises:
-        ValueError: a leaf is missing, misshapen or not finite, an unknown format, a folder with
-            other files, or shards over several processes for an Orbax folder.
-        TypeError: a leaf is not floating-point, or an argument is of the wrong kind.
+        ValueError: a leaf is missing, misshapen or non-finite; the format is unknown; the folder
+            holds other files; or the arrays for an Orbax folder are sharded over processes.
+        TypeError: a leaf is not floating-point, or an argument has the wrong type.
     """
     path, kind = check_model_target(path, format=format)
-    # Around all of it: tensors are checked when their turn to be written comes.
+    # Covers the whole write, because each tensor is checked only when it is written.
     with prefix_errors("save_model"):
         check_instance(config, RWKV7Config, "`config`")
         check_instance(params, Mapping, "`params`")
@@ -387,12 +389,12 @@ def save_model(
         if kind == "orbax":
             if together:
                 raise ValueError(
-                    "`params` must lie on devices of one process for an Orbax folder; save "
+                    "`params` must be on the devices of one process for an Orbax folder; save "
                     "them as .pth or .safetensors."
                 )
             save_orbax(path, params, config, tokenizer=tokenizer, allow_nan=allow_nan)
             return
-        # Lazy: a tensor is copied to the host when its turn to be written comes.
+        # Lazy: each tensor is copied to the host only when it is written.
         tensors = official_tensors(params, config)
         try:
             if not together or jax.process_index() == 0:
@@ -401,7 +403,7 @@ def save_model(
                 _write(path, kind, taken, params, config, tokenizer, allow_nan)
         finally:
             if together:
-                # The others take part in gathering each tensor, and so does a writer that failed.
+                # Gathering is collective: the other processes and a failed writer must take part.
                 collections.deque(tensors, maxlen=0)
 
 
@@ -414,7 +416,7 @@ def _write(
     tokenizer: Tokenizer | None,
     allow_nan: bool,
 ) -> None:
-    """Writes tensors to a file or a folder of one of the formats but Orbax's."""
+    """Writes tensors in any format except Orbax."""
     if not allow_nan:
         tensors = finite_tensors(tensors)
     if kind == "hf" or kind == "transformers":
@@ -436,29 +438,29 @@ def _write(
     if kind == "pth":
         write_pth(path, tensors)
     else:
-        # The loader refuses a file whose shapes do not tell, so it is always said.
+        # The loader rejects a file whose orientation is ambiguous, so it is always recorded.
         write_safetensors(path, tensors, metadata={LOW_RANK_KEY: low_rank})
 
 
 def model_hash(params: Params, config: RWKV7Config) -> str:
-    """Computes a hash of names, shapes, dtypes and bytes that is the same in every format.
+    """Computes a hash of names, shapes, dtypes and bytes that does not depend on the file format.
 
-    That of int8 weights is the hash of the model that they were loaded from: a state that was tuned
-    with them belongs to that model.
+    Int8 weights have the hash of the model that they were loaded from, because a state that was
+    tuned on them belongs to that model.
     """
     origin = origin_of(params)
     if origin:
         return origin
-    # Sorted by name: the order must not depend on how a tree was made.
+    # Sorted by name: the order must not depend on how the tree was built.
     with prefix_errors("model_hash"):
         tensors = sorted(official_tensors(params, config), key=lambda item: item[0])
     return _hash_tensors(tensors)
 
 
 def _hash_tensors(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
-    """Computes the hash of a model from its tensors, sorted by name."""
+    """Computes the hash of a model from its tensors, which must be sorted by name."""
     digest = hashlib.blake2b(digest_size=16)
-    # Not every format has the unused tensors.
+    # Some formats lack the unused tensors.
     for name, array in drop_unused_value_residual(tensors):
         digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,4 +1,4 @@
-"""Folders that hold one model: their JSON file, and how one folder replaces another."""
+"""Folders that hold one model: reading their JSON file and replacing them atomically."""
 
 import contextlib
 import ctypes
@@ -16,23 +16,23 @@ from typing import Any
 from rwkv7_jax.json_files import parse_json
 from rwkv7_jax.local_paths import existing_path, is_special, local_path
 
-# What a folder is called while another takes its place.
+# The name of a folder while a new one replaces it.
 _OLD = "old"
 
-# Linux's flag for two paths that exchange what they name, and the folder that paths begin at.
+# The flag of Linux's `renameat2` that exchanges two paths, and the handle of the working directory.
 _RENAME_EXCHANGE = 2
 
 _AT_FDCWD = -100
 
-# macOS's flag of the same meaning.
+# The equivalent flag of macOS.
 _RENAME_SWAP = 2
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads the object in a JSON file.
+    """Reads a JSON file that holds one object.
 
     Raises:
-        ValueError: the file is not JSON, or holds no object; or it is a device or a pipe.
+        ValueError: the path is a device or a pipe, or the file does not hold a JSON object.
     """
     if is_special(path):
         raise ValueError(f"`{path}` must be a file; it is a device or a pipe.")
@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         table = parse_json(content)
     except ValueError as error:
-        raise ValueError(f"`{path}` is not JSON, or was cut: {error}.") from None
+        raise ValueError(f"`{path}` is not JSON, or is truncated: {error}.") from None
     if not isinstance(table, dict):
         kind = type(table).__name__
         raise ValueError(f"`{path}` must hold a JSON object; got a {kind}.")
@@ -54,17 +54,17 @@ def replace_folder(
     expected: set[str],
     fill: Callable[[Path], None],
 ) -> None:
-    """Writes a folder completely, or leaves what was there before.
+    """Writes a folder atomically: a failed write leaves the previous folder in place.
 
     Args:
-        path: of the folder, which need not exist.
-        expected: names that the folder may hold now; with any other file in it, it is not replaced.
-        fill: called with a folder that does not exist yet; it makes and fills it.
+        path: path of the folder, which need not exist.
+        expected: the only names that an existing folder may hold; otherwise it is not replaced.
+        fill: called with a path that does not exist yet; creates and fills the folder there.
 
     Raises:
         ValueError: the folder at `path` holds other files.
     """
-    # A link stays one; the folder that it points to is replaced.
+    # A symbolic link is kept; the folder that it points to is replaced.
     path = Path(os.path.realpath(path))
     restore_interrupted(path)
     if path.exists():
@@ -79,7 +79,8 @@ def replace_folder(
         if not path.exists():
             os.replace(new, path)
         elif not exchange_paths(new, path):
-            # Two renames: a kill in between leaves both in the workspace; see below.
+            # A kill between the two renames leaves both folders in the workspace, from which
+            # `restore_interrupted` recovers the old one.
             os.replace(path, old)
             os.replace(new, path)
     finally:
@@ -89,25 +90,24 @@ def replace_folder(
 
 
 def run_to_end(function: Callable[[], None]) -> None:
-    """Calls a function in a thread of its own, so that Ctrl-C counts when it is done.
+    """Calls a function in its own thread, so that Ctrl-C takes effect only after it returns.
 
-    Signal handlers run in the main thread alone. A second Ctrl-C does not wait.
+    Signal handlers run only in the main thread. A second Ctrl-C takes effect at once.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
         pool.submit(function).result()
 
 
 def restore_interrupted(path: Path) -> None:
-    """Puts back the folder that a killed `replace_folder` had moved aside.
+    """Restores the folder that a killed `replace_folder` had moved aside.
 
-    Does nothing where something is at the path. Systems that exchange folders in one step never
-    need it.
+    Does nothing if the path exists. Systems that can exchange two folders atomically never need it.
     """
     target = Path(os.path.realpath(path))
     if target.exists():
         return
     for old in sorted(target.parent.glob(f".{glob.escape(target.name)}.*/{_OLD}")):
-        # Another process may have put it back in the meantime.
+        # Another process may have restored it in the meantime.
         with contextlib.suppress(OSError):
             os.replace(old, target)
             shutil.rmtree(old.parent, ignore_errors=True)
@@ -115,19 +115,19 @@ def restore_interrupted(path: Path) -> None:
 
 
 def existing_model(path: str | Path) -> Path:
-    """Returns the path of a file or a folder that is there; see `existing_path`.
+    """Returns the path of an existing file or folder; see `existing_path`.
 
-    A folder whose replacement was interrupted is put back first.
+    A folder whose replacement was interrupted is restored first.
     """
     restore_interrupted(local_path(path, "`path`"))
     return existing_path(path, "`path`")
 
 
 def exchange_paths(first: Path, second: Path) -> bool:
-    """Lets two paths exchange what they name, in one step that cannot be interrupted.
+    """Exchanges two paths atomically.
 
     Returns:
-        Whether it was done: not every system and file system can.
+        Whether the exchange was done: not every system and file system supports it.
     """
     try:
         library = ctypes.CDLL(None, use_errno=True)
@@ -139,20 +139,20 @@ def exchange_paths(first: Path, second: Path) -> bool:
             _AT_FDCWD, first_name, _AT_FDCWD, second_name, _RENAME_EXCHANGE
         )
         return result == 0
-    # Windows has no such library, and old systems no such function.
+    # Windows lacks the library; old systems lack the function.
     except (OSError, AttributeError, TypeError):
         return False
 
 
 def refuse_other_files(path: Path, expected: set[str]) -> None:
-    """Refuses a place that holds anything but a model: it may be somebody's work.
+    """Rejects a path that holds anything but a model, which may be someone's work.
 
     Args:
-        path: of a folder or a file that is there.
-        expected: names that the folder may hold.
+        path: path of an existing file or folder.
+        expected: the only names that the folder may hold.
 
     Raises:
-        ValueError: a file, or a folder with other files.
+        ValueError: the path is a file, or a folder with other files.
     """
     if not path.is_dir():
         raise ValueError(f"`{path}` is a file; give an empty or a new folder.")
@@ -160,6 +160,6 @@ def refuse_other_files(path: Path, expected: set[str]) -> None:
     others = sorted(present - expected)
     if others:
         raise ValueError(
-            f"`{path}` holds other files, {others[0]} for one; "
+            f"`{path}` holds other files, such as {others[0]}; "
             "give an empty or a new folder."
         )

@@ -1,9 +1,10 @@
-"""The vocabulary of a model: what its folder or file keeps, and which one it is where none does.
+"""The vocabulary of a model: the one stored with it, or else the built-in one of its size.
 
-The card of an Orbax folder names a built-in vocabulary. Of another one the folder holds the file
-itself, and the card its digest and, for a `tokenizer.json`, the token that ends texts. HF folders
-hold a `tokenizer.json`, GGUF files a list. Ids that are no text have no file: the weights' metadata
-of an HF folder say so.
+* Orbax folders: the card names a built-in vocabulary. Any other vocabulary is a file in the folder,
+  and the card has its digest and, for a `tokenizer.json`, the end-of-text token.
+* HF folders: a `tokenizer.json`. For a vocabulary of plain ids, which has no file, an entry in the
+  metadata of the weights.
+* GGUF files: a list of tokens.
 """
 
 from collections.abc import Mapping
@@ -31,21 +32,21 @@ from rwkv7_jax.text.vocabularies import (
     vocabulary_of_text,
 )
 
-# Of an Orbax folder; its entry with the vocabulary.
+# The card of an Orbax folder, and its entry for the vocabulary.
 CARD_FILE = "rwkv7_jax.json"
 
 ENTRY = "vocabulary"
 
-# Files that an Orbax folder may hold the vocabulary in, and an HF folder has it in.
+# The vocabulary files of Orbax folders; HF folders use only the second.
 TEXT_FILE = "vocabulary.txt"
 
 JSON_FILE = "tokenizer.json"
-# Vocabularies in forms that are not read here. (World's own is a `.txt` file of any name.)
+# Vocabulary formats that cannot be read. (World's own is a `.txt` file of any name.)
 _OTHER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
 
 
 def keep_vocabulary(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Writes a vocabulary's file into a folder, if it has one, and returns the card's entry."""
+    """Writes the vocabulary's file, if it has one, into a folder and returns the card's entry."""
     entry: dict[str, Any] = {"kind": tokenizer.kind, "digest": tokenizer.digest}
     if tokenizer.kind in NAMES:
         return entry
@@ -59,21 +60,22 @@ def keep_vocabulary(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 @prefix_errors("kept_vocabulary")
 def kept_vocabulary(path: str | Path, vocab_size: int) -> Tokenizer | None:
-    """Reads the vocabulary that a folder or a GGUF file holds; None where it holds none.
+    """Reads the vocabulary stored with a model; returns None if there is none.
 
-    The published folders whose tokenizer is a program hold none: theirs is that of the size.
+    Published folders whose tokenizer is a Python program count as having none; they use the
+    built-in vocabulary of their size.
 
     Args:
-        path: of a checkpoint of any kind.
-        vocab_size: of the model.
+        path: path of a checkpoint of any format.
+        vocab_size: vocabulary size of the model.
 
     Raises:
-        ValueError: an unknown entry, a file that is not the one that was kept, or one that cannot
-            be read.
-        ImportError: a `tokenizer.json` without the extra `tokenizers`.
+        ValueError: the card's entry is unknown, or the vocabulary file was changed or cannot be
+            read.
+        ImportError: a `tokenizer.json` needs the extra `tokenizers`.
     """
     path = Path(path)
-    # Text in a file may be none: what reads it raises errors of other kinds, too.
+    # A damaged file may not be text; `name_file` also covers the errors of decoding it.
     if (path / CARD_FILE).is_file():
         with name_file(path, "kept_vocabulary"):
             return _vocabulary_of_card(path, vocab_size)
@@ -86,22 +88,23 @@ def kept_vocabulary(path: str | Path, vocab_size: int) -> Tokenizer | None:
     except (ValueError, ImportError) as error:
         kind = ImportError if isinstance(error, ImportError) else ValueError
         raise kind(
-            f"{str(error).rstrip('.')}; `--vocabulary` (`config.data.vocabulary`) names another."
+            f"{str(error).rstrip('.')}; name another with `--vocabulary` "
+            "(`config.data.vocabulary`)."
         ) from None
     return None
 
 
 def _vocabulary_of_hf(folder: Path, vocab_size: int) -> Tokenizer | None:
-    """Reads the vocabulary of an HF folder; None where it holds none."""
+    """Reads the vocabulary of an HF folder; returns None if it has none."""
     file = folder / JSON_FILE
     if file.is_file():
         return load_vocabulary(file, vocab_size, argument=f"`{file}`")
     for name in _OTHER_FILES:
-        # Without this, the vocabulary of the model's size would be taken for its own.
+        # Otherwise the built-in vocabulary of the model's size would be used silently.
         if (folder / name).is_file():
             raise ValueError(
-                f"`{folder / name}` holds a vocabulary that is read from a {JSON_FILE} "
-                "alone, which transformers' save_pretrained writes of a fast tokenizer"
+                f"`{folder / name}` holds a vocabulary in a format that cannot be read; it needs a "
+                f"{JSON_FILE}, which transformers' save_pretrained writes for a fast tokenizer"
             )
     weights = folder / WEIGHTS_FILE
     kind = read_metadata(weights).get(VOCABULARY_KEY) if weights.is_file() else None
@@ -113,7 +116,7 @@ def _vocabulary_of_hf(folder: Path, vocab_size: int) -> Tokenizer | None:
 
 
 def _vocabulary_of_card(folder: Path, vocab_size: int) -> Tokenizer | None:
-    """Reads the vocabulary that an Orbax folder's card names; None where it names none."""
+    """Reads the vocabulary that an Orbax folder's card names; returns None if it names none."""
     card = folder / CARD_FILE
     entry = read_json(card).get(ENTRY)
     if entry is None:
@@ -141,8 +144,8 @@ def _vocabulary_of_card(folder: Path, vocab_size: int) -> Tokenizer | None:
         tokenizer = vocabulary_of_text(content.decode(), str(file))
     if tokenizer.digest != entry.get("digest"):
         raise ValueError(
-            f"`{file}` was changed after it was written (its digest differs); "
-            f"`--vocabulary {file}` (`config.data.vocabulary`) takes it as it is."
+            f"`{file}` was changed after it was written (its digest differs); to use it as it is, "
+            f"name it with `--vocabulary {file}` (`config.data.vocabulary`)."
         )
     return tokenizer.with_vocab_size(vocab_size)
 
@@ -154,17 +157,17 @@ def model_tokenizer(
     *,
     argument: str,
 ) -> Tokenizer:
-    """Returns the vocabulary of a model: the named one, else the kept one, else by its size.
+    """Returns the vocabulary of a model: the named, else the stored, else the one of its size.
 
     Args:
-        path: of the checkpoint; None for a new model.
-        vocab_size: of the model.
-        vocabulary: see `text.load_vocabulary`; None where none was named.
-        argument: what names it, in backticks, for messages.
+        path: path of the checkpoint; None for a new model.
+        vocab_size: vocabulary size of the model.
+        vocabulary: a name for `text.load_vocabulary`; None if the user named none.
+        argument: the argument that names the vocabulary, in backticks, for error messages.
 
     Raises:
-        ValueError: a vocabulary that does not fit the model, or none that is known to.
-        ImportError: a `tokenizer.json` without the extra `tokenizers`.
+        ValueError: the vocabulary does not fit the model, or no built-in one has its size.
+        ImportError: a `tokenizer.json` needs the extra `tokenizers`.
     """
     if vocabulary is not None:
         return load_vocabulary(vocabulary, vocab_size, argument=argument)

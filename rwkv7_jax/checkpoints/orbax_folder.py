@@ -1,7 +1,7 @@
-"""Model checkpoints as Orbax folders: a tree of arrays, and a JSON file with the sizes.
+"""Model checkpoints as Orbax folders: a tree of arrays and the card, a JSON file with the config.
 
-The JSON file, the card, also has the sizes of all files of the tree, a digest of the arrays, and a
-digest of the card itself. Folders of earlier versions have none of the three.
+The card also lists the sizes of the tree's files, a digest of the arrays and a digest of the card
+itself. Folders written by earlier versions lack these three entries.
 """
 
 import contextlib
@@ -49,17 +49,17 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 
 _ARRAYS = "params"
 
-# Of the folder, not of the package. A change of names or shapes in the tree needs a new number.
+# The version of the folder's layout. It must change when names or shapes in the tree change.
 _LAYOUT = 1
 
-# Entries of the card that were added later.
+# Entries of the card that earlier versions lack.
 _DIGEST = "digest"
 
 _CARD_DIGEST = "card_digest"
 
 _FILES = "files"
 
-# All that a folder may hold which another one replaces.
+# The only files that a folder may hold if a new one is to replace it.
 ORBAX_CONTENT = {_ARRAYS, CARD_FILE, TEXT_FILE, JSON_FILE}
 
 
@@ -79,15 +79,15 @@ def load_orbax(
     """Loads the parameters and the config of an Orbax folder.
 
     Args:
-        folder: absolute, as Orbax wants it.
-        dtype: of all leaves; None keeps the folder's.
+        folder: path of the folder; absolute, as Orbax requires.
+        dtype: dtype of all leaves; None keeps the folder's.
         allow_nan: accept NaN and Inf.
-        verify: compare the arrays with the digest in the card, where there is one.
-        device: of the arrays, or a mesh that holds them in shards; None for the default device.
+        verify: check the arrays against the digest in the card, if it has one.
+        device: device of the arrays, or a mesh to shard them over; None uses the default device.
 
     Raises:
-        ValueError: not such a folder, a damaged one, a tree of other leaves than the config's, NaN,
-            or float64 where JAX has none.
+        ValueError: the folder is not an Orbax checkpoint or is damaged, its leaves do not match the
+            config, a value is NaN or Inf, or a leaf is float64 and x64 is off.
     """
     path = folder / CARD_FILE
     if not path.exists():
@@ -98,7 +98,7 @@ def load_orbax(
     if isinstance(device, Mesh):
         check_shared_heads(config, device.shape.get(TENSOR, 1), "`mesh`")
     _check_files(card, folder)
-    # The folder may come from a machine with another mesh: its own shardings do not count.
+    # The folder may come from a machine with another mesh, so its own shardings are ignored.
     params = _restore(
         folder / _ARRAYS,
         device or jax.local_devices()[0],
@@ -117,13 +117,13 @@ def load_orbax(
 
 
 def describe_orbax(folder: Path) -> tuple[RWKV7Config, str]:
-    """Reads the config and the widest dtype of an Orbax folder's arrays, without their numbers.
+    """Reads the config and the widest dtype of an Orbax folder without reading its arrays.
 
     Args:
-        folder: absolute, as Orbax wants it.
+        folder: path of the folder; absolute, as Orbax requires.
 
     Raises:
-        ValueError: a damaged folder.
+        ValueError: the folder is damaged.
     """
     path = folder / CARD_FILE
     require_unicode(folder, "`path`")
@@ -138,27 +138,27 @@ def describe_orbax(folder: Path) -> tuple[RWKV7Config, str]:
 def _handler() -> contextlib.AbstractContextManager[Any]:
     """Opens Orbax's reader.
 
-    Not its checkpointer, with which every process waits for the others after a read, also for one
-    whose read failed.
+    Orbax's checkpointer is avoided: it makes every process wait for the others after a read, even
+    for a process whose read failed.
     """
     return contextlib.closing(import_orbax().StandardCheckpointHandler())
 
 
 def _read_list(handler: Any, arrays: Path, folder: Path) -> Any:
-    """Reads the shape and dtype of each array that Orbax wrote, as a tree; see `_restore`."""
+    """Reads the tree of shapes and dtypes of the stored arrays; see `_restore`."""
     return _name_damage(lambda: handler.metadata(arrays).tree, folder)
 
 
 def _restore(
     arrays: Path, device: Any, folder: Path, *, may_narrow: bool = False
 ) -> Params:
-    """Reads the tree of arrays onto one device, or onto a mesh.
+    """Reads the tree of arrays onto one device, or sharded over a mesh.
 
     Args:
         arrays: the folder that Orbax wrote.
-        device: where the arrays go; of a mesh, in their shards.
-        folder: of the checkpoint, for messages.
-        may_narrow: read float64 as float32 where JAX has no float64.
+        device: the device or mesh of the arrays.
+        folder: folder of the checkpoint, for error messages.
+        may_narrow: read float64 as float32 if x64 is off.
     """
 
     def on_device(tree: Any) -> Any:
@@ -185,17 +185,17 @@ def _restore(
 
 
 def _name_damage(read: Callable[[], Any], folder: Path) -> Any:
-    """Calls a function, and makes one sentence of whatever Orbax and the libraries under it raise.
+    """Calls a function and turns any error of Orbax or its libraries into a one-line ValueError.
 
-    Their errors are of dozens of kinds for a damaged folder.
+    A damaged folder can raise dozens of different error types.
     """
     try:
         return read()
     except Exception as error:
         hide_abandoned_reads()
         reason = first_line(error)
-    # Orbax leaves the reads of the other arrays behind, and Python would warn of each of them. In a
-    # context manager the error would still be alive here, and with it all that it refers to.
+    # Orbax abandons the pending reads of the other arrays, and Python would warn about each of
+    # them. In a context manager the error and all that it refers to would still be alive here.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gc.collect()
@@ -203,8 +203,8 @@ def _name_damage(read: Callable[[], Any], folder: Path) -> Any:
 
 
 def _config_of(card: dict[str, Any], path: Path) -> RWKV7Config:
-    """Returns the sizes that the folder's tree was saved with."""
-    # Checked before the config, whose fields may differ in another layout.
+    """Returns the config in the card."""
+    # The layout comes first: another layout's config may have other fields.
     if card.get("layout") != _LAYOUT:
         raise ValueError(f"`{path}` has layout {card.get('layout')!r}, not {_LAYOUT}.")
     try:
@@ -214,7 +214,7 @@ def _config_of(card: dict[str, Any], path: Path) -> RWKV7Config:
 
 
 def _check_files(card: dict[str, Any], folder: Path) -> None:
-    """Raises unless all files that the card lists are there in their sizes."""
+    """Raises unless every file that the card lists exists with its size."""
     sizes = card.get(_FILES, {})
     if not isinstance(sizes, dict):
         raise ValueError(f"`{folder / CARD_FILE}` must list {_FILES} by name.")
@@ -241,7 +241,7 @@ def _check_card(card: dict[str, Any], path: Path) -> None:
 
 
 def _digest_of_card(card: dict[str, Any]) -> str:
-    """Computes the digest of all entries of a card but the digest itself."""
+    """Computes the digest of all entries of a card except the digest itself."""
     entries = {name: value for name, value in card.items() if name != _CARD_DIGEST}
     return digest_of_arrays([], entries)
 
@@ -270,19 +270,20 @@ def save_orbax(
     tokenizer: Tokenizer | None = None,
     allow_nan: bool = False,
 ) -> None:
-    """Writes an Orbax folder completely, or leaves what was there before.
+    """Writes an Orbax folder atomically.
 
-    The new folder is read back before it replaces another: Orbax writes in the background.
+    The new folder is read back before it replaces an old one, because Orbax writes in the
+    background.
 
     Args:
-        path: of the folder.
+        path: path of the folder.
         params: the parameter tree.
-        config: its sizes.
-        tokenizer: the vocabulary that the folder keeps; None keeps none.
+        config: the config of the model.
+        tokenizer: the vocabulary to store in the folder; None stores none.
         allow_nan: write NaN and Inf.
 
     Raises:
-        ValueError: a leaf is missing, misshapen or not finite, or a folder with other files.
+        ValueError: a leaf is missing, misshapen or non-finite, or the folder holds other files.
     """
     check_all_leaves(params, config)
     if not allow_nan:
@@ -291,7 +292,7 @@ def save_orbax(
     def fill(folder: Path) -> None:
         folder.mkdir()
         arrays = jax.tree.map(jnp.asarray, params)
-        # After an interrupt Orbax's threads go on writing into the folder while it is removed.
+        # After an interrupt, Orbax's threads would keep writing into the folder during its removal.
         run_to_end(functools.partial(_write_arrays, folder / _ARRAYS, arrays))
         card: dict[str, Any] = {
             "layout": _LAYOUT,
@@ -301,7 +302,7 @@ def save_orbax(
         }
         if tokenizer is not None:
             card[ENTRY] = keep_vocabulary(folder, tokenizer)
-        # In the main memory: the accelerator may have no room for a second copy.
+        # In host memory, because the accelerator may have no room for a second copy.
         host = jax.local_devices(backend="cpu")[0]
         written = _restore(folder / _ARRAYS, host, path)
         _check_arrays(written, config, card, path)
@@ -314,14 +315,14 @@ def save_orbax(
 
 
 def _write_arrays(folder: Path, arrays: Params) -> None:
-    """Writes a tree of arrays, completely when this returns."""
+    """Writes a tree of arrays and waits until the write is complete."""
     with import_orbax().StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, arrays)
         checkpointer.wait_until_finished()
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Returns the size of each file in a folder, by its path inside."""
+    """Returns the size of each file in a folder, by its relative path."""
     sizes = {}
     for file in sorted(folder.rglob("*")):
         if file.is_file():

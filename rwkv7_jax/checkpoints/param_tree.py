@@ -1,4 +1,4 @@
-"""Conversion between named tensors and the parameter tree, with every fault in one table."""
+"""Conversion between named tensors and the parameter tree, with checks of both."""
 
 import dataclasses
 import math
@@ -39,19 +39,19 @@ def infer_config(
     norm_eps: float | None = None,
     family: Literal["official", "fla"] = "official",
 ) -> RWKV7Config:
-    """Infers the config from names and shapes alone; no number is read.
+    """Infers the config from names and shapes without reading tensor data.
 
     Source: fla-org/flash-linear-attention@bc3b101 fla/layers/rwkv7.py:128 (the per-head epsilon).
 
     Args:
         tensors: in official names and orientation.
-        path: for the message.
-        norm_eps: epsilon of the norms, as a folder's config.json has it; None for the default.
-        family: whose names the file had. fla computes the per-head norm's epsilon from `norm_eps`
-            and the heads' size; all others have the official one.
+        path: path of the file, for the error message.
+        norm_eps: epsilon of the norms, as in a folder's config.json; None for the default.
+        family: the naming scheme of the file. fla's per-head norm has the epsilon `norm_eps` times
+            the head size; all others have the official one.
 
     Raises:
-        ValueError: a tensor is missing or misshapen without which no size can be inferred.
+        ValueError: a tensor that determines a size is missing or misshapen.
     """
     for name in _ESSENTIAL:
         if name not in tensors:
@@ -80,7 +80,7 @@ def infer_config(
 
 
 def _count_layers(tensors: Tensors, path: str) -> int:
-    """Counts the blocks by the largest number in a name."""
+    """Counts the blocks by the largest block index in a name."""
     blocks = set()
     for name in tensors:
         match = re.match(r"blocks\.(\d+)\.", name)
@@ -93,8 +93,8 @@ def _count_layers(tensors: Tensors, path: str) -> int:
 
 
 def _infer_value_rank(tensors: Tensors) -> int:
-    """Infers the rank of the value residual; 0 where a file has none, as with one layer."""
-    # Block 0's is unused but of the same rank, which is all that a model of one layer has.
+    """Infers the rank of the value residual; 0 if the file has none, as with one layer."""
+    # A one-layer model can only have block 0's value residual, which is unused.
     for layer in (1, 0):
         tensor = tensors.get(f"blocks.{layer}.att.v1")
         if tensor is not None:
@@ -103,10 +103,10 @@ def _infer_value_rank(tensors: Tensors) -> int:
 
 
 def check_names(tensors: Tensors, config: RWKV7Config, path: str) -> None:
-    """Raises unless exactly the model's tensors are there, each of its shape.
+    """Raises unless the file holds exactly the model's tensors in their shapes.
 
     Raises:
-        ValueError: a table of every missing, extra and misshapen tensor.
+        ValueError: tensors are missing, extra or misshapen; the message is a table of them all.
     """
     required = tensor_names.shapes(config)
     accepted = tensor_names.accepted_shapes(config)
@@ -118,7 +118,7 @@ def check_names(tensors: Tensors, config: RWKV7Config, path: str) -> None:
             fault = "missing" if name in required else None
         if fault is not None:
             rows.append((name, str(shape), fault))
-    # Extra tensors are faults too: ignoring them would hide a model of another kind.
+    # Extra tensors are faults too: ignoring them would hide another architecture.
     for name, tensor in tensors.items():
         if name not in accepted:
             rows.append((name, "-", f"extra {tuple(tensor.shape)}"))
@@ -134,9 +134,9 @@ def check_names(tensors: Tensors, config: RWKV7Config, path: str) -> None:
 
 
 def _fault(tensor: Tensor, shape: Shape) -> str | None:
-    """Describes the fault of a tensor, or returns None."""
+    """Describes a tensor's fault; returns None if it has none."""
     is_misshapen = math.prod(tensor.shape) != math.prod(shape)
-    # Vectors may carry axes of size 1: official files have [1, 1, D].
+    # Vectors may have extra axes of size 1: official files have [1, 1, D].
     if len(shape) > 1:
         is_misshapen |= tuple(tensor.shape) != shape
     if is_misshapen:
@@ -147,9 +147,9 @@ def _fault(tensor: Tensor, shape: Shape) -> str | None:
 
 
 def tree_path(name: str) -> TreePath:
-    """Returns where an official tensor is in the tree: blocks after the first are stacked."""
+    """Returns an official tensor's path in the tree; the blocks after the first are stacked."""
     if name.startswith("blocks.0.ln0."):
-        # The norm belongs to the embedding, only its name to block 0.
+        # The norm belongs to the embedding; only its name says block 0.
         return ("ln0", name.rpartition(".")[2])
     match = re.match(r"blocks\.(\d+)\.(.+)", name)
     if not match:
@@ -159,10 +159,10 @@ def tree_path(name: str) -> TreePath:
 
 
 def require_finite(array: np.ndarray, name: str, path: str) -> None:
-    """Raises unless every number is finite.
+    """Raises unless every value is finite.
 
     Raises:
-        ValueError: NaN or Inf; the message has the tensor's official name.
+        ValueError: a value is NaN or Inf; the message has the tensor's official name.
     """
     if not is_finite(array):
         raise _not_finite(name, path)
@@ -170,15 +170,15 @@ def require_finite(array: np.ndarray, name: str, path: str) -> None:
 
 def _not_finite(name: str, path: str) -> ValueError:
     return ValueError(
-        f"`{path}` has NaN or Inf in {name}; load it with allow_nan=True if you must."
+        f"`{path}` has NaN or Inf in {name}; to load it anyway, pass allow_nan=True."
     )
 
 
 def require_float_dtype(dtype) -> np.dtype:
-    """Returns the dtype of a name, as JAX will hold it.
+    """Converts a dtype or its name to a floating-point dtype.
 
     Raises:
-        TypeError: no dtype, or not a floating-point one; the message begins with `dtype`.
+        TypeError: it is not a floating-point dtype; the message begins with `dtype`.
     """
     try:
         jax_dtype = jnp.dtype(dtype)
@@ -192,10 +192,10 @@ def require_float_dtype(dtype) -> np.dtype:
 
 
 def require_jax_dtype(dtype: np.dtype) -> np.dtype:
-    """Returns a dtype that JAX keeps.
+    """Returns the dtype if JAX supports it as it is.
 
     Raises:
-        ValueError: JAX would hold float32 in its place; the message begins with `dtype`.
+        ValueError: JAX would replace it by float32; the message begins with `dtype`.
     """
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
@@ -208,15 +208,15 @@ def require_jax_dtype(dtype: np.dtype) -> np.dtype:
 def require_no_overflow(
     wide: np.ndarray, narrow: np.ndarray, name: str, path: str
 ) -> None:
-    """Raises if a number of a file is too large for the dtype that it is loaded in."""
+    """Raises if a value of a file is out of range for the dtype that it is loaded in."""
     if wide.dtype != narrow.dtype and overflows(wide, narrow):
         raise _overflow(name, path, narrow.dtype)
 
 
 def _overflow(name: str, path: str, dtype: np.dtype) -> ValueError:
     return ValueError(
-        f"`{path}` has numbers in {name} that {dtype} cannot hold; "
-        "take bfloat16 or float32."
+        f"`{path}` has values in {name} that {dtype} cannot hold; "
+        "use bfloat16 or float32."
     )
 
 
@@ -225,12 +225,13 @@ def _faulty_tensors(
 ) -> Iterator[str]:
     """Yields the official names of tensors with a fault in a shard on this process's devices.
 
-    Looked at where they are, without another process: nothing is gathered.
+    Each shard is checked on its device; nothing is gathered.
 
     Args:
-        config: of the trees.
-        is_faulty: compiled, from shards of each tree with an axis of layers to a flag a layer.
-        *trees: of the same leaves.
+        config: the config of the trees.
+        is_faulty: a compiled function that maps one shard of each tree, with a leading layer axis,
+            to one flag per layer.
+        *trees: trees with the same leaves.
     """
     flags: dict[TreePath, np.ndarray] = {}
     leaves = [_leaves(tree) for tree in trees]
@@ -263,10 +264,10 @@ def _has_overflowed(wide: jax.Array, narrow: jax.Array) -> jax.Array:
 
 
 def require_finite_leaves(params: Params, config: RWKV7Config, path: str) -> None:
-    """Raises unless every number that is on this process's devices is finite.
+    """Raises unless every value on this process's devices is finite.
 
     Raises:
-        ValueError: NaN or Inf; the message has the tensor's official name.
+        ValueError: a value is NaN or Inf; the message has the tensor's official name.
     """
     for name in _faulty_tensors(config, _is_not_finite, params):
         raise _not_finite(name, path)
@@ -275,16 +276,16 @@ def require_finite_leaves(params: Params, config: RWKV7Config, path: str) -> Non
 def astype_without_overflow(
     params: Params, config: RWKV7Config, dtype, path: str
 ) -> Params:
-    """Converts all leaves of a tree.
+    """Converts all leaves of a tree to a dtype.
 
     Args:
         params: the tree.
-        config: its sizes.
-        dtype: of the result.
-        path: of the file that the tree is from, for messages.
+        config: the config of the model.
+        dtype: dtype of the result.
+        path: path of the tree's file, for error messages.
 
     Raises:
-        ValueError: a number is too large for the dtype.
+        ValueError: a value is out of range for the dtype.
     """
     converted = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     for name in _faulty_tensors(config, _has_overflowed, params, converted):
@@ -293,21 +294,21 @@ def astype_without_overflow(
 
 
 def require_kept(dtype: np.dtype, name: str, path: str) -> None:
-    """Raises if JAX would silently narrow a file's numbers, as it does float64 without x64.
+    """Raises if JAX would silently narrow a file's dtype, as it does with float64 without x64.
 
     Raises:
-        ValueError: `dtype`, of the tensor `name` in the file at `path`, is none that JAX keeps.
+        ValueError: JAX does not keep `dtype`, the dtype of the tensor `name` in the file at `path`.
     """
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
             f"`{path}` holds {dtype} ({name}), which JAX would narrow to float32; "
-            "ask for it with dtype='float32' (`rwkv7 convert --dtype float32`), or set "
+            "pass dtype='float32' (`rwkv7 convert --dtype float32`), or set "
             "jax_enable_x64."
         )
 
 
 def _leaves(params: Params) -> dict[TreePath, jax.Array]:
-    """Returns the leaves of nested dicts by path."""
+    """Returns the leaves of a nested dict by path."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         leaves[tuple(key.key for key in path)] = leaf
@@ -315,25 +316,25 @@ def _leaves(params: Params) -> dict[TreePath, jax.Array]:
 
 
 def check_all_leaves(params: Params, config: RWKV7Config) -> None:
-    """Raises unless a tree holds exactly the model's leaves, each of its shape.
+    """Raises unless a tree holds exactly the model's leaves in their shapes.
 
     Raises:
-        ValueError: the tree lacks a leaf, has an extra one, or one has the wrong shape.
-        TypeError: a leaf is not floating-point, or is of float64 where JAX has none.
+        ValueError: a leaf is missing, extra or misshapen.
+        TypeError: a leaf is not floating-point, or is float64 and x64 is off.
     """
-    # No file format has these integers, and floats made of them would pass for the original.
+    # No file format stores int8 weights, and dequantised ones would pass for the original.
     if origin_of(params) is not None:
         raise TypeError(
-            "`params` must be floating-point; got int8 weights, which are a way to load a model "
-            "(`dequantize` makes a model of its own of them)."
+            "`params` must be floating-point; got int8 weights, which cannot be saved "
+            "(`dequantize` makes a new float model of them)."
         )
     leaves = _leaves(params)
     expected = _expected_leaves(leaves, config)
-    # A leaf that no file has a name for would be lost in silence.
+    # A leaf without a tensor name would be lost silently.
     extra = leaves.keys() - expected.keys()
     if extra:
         path = "/".join(map(str, min(extra)))
-        raise ValueError(f"`params` must hold RWKV-7's leaves alone; got {path} too.")
+        raise ValueError(f"`params` must hold only RWKV-7's leaves; got {path} too.")
     for path, shape in expected.items():
         _check_leaf("/".join(path), leaves.get(path), shape)
 
@@ -342,13 +343,14 @@ def _expected_leaves(
     leaves: Collection[TreePath], config: RWKV7Config
 ) -> dict[TreePath, Shape]:
     """Returns the shape of every leaf that a tree with these leaves must hold."""
-    # All blocks after the first are one leaf, and a damaged card may tell of thousands of millions.
+    # Two blocks suffice, as the blocks after the first are stacked; a damaged card may claim
+    # billions.
     few = dataclasses.replace(config, num_layers=min(config.num_layers, 2))
     required = tensor_names.shapes(few)
     expected: dict[TreePath, Shape] = {}
     for name, shape in tensor_names.accepted_shapes(few).items():
         path = tree_path(name)
-        # An optional tensor is expected only where it is.
+        # An optional tensor is expected only if the tree has it.
         if name not in required and path not in leaves:
             continue
         if path[0] == "layers":
@@ -358,14 +360,14 @@ def _expected_leaves(
 
 
 def _check_leaf(name: str, leaf: Any, shape: Shape) -> None:
-    """Raises unless a leaf is there, of a shape and of a dtype that files and JAX keep."""
+    """Raises unless a leaf exists with the given shape and a dtype that files and JAX support."""
     came = None if leaf is None else tuple(leaf.shape)
     if leaf is None or came != shape:
         raise ValueError(f"`params` must hold {name} of shape {shape}; got {came}.")
-    # The loader refuses such a file, so the writer must not make one.
+    # The loader would reject such a file, so the writer must not write one.
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(f"`params` must be floating-point; got {name} {leaf.dtype}.")
-    # NumPy's float64: Orbax would narrow it in silence, and the loader refuses such files.
+    # A NumPy float64 leaf: Orbax would narrow it silently, and the loader rejects such files.
     if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
         raise TypeError(
             f"`params` must be of dtypes that JAX keeps; got {name} {leaf.dtype} "
@@ -374,10 +376,10 @@ def _check_leaf(name: str, leaf: Any, shape: Shape) -> None:
 
 
 def require_finite_params(params: Params, config: RWKV7Config) -> None:
-    """Raises unless every number of a checked tree is finite, as the loader wants it.
+    """Raises unless every value of a checked tree is finite.
 
     Raises:
-        ValueError: NaN or Inf; the message has the tensor's official name.
+        ValueError: a value is NaN or Inf; the message has the tensor's official name.
     """
     for _ in finite_tensors(official_tensors(params, config)):
         pass
@@ -386,16 +388,16 @@ def require_finite_params(params: Params, config: RWKV7Config) -> None:
 def finite_tensors(
     tensors: Iterable[tuple[str, np.ndarray]],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors; raises at the first one that the loader would refuse.
+    """Yields the tensors; raises at the first that is not finite.
 
     Raises:
-        ValueError: NaN or Inf; the message has the tensor's official name.
+        ValueError: a value is NaN or Inf; the message has the tensor's official name.
     """
     for name, array in tensors:
         if not is_finite(array):
             raise ValueError(
                 f"`params` must be finite; got NaN or Inf in {name} "
-                "(allow_nan=True writes them all the same)."
+                "(allow_nan=True writes them anyway)."
             )
         yield name, array
 
@@ -405,12 +407,12 @@ def official_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every tensor of a tree by official name, in the order of official files.
 
-    The arrays have the shapes of the tree, without the axis over layers. They are views where the
-    tree lies in the host's memory; otherwise the host holds one of them at a time. Of a tree in
-    shards over several processes each gets every tensor, and all have to take them in turn.
+    The arrays have the shapes of the tree without the layer axis. They are views if the tree is in
+    host memory; otherwise the host holds one array at a time. If the tree is sharded over several
+    processes, every process gets every tensor and all must iterate in step.
 
     Raises:
-        ValueError: the tree lacks a leaf, has an extra one, or one has the wrong shape.
+        ValueError: a leaf is missing, extra or misshapen.
         TypeError: a leaf is not floating-point.
     """
     with prefix_errors("official_tensors"):
@@ -424,7 +426,7 @@ def official_tensors(
         if path[0] == "layers":
             # Row 0 of the stack is block 1.
             row = int(name.split(".")[1]) - 1
-            # JAX caches the host copy of an array. That of one layer is freed with the layer.
+            # JAX caches the host copy of an array. Slicing on the device first caches one layer.
             leaf = np.asarray(leaf)[row] if _is_on_host(leaf) else _row(leaf, row)
         yield name, to_host(leaf)
 
@@ -435,7 +437,7 @@ def _row(stack: jax.Array, row: Any) -> jax.Array:
 
 
 def _is_on_host(leaf: Any) -> bool:
-    """Tells whether NumPy can read an array where it is."""
+    """Returns whether NumPy can read an array without a copy."""
     if not isinstance(leaf, jax.Array):
         return True
     (device, *others) = leaf.devices()

@@ -1,7 +1,7 @@
 """The names that the pickle of a PyTorch checkpoint may use.
 
-They are those that `torch.load(weights_only=True)` reads and that checkpoints have; none is ever
-looked up. `restricted_unpickler` says what each stands for.
+They are the names that `torch.load(weights_only=True)` accepts and that occur in checkpoints. None
+is ever imported; `restricted_unpickler` interprets them.
 Source: pytorch/pytorch@v2.13.0 torch/_weights_only_unpickler.py, `_get_allowed_globals`.
 """
 
@@ -26,7 +26,8 @@ STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 
 REBUILD_TENSOR = ("torch._utils", "_rebuild_tensor_v2")
 
-# A tensor with attributes of its own: how it is rebuilt, its class, the arguments, the attributes.
+# A tensor with attributes. The arguments are the rebuild function, the class, that function's
+# arguments and the attributes.
 REBUILD_WITH_ATTRIBUTES = ("torch._tensor", "_rebuild_from_type_v2")
 
 REBUILD_PARAMETERS = (
@@ -38,17 +39,17 @@ ORDERED_DICT = ("collections", "OrderedDict")
 
 COUNTER = ("collections", "Counter")
 
-# Of PyTorch's newer dtypes, which have no class of storages; the dtype is the seventh argument.
+# For newer dtypes, which have no storage class; the dtype is the seventh argument.
 REBUILD_OF_DTYPE = ("torch._utils", "_rebuild_tensor_v3")
 
-# Tensors whose numbers are not read, by what rebuilds them.
+# Kinds of tensors whose data is not read, by the function that rebuilds them.
 OTHER_TENSORS = {
     ("torch._utils", "_rebuild_sparse_tensor"): "sparse",
     ("torch._utils", "_rebuild_qtensor"): "quantised",
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): "meta",
 }
 
-# Storages whose numbers are not read, and the dtype of their tensors.
+# Storages whose data is not read, and the dtype of their tensors.
 OTHER_STORAGES = {
     "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128",
@@ -62,7 +63,7 @@ SEQUENCES = (("torch", "Size"), ("builtins", "set"), ("__builtin__", "set"))
 
 _OPAQUE_BUILTINS = ("bytes", "bytearray", "complex")
 
-# Calls whose result is of no use here: it stays the name of what was called.
+# Calls whose result is not needed; the result stays the name of the function.
 OPAQUE_CALLS = {
     ("torch", "device"),
     ("torch.serialization", "_get_layout"),
@@ -71,13 +72,13 @@ OPAQUE_CALLS = {
     *(("__builtin__", name) for name in _OPAQUE_BUILTINS),
 }
 
-# Dtypes and schemes of quantisation, which are values and not called.
+# Dtypes and quantisation schemes, which are values, not functions.
 _DTYPES = """float64 float32 float16 bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2
 float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2 complex32 complex64 complex128 bool uint8 uint16
 uint32 uint64 int8 int16 int32 int64 qint8 qint32 quint8 quint4x2 quint2x4 per_tensor_affine
 per_channel_affine per_tensor_symmetric per_channel_symmetric""".split()
 
-# All that a checkpoint's pickle may name: a list of dangerous names would never be complete.
+# An allowlist, because a list of dangerous names would never be complete.
 ALLOWED_NAMES = {
     *SEQUENCES,
     REBUILD_TENSOR,

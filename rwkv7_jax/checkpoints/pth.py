@@ -1,6 +1,6 @@
-"""PyTorch's zip checkpoints: read by memory map without running anything, and written.
+"""PyTorch's zip checkpoints: a reader that memory-maps and executes nothing, and a writer.
 
-A `.pth` file is a zip with one pickle and one entry for each storage.
+A `.pth` file is a zip archive with one pickle and one entry for each storage.
 Source: pytorch/pytorch torch/serialization.py (the layout).
 """
 
@@ -27,30 +27,30 @@ from rwkv7_jax.checkpoints.pickle_names import STORAGE_NAMES
 from rwkv7_jax.checkpoints.restricted_unpickler import RestrictedUnpickler
 from rwkv7_jax.checks import prefix_errors
 
-# A 13B model's pickle has some 200 kB; a much larger one is not a checkpoint.
+# A 13B model's pickle has about 200 kB; a much larger one is not a checkpoint.
 _PICKLE_LIMIT = 16 << 20
 
-# Bytes of the zip's list of entries.
+# Largest size in bytes of the zip's central directory.
 _DIRECTORY_LIMIT = 2 << 20
 
-# Of the data in the file, so that memory maps of it are aligned for every dtype.
+# Alignment of the data in the file, so that memory-mapped arrays are aligned for every dtype.
 _ALIGNMENT = 64
 
-# Characters of a reason that reach the terminal.
+# Longest reason, in characters, in an error message.
 _MESSAGE_LIMIT = 160
 
-# The entries with numbers, one for each storage.
+# The prefix of the storages' entries.
 _DATA = "data/"
 
-# Bytes of an entry's own header, in front of its name.
+# Bytes of an entry's local header, before its name.
 _LOCAL_HEADER = 30
 
-# An entry of ours, which other readers pass over.
+# Our own entry; other readers ignore it.
 _DIGEST_ENTRY = "rwkv7_jax.digest"
 
 
 class _LimitedReads(io.FileIO):
-    """File for `zipfile`, which reads the list of entries at once, however long it is."""
+    """File that limits how much `zipfile` reads for a central directory, however large it is."""
 
     def read(self, size: int | None = -1) -> bytes:
         """Reads at most the limit; the few reads without a size begin near the file's end."""
@@ -60,22 +60,22 @@ class _LimitedReads(io.FileIO):
 
 
 class StorageSums:
-    """The CRC-32 sums of a file's storages; each is compared once, with a tensor that lies in it.
+    """The CRC-32 checksums of a file's storages; each is checked once, when a tensor in it is read.
 
-    Reading a tensor brings its bytes from the disk, and the sum costs little more. A file is not
-    read for its sums alone.
+    Reading a tensor fetches its bytes from disk anyway, so the check costs little. A file is never
+    read only for its checksums.
     """
 
     def __init__(self, path: Path, entries: Mapping[str, tuple[memoryview, int]]):
-        """Starts with no sum compared.
+        """Starts with no checksum checked.
 
         Args:
-            path: of the file.
-            entries: of the file, with their sums.
+            path: path of the file.
+            entries: the entries of the file with their CRC-32.
         """
         self._path = path
         self._entries = entries
-        # Storages by the addresses that they are mapped to: a tensor does not say which is its own.
+        # Storages by mapped address, because a tensor does not know its storage.
         self._names: dict[int, str] = {}
         for name, (view, _) in entries.items():
             if name.startswith(_DATA) and len(view):
@@ -84,14 +84,14 @@ class StorageSums:
         self._compared: set[str] = set()
 
     def check(self, name: str, array: np.ndarray) -> None:
-        """Raises unless the storage of a tensor has the sum that the file gives.
+        """Raises unless the storage of a tensor matches its checksum.
 
         Args:
-            name: of the tensor, for the message.
+            name: name of the tensor, for the error message.
             array: a view of the file.
 
         Raises:
-            ValueError: it has another one; the message names the file and the tensor.
+            ValueError: the checksum differs; the message names the file and the tensor.
         """
         try:
             self._compare_tensor(name, array)
@@ -99,17 +99,17 @@ class StorageSums:
             raise _refusal(self._path, error) from None
 
     def check_all(self, content: Any) -> None:
-        """Raises unless every storage of the file has its sum.
+        """Raises unless every storage of the file matches its checksum.
 
         Args:
-            content: of the file.
+            content: the unpickled content of the file.
 
         Raises:
-            ValueError: one has another sum; the message is the reason alone.
+            ValueError: a checksum differs; the message is only the reason.
         """
         for name, array in _named_tensors(content):
             self._compare_tensor(name, array)
-        # Storages whose tensors have no name, as those in a list.
+        # Storages whose tensors have no name, such as those in a list.
         for entry in self._names.values():
             self._compare(entry, f"entry {entry!r}")
 
@@ -125,7 +125,7 @@ class StorageSums:
 
 
 def inner_dicts(content: dict[Any, Any]) -> list[dict[Any, Any]]:
-    """Lists the dicts in a dict, each once: a small file may have thousands of names for one."""
+    """Lists the distinct dicts in a dict; a small file may refer to one dict thousands of times."""
     found = {}
     for value in content.values():
         if isinstance(value, dict):
@@ -134,8 +134,8 @@ def inner_dicts(content: dict[Any, Any]) -> list[dict[Any, Any]]:
 
 
 def _named_tensors(content: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of a dict, and of dicts in it, with their names."""
-    # No deeper: trainers wrap a model once, and a hostile file may nest without end.
+    """Yields the tensors of a dict and of the dicts in it, with their names."""
+    # No deeper: trainers wrap a model once, and a malicious file may nest without end.
     tables = [content, *inner_dicts(content)] if isinstance(content, dict) else []
     for table in tables:
         for name, value in table.items():
@@ -160,7 +160,7 @@ def _entries(path: Path, data: mmap.mmap) -> dict[str, tuple[memoryview, int]]:
             start, end = _data_span(info, data)
             entries[name] = (content[start:end], info.CRC)
             spans.append((info.header_offset, end))
-    # Overlapping entries are how a small file unfolds into a large one.
+    # Overlapping entries let a small file expand into a large one.
     spans.sort()
     for (_, end), (next_start, _) in itertools.pairwise(spans):
         if end > next_start:
@@ -177,8 +177,8 @@ def _split_name(filename: str) -> tuple[str, str]:
 
 
 def _data_span(info: zipfile.ZipInfo, data: mmap.mmap) -> tuple[int, int]:
-    """Finds where an entry's data begin and end in the file."""
-    # PyTorch stores without compression, and compressed data could not be mapped.
+    """Finds where an entry's data begins and ends in the file."""
+    # PyTorch stores entries uncompressed, and compressed data could not be memory-mapped.
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise ValueError(f"its entry {info.filename!r} is compressed or encrypted")
     header = data[info.header_offset : info.header_offset + _LOCAL_HEADER]
@@ -186,7 +186,7 @@ def _data_span(info: zipfile.ZipInfo, data: mmap.mmap) -> tuple[int, int]:
         raise ValueError(
             f"its entry {info.filename!r} is damaged: its header is missing"
         )
-    # The lengths in the list of entries may differ from those in the entry's own header.
+    # The lengths in the central directory may differ from those in the local header.
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     start = info.header_offset + _LOCAL_HEADER + name_length + extra_length
     end = start + info.file_size
@@ -199,29 +199,29 @@ def _data_span(info: zipfile.ZipInfo, data: mmap.mmap) -> tuple[int, int]:
 
 @prefix_errors("read_pth")
 def read_pth(path: str | Path, *, verify: bool = False) -> Any:
-    """Reads a PyTorch checkpoint: flat or nested dicts with read-only views of the mapped file.
+    """Reads a PyTorch checkpoint: flat or nested dicts of read-only views of the mapped file.
 
-    bfloat16 comes as `ml_dtypes.bfloat16`, parameters as plain arrays, ordered dicts and counters
-    as dicts. Of dtypes, devices, bytes and tensors of further dtypes there are names alone.
+    bfloat16 becomes `ml_dtypes.bfloat16`. Parameters become plain arrays; ordered dicts and
+    counters become dicts. Dtypes, devices, bytes and tensors of other dtypes become names.
 
     Args:
-        path: a file that `torch.save` wrote in its zip format (PyTorch 1.6 and newer).
-        verify: compare every entry with its CRC-32 and the arrays with the file's digest, which
-            reads the complete file.
+        path: a file in the zip format of `torch.save` (PyTorch 1.6 and newer).
+        verify: check every entry against its CRC-32 and the arrays against the file's digest; reads
+            the whole file.
 
     Raises:
-        ValueError: any other file, or a damaged one; a forbidden name in the pickle is in the
-            message.
+        ValueError: the file is not in this format, is damaged, or its pickle uses a forbidden name,
+            which the message contains.
     """
     return open_pth(Path(path), verify=verify)[0]
 
 
 def open_pth(path: Path, *, verify: bool = False) -> tuple[Any, StorageSums]:
-    """Reads a checkpoint as `read_pth` does, and its sums, to be compared tensor by tensor.
+    """Reads a checkpoint like `read_pth`, and returns the checksums to check tensor by tensor.
 
     Args:
-        path: of the file.
-        verify: compare all of it at once, as `read_pth` does.
+        path: path of the file.
+        verify: check the whole file at once, like `read_pth`.
 
     Raises:
         ValueError: see `read_pth`.
@@ -233,7 +233,7 @@ def open_pth(path: Path, *, verify: bool = False) -> tuple[Any, StorageSums]:
         return _read(path, verify)
     except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise _refusal(path, error) from None
-    # What the unpickler's stack and memo raise when a program does not fit them.
+    # The errors of a malformed pickle: stack or memo underflow, or wrong operand types.
     except (
         LookupError,
         TypeError,
@@ -242,11 +242,11 @@ def open_pth(path: Path, *, verify: bool = False) -> tuple[Any, StorageSums]:
         RecursionError,
         struct.error,
     ):
-        raise ValueError(f"`{path}` is refused: its pickle is broken.") from None
+        raise ValueError(f"`{path}` is refused: its pickle is malformed.") from None
 
 
 def _refusal(path: Path, reason: Exception) -> ValueError:
-    """Makes the error for a file that is refused."""
+    """Builds the error for a rejected file."""
     return ValueError(f"`{path}` is refused: {_printable(reason)}.")
 
 
@@ -258,7 +258,7 @@ def _refuse_other_files(path: Path) -> None:
         sentence = (
             "holds safetensors: rename it to .safetensors (web-rwkv's files to .st)"
         )
-    # Whether the list of entries is at its end.
+    # `is_zipfile` looks for the central directory at the file's end.
     elif sentence is None and not zipfile.is_zipfile(path):
         if file_signatures.is_zip(head):
             sentence = file_signatures.describe_cut_zip(path)
@@ -269,16 +269,16 @@ def _refuse_other_files(path: Path) -> None:
 
 
 def _read(path: Path, verify: bool) -> tuple[Any, StorageSums]:
-    """Reads a checkpoint; the messages of its errors are reasons alone."""
-    # Not read: a copy of a 13B model would cost 26 GB.
+    """Reads a checkpoint; its error messages are only the reason."""
+    # Memory-mapped, because a copy of a 13B model would cost 26 GB.
     data = map_file(path)
     entries = _entries(path, data)
     program = bytes(_content(entries, "data.pkl")[: _PICKLE_LIMIT + 1])
     if not program or len(program) > _PICKLE_LIMIT:
-        raise ValueError("it has no data.pkl of a sensible size")
+        raise ValueError("its data.pkl is missing, empty or too large")
     if "byteorder" in entries and bytes(_content(entries, "byteorder")) != b"little":
         raise ValueError("it is not in little-endian order")
-    # The small entries are always compared: a damaged pickle would give other names and shapes.
+    # The small entries are always checked: a damaged pickle could give wrong names and shapes.
     storages = {}
     for name, (view, _) in entries.items():
         if name.startswith(_DATA):
@@ -296,22 +296,22 @@ def _read(path: Path, verify: bool) -> tuple[Any, StorageSums]:
 
 
 def _content(entries: dict[str, tuple[memoryview, int]], name: str) -> memoryview:
-    """Returns the bytes of an entry; none where the entry is missing."""
+    """Returns the bytes of an entry; empty if the entry is missing."""
     return entries[name][0] if name in entries else memoryview(b"")
 
 
 def _check_crc(
     entries: Mapping[str, tuple[memoryview, int]], name: str, subject: str
 ) -> None:
-    """Raises unless an entry has the CRC-32 that the list of entries gives.
+    """Raises unless an entry matches the CRC-32 in the central directory.
 
     Args:
-        entries: of the file.
-        name: of the entry.
-        subject: what the entry is to a reader, for the message.
+        entries: the entries of the file.
+        name: name of the entry.
+        subject: description of the entry, for the error message.
     """
     view, expected = entries[name]
-    # PyTorch can be told to leave the sums out, and writes 0 then.
+    # PyTorch can be configured not to compute checksums, and then writes 0.
     if expected and zlib.crc32(view) != expected:
         raise ValueError(
             f"its {subject} is damaged (its CRC-32 differs); download or copy it again"
@@ -319,7 +319,7 @@ def _check_crc(
 
 
 def _check_digest(content: Any, expected: bytes) -> None:
-    """Raises unless the arrays of a file that `write_pth` wrote have the digest in it."""
+    """Raises unless the arrays match the digest that `write_pth` stored in the file."""
     if digest_of_arrays(content.items()).encode() != expected:
         raise ValueError(
             "its tensors are not those that were written (their digest differs)"
@@ -333,7 +333,7 @@ def has_digest(path: Path) -> bool:
 
 
 def _printable(error: Exception) -> str:
-    """Shortens a reason to one printable line: names in a hostile file may hold anything."""
+    """Shortens a reason to one printable line: names in a malicious file may hold anything."""
     text = ""
     for character in str(error)[:_MESSAGE_LIMIT]:
         text += character if character.isprintable() else "?"
@@ -341,12 +341,12 @@ def _printable(error: Exception) -> str:
 
 
 def _pickled(value: str | int | bool) -> bytes:
-    """Pickles one value without the protocol's opcode in front and the stop opcode at the end."""
+    """Pickles one value without the leading PROTO and the trailing STOP opcode."""
     return pickle.dumps(value, 2)[2:-1]
 
 
 def _pickled_tuple(values: Iterable[int]) -> bytes:
-    """Pickles a tuple of any length: a mark, the values, the opcode that gathers them."""
+    """Pickles a tuple of any length: MARK, the values, TUPLE."""
     return b"(" + b"".join(map(_pickled, values)) + b"t"
 
 
@@ -377,13 +377,13 @@ def _pickled_tensor(key: str, array: np.ndarray) -> bytes:
 
 
 def _add_entry(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
-    """Adds one stored entry whose data begin at a multiple of the alignment, for memory maps."""
+    """Adds one uncompressed entry whose data is aligned for memory-mapping."""
     info = zipfile.ZipInfo(f"archive/{name}")
     assert archive.fp is not None
-    # `zipfile` gives an entry a longer header by the same margin.
+    # `zipfile` uses the same margin to choose the longer ZIP64 header.
     is_long = len(data) * 1.05 > zipfile.ZIP64_LIMIT
     header = _LOCAL_HEADER + len(info.filename) + (20 if is_long else 0)
-    # The padding is an extra field, which begins with two bytes of name and two of length.
+    # The padding is an extra field, which starts with a two-byte id and a two-byte length.
     start = archive.fp.tell() + header + 4
     padding = -start % _ALIGNMENT
     info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
@@ -391,13 +391,12 @@ def _add_entry(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) ->
 
 
 def write_pth(path: str | Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes a file that `torch.load(weights_only=True)` reads, also with `mmap`.
+    """Writes a file atomically that `torch.load(weights_only=True)` reads, also with `mmap=True`.
 
-    A write that fails leaves what was there before. Arrays are taken from `tensors` one at a time,
-    so that a lazy iterable needs memory for one.
+    Arrays are taken from `tensors` one at a time, so a lazy iterable needs memory for only one.
 
     Raises:
-        ValueError: a dtype that has no PyTorch storage, or a folder that does not exist.
+        ValueError: PyTorch has no storage for a dtype, or the folder does not exist.
     """
     with atomic_write(Path(path)) as file:
         dump_pth(file, tensors)
@@ -407,18 +406,18 @@ def dump_pth(file: BinaryIO, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes the bytes of a .pth file into an open file.
 
     Raises:
-        ValueError: a dtype that has no PyTorch storage.
+        ValueError: PyTorch has no storage for a dtype.
     """
     digest = ContentDigest()
     with zipfile.ZipFile(file, "w") as archive:
-        # Protocol 2, an empty dict, a mark; the items follow, and SETITEMS and STOP at the end.
+        # PROTO 2, EMPTY_DICT and MARK; the items follow, then SETITEMS and STOP.
         program = [b"\x80\x02}("]
         for number, (name, array) in enumerate(tensors):
             if array.dtype not in STORAGE_NAMES:
                 raise ValueError(
-                    f"write_pth: `{name}` must have a dtype of PyTorch's; got {array.dtype}."
+                    f"write_pth: `{name}` must have a dtype that PyTorch stores; got {array.dtype}."
                 )
-            # `ascontiguousarray` would make a scalar a vector of one; the shape is kept apart.
+            # `ascontiguousarray` turns a scalar into a vector, so the shape is restored below.
             contiguous = np.ascontiguousarray(array)
             _add_entry(
                 archive, f"data/{number}", contiguous.reshape(-1).view(np.uint8).data
@@ -428,7 +427,7 @@ def dump_pth(file: BinaryIO, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
             program.append(_pickled_tensor(str(number), shaped))
             digest.add(name, shaped)
         program.append(b"u.")
-        # PyTorch writes the pickle first; readers find entries by name, and we know it only now.
+        # PyTorch writes the pickle first, but it is complete only now; entries are found by name.
         _add_entry(archive, "data.pkl", b"".join(program))
         _add_entry(archive, "byteorder", b"little")
         _add_entry(archive, "version", b"3\n")

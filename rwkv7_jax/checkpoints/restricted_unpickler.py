@@ -1,8 +1,8 @@
-"""The pickles inside PyTorch checkpoints, interpreted without running what they say.
+"""A safe interpreter for the pickles inside PyTorch checkpoints.
 
-A pickle is a program. Here it is interpreted opcode by opcode. The only names that it may use are
-those of tensors, storages, dicts, and of things such as dtypes and devices, which stay names.
-Nothing that it names is ever imported or called.
+A pickle is a program. This module interprets it opcode by opcode and allows only the names of
+tensors, storages and dicts, and of things such as dtypes and devices, which stay names. It never
+imports or calls anything that a pickle names.
 """
 
 import io
@@ -28,30 +28,30 @@ from rwkv7_jax.checkpoints.pickle_names import (
     STORAGES,
 )
 
-# A 13B model takes some 75,000 steps; without a limit a file of 16 MB builds 1.3 GB of empty dicts.
+# A 13B model takes about 75,000 steps. Unlimited, a 16 MB file could build 1.3 GB of empty dicts.
 _STEP_LIMIT = 250_000
 
-# Tensors may together have this many times the bytes of all storages. Tied weights share a storage;
-# a few bytes that pose as thousands of matrices are a bomb.
+# The tensors together may have this many times the bytes of all storages. Tied weights share a
+# storage; thousands of matrices over a few bytes are a memory bomb.
 _SHARING_LIMIT = 8
 
-# Bytes that tensors may have however small the storages are.
+# Bytes that the tensors may always have, however small the storages are.
 _ALWAYS_ALLOWED = 64 << 20
 
 _MAX_AXES = 16
 
-# Arguments of a call that is not made.
+# Most arguments of a call whose result is ignored.
 _MOST_ARGUMENTS = 16
 
-# Larger sizes, offsets and strides would overflow NumPy's.
+# Larger sizes, offsets and strides would overflow in NumPy.
 _MAX_NUMBER = 1 << 62
 
-# Characters of a refused name in a message, which ends with what to do.
+# Longest rejected name, in characters, in a message; the advice after it must stay visible.
 _NAME_LIMIT = 56
 
 
 class _Global(NamedTuple):
-    """A name that the pickle used; it is never looked up."""
+    """A global name in the pickle; it is never imported."""
 
     module: str
     name: str
@@ -65,7 +65,7 @@ class _Storage(NamedTuple):
 
 
 class UnreadTensor(NamedTuple):
-    """A tensor whose numbers are not read, or its storage.
+    """A tensor or a storage whose data is not read.
 
     Attributes:
         kind: its dtype, or "sparse", "quantised" or "meta".
@@ -78,16 +78,16 @@ _MARK = object()
 
 
 class RestrictedUnpickler:
-    """The part of a pickle interpreter that checkpoints need; other opcodes are refused.
+    """The subset of a pickle interpreter that checkpoints need; rejects all other opcodes.
 
-    Stack and memo may underflow in a broken program: the caller has to catch `LookupError`.
+    Stack and memo may underflow in a malformed program, so the caller must catch `LookupError`.
     """
 
     def __init__(self, storages: dict[str, memoryview]):
         """Starts with an empty stack.
 
         Args:
-            storages: the bytes of each storage by key.
+            storages: the bytes of each storage, by key.
         """
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
@@ -99,17 +99,17 @@ class RestrictedUnpickler:
         """Interprets a program and returns what it builds.
 
         Raises:
-            ValueError: the reason alone, for the caller to complete.
+            ValueError: the program is rejected; the message is only the reason.
         """
         file = io.BytesIO(program)
         for _ in range(_STEP_LIMIT):
             code = file.read(1)
             opcode = _OPCODES.get(code)
-            # Before its argument is read: some readers parse long texts.
+            # Checked before its argument is read: some readers parse long strings.
             if opcode is None or opcode.name not in _SUPPORTED:
                 name = opcode.name if opcode else code.hex() or "nothing at its end"
                 raise ValueError(f"its pickle uses {name}, which no checkpoint needs")
-            # Whatever follows the first STOP is not part of the program.
+            # Anything after the first STOP is not part of the program.
             if opcode.name == "STOP":
                 return self._stack.pop()
             argument = None
@@ -132,12 +132,12 @@ class RestrictedUnpickler:
             _HANDLERS[name](self, argument)
 
     def _pop_many(self, count: int) -> list[Any]:
-        """Takes some values off the stack, in the order in which they were pushed."""
+        """Pops a number of values and returns them in the order in which they were pushed."""
         values = [self._stack.pop() for _ in range(count)]
         return values[::-1]
 
     def _pop_to_mark(self) -> list[Any]:
-        """Takes the values after the last mark off the stack, and the mark."""
+        """Pops the values after the last mark, and the mark."""
         values = []
         value = self._stack.pop()
         while value is not _MARK:
@@ -145,19 +145,19 @@ class RestrictedUnpickler:
             value = self._stack.pop()
         return values[::-1]
 
-    def _nothing(self, _: Any) -> None:
-        """Ignores the opcode: protocol and frames say nothing that matters here."""
+    def _ignore(self, _: Any) -> None:
+        """Ignores the opcode, as protocol and frames do not matter here."""
 
     def _put(self, key: int) -> None:
-        """Remembers the top of the stack under a number."""
+        """Stores the top of the stack in the memo under a number."""
         self._memo[key] = self._stack[-1]
 
     def _memoize(self, _: Any) -> None:
-        """Remembers the top of the stack under the next number."""
+        """Stores the top of the stack in the memo under the next number."""
         self._memo[len(self._memo)] = self._stack[-1]
 
     def _get(self, key: int) -> None:
-        """Pushes what was remembered under a number."""
+        """Pushes a value from the memo."""
         self._stack.append(self._memo[key])
 
     def _global(self, name: tuple[str, str]) -> None:
@@ -170,20 +170,20 @@ class RestrictedUnpickler:
         self._stack.append(_allowed(module, name))
 
     def _tuple(self, _: Any) -> None:
-        """Gathers the values after the last mark."""
+        """Gathers the values after the last mark into a tuple."""
         self._stack.append(tuple(self._pop_to_mark()))
 
     def _persistent_id(self, _: Any) -> None:
-        """Replaces a description by its storage."""
+        """Replaces a persistent id by the storage that it describes."""
         self._stack.append(self._storage(self._stack.pop()))
 
     def _reduce(self, _: Any) -> None:
-        """Replaces a name and its arguments by what the call would give."""
+        """Replaces a function and its arguments by the result of the call."""
         function, arguments = self._pop_many(2)
         self._stack.append(self._call(function, arguments))
 
     def _build(self, _: Any) -> None:
-        """Drops the attributes of an ordered dict: its `_metadata` is of no use here."""
+        """Drops the attributes of an ordered dict, whose `_metadata` is not needed."""
         self._stack.pop()
         if not isinstance(self._stack[-1], dict):
             raise ValueError("it sets the attributes of something that is not a dict")
@@ -197,11 +197,11 @@ class RestrictedUnpickler:
         self._extend_list(self._pop_to_mark())
 
     def _set_item(self, _: Any) -> None:
-        """Puts one item into a dict."""
+        """Sets one item of a dict."""
         self._update_dict(self._pop_many(2))
 
     def _set_items(self, _: Any) -> None:
-        """Puts the items after the last mark into a dict."""
+        """Sets the items after the last mark in a dict."""
         self._update_dict(self._pop_to_mark())
 
     def _extend_list(self, values: list[Any]) -> None:
@@ -212,7 +212,7 @@ class RestrictedUnpickler:
         target.extend(values)
 
     def _update_dict(self, items: list[Any]) -> None:
-        """Puts keys and values, which alternate, into the dict on top of the stack."""
+        """Sets alternating keys and values in the dict on top of the stack."""
         target = self._stack[-1]
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError("its pickle sets items of something that is not a dict")
@@ -224,7 +224,7 @@ class RestrictedUnpickler:
         target.update(zip(keys, items[1::2], strict=True))
 
     def _storage(self, description: Any) -> _Storage | UnreadTensor:
-        """Finds the storage that a persistent id describes."""
+        """Returns the storage that a persistent id describes."""
         if not (isinstance(description, tuple) and len(description) == 5):
             raise ValueError("it describes a storage in an unknown way")
         _, kind, key, _, count = description
@@ -244,16 +244,16 @@ class RestrictedUnpickler:
         return _Storage(dtype, np.frombuffer(data, dtype, count))
 
     def _call(self, function: Any, arguments: Any) -> Any:
-        """Returns what one of the known functions would return."""
+        """Returns the result of one of the known functions."""
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
             raise ValueError("it calls something that is not a name")
         if function in (ORDERED_DICT, COUNTER) and arguments in ((), ([],)):
             return {}
         if function == COUNTER and len(arguments) == 1:
-            # Not a copy: calls without end would make as many of one large dict.
+            # No copy, because endless calls would copy one large dict as often.
             if isinstance(arguments[0], dict):
                 return arguments[0]
-        # Shapes and sets of names, which trainers write next to the tensors; not copied either.
+        # Shapes and sets of names, which trainers store next to the tensors; not copied either.
         if function in SEQUENCES and len(arguments) == 1:
             if isinstance(arguments[0], tuple | list):
                 return arguments[0]
@@ -270,10 +270,10 @@ class RestrictedUnpickler:
     def _rebuilt(
         self, function: Any, arguments: Any
     ) -> np.ndarray | UnreadTensor | None:
-        """Returns what a function that rebuilds a tensor would return; None for any other."""
+        """Returns the tensor that a rebuild function gives; None for any other function."""
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
             return None
-        # The further arguments are `requires_grad`, hooks and attributes.
+        # The other arguments are `requires_grad`, hooks and attributes.
         if function in REBUILD_PARAMETERS and arguments:
             if isinstance(arguments[0], np.ndarray | UnreadTensor):
                 return arguments[0]
@@ -293,12 +293,12 @@ class RestrictedUnpickler:
     def _tensor(
         self, storage: _Storage, offset: Any, shape: Any, strides: Any
     ) -> np.ndarray:
-        """Returns a read-only view of a storage, and counts its bytes."""
+        """Returns a read-only view of a storage and counts its bytes towards the limit."""
         tensor = _strided_view(storage, offset, shape, strides)
         self._bytes_left -= tensor.nbytes
         if self._bytes_left < 0:
             raise ValueError(
-                "its tensors overlap so often that they unfold to many times it"
+                "its tensors overlap so much that they expand to many times the file's size"
             )
         return tensor
 
@@ -335,8 +335,8 @@ _TUPLE_SIZES = {
 }
 
 _HANDLERS: dict[str, Callable[[RestrictedUnpickler, Any], None]] = {
-    "PROTO": RestrictedUnpickler._nothing,
-    "FRAME": RestrictedUnpickler._nothing,
+    "PROTO": RestrictedUnpickler._ignore,
+    "FRAME": RestrictedUnpickler._ignore,
     "BINPUT": RestrictedUnpickler._put,
     "LONG_BINPUT": RestrictedUnpickler._put,
     "MEMOIZE": RestrictedUnpickler._memoize,
@@ -360,30 +360,29 @@ _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opco
 
 
 def _read_global(file: io.BytesIO) -> tuple[str, str]:
-    """Reads two lines as they are: the standard reader would undo escapes."""
+    """Reads two lines verbatim; the standard reader would decode escapes."""
     module = file.readline().rstrip(b"\n").decode("latin-1")
     name = file.readline().rstrip(b"\n").decode("latin-1")
     return module, name
 
 
 def _allowed(module: Any, name: Any) -> _Global:
-    """Returns a name, or refuses one that checkpoints do not need."""
-    # Printing anything but a name could unfold a memo bomb.
+    """Returns a global name, or rejects one that checkpoints do not need."""
+    # Printing anything but a name could expand a memo bomb.
     if not (isinstance(module, str) and isinstance(name, str)):
         raise ValueError("it asks for something that is not a name")
-    # Names that are allowed: a list of dangerous ones would never be complete.
     if (module, name) not in ALLOWED_NAMES:
         shown = f"{module}.{name}"[:_NAME_LIMIT]
         raise ValueError(
             f"it asks for `{shown}`, which is not allowed in a checkpoint: load it with PyTorch "
-            "and save its state_dict alone"
+            "and save only its state_dict"
         )
     return _Global(module, name)
 
 
 def _are_plain(arguments: tuple[Any, ...]) -> bool:
-    """Returns whether the arguments of a call are texts, numbers and names, as devices have."""
-    # Otherwise calls without end, all of one large tuple, would take hours.
+    """Returns whether a call's arguments are only strings, numbers and names, as for devices."""
+    # Otherwise endless calls on one large tuple would take hours.
     if len(arguments) > _MOST_ARGUMENTS:
         return False
     plain = str | bytes | int | float | _Global
@@ -398,7 +397,7 @@ def _is_size(number: Any) -> bool:
 def _strided_view(
     storage: _Storage, offset: Any, shape: Any, strides: Any
 ) -> np.ndarray:
-    """Returns a read-only view of a storage; offset and strides count numbers, not bytes."""
+    """Returns a read-only view of a storage; offset and strides count elements, not bytes."""
     if not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise ValueError("a tensor's shape is not a tuple of sizes")
     if len(shape) != len(strides) or len(shape) > _MAX_AXES:
@@ -410,7 +409,7 @@ def _strided_view(
         last += (size - 1) * stride
     count = math.prod(shape)
     available = len(storage.array)
-    # The second: strides of 0 would make any number of elements of one.
+    # The second condition: strides of 0 would turn one element into any number of elements.
     if count and (last >= available or count > available):
         raise ValueError(
             f"a tensor of shape {shape} extends past the end of its storage"

@@ -1,6 +1,6 @@
-"""Files of rwkv.cpp: one tensor after the other, each with its shape, its name and its numbers.
+"""Files of rwkv.cpp: a sequence of tensors, each with its shape, name and data.
 
-The names are official but for `att.x_rwkvag`, which holds all six lerps; the low-rank matrices are
+The names are official except `att.x_rwkvag`, which holds all six lerps. The low-rank matrices are
 transposed.
 Source: RWKV/rwkv.cpp@4358e70 docs/FILE_FORMAT.md.
 """
@@ -15,29 +15,29 @@ import numpy as np
 from rwkv7_jax.checkpoints.mapped_files import map_file
 from rwkv7_jax.checkpoints.tensor_names import Shape, Tensor
 
-# Magic, version, vocabulary, width, layers, type of most tensors.
+# Magic number, version, vocabulary size, width, number of layers, type of most tensors.
 _HEADER = struct.Struct("<6i")
 
-# Number of axes, length of the name, type.
+# Number of axes, length of the name, type of the tensor.
 _ENTRY = struct.Struct("<3i")
 
-# 101 differs from 100 in quantised types alone.
+# Version 101 differs from 100 only in quantised types.
 _VERSIONS = (100, 101)
 
 _DTYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float16)}
 
 _QUANTIZED = {2: "Q4_0", 3: "Q4_1", 7: "Q5_0", 8: "Q5_1", 9: "Q8_0"}
 
-# Longer than any that a checkpoint has: a damaged count must not make us read the file as a name.
+# More than any checkpoint has: with a damaged count, the rest of the file could be read as a name.
 _MOST_AXES = 4
 _LONGEST_NAME = 256
 
 
 def read_rwkv_cpp(path: Path) -> dict[str, Tensor]:
-    """Opens a file of rwkv.cpp; the numbers are read from a memory map when they are needed.
+    """Opens a memory-mapped file of rwkv.cpp; tensor data is read on demand.
 
     Raises:
-        ValueError: quantised numbers, or a damaged file; the message has the path.
+        ValueError: the file is quantised or damaged; the message has the path.
     """
     data = map_file(path)
     _check_header(data, path)
@@ -55,7 +55,7 @@ def read_rwkv_cpp(path: Path) -> dict[str, Tensor]:
 
 
 def _check_header(data: mmap.mmap, path: Path) -> None:
-    """Raises unless the header is one of a file with numbers that are not quantised."""
+    """Raises unless the header is that of a file that is not quantised."""
     if len(data) < _HEADER.size:
         raise _cut(path, "inside its header")
     _, version, *_, kind = _HEADER.unpack_from(data)
@@ -68,12 +68,12 @@ def _check_header(data: mmap.mmap, path: Path) -> None:
 
 
 def _dtype_of(kind: int, path: Path) -> np.dtype:
-    """Returns the dtype of a type's number; raises for those that are quantised."""
+    """Returns the dtype for a type code; raises for quantised types."""
     if kind in _DTYPES:
         return _DTYPES[kind]
     if kind in _QUANTIZED:
         raise ValueError(
-            f"`{path}` is a file of rwkv.cpp quantised to {_QUANTIZED[kind]}; take the "
+            f"`{path}` is a file of rwkv.cpp quantised to {_QUANTIZED[kind]}; use the "
             "FP32 or FP16 file that it was made from."
         )
     raise _damaged(path, f"it has tensors of the unknown type {kind}")
@@ -82,7 +82,7 @@ def _dtype_of(kind: int, path: Path) -> np.dtype:
 def _read_entry(
     data: mmap.mmap, position: int, path: Path
 ) -> tuple[str, Shape, np.dtype, int]:
-    """Reads a tensor's name, shape and dtype, and where its numbers begin."""
+    """Reads a tensor's name, shape and dtype, and the offset of its data."""
     if position + _ENTRY.size > len(data):
         raise _cut(path, "between two tensors")
     axes, length, kind = _ENTRY.unpack_from(data, position)
@@ -102,7 +102,7 @@ def _read_entry(
 
 
 def _cut(path: Path, place: str) -> ValueError:
-    """Makes the error of a file that ends too early."""
+    """Builds the error for a truncated file."""
     size = path.stat().st_size
     return ValueError(
         f"`{path}` is an incomplete download: the file ends {place} ({size:,} bytes); "
@@ -111,5 +111,5 @@ def _cut(path: Path, place: str) -> ValueError:
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
-    """Makes the error of a file that is not what rwkv.cpp writes."""
+    """Builds the error for a file that rwkv.cpp cannot have written."""
     return ValueError(f"`{path}` is a damaged file of rwkv.cpp: {reason}.")

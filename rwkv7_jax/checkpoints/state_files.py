@@ -1,12 +1,13 @@
 """Start states as files that other RWKV tools read.
 
-`.pth` and `.safetensors` hold `blocks.{i}.att.time_state` as [H, value, key], which for RWKV-7 is
-the runtime's own order: nothing is transposed. `.st` and `.state`, safetensors for web-rwkv and
-Ai00, swap the last two axes. Token-shift states that are not zero go under names of our own,
-`blocks.{i}.att.shift_state` and `blocks.{i}.ffn.shift_state`, and so do the logits of a session's
-next token, `session.logits`. Upscaled memories, with all that is
-needed to read them, go into `.safetensors` files as `upscaled.{name}`. A sidecar says what the file
-alone cannot (see `state_sidecar`).
+* `.pth` and `.safetensors` hold `blocks.{i}.att.time_state` as [H, value, key], the axis order of
+  the model, so nothing is transposed.
+* `.st` and `.state`, safetensors files for web-rwkv and Ai00, swap the last two axes.
+* Non-zero token-shift states have names of our own, `blocks.{i}.att.shift_state` and
+  `blocks.{i}.ffn.shift_state`. So do the logits of a session's next token, `session.logits`.
+* Upscaled memories and their features need `.safetensors`, under `upscaled.{name}`.
+
+A sidecar holds what the file itself cannot (see `state_sidecar`).
 Source: JL-er/RWKV-PEFT@5b8aac9 (the names); josStorer/RWKV-Runner@64269f0
 backend-python/utils/rwkv.py.
 """
@@ -67,7 +68,7 @@ from rwkv7_jax.model.upscaled_memory import Upscaled, check_form
 
 SUFFIXES = (".pth", *SAFETENSORS_AXES)
 
-# Leaves of `Upscaled.features` and of `Upscaled`, by their names in the file.
+# Leaves of `Upscaled.features` and of `Upscaled`, under their names in the file.
 _FEATURE_LEAVES = ("landmarks", "widths", "mean", "map")
 
 _MEMORY_LEAVES = ("memory", "write", "readout")
@@ -76,7 +77,7 @@ _REQUIRED_LEAVES = ("memory", "write", "landmarks", "widths", "mean")
 
 
 def _written_axes(path: Path) -> str:
-    """Returns the axes that a file of this suffix is written with."""
+    """Returns the axis order in which a file with this suffix is written."""
     return SAFETENSORS_AXES.get(path.suffix, AXES)
 
 
@@ -89,22 +90,23 @@ def save_state(
     dtype: Any = None,
     logits: Any = None,
 ) -> None:
-    """Saves a start state and its sidecar; a write that fails leaves what was there before.
+    """Saves a start state and its sidecar; a failed write leaves the previous pair in place.
 
     Args:
-        path: `.pth`, `.safetensors`, `.st` or `.state`; an upscaled state needs `.safetensors`.
-        state: batch 1.
-        config: of the model, to refuse a state of another one.
-        info: further entries of the sidecar: the base model's hash, a score.
-        dtype: of the WKV tensors; the others are float32. None is float16 for `.state`, which Ai00
-            reads in no other, and float32 elsewhere.
-        logits: for the token that comes next, [V] or [1, V], to go on without a prompt (see
+        path: a `.pth`, `.safetensors`, `.st` or `.state` file; an upscaled state needs
+            `.safetensors`.
+        state: a state of batch size 1.
+        config: the model's config; a state that does not fit it is rejected.
+        info: extra entries for the sidecar, such as the base model's hash or a score.
+        dtype: dtype of the WKV tensors; all others are float32. None selects float16 for `.state`,
+            the only dtype that Ai00 reads, and float32 otherwise.
+        logits: logits of the next token, [V] or [1, V], to resume without a prompt (see
             `load_logits`).
 
     Raises:
-        ValueError: more than one sequence, another model's state, an unknown suffix, NaN or Inf,
-            numbers that `dtype` cannot hold, or `info` that is not JSON.
-        TypeError: not a state, or `dtype` is not floating-point.
+        ValueError: the state has several sequences, does not fit the model, is not finite or is out
+            of range for `dtype`; the suffix is unknown; or `info` is not JSON.
+        TypeError: `state` is not a state, or `dtype` is not floating-point.
     """
     with prefix_errors("save_state"):
         path = local_path(path, "`path`", target=True)
@@ -112,7 +114,7 @@ def save_state(
             raise ValueError(f"`path` must end in {', '.join(SUFFIXES)}; got {path}.")
         check_target(path, "`path`")
         if dtype is None:
-            # web-rwkv up to 0.10 reads float16 only. `.st` files stay as they have always been.
+            # web-rwkv up to 0.10 reads only float16. `.st` keeps float32, as in earlier versions.
             dtype = "float16" if path.suffix == ".state" else "float32"
         dtype = require_float_dtype(dtype)
         _check_writable(state, path, config)
@@ -127,13 +129,13 @@ def save_state(
         else:
             dump_safetensors(file, tensors.items())
         file.flush()
-        # The tensors are replaced when the block ends: until then the old sidecar counts.
+        # The tensors are replaced when the block ends; until then the old sidecar is valid.
         write_json(sidecar(path), {**table, PREVIOUS: previous_table(path)})
     write_json(sidecar(path), table)
 
 
 def _check_writable(state: RWKV7State, path: Path, config: RWKV7Config | None) -> None:
-    """Raises unless a state is one that the loader would take."""
+    """Raises unless the loader would accept the state."""
     check_instance(state, RWKV7State, "`state`")
     check_not_donated(state, "`state`")
     if np.ndim(state.wkv) != 5 or 0 in np.shape(state.wkv):
@@ -153,7 +155,7 @@ def _check_writable(state: RWKV7State, path: Path, config: RWKV7Config | None) -
             )
     if state.upscaled is None:
         return
-    # Tools that read the other formats would take the WKV part for all of the state.
+    # Tools that read the other formats would mistake the WKV part for the whole state.
     if path.suffix != ".safetensors":
         raise ValueError(
             f"`path` of an upscaled state must end in .safetensors; got {path}."
@@ -162,17 +164,17 @@ def _check_writable(state: RWKV7State, path: Path, config: RWKV7Config | None) -
 
 
 def _finite_array(array: Any, dtype: np.dtype, name: str) -> np.ndarray:
-    """Converts an array to the dtype of the file; raises unless every number arrives there."""
+    """Converts an array to the file's dtype; raises unless every value stays finite."""
     wide = np.asarray(array)
     if not is_finite(wide):
         raise ValueError(f"`state` must be finite; got NaN or Inf in {name}.")
-    # NumPy warns of numbers that become Inf; the error below names the tensor as well.
+    # NumPy would warn of an overflow; the error below also names the tensor.
     with np.errstate(over="ignore"):
         narrow = np.ascontiguousarray(wide).astype(dtype)
     if overflows(wide, narrow):
         largest = float(np.abs(wide.astype(np.float32)).max())
         raise ValueError(
-            f"`dtype` must hold the state's numbers; {dtype} cannot hold {largest:.4g} in {name}."
+            f"`dtype` must hold the state's values; {dtype} cannot hold {largest:.4g} in {name}."
         )
     return narrow
 
@@ -180,7 +182,7 @@ def _finite_array(array: Any, dtype: np.dtype, name: str) -> np.ndarray:
 def _state_tensors(
     state: RWKV7State, path: Path, dtype: np.dtype
 ) -> dict[str, np.ndarray]:
-    """Returns a state's tensors as a file of this suffix has them, in the file's order."""
+    """Returns a state's tensors as a file with this suffix stores them, in the file's order."""
     tensors = {}
     if state.upscaled is not None:
         tensors.update(_upscaled_tensors(state.upscaled))
@@ -190,7 +192,7 @@ def _state_tensors(
         name = f"blocks.{layer}.att.time_state"
         tensors[name] = _finite_array(wkv, dtype, name)
     for part, shift in (("att", state.att_shift), ("ffn", state.ffn_shift)):
-        # Other tools do not know these names: a file has them only where they matter.
+        # Other tools do not know these names, so they are written only if not all zero.
         if not np.any(shift):
             continue
         for layer, row in enumerate(np.asarray(shift[:, 0])):
@@ -200,7 +202,7 @@ def _state_tensors(
 
 
 def _logits_array(logits: Any) -> np.ndarray:
-    """Checks the logits of one token and returns them as a file has them, float32 [V]."""
+    """Checks the logits of one token and returns them as stored in a file, float32 [V]."""
     logits = as_array(logits, "`logits`")
     if logits.ndim not in (1, 2) or logits.size != logits.shape[-1] or not logits.size:
         raise ValueError(
@@ -215,7 +217,7 @@ def _upscaled_tensors(upscaled: Upscaled) -> dict[str, np.ndarray]:
     for name in (*_FEATURE_LEAVES, *_MEMORY_LEAVES):
         holder = upscaled.features if name in _FEATURE_LEAVES else upscaled
         leaf = getattr(holder, name)
-        # The map and the readout need not be there.
+        # The map and the readout are optional.
         if leaf is not None:
             name = UPSCALED + name
             tensors[name] = _finite_array(leaf[:, 0], np.dtype(np.float32), name)
@@ -228,7 +230,7 @@ def _sidecar_table(
     tensors: Mapping[str, np.ndarray],
     info: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Describes a state for its sidecar, and adds the caller's entries and the digests."""
+    """Builds the sidecar: the state's description, the caller's entries and the digests."""
     layers, _, heads, values, keys = state.wkv.shape
     meaning: dict[str, Any] = {
         "format": "rwkv7 start state",
@@ -253,7 +255,7 @@ def _sidecar_table(
 
 
 def _check_sizes(wkv: np.ndarray, config: RWKV7Config, subject: str) -> None:
-    """Raises unless WKV states [layers, heads, value, key] have a model's sizes."""
+    """Raises unless WKV states [layers, heads, value, key] fit a model."""
     expected = (config.num_layers, config.num_heads, config.head_size, config.head_size)
     if wkv.shape != expected:
         raise ValueError(
@@ -263,7 +265,7 @@ def _check_sizes(wkv: np.ndarray, config: RWKV7Config, subject: str) -> None:
 
 
 def _require_finite(array: np.ndarray, name: str, path: Path) -> None:
-    """Raises unless every number is finite."""
+    """Raises unless every value is finite."""
     if not is_finite(array):
         raise ValueError(f"`{path}` has NaN or Inf in {name}.")
 
@@ -271,12 +273,12 @@ def _require_finite(array: np.ndarray, name: str, path: Path) -> None:
 def _load_upscaled(
     tensors: Mapping[str, np.ndarray], table: Mapping[str, Any], path: Path
 ) -> Upscaled | None:
-    """Builds the upscaled memory of a file; None where there is none.
+    """Builds the upscaled memory of a file; returns None if there is none.
 
     Args:
-        tensors: by name without the prefix, without a batch axis.
+        tensors: tensors without a batch axis, by name without the prefix.
         table: the sidecar.
-        path: of the file, for messages.
+        path: path of the file, for error messages.
     """
     if not tensors:
         return None
@@ -319,22 +321,21 @@ def load_state(
     base_model: str | None = None,
     any_base: bool = False,
 ) -> RWKV7State:
-    """Loads a start state, batch 1, float32.
+    """Loads a start state in float32 with batch size 1.
 
-    Takes files of RWKV-PEFT, RWKV-Runner, State-Tuning Studio, web-rwkv and Ai00, and model
-    checkpoints with a merged state. The file's first bytes tell what it is, whatever its name.
+    Reads files of RWKV-PEFT, RWKV-Runner, State-Tuning Studio, web-rwkv and Ai00, and model
+    checkpoints with a merged state. The file type is detected from the first bytes, not the name.
 
     Args:
-        path: PyTorch's (`.pth`, `.state`) or safetensors (`.safetensors`; `.st` and `.state`, which
-            are transposed).
-        config: of the model, to refuse a state of another one.
-        base_model: `model_hash` of the model, to refuse a state of other weights where the sidecar
-            says which they were.
-        any_base: take such a state all the same.
+        path: a PyTorch file (`.pth`, `.state`) or a safetensors file (`.safetensors`; `.st` and
+            `.state`, which are transposed).
+        config: the model's config; a state that does not fit it is rejected.
+        base_model: `model_hash` of the model; a state whose sidecar names another hash is rejected.
+        any_base: accept such a state anyway.
 
     Raises:
-        ValueError: no state in the file, layers missing, NaN or Inf, another model's sizes, or a
-            transposed state where that can be told (by the sidecar).
+        ValueError: the file holds no state, lacks layers, is not finite, does not fit the model, or
+            is transposed according to its sidecar.
     """
     with prefix_errors("load_state"):
         path = existing_path(path, "`path`")
@@ -354,7 +355,7 @@ def _build_state(
     path: Path,
     config: RWKV7Config | None,
 ) -> RWKV7State:
-    """Builds a state from a file's tensors and its sidecar, with all checks of shapes."""
+    """Builds a state from a file's tensors and sidecar, and checks its shapes."""
     arrays, upscaled = read_state_arrays(tensors, path)
     wkv = _read_wkv(arrays, tensors, table, path)
     if config is not None:
@@ -362,7 +363,7 @@ def _build_state(
     _require_finite(wkv, "a time_state", path)
     att_shift = _read_shift(arrays, "att", wkv.shape, path)
     ffn_shift = _read_shift(arrays, "ffn", wkv.shape, path)
-    # Files hold no batch axis; the state's is the second.
+    # Files have no batch axis; in a state it is the second axis.
     state = RWKV7State(
         att_shift=jnp.asarray(att_shift[:, None]),
         wkv=jnp.asarray(wkv[:, None]),
@@ -380,13 +381,13 @@ def _read_wkv(
     table: Mapping[str, Any],
     path: Path,
 ) -> np.ndarray:
-    """Reads the matrices [L H Nv Nk], whichever of the last two axes the file has first."""
+    """Reads the WKV matrices as [L H Nv Nk] in either axis order of the file."""
     wkv = stack_layers(arrays, "att.time_state", path)
     if wkv is None or wkv.ndim != 4:
         raise ValueError(f"`{path}` holds no blocks.0.att.time_state [H, value, key].")
     axes = stored_axes(path, tensors, table)
     check_axes(table, axes, path)
-    # Heads are square, so a forgotten swap would load, and only answer badly.
+    # Heads are square, so a missing transpose would load and silently give bad answers.
     return wkv.swapaxes(-1, -2) if axes == TRANSPOSED_AXES else wkv
 
 
@@ -396,7 +397,7 @@ def _read_shift(
     wkv_shape: tuple[int, ...],
     path: Path,
 ) -> np.ndarray:
-    """Reads a token shift [L D] of "att" or "ffn"; zeros where the file has none."""
+    """Reads the token shift [L D] of "att" or "ffn"; zeros if the file has none."""
     layers, heads, values, _ = wkv_shape
     shift = stack_layers(arrays, f"{part}.shift_state", path)
     if shift is None:
@@ -413,17 +414,17 @@ def _read_shift(
 def load_logits(
     path: str | Path, *, config: RWKV7Config | None = None
 ) -> Float[Array, "1 V"] | None:
-    """Loads the logits of the token that comes after a session's state; None without them.
+    """Loads the logits of the next token after a session's state; None if the file has none.
 
-    `generate(model, params, [], state, logits=logits)` goes on as if it had not been interrupted,
-    which the state alone could not: its last token is already read.
+    `generate(model, params, [], state, logits=logits)` resumes exactly where the session stopped.
+    The state alone does not suffice, because it has already consumed the last token.
 
     Args:
-        path: of a file that `load_state` reads.
-        config: of the model, to refuse logits of another vocabulary.
+        path: path of a file that `load_state` reads.
+        config: the model's config; logits of another vocabulary size are rejected.
 
     Raises:
-        ValueError: no state's file, or logits that are misshapen or not finite.
+        ValueError: the file is not a state, or its logits are misshapen or non-finite.
     """
     with prefix_errors("load_logits"):
         path = existing_path(path, "`path`")
@@ -442,7 +443,7 @@ def load_logits(
 
 @prefix_errors("has_merged_state")
 def has_merged_state(path: str | Path) -> bool:
-    """Returns whether a model also holds a start state, as some trainers merge them."""
+    """Returns whether a model checkpoint has a start state merged into it, as some trainers do."""
     path = Path(path)
     if is_orbax(path):
         return False

@@ -1,9 +1,8 @@
-"""Sidecars of start states: what a state's file alone cannot say, in `<file>.json`.
+"""Sidecars of start states: metadata that the state's file cannot hold, in `<file>.json`.
 
-A sidecar's digest covers the tensors and what it says of them, so that a sidecar of other tensors
-is refused. While a pair of files is replaced, the new sidecar carries the old one under "previous":
-whichever of the two fits the tensors counts, so that an interruption at any moment leaves a pair
-that loads.
+A sidecar's digest covers the tensors and their description, so a sidecar of other tensors is
+rejected. While a pair of files is replaced, the new sidecar holds the old one under "previous". The
+one that matches the tensors is used, so an interruption at any moment leaves a loadable pair.
 """
 
 import json
@@ -24,7 +23,7 @@ from rwkv7_jax.checkpoints.state_tensors import (
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.checks import prefix_errors
 
-# Entries of a sidecar without which the tensors would be read otherwise, or that describe them.
+# Entries of a sidecar that describe the tensors or determine how they are read.
 MEANING = (
     "format",
     "axes",
@@ -37,17 +36,17 @@ MEANING = (
     "features",
 )
 
-# Digests of the tensors with their meaning, and of all other entries.
+# The digest of the tensors and the entries in `MEANING`, and that of all other entries.
 DIGEST = "digest"
 
 ENTRIES_DIGEST = "entries_digest"
 
-# The old sidecar, in a new one whose tensors may not be there yet.
+# The old sidecar, inside a new one whose tensors may not have been written yet.
 PREVIOUS = "previous"
 
 
 def sidecar(path: str | Path) -> Path:
-    """Returns the path of a state's sidecar: next to a link where there is one, or to its file."""
+    """Returns the path of a state's sidecar: next to the path, or next to a link's target."""
     file = Path(f"{path}.json")
     if os.path.islink(path) and not file.exists():
         return Path(f"{os.path.realpath(path)}.json")
@@ -55,9 +54,10 @@ def sidecar(path: str | Path) -> Path:
 
 
 def own_entries(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries that only the caller knows, as JSON will give them back.
+    """Returns the caller's entries after a JSON round-trip.
 
-    What describes the tensors is left out: a sidecar that says otherwise could not be loaded.
+    Entries that describe the tensors are dropped, because a wrong one would make the sidecar
+    unloadable.
     """
     entries = {}
     for name, value in info.items():
@@ -75,7 +75,7 @@ def own_entries(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_fields(table: Mapping[str, Any]) -> None:
-    """Raises unless the entries of a sidecar that are read have their types."""
+    """Raises unless the entries of a sidecar that are used have the right types."""
     for name in ("axes", "dynamics", "kind", "base_model", DIGEST, ENTRIES_DIGEST):
         value = table.get(name)
         if value is not None and not isinstance(value, str):
@@ -85,23 +85,23 @@ def _check_fields(table: Mapping[str, Any]) -> None:
 
 
 def previous_table(path: Path) -> dict[str, Any]:
-    """Returns the sidecar that counts for the tensors that are still there."""
+    """Returns the sidecar of the tensors that are about to be replaced."""
     try:
         return read_table(path) if path.exists() else {}
-    # A damaged pair that is about to be replaced need not be reported.
+    # No need to report a damaged pair that is about to be replaced.
     except (ValueError, OSError):
         return {}
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """Reads all entries of a state's sidecar, the digests as well; empty where there is none."""
+    """Reads all entries of a state's sidecar, including the digests; empty if there is none."""
     file = sidecar(path)
     if not file.exists():
         return {}
     with prefix_errors("read_sidecar"):
         table = read_json(file)
         if PREVIOUS in table:
-            # A save was interrupted, and only the tensors tell before or after which step.
+            # A save was interrupted; the digest of the tensors tells which sidecar is valid.
             previous = table.pop(PREVIOUS)
             if not isinstance(previous, dict):
                 raise ValueError(f"`{file}` must hold a table under {PREVIOUS!r}.")
@@ -113,17 +113,17 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def _digest(tensors: Mapping[str, Tensor], table: Mapping[str, Any]) -> str:
-    """Computes the digest of tensors and of the entries of a sidecar that describe them."""
+    """Computes the digest of tensors and of the sidecar's entries in `MEANING`."""
     arrays = ((name, tensor.read()) for name, tensor in tensors.items())
     meaning = {name: table[name] for name in MEANING if name in table}
     return digest_of_arrays(arrays, meaning)
 
 
 def read_sidecar(path: str | Path) -> dict[str, Any]:
-    """Reads a state's sidecar; empty where there is none.
+    """Reads a state's sidecar without its digests; empty if there is none.
 
     Raises:
-        ValueError: the sidecar is not JSON, or holds no object.
+        ValueError: the sidecar does not hold a JSON object.
     """
     table = read_table(Path(path))
     for name in (DIGEST, ENTRIES_DIGEST):
@@ -132,7 +132,7 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
 
 
 def common_base_model(paths: Sequence[str | Path]) -> str | None:
-    """Returns the base model that states were tuned for, by their sidecars; None if none says.
+    """Returns the base model that the states' sidecars name; None if none names one.
 
     Raises:
         ValueError: the sidecars name different models.
@@ -153,19 +153,19 @@ def common_base_model(paths: Sequence[str | Path]) -> str | None:
 
 
 def check_axes(table: Mapping[str, Any], stored: str, path: Path) -> None:
-    """Raises if the sidecar says other axes than the file holds.
+    """Raises if the sidecar and the file disagree on the order of the axes.
 
     Args:
         table: the sidecar.
-        stored: the file's axes.
-        path: of the file.
+        stored: the axis order of the file.
+        path: path of the file.
     """
     axes = table.get("axes", stored)
     if axes not in (AXES, TRANSPOSED_AXES):
-        raise ValueError(f"`{sidecar(path)}` says axes {axes!r}, which is unknown.")
+        raise ValueError(f"`{sidecar(path)}` has unknown axes {axes!r}.")
     if axes != stored:
         raise ValueError(
-            f"`{path}` is transposed: its sidecar says axes {axes!r}, "
+            f"`{path}` is transposed: its sidecar gives the axes {axes!r}, "
             f"but {path.suffix} files hold {stored!r}."
         )
 
@@ -175,7 +175,7 @@ def check_digests(
     tensors: Mapping[str, Tensor],
     path: Path,
 ) -> None:
-    """Raises if the sidecar belongs to other tensors; warns if a note in it was changed."""
+    """Raises if the sidecar belongs to other tensors; warns if another entry was changed."""
     if DIGEST in table and table[DIGEST] != _digest(tensors, table):
         raise ValueError(
             f"`{sidecar(path)}` does not belong to the tensors in `{path}`: one of "
@@ -192,7 +192,7 @@ def check_digests(
             warnings.warn(
                 f"load_state: `{sidecar(path)}` was changed after it was written: one of "
                 f"{', '.join(entries) or 'its entries'}.",
-                # At the caller of `load_state`.
+                # Points at the caller of `load_state`.
                 stacklevel=3,
             )
 
@@ -203,9 +203,9 @@ def refuse_other_weights(
     """Raises if the sidecar says that the state was tuned for another model."""
     if base_model is None or stored is None or stored == base_model:
         return
-    # Also of the same weights in another dtype, which have another hash: only the caller knows.
+    # The same weights in another dtype also have another hash; only the caller can tell.
     raise ValueError(
-        f"`{path}` was tuned for the model {stored}; got the model {base_model}. On "
-        "other weights a state means nothing; where they differ in dtype alone, insist: "
+        f"`{path}` was tuned for the model {stored}; got the model {base_model}. A state "
+        "means nothing on other weights; if the weights differ only in dtype, pass "
         "`any_base=True`, --any-base or --config.any_base."
     )

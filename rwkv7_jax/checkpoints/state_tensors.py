@@ -1,4 +1,4 @@
-"""The tensors of start states: opened by the names in their files, and stacked over layers."""
+"""The tensors of start states: opened under the names in the file and stacked over layers."""
 
 import re
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ from rwkv7_jax.checkpoints.tensor_files import (
 )
 from rwkv7_jax.checkpoints.tensor_names import UPSCALED, Tensor
 
-# What a head of `time_state` holds in a file.
+# The axis orders of `time_state` in files.
 AXES = "head, value, key"
 
 TRANSPOSED_AXES = "head, key, value"
 
-# The axes of safetensors by suffix: web-rwkv and Ai00 have their own two, and transpose.
+# The axis order of safetensors files by suffix; those of web-rwkv and Ai00 are transposed.
 SAFETENSORS_AXES = {
     ".safetensors": AXES,
     ".st": TRANSPOSED_AXES,
@@ -40,18 +40,18 @@ _MODEL_TENSOR = "emb.weight"
 def stored_axes(
     path: Path, tensors: Mapping[str, Tensor], table: Mapping[str, Any]
 ) -> str:
-    """Tells the axes that a file holds.
+    """Determines the axis order of a state in a file.
 
-    PyTorch's files are never transposed. Of safetensors only the name tells, because heads are
-    square; where a model is in the same file, its low-rank matrices tell.
+    PyTorch files are never transposed. For safetensors the suffix decides, because heads are
+    square. If the file also holds a model, its low-rank matrices decide.
 
     Args:
-        path: of the file or folder.
-        tensors: of the file, by the names in it.
-        table: the sidecar, which counts where nothing else tells.
+        path: path of the file or folder.
+        tensors: tensors of the file, under the names in it.
+        table: the sidecar, which decides if nothing else does.
 
     Raises:
-        ValueError: nothing tells.
+        ValueError: the axis order cannot be determined.
     """
     is_file = path.is_file()
     if is_file and container_of(path) != "safetensors":
@@ -65,18 +65,18 @@ def stored_axes(
     axes = axes or table.get("axes")
     if axes is None:
         raise ValueError(
-            f"`{path}` holds safetensors, and only their suffix tells which way a head "
-            "lies: .safetensors, or .st and .state for web-rwkv's and Ai00's; rename it."
+            f"`{path}` holds safetensors without a suffix that gives the order of their axes; "
+            "rename it to .safetensors, or for web-rwkv and Ai00 to .st or .state."
         )
     return axes
 
 
 def open_state_tensors(path: Path) -> dict[str, Tensor]:
-    """Opens the tensors of a file, which are compared with its checksums and its digest.
+    """Opens the tensors of a file and checks them against its checksums and digest.
 
-    A model with a state merged into it is not compared: it may have many gigabytes.
+    A model with a merged state is not checked, because it may have many gigabytes.
     """
-    # An Orbax folder holds a model alone.
+    # An Orbax folder holds only a model.
     if is_orbax(path):
         return {}
     if path.is_dir():
@@ -94,9 +94,9 @@ def open_state_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _session_tensors(content: list[Any], path: Path) -> dict[str, Tensor]:
-    """Names the tensors of a list as the `rwkv` package holds a session's state.
+    """Names the tensors of a session state, which the `rwkv` package saves as a list.
 
-    For each layer it has the last input of the time mix, the WKV state, and the last input of the
+    For each layer the list has the last input of time mix, the WKV state and the last input of
     channel mix. Source: BlinkDL/ChatRWKV rwkv_pip_package/src/rwkv/model.py, `generate_zero_state`.
     """
     dims = [
@@ -105,14 +105,14 @@ def _session_tensors(content: list[Any], path: Path) -> dict[str, Tensor]:
     layers = len(content) // 3
     if not layers or dims != [1, 3, 1] * layers:
         raise ValueError(
-            f"`{path}` holds a list that is not a session's state of the rwkv package: "
+            f"`{path}` holds a list that is not a session state of the rwkv package: "
             "a vector, a WKV state [H, value, key] and a vector for each layer."
         )
     names = ("att.shift_state", "att.time_state", "ffn.shift_state")
     tensors = {}
     for number, array in enumerate(content):
         layer, part = divmod(number, 3)
-        # The default binds this loop's array.
+        # The default argument binds this iteration's array.
         tensor = Tensor(array.shape, array.dtype, lambda array=array: array)
         tensors[f"blocks.{layer}.{names[part]}"] = tensor
     return tensors
@@ -121,9 +121,9 @@ def _session_tensors(content: list[Any], path: Path) -> dict[str, Tensor]:
 def read_state_arrays(
     tensors: Mapping[str, Tensor], path: Path
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Reads the tensors of a state, and those of its upscaled memory without their prefix.
+    """Reads the tensors of a state and, without their prefix, those of its upscaled memory.
 
-    A model's own tensors in the same file are not read.
+    The tensors of a model in the same file are not read.
     """
     upscaled = {}
     others = {}
@@ -139,22 +139,22 @@ def read_state_arrays(
 def stack_layers(
     tensors: Mapping[str, np.ndarray], name: str, path: Path
 ) -> np.ndarray | None:
-    """Stacks `blocks.0.{name}`, `blocks.1.{name}`, ... as float32; None where there are none."""
+    """Stacks `blocks.0.{name}`, `blocks.1.{name}`, ... as float32; None if there are none."""
     by_layer: dict[int, np.ndarray] = {}
     for tensor_name, array in tensors.items():
         match = re.fullmatch(rf"blocks\.(\d+)\.{re.escape(name)}", tensor_name)
         if match:
-            # A number that float32 cannot hold becomes Inf, which is refused later.
+            # A value that overflows float32 becomes Inf, which is rejected later.
             with np.errstate(over="ignore"):
                 by_layer[int(match[1])] = np.asarray(array, np.float32)
     if not by_layer:
         return None
-    # Layers count up from 0: with as many numbers as layers, the first gap is below their count.
+    # Layers are numbered from 0, so any gap is below their count.
     for layer in range(len(by_layer)):
         if layer not in by_layer:
             raise ValueError(f"`{path}` has no blocks.{layer}.{name}.")
     rows = [by_layer[layer] for layer in range(len(by_layer))]
-    # `np.stack` would say so too, but without the file and the name.
+    # The error of `np.stack` would lack the file and the name.
     if len({row.shape for row in rows}) > 1:
         raise ValueError(f"`{path}` has blocks whose {name} differ in shape.")
     return np.stack(rows)

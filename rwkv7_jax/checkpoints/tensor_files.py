@@ -1,6 +1,6 @@
-"""Named tensors in files, whatever they mean: PyTorch's, safetensors, rwkv.cpp's and llama.cpp's.
+"""Files of named tensors: PyTorch, safetensors, rwkv.cpp and GGUF.
 
-A file that is read is known by its first bytes, one that is written by its suffix.
+A reader detects the format from a file's first bytes; a writer takes it from the suffix.
 """
 
 import importlib
@@ -30,22 +30,22 @@ Format = Literal["pth", "safetensors", "st", "gguf", "hf", "transformers", "orba
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 
-# The formats of single files; each is called like its suffix.
+# The single-file formats, named after their suffixes.
 _FILE_FORMATS: tuple[Format, ...] = ("pth", "safetensors", "st", "gguf")
 
-# The metadata's entry with the digest of the tensors and of the other metadata.
+# Metadata key: the digest of the tensors and of the other metadata.
 _DIGEST_KEY = "rwkv7_jax.digest"
 
-# The metadata's entry that says how a model's low-rank matrices lie, which shapes may not tell.
+# Metadata key: the orientation of the low-rank matrices, which the shapes may not determine.
 LOW_RANK_KEY = "rwkv7_jax.low_rank"
 
-# The metadata's entry with the epsilon that a model's weights were saved with.
+# Metadata key: the epsilon of the model's norms.
 NORM_EPS_KEY = "rwkv7_jax.norm_eps"
 
-# The metadata's entry of an HF folder whose vocabulary has no file: that of ids that are no text.
+# Metadata key of HF folders: a vocabulary of plain ids, which has no file.
 VOCABULARY_KEY = "rwkv7_jax.vocabulary"
 
-# What a file is taken for whose first bytes are damaged.
+# The assumed format of a file whose first bytes are damaged.
 _CONTAINER_BY_SUFFIX: dict[str, Container] = {
     ".pth": "pth",
     ".safetensors": "safetensors",
@@ -68,7 +68,7 @@ _DTYPES = {
 
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-# Bytes of the number that a .safetensors file begins with: the length of its header.
+# Bytes of the header's length, with which a .safetensors file begins.
 _LENGTH_BYTES = 8
 
 
@@ -76,9 +76,9 @@ class TensorFile(NamedTuple):
     """The tensors of a file or folder.
 
     Attributes:
-        tensors: by the names in the file.
-        low_rank: how a model's low-rank matrices lie, where the format says so.
-        norm_eps: epsilon of a model's layer norms, where the file says it.
+        tensors: tensors under the names in the file.
+        low_rank: orientation of a model's low-rank matrices, if the format determines it.
+        norm_eps: epsilon of a model's layer norms, if the file has it.
     """
 
     tensors: dict[str, Tensor]
@@ -87,20 +87,20 @@ class TensorFile(NamedTuple):
 
 
 def format_of(path: str | Path, *, format: str | None = None) -> Format:
-    """Tells the format to write at a path by its suffix, or by what the folder there holds.
+    """Determines the format to write at a path from its suffix or the existing folder.
 
     Args:
-        path: need not exist.
-        format: a name that takes precedence over the path.
+        path: path of the checkpoint; need not exist.
+        format: name of a format, which takes precedence over the path.
 
     Raises:
-        ValueError: an unknown name or suffix.
+        ValueError: the name or the suffix is unknown.
     """
     if format is not None:
         check_choice(format, FORMATS, "`format`")
         return cast(Format, format)
     path = Path(path)
-    # Before the suffix: the name of an HF folder may end in anything.
+    # Checked before the suffix, because an HF folder's name may end in anything.
     if (path / "config.json").exists():
         return "hf"
     for known in _FILE_FORMATS:
@@ -116,7 +116,7 @@ def format_of(path: str | Path, *, format: str | None = None) -> Format:
 
 
 def _open_header(path: Path) -> Any:
-    """Opens a file; its header is checked, and no tensor is read."""
+    """Opens a file and checks its header; reads no tensor."""
     if not path.is_file():
         raise ValueError(f"`{path}` is not a file.")
     sentence = file_signatures.describe_other_file(path)
@@ -126,7 +126,7 @@ def _open_header(path: Path) -> Any:
         raise ValueError(f"`{path}` {sentence}.")
     try:
         return safetensors.safe_open(path, framework="numpy")
-    # The package raises errors of other kinds for some headers.
+    # For some headers the package raises other errors than its own.
     except Exception as error:
         sentence = file_signatures.describe_cut_safetensors(path)
         if sentence is None:
@@ -139,18 +139,18 @@ def read_safetensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
     """Opens a .safetensors file, whose tensors are views of the mapped file.
 
     Args:
-        path: of the file.
-        verify: compare the tensors and the metadata with the file's digest, where it has one; this
-            reads the complete file.
+        path: path of the file.
+        verify: check the tensors and metadata against the file's digest, if it has one. Reads the
+            whole file.
 
     Raises:
-        ValueError: not a safetensors file, or a damaged one; the message has the path.
+        ValueError: the file is not safetensors or is damaged; the message has the path.
     """
     opened = _open_header(path)
     tensors = {}
     with path.open("rb") as file:
         size = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        # The package has checked that this is JSON, and that all tensors lie inside the file.
+        # The package has checked that this is JSON and that all tensors are inside the file.
         header = json.loads(file.read(size))
     mapped = map_file(path)
     for name in opened.keys():
@@ -169,7 +169,7 @@ def read_safetensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
 def _check_digest(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    """Raises unless a file's tensors and metadata have the digest that the file gives."""
+    """Raises unless a file's tensors and metadata match the digest in it."""
     expected = metadata.pop(_DIGEST_KEY, None)
     if expected is None:
         return
@@ -188,10 +188,10 @@ def has_safetensors_digest(path: Path) -> bool:
 
 @prefix_errors("read_metadata")
 def read_metadata(path: Path) -> dict[str, str]:
-    """Reads the strings that a .safetensors file holds besides its tensors and their digest.
+    """Reads the metadata of a .safetensors file, without the digest.
 
     Raises:
-        ValueError: not a safetensors file; the message has the path.
+        ValueError: the file is not safetensors; the message has the path.
     """
     metadata = dict(_open_header(path).metadata() or {})
     metadata.pop(_DIGEST_KEY, None)
@@ -199,20 +199,20 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def open_tensors(path: Path, *, verify: bool = False) -> TensorFile:
-    """Opens a file of PyTorch's, safetensors, of rwkv.cpp or llama.cpp, whatever its name.
+    """Opens a PyTorch, safetensors, rwkv.cpp or GGUF file, whatever its name.
 
-    Dicts that trainers wrap around the tensors are taken off.
+    Dicts that trainers wrap around the tensors are removed.
 
     Args:
-        path: of the file.
-        verify: compare the tensors with the checksums and the digest in the file.
+        path: path of the file.
+        verify: check the tensors against the checksums and the digest in the file.
 
     Raises:
-        ValueError: not such a file, or no flat dict of tensors in it.
+        ValueError: the format is unknown, or the file holds no flat dict of tensors.
     """
     if not path.is_file():
         raise ValueError(f"`{path}` is not a file.")
-    # A further kind of file needs its first bytes in `file_signatures`, too.
+    # A new format also needs its first bytes in `file_signatures`.
     match container_of(path):
         case "pth":
             content, sums = open_pth(path, verify=verify)
@@ -230,10 +230,10 @@ def open_tensors(path: Path, *, verify: bool = False) -> TensorFile:
 
 
 def container_of(path: Path) -> Container:
-    """Tells which kind of tensor file this is by its first bytes, and by its suffix if they fail.
+    """Determines the format of a tensor file from its first bytes, or else from its suffix.
 
     Raises:
-        ValueError: neither says so; the message says what the file is instead.
+        ValueError: neither determines it; the message says what the file is instead.
     """
     container = file_signatures.container_of(path)
     if container is None:
@@ -243,9 +243,9 @@ def container_of(path: Path) -> Container:
     sentence = file_signatures.describe_other_file(path, also_text=False)
     if sentence is None:
         sentence = (
-            "is no checkpoint: it begins neither as PyTorch's files (.pth, .bin, .state) do, nor "
-            "as safetensors (.safetensors, .st), nor as rwkv.cpp's (.bin), nor as "
-            "llama.cpp's (.gguf)"
+            "is not a checkpoint: it begins neither like a file of PyTorch (.pth, .bin, .state), "
+            "nor of safetensors (.safetensors, .st), nor of rwkv.cpp (.bin), nor of "
+            "llama.cpp (.gguf)"
         )
     raise ValueError(f"`{path}` {sentence}.")
 
@@ -254,7 +254,7 @@ def _open_safetensors(path: Path, verify: bool) -> TensorFile:
     tensors = read_safetensors(path, verify=verify)
     metadata = dict(_open_header(path).metadata() or {})
     said = metadata.get(LOW_RANK_KEY)
-    # Our own files did not say it at first; then their suffix did.
+    # Our own early files lack this entry; their suffix determines the orientation.
     if said is None and _DIGEST_KEY in metadata:
         said = "transposed" if path.suffix == ".st" else "official"
     low_rank = cast(LowRank, said) if said in get_args(LowRank) else None
@@ -276,29 +276,29 @@ def gguf_files() -> ModuleType:
         ) from None
 
 
-# Under these names trainers hold a model's tensors; whatever else is there is none of the model.
+# Trainers store a model's tensors under these names, next to things that are not the model's.
 _WRAPPERS = ("state_dict", "model_state_dict", "module", "model")
 
 
 @prefix_errors("read_tensors")
 def read_tensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
-    """Opens a file as `open_tensors` does, and returns its tensors by the names in it.
+    """Opens a file like `open_tensors` and returns only its tensors, under the names in it.
 
     Args:
-        path: of the file.
-        verify: compare the tensors with the checksums and the digest in the file.
+        path: path of the file.
+        verify: check the tensors against the checksums and the digest in the file.
 
     Raises:
-        ValueError: not such a file, or no flat dict of tensors in it.
+        ValueError: the format is unknown, or the file holds no flat dict of tensors.
     """
     return open_tensors(path, verify=verify).tensors
 
 
 def _only_holder(content: dict[Any, Any], path: Path) -> dict[Any, Any]:
-    """Returns the one dict in a dict that holds tensors, whatever its name; else the dict itself.
+    """Returns the only inner dict that holds tensors, whatever its name, or else the dict itself.
 
     Raises:
-        ValueError: several hold some, and none has a usual name.
+        ValueError: several inner dicts hold tensors.
     """
     if _holds_tensors(content):
         return content
@@ -308,31 +308,31 @@ def _only_holder(content: dict[Any, Any], path: Path) -> dict[Any, Any]:
         first = repr(holders[0])
         second = repr(holders[1])
         raise ValueError(
-            f"`{path}` holds tensors under {first} and under {second}, and no name "
-            "tells which are the model's: load it with PyTorch and save one of them alone."
+            f"`{path}` holds tensors under {first} and under {second}, and neither name "
+            "tells which are the model's: load it with PyTorch and save only one of them."
         )
     return content[holders[0]] if holders else content
 
 
 def _holds_tensors(table: dict[Any, Any]) -> bool:
-    """Tells whether a dict holds tensors; scalars may be a trainer's losses and counts."""
+    """Returns whether a dict holds tensors; scalars may be losses or step counts."""
     arrays = [entry for entry in table.values() if isinstance(entry, np.ndarray)]
     is_read = any(array.ndim for array in arrays)
     return is_read or any(isinstance(entry, UnreadTensor) for entry in table.values())
 
 
 def named_arrays(content: Any, path: Path, sums: StorageSums) -> dict[str, Tensor]:
-    """Picks the arrays out of what a .pth file holds; step counts and the like are left out.
+    """Extracts the named tensors from the content of a .pth file and drops everything else.
 
     Args:
-        content: of the file.
-        path: of the file, for messages.
-        sums: of the file, with which a tensor is compared when all of it is read.
+        content: the unpickled content of the file.
+        path: path of the file, for error messages.
+        sums: checksums of the file, checked when a whole tensor is read.
 
     Raises:
-        ValueError: several dicts of tensors, or a tensor of a dtype that is not read.
+        ValueError: several dicts hold tensors, or a tensor has an unsupported dtype.
     """
-    # In this order, because each may hold the next.
+    # In this order, because each may contain the next.
     for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -347,22 +347,22 @@ def named_arrays(content: Any, path: Path, sums: StorageSums) -> dict[str, Tenso
 
 
 def _compared_tensor(name: str, array: np.ndarray, sums: StorageSums) -> Tensor:
-    """Makes a tensor that is compared with its file's sum, unless a part alone is read."""
+    """Builds a tensor whose checksum is checked when all of it is read."""
 
     def read() -> np.ndarray:
         sums.check(name, array)
         return array
 
-    # A process that keeps a part of the tensor must not read all of it for the sum.
+    # A process that needs only a part must not read the whole tensor for its checksum.
     return Tensor(array.shape, array.dtype, read, lambda index: array[index])
 
 
 def _unread(path: Path, name: str, kind: str) -> ValueError:
-    """Makes the error for a tensor of a dtype that is not read."""
+    """Builds the error for a tensor of an unsupported dtype."""
     *others, last = map(str, _DTYPE_NAMES)
     return ValueError(
-        f"`{path}` has {name!r} of dtype {kind}; {', '.join(others)} and {last} are "
-        "read: save it in one of them."
+        f"`{path}` has {name!r} of dtype {kind}; save it in one of the supported dtypes, "
+        f"{', '.join(others)} or {last}."
     )
 
 
@@ -372,15 +372,15 @@ def write_safetensors(
     *,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Writes a .safetensors file completely, or leaves what was there before.
+    """Writes a .safetensors file atomically.
 
     Args:
-        path: of the file.
-        tensors: name and array of each.
-        metadata: texts of the header.
+        path: path of the file.
+        tensors: names and arrays.
+        metadata: strings for the header.
 
     Raises:
-        ValueError: a dtype that the format does not have, or a folder that does not exist.
+        ValueError: the format lacks a dtype, or the folder does not exist.
     """
     with atomic_write(path) as file:
         dump_safetensors(file, tensors, metadata=metadata)
@@ -395,7 +395,7 @@ def dump_safetensors(
     """Writes the bytes of a .safetensors file into an open file, with a digest in its metadata.
 
     Raises:
-        ValueError: a dtype that the format does not have.
+        ValueError: the format lacks a dtype.
     """
     arrays = {}
     for name, array in tensors:
@@ -404,16 +404,16 @@ def dump_safetensors(
                 f"write_safetensors: `{name}` must have a dtype of the format; got {array.dtype}."
             )
         arrays[name] = array
-    # Wide numbers first, as the package does, so that all of them are aligned.
+    # Wide dtypes first, as in the package, so that every tensor is aligned.
     names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
     arrays = {name: arrays[name] for name in names}
     start = file.tell()
     digest = ContentDigest()
-    # The digest is known after all tensors; until then another text keeps its place.
+    # The digest is known only after all tensors; a placeholder reserves its space.
     placeholder = digest.hexdigest()
     file.write(_safetensors_header(arrays, metadata or {}, placeholder))
     for name, array in arrays.items():
-        # A scalar stays a scalar: `ascontiguousarray` alone would make it a vector of one.
+        # `ascontiguousarray` turns a scalar into a vector, so the shape is restored.
         contiguous = np.ascontiguousarray(array).reshape(array.shape)
         file.write(contiguous.reshape(-1).view(np.uint8).data)
         digest.add(name, contiguous)
@@ -427,7 +427,7 @@ def dump_safetensors(
 def _safetensors_header(
     arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], digest: str
 ) -> bytes:
-    """Returns what a file begins with: the header's length and the header.
+    """Returns the start of a file: the header's length and the header.
 
     Source: huggingface/safetensors README.md, "Format".
     """
@@ -442,6 +442,6 @@ def _safetensors_header(
             "data_offsets": (begin, end),
         }
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    # Blanks after the JSON move the first tensor to a multiple of 8 bytes.
+    # Spaces after the JSON align the first tensor to a multiple of 8 bytes.
     text += b" " * (-len(text) % _LENGTH_BYTES)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text

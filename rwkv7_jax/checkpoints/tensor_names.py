@@ -1,7 +1,7 @@
-"""Names and shapes of RWKV-7's tensors: the official ones, and those of fla's HF files.
+"""Names and shapes of RWKV-7's tensors: the official ones and those of fla's HF files.
 
-The official names are the language that all other names are translated to and from; `layouts` does
-so for files of any origin.
+All other names are translated to and from the official ones; `layouts` does so for files of any
+origin.
 Source: BlinkDL/RWKV-LM@524481d RWKV-v7 (official); fla-org/flash-linear-attention@bc3b101
 utils/convert_from_rwkv7.py (HF).
 """
@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 # The low-rank matrices, which some files hold transposed.
 LOW_RANK = re.compile(r"\.att\.[wavg][12]$")
 
-# The order of the six lerps of time mix, also where one tensor holds them all.
+# The order of the six lerps of time mix, also in a tensor that holds all of them.
 LERPS = "rwkvag"
 
 _BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
@@ -32,7 +32,7 @@ _HF_BLOCK = re.compile(r"^layers\.(\d+)\.(.+)$")
 # The prefix of an upscaled memory's tensors.
 UPSCALED = "upscaled."
 
-# The logits of a session's next token, with which it goes on without a prompt.
+# The logits of a session's next token, from which it resumes without a prompt.
 LOGITS = "session.logits"
 
 _STATE = re.compile(
@@ -40,7 +40,7 @@ _STATE = re.compile(
     rf"|^{re.escape(UPSCALED)}|^{re.escape(LOGITS)}$"
 )
 
-# Without the prefix `model.`, which HF files have before all names but the head's.
+# Names without the prefix `model.`, which HF files put on every name except the head's.
 _HF_OUTSIDE = {
     "emb.weight": "embeddings.weight",
     "blocks.0.ln0.weight": "layers.0.pre_norm.weight",
@@ -91,18 +91,18 @@ _OFFICIAL_OUTSIDE = {hf: official for official, hf in _HF_OUTSIDE.items()}
 _OFFICIAL_INSIDE = {hf: official for official, hf in _HF_INSIDE.items()}
 
 
-# A slice for each axis.
+# One slice per axis.
 Index = tuple[slice, ...]
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file, whose numbers are read when `read` is called.
+    """A tensor in a file, whose data is read when `read` is called.
 
     Attributes:
-        shape: of all of it.
-        dtype: of its numbers.
-        read: reads all of it; of a mapped file this is a view.
-        read_part: reads a part alone; None where a slice of `read` costs no more.
+        shape: shape of the whole tensor.
+        dtype: dtype of the tensor.
+        read: reads the whole tensor; a view if the file is memory-mapped.
+        read_part: reads only a part; None if slicing the result of `read` costs no more.
     """
 
     shape: Shape
@@ -114,13 +114,13 @@ class Tensor(NamedTuple):
     def mapped(
         cls, data: mmap.mmap, shape: Shape, dtype: np.dtype, start: int
     ) -> "Tensor":
-        """Makes a tensor that is a view of a mapped file, which it keeps alive."""
+        """Builds a tensor that views a mapped file and keeps it alive."""
         return cls(
             shape, dtype, functools.partial(np.ndarray, shape, dtype, data, start)
         )
 
     def part(self, index: Index) -> np.ndarray:
-        """Reads a part; one that is all of it as `read` does, with the checks of that."""
+        """Reads a part; the whole tensor is read through `read`, with its checks."""
         sizes = zip(index, self.shape, strict=True)
         is_all = all(range(size)[one] == range(size) for one, size in sizes)
         if is_all or self.read_part is None:
@@ -130,7 +130,7 @@ class Tensor(NamedTuple):
     def converted(
         self, dtype: np.dtype, convert: Callable[[np.ndarray], np.ndarray]
     ) -> "Tensor":
-        """Returns the tensor in another dtype, to which each part is converted when it is read."""
+        """Returns the tensor in another dtype; parts are converted when they are read."""
         return Tensor(
             self.shape,
             dtype,
@@ -142,13 +142,12 @@ class Tensor(NamedTuple):
 Tensors = Mapping[str, Tensor]
 
 
-# `jax.eval_shape` of the model's `init` knows the same shapes. It takes 0.2 to 0.5 s for each file,
-# where this table takes 1 ms, and it has lost the order of the official files. A test compares the
-# two, so that they cannot drift apart.
+# `jax.eval_shape` of the model's `init` gives the same shapes, but takes 0.2 to 0.5 s per file
+# instead of 1 ms and loses the order of the official files. A test checks that the two agree.
 def block_shapes(config: RWKV7Config, layer: int) -> dict[str, Shape]:
-    """Returns the shapes in the parameter tree of one block's tensors, in the files' order.
+    """Returns the parameter tree shapes of one block's tensors, in the order of official files.
 
-    The names are those after `blocks.{layer}.`.
+    The names lack the prefix `blocks.{layer}.`.
     """
     width = config.width
     ffn_width = config.ffn_width
@@ -165,7 +164,7 @@ def block_shapes(config: RWKV7Config, layer: int) -> dict[str, Shape]:
         "g": config.gate_rank,
     }
     if layer == 0:
-        # The values of block 0 are those that all others are mixed with.
+        # All other blocks mix their values with those of block 0.
         del ranks["v"]
     for letter, rank in ranks.items():
         if letter != "g":
@@ -198,7 +197,7 @@ def outer_shapes(config: RWKV7Config) -> dict[str, Shape]:
 
 
 def shapes(config: RWKV7Config) -> dict[str, Shape]:
-    """Returns the shapes of all tensors that a model must have, by official name."""
+    """Returns the shapes of all required tensors, by official name."""
     required = outer_shapes(config)
     for layer in range(config.num_layers):
         for name, shape in block_shapes(config, layer).items():
@@ -207,7 +206,7 @@ def shapes(config: RWKV7Config) -> dict[str, Shape]:
 
 
 def accepted_shapes(config: RWKV7Config) -> dict[str, Shape]:
-    """Returns `shapes` and those of the tensors that a model may have but does not read."""
+    """Returns `shapes` plus the shapes of optional tensors that the model does not use."""
     return shapes(config) | unused_value_residual_shapes(config)
 
 
@@ -227,7 +226,7 @@ def hf_shape(name: str, shape: Shape) -> Shape:
 
 
 def to_hf(name: str) -> str:
-    """Translates an official name into HF's."""
+    """Translates an official name to HF's."""
     if name == "head.weight":
         return _HF_OUTSIDE[name]
     if name in _HF_OUTSIDE:
@@ -239,7 +238,7 @@ def to_hf(name: str) -> str:
 
 
 def from_hf(name: str) -> str:
-    """Translates an HF name without its prefix; a name that HF files do not have stays as it is."""
+    """Translates an HF name without its prefix to the official one; keeps an unknown name."""
     if name in _OFFICIAL_OUTSIDE:
         return _OFFICIAL_OUTSIDE[name]
     match = _HF_BLOCK.match(name)
@@ -249,7 +248,7 @@ def from_hf(name: str) -> str:
 
 
 def split_states(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Separates the model's tensors from those of a start state that was merged into the file."""
+    """Separates the model's tensors from those of a start state merged into the file."""
     model = {}
     state = {}
     for name, tensor in tensors.items():

@@ -1,8 +1,8 @@
-"""Value residual of block 0: official files have it, but no model reads it.
+"""The value residual of block 0: official files contain it, but no model uses it.
 
 Every block mixes its values with those of block 0, so block 0 itself has nothing to mix. Official
-trainers create the three tensors all the same and load strictly, so files for them must have them.
-HF files never have them. This module alone decides which file gets them.
+trainers create the three tensors anyway and load strictly, so files for them must contain them. HF
+files never do. Only this module decides which files get them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,7 +28,7 @@ def unused_value_residual_shapes(config: RWKV7Config) -> dict[str, tuple[int, ..
 def add_unused_value_residual(
     tensors: Iterable[tuple[str, np.ndarray]], config: RWKV7Config
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors, then zeros for what they lack of block 0's value residual."""
+    """Yields the tensors, then zeros for missing tensors of block 0's value residual."""
     missing = unused_value_residual_shapes(config)
     dtype = np.dtype(np.float32)
     for name, array in tensors:
@@ -49,7 +49,7 @@ def drop_unused_value_residual(
 
 
 def without_unused_value_residual(params: Params) -> Params:
-    """Returns the parameter tree without block 0's value residual; the leaves are not copied."""
+    """Returns the parameter tree without block 0's value residual; leaves are not copied."""
     block = dict(params["layer_0"])
     attention = dict(block["att"])
     for leaf in _LEAVES:

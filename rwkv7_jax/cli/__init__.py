@@ -1,7 +1,7 @@
-"""The `rwkv7` command: argument parsing and printing.
+"""The `rwkv7` command: argument parsing and printing, without other logic.
 
-Holds no logic that a test would want to call. A command with a file of its own is named after it;
-the small ones are in `commands`, with the parser of all.
+A larger command has its own module, with its name. `commands` has the small commands and the
+top-level parser.
 """
 
 import os
@@ -13,12 +13,12 @@ __all__ = ["main"]
 
 def main() -> int:
     """Runs the command line of this process and returns the exit code."""
-    # The imports take seconds. Until `commands` listens, Ctrl-C ends them without a traceback.
+    # The imports take seconds. Until `commands` handles signals, Ctrl-C exits without a traceback.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     from rwkv7_jax.cli.output import discard_output
     from rwkv7_jax.cli.summary import print_help
 
-    # A closed stream is for `commands` to deal with.
+    # `commands` handles a closed stream.
     if sys.argv[1:] in (["-h"], ["--help"]) and sys.stdout is not None:
         try:
             print_help()
@@ -26,7 +26,7 @@ def main() -> int:
         except BrokenPipeError:
             discard_output()
         return 0
-    # After the help: it is what takes the time.
+    # This import is slow; the help does not need it.
     from rwkv7_jax.cli import commands
 
     return commands.main()

@@ -1,4 +1,4 @@
-"""The `rwkv7` command as `python -m rwkv7_jax.cli`."""
+"""Runs the `rwkv7` command as `python -m rwkv7_jax.cli`."""
 
 import sys
 

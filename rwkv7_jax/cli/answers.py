@@ -1,4 +1,4 @@
-"""Answers of `generate` and `chat`: how they are drawn, when they end, and how they are shown."""
+"""Sampling options, stop options and streamed output of `generate` and `chat`."""
 
 import argparse
 import sys
@@ -18,18 +18,18 @@ from rwkv7_jax.generation.sampling import exempt_ids
 from rwkv7_jax.runs.process import shown_on
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-# Seeds lie from minus this number to below it: JAX takes 64 bits.
+# Seeds are signed 64-bit integers, as in JAX.
 _SEEDS = 2**63
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say how many tokens are drawn, and how."""
+    """Adds the sampling options."""
     add = parser.add_argument
     add(
         "--tokens",
         type=integer(0, MOST_TOKENS),
         default=256,
-        help="longest answer, in tokens (%(default)s)",
+        help="most tokens of an answer (%(default)s)",
     )
     add("--temperature", type=number(0), default=0.8, help="0 is greedy (%(default)s)")
     add(
@@ -48,25 +48,25 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--presence-penalty",
         type=number(),
         default=0.0,
-        help="on tokens used (%(default)s)",
+        help="penalty on each token that was used (%(default)s)",
     )
     add(
         "--frequency-penalty",
         type=number(),
         default=0.0,
-        help="on each use (%(default)s)",
+        help="penalty on each use of a token (%(default)s)",
     )
     add(
         "--penalty-decay",
         type=number(0, 1),
         default=0.996,
-        help="factor on the counts of uses at every token (%(default)s)",
+        help="factor on the usage counts at every token (%(default)s)",
     )
     add(
         "--seed",
         type=integer(-_SEEDS, _SEEDS - 1),
         default=0,
-        help="the same seed gives the same text (%(default)s)",
+        help="random seed; equal seeds give equal text (%(default)s)",
     )
 
 
@@ -79,28 +79,28 @@ def add_stop_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="TEXT",
         type=stop_text,
-        help="end before TEXT; repeatable",
+        help="stop sequence, which the answer does not include; repeatable",
     )
     add(
         "--stop-ids",
         default=(),
         metavar="IDS",
         type=integers(0),
-        help="ids that end an answer besides the vocabulary's end of text, with commas between",
+        help="comma-separated ids that end an answer, besides the vocabulary's end of text",
     )
 
 
 def drawing(
     options: argparse.Namespace, tokenizer: Tokenizer, *, answers: int = 0
 ) -> dict[str, Any]:
-    """Returns the arguments of `generate` that say how tokens are drawn, and how many.
+    """Returns the sampling and stop arguments of `generate`.
 
     Args:
-        options: of `add_sampling_options` and `add_stop_options`.
-        tokenizer: of the model.
-        answers: drawn before this one; each has a seed of its own.
+        options: parsed options of `add_sampling_options` and `add_stop_options`.
+        tokenizer: tokenizer of the model.
+        answers: number of earlier answers; each answer has a different seed.
     """
-    # The seed after the last one is the first.
+    # The seed wraps around.
     seed = (options.seed + answers + _SEEDS) % (2 * _SEEDS) - _SEEDS
     return {
         "tokens": options.tokens,
@@ -118,25 +118,25 @@ def drawing(
 
 
 class Stream:
-    """Printer of text while it is generated; an output error can wait until results are saved."""
+    """A printer of streamed text that can defer an output error until results are saved."""
 
     def __init__(self, *, goes_on: bool):
-        """Starts with no text.
+        """Sets the error handling.
 
         Args:
-            goes_on: whether an error of the stream waits until `close`.
+            goes_on: whether to defer an output error until `close`.
         """
         self._goes_on = goes_on
         self._error: OSError | None = None
 
     def __call__(self, piece: str, row: int) -> None:
-        """Writes a piece of text at once; there is one row."""
+        """Writes a piece of text and flushes; there is only one row."""
         del row
         if self._error is not None:
             return
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         try:
-            # A terminal of another encoding shows an escape rather than ending the run.
+            # Escape characters that the terminal's encoding lacks instead of failing.
             text = piece.encode(encoding, "backslashreplace").decode(encoding)
             text = shown_on(sys.stdout, text)
             with name_output():
@@ -148,7 +148,7 @@ class Stream:
             self._error = error
 
     def close(self) -> None:
-        """Ends the last line, or raises the error that waited."""
+        """Ends the last line, or raises the deferred error."""
         if self._error is not None:
             raise self._error
         with name_output():
@@ -156,11 +156,11 @@ class Stream:
 
 
 def note_ids_without_entry(tokenizer: Tokenizer, ids: list[int]) -> None:
-    """Says on standard error that ids were generated that the vocabulary cannot spell."""
+    """Prints a note to stderr if ids were generated that the vocabulary cannot decode."""
     silent = [number for number in ids if not tokenizer.token_bytes(number)]
     if silent:
         print(
-            f"note: {len(silent)} of the {len(ids)} ids spell nothing in {tokenizer.name}; "
+            f"note: {len(silent)} of the {len(ids)} ids decode to nothing in {tokenizer.name}; "
             f"the first is {silent[0]}.",
             file=sys.stderr,
         )

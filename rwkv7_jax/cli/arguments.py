@@ -1,4 +1,4 @@
-"""The kinds of options: numbers with ranges, paths and text, each refused in one sentence."""
+"""Types of command-line options: numbers with ranges, paths and text, with one-line errors."""
 
 import argparse
 import functools
@@ -11,17 +11,17 @@ from typing import NoReturn
 
 from rwkv7_jax.local_paths import check_target, is_same, local_path
 
-# Suffixes of files that hold a start state.
+# Suffixes of start state files.
 STATE_SUFFIXES = (".pth", ".safetensors", ".st", ".state")
 
-# A larger number of rows, windows or tokens is taken for a typing error.
+# A larger number of rows, windows or tokens counts as a typing error.
 MOST_ROWS = 10**6
 MOST_TOKENS = 2**24
 
 # How argparse begins a message about one option.
 _ABOUT_OPTION = re.compile(r"argument ([^:]+): (.*)", re.DOTALL)
 
-# What follows a backslash where escapes are read, and the bytes it stands for.
+# Escape sequences, and the bytes of the simple ones.
 _ESCAPE = re.compile(rb"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|.?)", re.DOTALL)
 
 _SIMPLE_ESCAPES = {
@@ -33,26 +33,26 @@ _SIMPLE_ESCAPES = {
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all errors of the commands are."""
+    """A parser with one-line errors, like those of the commands."""
 
     def error(self, message: str) -> NoReturn:
         """Ends the command with exit code 2.
 
         Raises:
-            ValueError: a value of the wrong kind or outside its range, which `main` prints as it
-                prints what the commands refuse.
+            ValueError: an option's value is missing, has the wrong type or is out of range; `main`
+                prints the error.
         """
         command = self.prog.removeprefix("rwkv7").strip()
         where = f"{command}: " if command else ""
         about = _ABOUT_OPTION.fullmatch(message)
         if about:
             option, reason = about.groups()
-            # The sentences of this module go on after the option's name.
+            # The messages of this module continue after the option's name.
             if reason.startswith("must "):
                 raise ValueError(f"{where}`{option}` {reason.rstrip('.')}.")
             if reason == "expected one argument":
                 raise ValueError(
-                    f"{where}`{option}` must have a value; `{option}=` goes before one that "
+                    f"{where}`{option}` must have a value; write `{option}=VALUE` if the value "
                     "begins with a hyphen."
                 )
         reason = " ".join(message.split()).rstrip(".")
@@ -61,7 +61,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def integer(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
-    """Makes the type of an option that takes whole numbers from `least` to `most`."""
+    """Makes the type of an option that takes an integer from `least` to `most`."""
     return functools.partial(_read_integer, least=least, most=most)
 
 
@@ -81,14 +81,14 @@ def _read_integer(text: str, *, least: int | None, most: int | None) -> int:
 
 
 def integers(least: int | None = None) -> Callable[[str], tuple[int, ...]]:
-    """Makes the type of an option that takes whole numbers with commas between them."""
+    """Makes the type of an option that takes comma-separated integers."""
     return lambda text: tuple(map(integer(least), text.split(",")))
 
 
 def number(
     least: float | int | None = None, most: float | int | None = None
 ) -> Callable[[str], float]:
-    """Makes the type of an option that takes finite numbers from `least` to `most`."""
+    """Makes the type of an option that takes a finite number from `least` to `most`."""
     return functools.partial(_read_number, least=least, most=most)
 
 
@@ -119,11 +119,11 @@ def _range(least: float | int | None, most: float | int | None) -> str:
 
 
 def path(text: str, *, target: bool = False) -> str:
-    """Reads the path of something on this machine; `~` is the home folder.
+    """Parses a local path; `~` is the home folder.
 
     Args:
-        text: as it was typed.
-        target: whether something will be written there.
+        text: the path as typed.
+        target: whether the path will be written to.
     """
     try:
         local_path(text, "", target=target)
@@ -133,7 +133,7 @@ def path(text: str, *, target: bool = False) -> str:
 
 
 def state_target(text: str) -> str:
-    """Reads the path of a state that will be written."""
+    """Parses the path of a state to write."""
     target = path(text, target=True)
     if Path(target).suffix not in STATE_SUFFIXES:
         raise argparse.ArgumentTypeError(
@@ -143,7 +143,7 @@ def state_target(text: str) -> str:
 
 
 def target_path(text: str) -> str:
-    """Reads the path of a file or a folder to write, before the work of minutes and not after."""
+    """Parses the path of a file or a folder to write, and checks it before minutes of work."""
     target = path(text, target=True)
     try:
         check_target(Path(target), "")
@@ -153,7 +153,7 @@ def target_path(text: str) -> str:
 
 
 def file_target(text: str) -> str:
-    """Reads the path of a file that will be written; see `target_path`."""
+    """Parses the path of a file to write; see `target_path`."""
     target = target_path(text)
     if Path(target).is_dir():
         raise argparse.ArgumentTypeError(f"must name a file; {text!r} is a folder")
@@ -163,15 +163,15 @@ def file_target(text: str) -> str:
 def refuse_inputs(
     argument: str, target: str | Path | None, inputs: Mapping[str, Iterable[str | None]]
 ) -> None:
-    """Refuses to write over what the command reads, however both paths are spelled.
+    """Rejects a target that would overwrite an input, in any spelling of the paths.
 
     Args:
         argument: the command and the option of the target, in backticks.
-        target: the path to write to; None where nothing is written.
-        inputs: paths by the option that names them; None where an option was left out.
+        target: the path to write to; None if nothing is written.
+        inputs: input paths by option; None for an omitted option.
 
     Raises:
-        ValueError: the target is one of the inputs, or a file that is there inside one of them.
+        ValueError: the target is one of the inputs, or an existing file inside one of them.
     """
     if target is None or not os.path.exists(target):
         return
@@ -185,29 +185,29 @@ def refuse_inputs(
                 or Path(os.path.realpath(source)) in place.parents
             ):
                 raise ValueError(
-                    f"{argument} must not write over `{option}`; `{target}` is read from "
+                    f"{argument} must not overwrite `{option}`; `{target}` is read from "
                     f"`{source}`."
                 )
 
 
 def stop_text(text: str) -> str:
-    """Reads a text that ends an answer."""
+    """Parses a stop sequence."""
     if not text:
         raise argparse.ArgumentTypeError(
-            "must not be empty: it would end every answer at once"
+            "must not be empty: it would end every answer immediately"
         )
     return text
 
 
 def unescape(text: bytes, option: str) -> bytes:
-    r"""Replaces `\n`, `\t`, `\r`, `\\`, `\xNN` and `\uNNNN` by what they stand for.
+    r"""Replaces the escapes `\n`, `\t`, `\r`, `\\`, `\xNN` and `\uNNNN`.
 
     Args:
-        text: as it was typed.
-        option: in backticks, for the message.
+        text: the text as typed.
+        option: the option in backticks, for the message.
 
     Raises:
-        ValueError: another character after a backslash.
+        ValueError: the text has another escape.
     """
 
     def replace(match: re.Match[bytes]) -> bytes:
@@ -221,15 +221,15 @@ def unescape(text: bytes, option: str) -> bytes:
             return chr(code).encode("utf-8", "surrogatepass")
         shown = name.decode("utf-8", "replace")
         raise ValueError(
-            f"generate: {option} must have n, t, r, xNN, uNNNN or another backslash after each "
-            f"backslash with `--escape`; got {shown!r}."
+            f"generate: with `--escape`, {option} must have n, t, r, xNN, uNNNN or a backslash "
+            f"after each backslash; got {shown!r}."
         )
 
     return _ESCAPE.sub(replace, text)
 
 
 def join_negative_numbers(words: list[str]) -> list[str]:
-    """Marks values such as "-1,2" and "-1e-3", which argparse would take for an option.
+    """Marks values such as "-1,2" and "-1e-3", which argparse would read as options.
 
     Args:
         words: the command line.
@@ -237,7 +237,7 @@ def join_negative_numbers(words: list[str]) -> list[str]:
     joined: list[str] = []
     for word in words:
         follows_option = bool(joined) and joined[-1].startswith("--")
-        # A word that begins with a space is no option; `float` passes over the space.
+        # argparse does not read a word with a leading space as an option; `float` skips the space.
         is_number = follows_option and re.match(r"-\.?\d", word)
         joined.append(f" {word}" if is_number else word)
     return joined

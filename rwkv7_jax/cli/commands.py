@@ -1,4 +1,4 @@
-"""The `rwkv7` command: the parser of all commands, and those that need no file of their own."""
+"""The top-level parser of `rwkv7`, its main function and the small commands."""
 
 import argparse
 import contextlib
@@ -63,21 +63,21 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.text.vocabularies import load_vocabulary
 from rwkv7_jax.training.costs import parameter_count, tree_bytes
 
-# Files of which a run's folder has at least one.
+# A run directory has at least one of these files.
 _FILES_OF_RUNS = ("metrics.jsonl", "settings.json", "events.jsonl")
 
-# Errors that users can mend, besides those that have a code in every program.
+# User errors besides those with an exit code in every program.
 _USER_ERRORS = (OverflowError, NotImplementedError)
 
 _VOCABULARY = "convert: `--vocabulary`"
 
-# Formats of weights alone.
+# Formats that hold only weights.
 _WITHOUT_VOCABULARY = ("pth", "safetensors", "st")
 
 
 def _convert(options: argparse.Namespace) -> str:
     """Reads a checkpoint and writes it in another format."""
-    # Before the source is read, which may take minutes.
+    # Reading the source may take minutes, so check everything else first.
     _, kind = check_model_target(options.target, format=options.format)
     if options.vocabulary is not None:
         load_vocabulary(options.vocabulary, argument=_VOCABULARY)
@@ -86,11 +86,11 @@ def _convert(options: argparse.Namespace) -> str:
             options.source,
             dtype=options.dtype,
             allow_nan=options.allow_nan,
-            # Damage that is passed on has digests that agree.
+            # The target's new digests would hide damage in the source.
             verify=True,
             progress=progress,
         )
-    # Before anything is written: source and target may be one file.
+    # Read the state before writing: source and target may be the same file.
     state = None
     state_path = _state_place(Path(options.target))
     if has_merged_state(options.source):
@@ -110,24 +110,23 @@ def _convert(options: argparse.Namespace) -> str:
     lines = [f"{options.target}: {_sizes(config)}"]
     if options.vocabulary is not None and kind in _WITHOUT_VOCABULARY:
         lines.append(
-            f"note: {options.target} holds no vocabulary, as folders and .gguf files do: its "
-            f"readers need `--vocabulary {options.vocabulary}`"
+            f"note: {options.target} holds no vocabulary, unlike folders and .gguf files: pass "
+            f"`--vocabulary {options.vocabulary}` to programs that read it"
         )
     if state is not None:
         info = {"base_model": model_hash(params, config)}
         save_state(state_path, state, config=config, info=info)
-        lines.append(
-            f"{state_path}: the tuned state that {options.source} holds besides the weights"
-        )
+        lines.append(f"{state_path}: the tuned state in {options.source}")
     return "\n".join(lines)
 
 
 def _vocabulary_of(
     options: argparse.Namespace, kind: str, config: RWKV7Config
 ) -> Tokenizer | None:
-    """Returns the vocabulary that was named, or that the source keeps; None where there is none.
+    """Returns the vocabulary of `--vocabulary` or of the source; None if there is none.
 
-    A target that holds none needs none: a source whose vocabulary cannot be read has weights.
+    The source's vocabulary is not read for a target format that holds none, so a source with a
+    broken vocabulary can still be converted.
     """
     if options.vocabulary is not None:
         return load_vocabulary(
@@ -149,27 +148,27 @@ def _refuse_replacing(state_path: Path, source: str) -> None:
     """Raises if the file for the merged state exists already.
 
     Raises:
-        ValueError: the file or its sidecar is there.
+        ValueError: the file or its sidecar exists.
     """
     for file in (state_path, sidecar(state_path)):
         if file.exists():
             raise ValueError(
-                f"convert: `{file}` must not be there, because the tuned state in `{source}` goes "
-                "to that place; move it away, or name another target."
+                f"convert: `{file}` must not exist, because the tuned state in `{source}` is "
+                "written there; move it away, or name another target."
             )
 
 
 def _memory(params: Params) -> str:
-    """Describes the memory of a model's weights, as they are and with their matrices in int8."""
+    """Describes the memory of a model's weights, unchanged and with int8 matrices."""
     in_int8 = jax.eval_shape(quantize, params)
     sizes = []
     for tree in (params, in_int8):
         sizes.append(f"{tree_bytes(tree) / 2**20:,.1f} MiB")
-    return f"{sizes[0]} of weights, {sizes[1]} with int8 ones"
+    return f"{sizes[0]} of weights, {sizes[1]} with int8 matrices"
 
 
 def _sizes(config: RWKV7Config) -> str:
-    """Describes the sizes that people compare models by."""
+    """Describes the main sizes of a model."""
     return (
         f"{parameter_count(config):,} parameters, {config.num_layers} layers, width "
         f"{config.width}, {config.num_heads} heads of {config.head_size}, vocabulary "
@@ -178,7 +177,7 @@ def _sizes(config: RWKV7Config) -> str:
 
 
 def _tensor_row(name: str, array: np.ndarray) -> str:
-    """Formats a tensor's shape, dtype, root mean square and largest entry."""
+    """Formats a tensor's shape, dtype, root mean square and largest magnitude."""
     values = np.asarray(array, np.float32)
     # The mean of an empty tensor would be NaN, with a warning.
     rms = float(np.sqrt(np.mean(np.square(values)))) if values.size else 0.0
@@ -187,11 +186,11 @@ def _tensor_row(name: str, array: np.ndarray) -> str:
 
 
 def _inspect(options: argparse.Namespace) -> str:
-    """Makes a table of the tensors in a file, or compares the file with its digests."""
+    """Makes a table of the tensors in a file, or verifies the file's digests."""
     if options.verify:
         compared = verify(options.path)
         if not compared:
-            return f"{options.path} can be read, but carries no digest to compare with"
+            return f"{options.path} is readable, but has no digests to verify"
         return "\n".join(compared)
     head = f"{'tensor':<38}{'shape':>18}  {'dtype':<10}{'rms':>12}{'max':>12}"
     rows = _state_rows if options.state else _model_rows
@@ -199,7 +198,7 @@ def _inspect(options: argparse.Namespace) -> str:
 
 
 def _state_rows(file: str) -> list[str]:
-    """Makes one row for each head."""
+    """Makes one row per head."""
     state = load_state(file)
     rows = []
     for layer, heads in enumerate(np.asarray(state.wkv[:, 0])):
@@ -209,22 +208,22 @@ def _state_rows(file: str) -> list[str]:
 
 
 def _model_rows(file: str) -> list[str]:
-    """Makes one row for each tensor, and lines of the config and of the loader's warnings."""
+    """Makes one row per tensor, then lines for the config and the loader's warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        # A checkpoint with NaN is what people want to inspect.
+        # NaN is a reason to inspect a checkpoint.
         params, config = load_model(file, allow_nan=True)
     rows = [_tensor_row(*tensor) for tensor in official_tensors(params, config)]
     rows.append(f"{_sizes(config)}\n{config}\n{_memory(params)}")
-    # After the table, where they do not scroll out of sight.
+    # Warnings come last, where they stay visible.
     return rows + [f"note: {warning.message}" for warning in caught]
 
 
 def _doctor(options: argparse.Namespace) -> str:
-    """Lists versions, devices, optional packages and which kernels run."""
+    """Lists versions, devices, optional packages and available kernels."""
     report = list(lines(system()))
     for name, use in (("matplotlib", "pictures"), ("torch", "oracle tests")):
-        # Without an import, which takes seconds: the question is only whether it is installed.
+        # `find_spec` avoids the import, which takes seconds.
         installed = "yes" if importlib.util.find_spec(name) else "no"
         report.append(f"{name:<18}{installed} ({use})")
     available = pallas_kernels.available()
@@ -238,14 +237,15 @@ def _report(options: argparse.Namespace) -> str:
     """Writes the report of a run and returns its path.
 
     Raises:
-        ValueError: the folder holds no run: an empty page in it would look like one.
+        ValueError: the folder is not a run directory; a report there would make it look like one.
     """
     folder = Path(options.folder)
     if folder.is_dir() and not any(
         (folder / name).is_file() for name in _FILES_OF_RUNS
     ):
         raise ValueError(
-            f"report: `{folder}` holds no run: it has none of {', '.join(_FILES_OF_RUNS)}."
+            f"report: `{folder}` must be a run directory; it has none of "
+            f"{', '.join(_FILES_OF_RUNS)}."
         )
     return str(write_report(options.folder))
 
@@ -259,20 +259,20 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "source",
         type=path,
-        help="a file or folder with a model, whatever its layout",
+        help="model file or folder, in any supported layout",
     )
     convert.add_argument(
-        "target", type=target_path, help="format by suffix; a folder is orbax"
+        "target", type=target_path, help="output; format by suffix, orbax for a folder"
     )
     convert.add_argument(
         "--format",
         choices=("hf", "transformers"),
-        help="write a folder with fla's names, or with official names for transformers",
+        help="write a Hugging Face folder with fla's tensor names (hf) or the official ones",
     )
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     convert.add_argument("--allow-nan", action="store_true", help="accept NaN and Inf")
     add_vocabulary_option(
-        convert, "that of the source; folders and .gguf files hold it"
+        convert, "the source's; only folders and .gguf files hold one"
     )
     convert.set_defaults(run=_convert)
 
@@ -284,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--verify",
         action="store_true",
-        help="compare all bytes with the checksums and digests in the file",
+        help="verify the checksums and digests in the file",
     )
     inspect.set_defaults(run=_inspect)
 
@@ -306,13 +306,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit code.
 
-    What a command returns is printed when all its files are written: a reader that has gone away
-    costs no result, and an error comes alone. Bad input ends in one line and exit code 2, a signal
-    in silence and the shell's code for it, a closed pipe in silence; other codes are those of
-    `exit_codes`.
+    The output of a command is printed after all its files are written, so a closed pipe loses no
+    result. Bad input gives one line and exit code 2. A signal gives no message and the shell's exit
+    code for it. A closed pipe gives no message and exit code 0. `exit_codes` has the other codes.
 
     Args:
-        arguments: without the program's name; None takes them from the command line.
+        arguments: arguments without the program's name; None for those of the process.
     """
     open_closed_streams()
     escape_unencodable()
@@ -324,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
         with StopSignals(None) as stop, stop.interruptible():
             return _run(sys.argv[1:], caches=True)
     except Stopped as error:
-        # A compilation may go on in threads of XLA, which crash while the interpreter ends.
+        # XLA threads may still compile, and would crash during interpreter shutdown.
         os._exit(error.code)
 
 
@@ -332,8 +331,8 @@ def _run(words: list[str], *, caches: bool = False) -> int:
     """Runs one command and returns the exit code.
 
     Args:
-        words: without the program's name.
-        caches: whether compiled programs may be written to the user's cache.
+        words: arguments without the program's name.
+        caches: whether to write compiled programs to the user's cache.
     """
     try:
         options = parser().parse_args(join_negative_numbers(words))
@@ -348,14 +347,14 @@ def _run(words: list[str], *, caches: bool = False) -> int:
         discard_output()
     except KeyboardInterrupt:
         discard_output()
-        # As shells count a process that SIGINT ended.
+        # The shells' exit code after SIGINT.
         return 130
     except Exception as error:
         code = 2 if isinstance(error, _USER_ERRORS) else exit_code(error)
-        # A bug, which should show its traceback.
+        # A bug should show its traceback.
         if code is None:
             raise
-        # A reader that has gone, or a full disk, must not change the code.
+        # A closed pipe or a full disk must not change the exit code.
         with contextlib.suppress(OSError):
             print(f"rwkv7: {reason(error)}", file=sys.stderr, flush=True)
         return code

@@ -1,4 +1,4 @@
-"""`rwkv7 data`: text becomes ids on the disk, and is shown as training sees it."""
+"""`rwkv7 data`: tokenizes text into a cache, or shows rows as training sees them."""
 
 import argparse
 from pathlib import Path
@@ -32,7 +32,7 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.text.vocabularies import NAMES, load_vocabulary
 
 _SOURCE_HELP = (
-    "a .jsonl or text file, a folder, a built-in text, or several with commas"
+    "a .jsonl or text file, a folder, a built-in text, or a comma-separated list"
 )
 
 
@@ -50,15 +50,20 @@ def add_data_command(subparsers) -> None:
         metavar="OUT",
         nargs="?",
         type=target_path,
-        help="OUT.bin and the files next to it; left out with --show",
+        help="output: OUT.bin and the files next to it; omit with --show",
     )
-    add_vocabulary_option(parser, "world; of a .bin its own")
-    add("--on-bad", choices=ON_BAD, default="error", help="bad lines (%(default)s)")
-    add("--encoding", help="of the text, such as gbk or utf-16; UTF-8 by default")
+    add_vocabulary_option(parser, "world, or that of a .bin file")
+    add(
+        "--on-bad",
+        choices=ON_BAD,
+        default="error",
+        help="handling of bad lines (%(default)s)",
+    )
+    add("--encoding", help="encoding of the text, such as gbk or utf-16 (UTF-8)")
     add(
         "--as-bytes",
         action="store_true",
-        help="read files that are no text or not UTF-8 as their bytes",
+        help="read binary files and files that are not UTF-8 as bytes",
     )
     add(
         "--show",
@@ -70,14 +75,19 @@ def add_data_command(subparsers) -> None:
         "--length",
         type=integer(1, MOST_TOKENS),
         default=128,
-        help="tokens of a row that is shown (%(default)s)",
+        help="with --show: tokens per row (%(default)s)",
     )
-    add("--packing", choices=PACKINGS, default="stream", help="(%(default)s)")
+    add(
+        "--packing",
+        choices=PACKINGS,
+        default="stream",
+        help="with --show: packing of documents into rows (%(default)s)",
+    )
     add(
         "--seed",
         type=integer(0),
         default=0,
-        help="of the rows that are shown (%(default)s)",
+        help="with --show: seed of the row order (%(default)s)",
     )
     parser.set_defaults(run=run_data)
 
@@ -90,7 +100,7 @@ def run_data(options: argparse.Namespace) -> str:
             entry = str(local_path(entry, "data: `SOURCE`"))
         sources.append(entry)
     if not sources:
-        raise ValueError("data: `SOURCE` must name what to read; got nothing.")
+        raise ValueError("data: `SOURCE` must name a text; got none.")
     tokenizer = _tokenizer(options.vocabulary, sources)
     if options.show is not None:
         return _rows(options, sources, tokenizer)
@@ -100,10 +110,10 @@ def run_data(options: argparse.Namespace) -> str:
 
 
 def _tokenizer(vocabulary: str | None, sources: list[str]) -> Tokenizer:
-    """Returns the tokenizer that was asked for, else that of the first cache, else World's."""
+    """Returns the tokenizer of `--vocabulary`, or of the first cache, or World's."""
     if vocabulary is not None:
         return load_vocabulary(vocabulary, argument="data: `--vocabulary`")
-    # A cache knows its vocabulary; ids of another one would be other text.
+    # With another vocabulary, the ids of a cache would decode to other text.
     for source in sources:
         cache = cache_file(source)
         if cache is None:
@@ -113,8 +123,8 @@ def _tokenizer(vocabulary: str | None, sources: list[str]) -> Tokenizer:
             continue
         if card.vocabulary not in NAMES:
             raise ValueError(
-                f"data: `--vocabulary` must name the file that {source} was made with "
-                f"({card.vocabulary}); got nothing."
+                f"data: `--vocabulary` must name the vocabulary file that {source} was made with "
+                f"({card.vocabulary}); got none."
             )
         return load_vocabulary(card.vocabulary)
     return Tokenizer.world()
@@ -126,7 +136,7 @@ def _write(
     """Tokenizes the sources into one cache."""
     target = _cache_target(options.target, sources)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # In bytes of text: how many tokens there will be is not known yet.
+    # Progress is in bytes, because the number of tokens is not known yet.
     with byte_progress("tokenizing") as progress:
         card, stats = write_cache(
             sources,
@@ -141,12 +151,18 @@ def _write(
 
 
 def _cache_target(out: str, sources: list[str]) -> Path:
-    """Returns the path of a cache's ids; refuses sources that are caches, and to write over one."""
+    """Returns the path of a cache's ids.
+
+    Raises:
+        ValueError: a source is a cache, or would be overwritten.
+    """
     for source in sources:
         if cache_file(source) is not None:
-            raise ValueError(f"data: `SOURCE` must be text; got the ids of {source}.")
+            raise ValueError(
+                f"data: `SOURCE` must be text; got the token cache {source}."
+            )
     target = Path(out)
-    # `with_suffix` would cut the ".5" of a name such as "v1.5".
+    # `with_suffix` would remove the ".5" of a name such as "v1.5".
     if target.suffix != ".bin":
         target = Path(f"{target}.bin")
     for suffix in SUFFIXES:
@@ -157,7 +173,7 @@ def _cache_target(out: str, sources: list[str]) -> Path:
 def _describe_cache(
     target: Path, card: CacheMetadata, stats: ReadStats, vocabulary: str
 ) -> str:
-    """Says what a cache holds, and what was left out of it."""
+    """Describes the content of a cache, and the skipped lines and files."""
     in_loss = "all" if card.learnt == card.tokens else f"{card.learnt:,}"
     lines = [
         f"{target}: {card.documents:,} documents, {card.tokens:,} {vocabulary} tokens "
@@ -169,8 +185,8 @@ def _describe_cache(
     lines.append(line)
     if stats.passed_over:
         lines.append(
-            f"files passed over: {stats.passed_over:,} (hidden, pictures, editors' files, links "
-            "to nothing)"
+            f"files skipped: {stats.passed_over:,} (hidden files, pictures, editor backups, broken "
+            "links)"
         )
     return "\n".join(lines)
 

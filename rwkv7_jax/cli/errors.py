@@ -1,18 +1,18 @@
-"""Errors that users can mend, as one sentence."""
+"""Formats user errors as one sentence."""
 
 from rwkv7_jax.checks import escape_controls
 from rwkv7_jax.runs.exit_codes import is_out_of_memory, memory_sentence
 
 _LESS_MEMORY = (
-    "use a smaller model, a shorter prompt or text, or lower `--windows`, `--length` or `--show` "
-    "where the command has them"
+    "use a smaller model, a shorter prompt or text, or lower values of the command's `--windows`, "
+    "`--length` or `--show`"
 )
 
 
 def reason(error: Exception) -> str:
-    """Formats an error; those of the operating system name their file first.
+    """Formats an error; an operating system error begins with its file.
 
-    Characters that a terminal would obey, as in a file's name, are escaped.
+    Control characters, for instance in a file name, are escaped.
     """
     if is_out_of_memory(error):
         return memory_sentence(error, _LESS_MEMORY)

@@ -1,4 +1,4 @@
-"""`rwkv7 generate`: text from a checkpoint, streamed to the terminal."""
+"""`rwkv7 generate`: generates text from a checkpoint and streams it to the terminal."""
 
 import argparse
 import json
@@ -65,67 +65,67 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--escape",
         action="store_true",
-        help=r"read \n, \t, \r, \xNN, \uNNNN and \\ in --prompt and --stop as what they stand "
-        "for; without it a backslash is a backslash",
+        help=r"interpret the escapes \n, \t, \r, \xNN, \uNNNN and \\ in --prompt and --stop; by "
+        "default a backslash is literal",
     )
     parser.add_argument(
         "--json",
         action="store_true",
-        help="one JSON object at the end instead of a stream",
+        help="print one JSON object at the end instead of streaming",
     )
     parser.set_defaults(run=run_generate, compiles=True)
     return parser
 
 
 def _add_start_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that name the state from which the model starts."""
+    """Adds the options that select the start state."""
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--state",
         type=path,
-        help="state to start from: a tuned one, or one that --save-state wrote",
+        help="start state: a tuned state, or one written by --save-state",
     )
     start.add_argument(
         "--observer",
         metavar="FOLDER",
         type=path,
-        help="observer that reads the prompt in the model's place and proposes its start state",
+        help="observer that reads the prompt instead of the model and proposes the start state",
     )
     add_any_base_option(parser)
 
 
 def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the prompt, and for the file of the state after it."""
+    """Adds the options for the prompt, and for the file of the resulting state."""
     add = parser.add_argument
     add(
         "--prompt",
-        help=f"text to continue; {PROMPT_HELP}; without it the answer of a --save-state goes on",
+        help=f"text to continue; {PROMPT_HELP}; omit it to continue the answer of a --save-state",
     )
     add(
         "--save-state",
         metavar="FILE",
         type=state_target,
-        help="write the memory after the answer, to continue from with --state",
+        help="write the state after the answer, to continue from with --state",
     )
-    add("--chat", action="store_true", help="the prompt is a user's message to answer")
+    add("--chat", action="store_true", help="answer the prompt as a user's message")
     _add_chat_options(parser)
 
 
 def _add_chat_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that --chat alone has."""
+    """Adds the options that require --chat."""
     add = parser.add_argument
-    add("--system", metavar="TEXT", help="with --chat: what the system says before")
+    add("--system", metavar="TEXT", help="with --chat: system prompt")
     add(
         "--think",
         choices=tuple(THINK_MODES),
-        help="with --chat: whether the answer thinks first; fast is an empty thought (off)",
+        help="with --chat: think mode of the answer; fast is an empty thought (off)",
     )
     add(
         "--tools",
         metavar="FILE",
         type=path,
-        help="with --chat: functions to call, a JSON list of objects with name, description and "
-        "arguments, or as OpenAI's interface has them",
+        help="with --chat: tools, as a JSON list of objects with name, description and arguments, "
+        "or in the format of OpenAI's API",
     )
 
 
@@ -133,10 +133,10 @@ class _Texts(NamedTuple):
     """The texts of one call.
 
     Attributes:
-        prompt: all that the model reads.
-        opening: the end of the prompt that belongs to the answer.
-        stop_strings: what the answer ends before.
-        is_chat: whether it is an answer to a message.
+        prompt: all text that the model reads.
+        opening: the end of the prompt, which is the beginning of the answer.
+        stop_strings: stop sequences.
+        is_chat: whether the model answers a message.
     """
 
     prompt: bytes
@@ -146,7 +146,7 @@ class _Texts(NamedTuple):
 
 
 def run_generate(options: argparse.Namespace) -> str | None:
-    """Generates, and shows the text meanwhile or returns all as JSON."""
+    """Generates text; streams it, or returns it as JSON."""
     _check_target(options)
     _check_prompt(options)
     _check_chat_options(options)
@@ -163,14 +163,14 @@ def run_generate(options: argparse.Namespace) -> str | None:
             logits = logits_to_go_on(options.state, model.config, has_prompt=has_prompt)
         texts = _after_state(options, texts, goes_on=logits is not None)
     prompt_ids = [] if logits is not None else _encode_prompt(tokenizer, texts.prompt)
-    # Ids that the model reads; an observer may have read the others.
+    # The ids that the model reads; an observer reads the others.
     unread = prompt_ids
     if options.observer:
-        # As in training: the last token stays for the model, which needs one to give logits.
+        # As in training, the model reads the last token, which it needs for logits.
         state = _propose(options.observer, model, prompt_ids[:-1])
         unread = prompt_ids[-1:]
     stream = Stream(goes_on=bool(options.save_state))
-    # The given beginning of an answer is part of it.
+    # The opening is part of the answer.
     if texts.opening and not options.json:
         stream(texts.opening, 0)
     out = generate(
@@ -199,37 +199,37 @@ def run_generate(options: argparse.Namespace) -> str | None:
 
 
 def _encode_prompt(tokenizer: Tokenizer, prompt: bytes) -> list[int]:
-    """Returns the ids of a prompt; of an empty one the id that ends documents."""
+    """Returns the ids of a prompt; for an empty one, the end-of-text id."""
     ids = tokenizer.encode(prompt) or list(tokenizer.stop_ids)
     if not ids:
         raise ValueError(
-            f"generate: `--prompt` must hold a token; {tokenizer.name} has no end of text that a "
-            "text could begin after."
+            f"generate: `--prompt` must hold a token, because {tokenizer.name} has no end of text "
+            "to start from."
         )
     return ids
 
 
 def _check_target(options: argparse.Namespace) -> None:
-    """Raises where `--save-state` would write over the model; over `--state` it may."""
+    """Raises if `--save-state` would overwrite the model; it may overwrite `--state`."""
     inputs = {"--model": [options.model], "--observer": [options.observer]}
     refuse_inputs("generate: `--save-state`", options.save_state, inputs)
 
 
 def _check_prompt(options: argparse.Namespace) -> None:
-    """Raises where there is neither a prompt nor a state that could go on without one."""
+    """Raises if there is neither a prompt nor a state."""
     if options.prompt is None and not options.state:
         raise ValueError(
-            "generate: `--prompt` must be given; only from a `--state` that `--save-state` wrote "
-            "an answer goes on without one."
+            "generate: `--prompt` must be given, unless `--state` is a file of `--save-state`; got "
+            "neither."
         )
 
 
 def _read_texts(options: argparse.Namespace) -> _Texts:
-    """Reads the prompt and the texts that end an answer; in a chat the prompt becomes a turn."""
+    """Reads the prompt and the stop sequences; in a chat, the prompt becomes a turn."""
     prompt = b"" if options.prompt is None else read_prompt(options.prompt)
     stop_strings = list(options.stop)
     if options.escape:
-        # Standard input holds real line breaks.
+        # Standard input has real line breaks.
         if options.prompt != "-":
             prompt = unescape(prompt, "`--prompt`")
         for index, text in enumerate(stop_strings):
@@ -242,7 +242,7 @@ def _read_texts(options: argparse.Namespace) -> _Texts:
     opening = ""
     if options.chat:
         stop_strings.append(CHAT_STOP)
-        # Without a message the answer before goes on.
+        # Without a message, the previous answer continues.
         if options.prompt is not None:
             prompt, opening = _chat_texts(options, prompt)
     return _Texts(prompt, opening, stop_strings, options.chat)
@@ -251,17 +251,17 @@ def _read_texts(options: argparse.Namespace) -> _Texts:
 def _after_state(
     options: argparse.Namespace, texts: _Texts, *, goes_on: bool
 ) -> _Texts:
-    """Fits the texts to what the state of `--state` has read.
+    """Adapts the texts to what the state of `--state` has read.
 
     Args:
-        options: of the command.
-        texts: without a state.
-        goes_on: whether the answer before goes on, without a prompt.
+        options: options of the command.
+        texts: the texts without a state.
+        goes_on: whether the previous answer continues without a prompt.
     """
     if not is_chat(options.state):
         return texts
     if goes_on:
-        # It ends where it would have ended.
+        # The continued answer keeps its stop sequence.
         stop_strings = [*texts.stop_strings, CHAT_STOP]
         return texts._replace(stop_strings=stop_strings, is_chat=True)
     if options.chat:
@@ -271,7 +271,7 @@ def _after_state(
 
 
 def _chat_texts(options: argparse.Namespace, message: bytes) -> tuple[bytes, str]:
-    """Writes the message as a turn; returns it, and the part of the answer that it begins."""
+    """Formats the message as a turn; returns it, and the beginning of the answer in it."""
     think = options.think or "off"
     tools: tuple[str, ...] = ()
     if options.tools:
@@ -281,14 +281,14 @@ def _chat_texts(options: argparse.Namespace, message: bytes) -> tuple[bytes, str
             raise ValueError(
                 f"generate: `--tools` must be a JSON list of functions; {options.tools}: {error}."
             ) from None
-    # The inverse of how Python decodes the command line.
+    # Recover the bytes of the command line.
     system = os.fsencode(options.system or "")
     prompt = chat_prompt(message, system=system, think=think, tools=tools)
     return prompt, answer_opening(think, tools).lstrip()
 
 
 def _check_chat_options(options: argparse.Namespace) -> None:
-    """Raises for options that only a chat has."""
+    """Raises for chat options without `--chat` or `--prompt`."""
     for name in ("system", "think", "tools"):
         if getattr(options, name) is None:
             continue
@@ -304,18 +304,18 @@ def _propose(folder: str, model: LoadedModel, ids: list[int]) -> RWKV7State:
         raise ValueError(
             "generate: `--prompt` must have at least two tokens with `--observer`."
         )
-    # Other weights of the same sizes would be given states that mean nothing to them.
+    # The states mean nothing to other weights of the same sizes.
     observer, params = load_observer(folder, model.config, base_model=model.hash)
     return propose(observer, params, np.asarray([ids], np.int32))
 
 
 def _to_json(out: Generation, texts: _Texts, prompt_tokens: int) -> str:
-    """Describes the result as one JSON object.
+    """Formats the result as one JSON object.
 
     Args:
-        out: what was generated.
-        texts: what the model read and what began its answer.
-        prompt_tokens: the number of the prompt's ids.
+        out: the generated text.
+        texts: the prompt and the opening of the answer.
+        prompt_tokens: number of prompt tokens.
     """
     assert out.texts is not None
     fields = {

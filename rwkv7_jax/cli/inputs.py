@@ -1,4 +1,4 @@
-"""What several commands read: a checkpoint with its hash, a state that fits it, a prompt."""
+"""Inputs that several commands share: a checkpoint, its states and vocabulary, and a prompt."""
 
 import argparse
 import dataclasses
@@ -21,7 +21,7 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-# Of the arguments that are the same in several commands.
+# Help texts of arguments that several commands have.
 MODEL_HELP = "checkpoint: .pth, .safetensors or a folder"
 
 PROMPT_HELP = "- reads standard input"
@@ -31,8 +31,8 @@ def add_vocabulary_option(parser: argparse.ArgumentParser, default: str) -> None
     """Adds `--vocabulary` to a command.
 
     Args:
-        parser: of the command.
-        default: which vocabulary is taken without the option, for the help.
+        parser: parser of the command.
+        default: the default, for the help text.
     """
     parser.add_argument(
         "--vocabulary",
@@ -48,23 +48,23 @@ def add_any_base_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--any-base",
         action="store_true",
-        help="take a state that was tuned for other weights",
+        help="accept a state that was tuned for other weights",
     )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that name the model and how it is held in memory."""
+    """Adds the options for the model and its form in memory."""
     add = parser.add_argument
     add("--model", required=True, type=path, help=MODEL_HELP)
     add(
         "--weights",
         choices=(INT8,),
-        help="hold the model's matrices in 8 bits, in half or a quarter of the memory",
+        help="hold the model's matrices in 8 bits, which takes half or a quarter of the memory",
     )
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of activations and weights (float32 activations and the weights of the file)",
+        help="dtype of activations and weights (float32 activations, and weights as in the file)",
     )
 
 
@@ -72,8 +72,8 @@ class LoadedModel(NamedTuple):
     """A checkpoint in memory.
 
     Attributes:
-        hash: `model_hash`, to tell whose a state or an observer is.
-        path: of the checkpoint.
+        hash: `model_hash`, which states and observers of this model name.
+        path: path of the checkpoint.
     """
 
     params: Params
@@ -83,11 +83,11 @@ class LoadedModel(NamedTuple):
 
     @property
     def module(self) -> RWKV7:
-        """Returns the Linen module of these sizes."""
+        """The Linen module of the model."""
         return RWKV7(self.config)
 
     def load_state(self, path: str, *, any_base: bool) -> RWKV7State:
-        """Loads a state of this model's sizes; `any_base` takes one of other weights, too."""
+        """Loads a state of this model; `any_base` also accepts one of other weights."""
         return load_state(
             path,
             config=self.config,
@@ -96,7 +96,7 @@ class LoadedModel(NamedTuple):
         )
 
     def tokenizer(self, vocabulary: str | None) -> Tokenizer:
-        """Returns the vocabulary that `--vocabulary` names, or else that of the model."""
+        """Returns the tokenizer of `--vocabulary`, or that of the model."""
         return model_tokenizer(
             self.path,
             self.config.vocab_size,
@@ -111,13 +111,13 @@ def read_model(
     """Loads a checkpoint and hashes its weights.
 
     Args:
-        path: of the checkpoint.
-        weights: that of `load_model`.
-        dtype: of activations and weights, matrices in 8 bits excepted; None is float32 activations
-            and the weights of the file.
+        path: path of the checkpoint.
+        weights: argument of `load_model`.
+        dtype: dtype of activations and of weights except int8 matrices; None for float32
+            activations and weights as in the file.
     """
     params, config = load_model(path, weights=weights)
-    # Of the file's numbers: its states fit it in whatever dtype it computes.
+    # The hash of the file's values: states fit the model in every dtype.
     origin = model_hash(params, config)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
@@ -126,7 +126,7 @@ def read_model(
 
 
 def _convert(params: MutableMapping[str, Any], dtype: str) -> None:
-    """Converts weights in place, so that memory is needed for one leaf more and not for all."""
+    """Converts weights in place, so that only one leaf needs extra memory."""
     for name, node in params.items():
         if isinstance(node, MutableMapping):
             _convert(node, dtype)
@@ -135,8 +135,8 @@ def _convert(params: MutableMapping[str, Any], dtype: str) -> None:
 
 
 def read_prompt(argument: str) -> bytes:
-    """Returns a prompt's bytes as they were given, whether or not they are UTF-8."""
+    """Returns the original bytes of a prompt, which need not be UTF-8."""
     if argument == "-":
         return sys.stdin.buffer.read()
-    # The inverse of how Python decodes the command line.
+    # Recover the bytes of the command line.
     return os.fsencode(argument)

@@ -1,4 +1,4 @@
-"""`rwkv7 observe`: an observer's proposal for a prompt, as a file or compared with the teacher."""
+"""`rwkv7 observe`: writes an observer's proposal for a prompt, or compares it with the teacher."""
 
 import argparse
 from pathlib import Path
@@ -35,7 +35,7 @@ def add_observe_command(subparsers) -> None:
     """Adds the parser of `observe` to those of `rwkv7`."""
     parser = subparsers.add_parser("observe", help=COMMANDS["observe"])
     add = parser.add_argument
-    add("observer", metavar="OBSERVER", type=path, help="an observer's folder")
+    add("observer", metavar="OBSERVER", type=path, help="folder of the observer")
     add("--model", required=True, type=path, help=f"the teacher's {MODEL_HELP}")
     add("--prompt", required=True, help=f"text to observe; {PROMPT_HELP}")
     add(
@@ -46,16 +46,16 @@ def add_observe_command(subparsers) -> None:
     )
     add(
         "--text",
-        help="compare the proposal with the teacher's own state, by how much such states vary in "
-        "this text: a file, a folder, or a built-in text",
+        help="report the proposal's error against the teacher's own state, relative to the "
+        "variance of states in this text: a file, a folder, or a built-in text",
     )
     add(
         "--length",
         type=integer(1, MOST_TOKENS),
         default=128,
-        help="tokens of a window of --text (%(default)s)",
+        help="tokens per window of --text (%(default)s)",
     )
-    # One window has no variance.
+    # A single window has no variance.
     add(
         "--windows",
         type=integer(2, MOST_ROWS),
@@ -77,7 +77,6 @@ def run_observe(options: argparse.Namespace) -> str:
     ids = tokenizer.encode(read_prompt(options.prompt))
     if not ids:
         raise ValueError("observe: `--prompt` must not be empty.")
-    # A batch of one row.
     tokens = np.asarray([ids], np.int32)
     lines = [
         f"{options.observer}: {_sizes(observer)}",
@@ -88,7 +87,7 @@ def run_observe(options: argparse.Namespace) -> str:
         error = _error(options, model, observer, params, tokens, tokenizer)
         lines.append(
             f"proposal error: {error:.4f} of the variance in {options.text} "
-            "(0 is the teacher's own state, 1 as bad as the mean state)"
+            "(0: the teacher's own state; 1: as bad as the mean state)"
         )
     if options.out:
         info = {
@@ -102,7 +101,7 @@ def run_observe(options: argparse.Namespace) -> str:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    """Raises for options that would only be refused after minutes of reading."""
+    """Checks options before minutes of reading."""
     if not options.out and not options.text:
         raise ValueError("observe: `--out` or `--text` must be given; got neither.")
     texts = split_paths(options.text or "", "observe: `--text`")
@@ -132,17 +131,16 @@ def _error(
     tokens: np.ndarray,
     tokenizer: Tokenizer,
 ) -> float:
-    """Computes how far the proposal is from the state of a teacher that reads the prompt itself."""
-    # The windows' own states are what a proposal is compared with, so they must be typical text.
+    """Computes the proposal's error against the state of the teacher after the prompt."""
     texts = split_paths(options.text, "observe: `--text`")
     stream = token_stream(texts, tokenizer)
     batch = windows(stream, options.length, options.windows)
     if len(batch.tokens) < 2:
         raise ValueError(
-            f"observe: `--text` must have two windows of {options.length} tokens; got "
+            f"observe: `--text` must have at least two windows of {options.length} tokens; got "
             f"{len(stream):,} tokens."
         )
-    # The prompt is a single row, so its own variance would be zero.
+    # The variance needs several rows, and the prompt is a single one.
     variance = state_moments(model.module, model.params, batch.tokens).variance
     error = proposal_error(
         observer,

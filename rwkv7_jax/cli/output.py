@@ -1,4 +1,4 @@
-"""Output to a pipe that its reader has closed, or to a file on a full disk."""
+"""Handles errors of standard output: closed pipes and full disks."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def name_output() -> Iterator[None]:
-    """Names standard output in the errors of writing to it, as files are named in theirs."""
+    """Adds the name "standard output" to errors of writing to it."""
     try:
         yield
     except OSError as error:
@@ -16,11 +16,11 @@ def name_output() -> Iterator[None]:
 
 
 def discard_output() -> None:
-    """Discards the buffered output, so that the interpreter's last flush is quiet."""
+    """Discards the buffered output, so that the interpreter's last flush does not fail."""
     try:
         descriptor = sys.stdout.fileno()
     except (OSError, ValueError):
         # A test or another program has replaced the stream.
         return
-    # Closing the stream would raise once more, so its descriptor is replaced.
+    # Closing the stream would raise again, so replace its descriptor.
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

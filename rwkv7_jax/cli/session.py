@@ -1,4 +1,4 @@
-"""Sessions of `generate` and `chat`: what `--save-state` writes, and `--state` goes on from."""
+"""Sessions of `generate` and `chat`, which `--save-state` writes and `--state` resumes."""
 
 from jaxtyping import Array, Float
 
@@ -7,55 +7,58 @@ from rwkv7_jax.cli.inputs import LoadedModel
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import RWKV7State
 
-# The entry of a sidecar that says what was generated.
+# The sidecar's key for the kind of session.
 _KIND = "session"
 
 _CHAT = "chat"
 
 
 def is_chat(path: str) -> bool:
-    """Tells whether a state is that of a chat, which has read an answer but not its turn's end."""
+    """Tells whether a state is from a chat: after an answer, before the end of its turn."""
     return read_sidecar(path).get(_KIND) == _CHAT
 
 
 def logits_to_go_on(
     path: str, config: RWKV7Config, *, has_prompt: bool
 ) -> Float[Array, "1 V"] | None:
-    """Returns the logits with which a session goes on; None where an empty text begins.
+    """Returns the logits from which a session continues; None for a new text.
 
-    A tuned state has read nothing, and an empty text begins after it as after none: with the end
-    of the text before. In a session that id would end the text that it continues.
+    With an empty prompt, a new text starts from a tuned state with the end-of-text id. In a
+    session, that id would end the text to continue, so the session needs the next token's logits.
 
     Args:
-        path: of the state.
-        config: of the model.
-        has_prompt: whether there was a prompt, which is empty.
+        path: path of the state.
+        config: config of the model.
+        has_prompt: whether a prompt was given; it is empty.
 
     Raises:
-        ValueError: a session without logits, or no session and no prompt.
+        ValueError: the session has no logits; or the state is no session, and no prompt was given.
     """
     logits = load_logits(path, config=config)
     if logits is None and (not has_prompt or _KIND in read_sidecar(path)):
         raise ValueError(
-            f"generate: `--prompt` must hold a token to go on from `{path}`: it has no logits of "
-            "the next token, as files of `--save-state` have."
+            f"generate: `--prompt` must hold a token to continue from `{path}`, because the file "
+            "has no logits of the next token; files of `--save-state` have them."
         )
     return logits
 
 
 def check_savable(argument: str, target: str | None, state: RWKV7State | None) -> None:
-    """Raises where the state could not be written, before anything is generated.
+    """Checks, before anything is generated, that the format can hold the state.
 
     Args:
         argument: the command and the option of the target, in backticks.
-        target: the path to write to; None where nothing is written.
-        state: None is a model that has read nothing.
+        target: the path to write to; None if nothing is written.
+        state: the start state; None for zeros.
+
+    Raises:
+        ValueError: the state is upscaled and the target is not .safetensors.
     """
     if target is None or state is None or state.upscaled is None:
         return
     if not target.endswith(".safetensors"):
         raise ValueError(
-            f"{argument} of an upscaled state must end in .safetensors; got {target}."
+            f"{argument} must end in .safetensors for an upscaled state; got {target}."
         )
 
 
@@ -67,7 +70,7 @@ def save_session(
     logits: Float[Array, "1 V"],
     is_chat: bool,
 ) -> None:
-    """Writes the memory after an answer, WKV and both shift states, and the next token's logits."""
+    """Writes the whole state after an answer, and the next token's logits."""
     info = {
         "base_model": model.hash,
         "made_of": "a session of rwkv7",

@@ -1,4 +1,4 @@
-"""`rwkv7 state info | convert | mix | scale`: start states as files, looked at and combined."""
+"""`rwkv7 state info | convert | mix | scale`: inspects and combines start state files."""
 
 import argparse
 from pathlib import Path
@@ -35,7 +35,7 @@ from rwkv7_jax.tuning.state_arithmetic import (
     weighted_sum,
 )
 
-# Fields of a sidecar that `info` prints in sentences of its own.
+# Fields of a sidecar that `info` prints in other lines.
 _DESCRIBED_FIELDS = frozenset({*MEANING, "base_model"})
 
 _STATE_HELP = ".pth, .safetensors, .st or .state, or a model with a merged state"
@@ -54,7 +54,7 @@ def add_state_command(subparsers) -> None:
     info.set_defaults(run=_info)
 
     convert = commands.add_parser(
-        "convert", help="a state in another format, for other tools or from them"
+        "convert", help="write a state in another format, for or from other tools"
     )
     convert.add_argument("state", type=path, help=_STATE_HELP)
     convert.add_argument(
@@ -65,13 +65,13 @@ def add_state_command(subparsers) -> None:
     convert.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the WKV tensors (float32; float16 for .state)",
+        help="dtype of the WKV tensors (float32; float16 for .state)",
     )
     convert.set_defaults(run=_convert)
 
     mix = commands.add_parser(
         "mix",
-        help="the weighted sum of states of one model",
+        help="write the weighted sum of states of one model",
         usage="%(prog)s [-h] STATE [STATE ...] --weights W,W,... OUT",
     )
     mix.add_argument(
@@ -79,34 +79,40 @@ def add_state_command(subparsers) -> None:
         nargs="*",
         metavar="STATE",
         type=path,
-        help="states, and last the result",
+        help="states, then the output file",
     )
-    # argparse cannot continue a positional list after an option, so the option takes what follows.
-    mix.add_argument("--weights", nargs="+", required=True, metavar="W", help="0.5,0.5")
+    # argparse cannot continue a positional list after an option, so `--weights` takes the rest.
+    mix.add_argument(
+        "--weights",
+        nargs="+",
+        required=True,
+        metavar="W",
+        help="comma-separated weights, such as 0.5,0.5",
+    )
     mix.set_defaults(run=_mix)
 
     scale = commands.add_parser(
-        "scale", help="a state times alpha; 0 is the base model"
+        "scale", help="write a state times alpha; 0 gives the base model"
     )
     scale.add_argument("state", type=path, help=_STATE_HELP)
     scale.add_argument(
         "--alpha",
         type=number(),
         required=True,
-        help="0 is the base, 1 the tuned model",
+        help="factor: 0 gives the base model, 1 the tuned one",
     )
-    scale.add_argument("target", type=state_target, help="file for the result")
+    scale.add_argument("target", type=state_target, help="output file")
     scale.set_defaults(run=_scale)
     add_doctor_command(commands)
 
 
 def _info(options: argparse.Namespace) -> str:
-    """Lists what the file and its sidecar say, and what the tensors are like."""
+    """Describes a state file, its sidecar and its tensors."""
     model = read_model(options.model) if options.model else None
     if model is None:
         state = load_state(options.state)
     else:
-        # Of any base model: which one it is, the output says.
+        # Any base model: the output says whether it is the right one.
         state = model.load_state(options.state, any_base=True)
     table = read_sidecar(options.state)
     lines = [f"{options.state}: {_sizes(state)}, {_dtypes(options.state)}"]
@@ -115,15 +121,15 @@ def _info(options: argparse.Namespace) -> str:
         kind = upscaled.features.kind
         size = upscaled.memory.shape[-1]
         lines.append(
-            f"upscaled memory: {upscaled.dynamics}, {size} {kind} features a head"
+            f"upscaled memory: {upscaled.dynamics}, {size} {kind} features per head"
         )
-    # Files of other tools have no sidecar, so no base model.
+    # Files of other tools have no sidecar.
     base = table.get("base_model")
     line = f"base model: {base or 'not named in the sidecar'}"
     if model is not None:
         line += f"; {_fit(options.model, model.hash, base)}"
     lines.append(line)
-    # What the run or the user added: a score, alpha, what the state is made of.
+    # Fields that a run or a user added, such as a score, alpha or the origin of the state.
     for name, value in table.items():
         if name not in _DESCRIBED_FIELDS:
             lines.append(f"{name}: {value}")
@@ -135,10 +141,10 @@ def _info(options: argparse.Namespace) -> str:
 def _fit(model: str, model_hash: str, base: str | None) -> str:
     """Describes whether a checkpoint of the right sizes is the state's base model."""
     if base is None:
-        return "the sizes fit"
+        return f"the sizes fit {model}"
     if base == model_hash:
-        return f"{model} is it"
-    return f"{model} is another, {model_hash}"
+        return f"{model} matches"
+    return f"{model} does not match, {model_hash}"
 
 
 def _sizes(state: RWKV7State) -> str:
@@ -159,7 +165,7 @@ def _dtypes(file: str) -> str:
 
 
 def _capacity(state: RWKV7State) -> str:
-    """Describes how much a state of this size can hold."""
+    """Describes how much a state of this size can store."""
     result = capacity(state)
     fewest, most = result.facts
     return (
@@ -169,7 +175,7 @@ def _capacity(state: RWKV7State) -> str:
 
 
 def _trained_parts(state: RWKV7State, result: Capacity) -> str:
-    """Describes which parts the trained numbers are in; a part that is zero was not trained."""
+    """Describes the parts of the trained numbers; a zero part was not trained."""
     if not result.memory:
         return "WKV"
     if result.trained == result.wkv + result.memory:
@@ -180,7 +186,7 @@ def _trained_parts(state: RWKV7State, result: Capacity) -> str:
 
 
 def _convert(options: argparse.Namespace) -> str:
-    """Writes a state in another format; what its sidecar says goes with it."""
+    """Writes a state in another format, with the content of its sidecar."""
     state = load_state(options.state)
     info = read_sidecar(options.state)
     logits = load_logits(options.state)
@@ -189,8 +195,8 @@ def _convert(options: argparse.Namespace) -> str:
 
 
 def _parse_weights(text: str) -> list[float]:
-    """Parses finite numbers with commas between them."""
-    wrong = f"state mix: `--weights` must be numbers with commas between them; got {text!r}."
+    """Parses comma-separated finite numbers."""
+    wrong = f"state mix: `--weights` must be comma-separated numbers; got {text!r}."
     weights = []
     for part in split_list(text.strip(), "state mix: `--weights`"):
         try:
@@ -205,30 +211,30 @@ def _parse_weights(text: str) -> list[float]:
 
 
 def _made_of(weight: float, file: str) -> str:
-    """Describes a summand, for the sidecar of the sum."""
+    """Describes a term of the sum, for its sidecar."""
     return f"{weight:g} x {Path(file).name}"
 
 
 def _mix(options: argparse.Namespace) -> str:
     """Writes the weighted sum of states."""
     weights = _parse_weights(options.weights[0])
-    # The target may stand before `--weights` or after it.
+    # The target may come before or after `--weights`.
     files = [*options.files, *map(path, options.weights[1:])]
     if len(files) < 2:
         raise ValueError(
-            "state mix: needs at least one state, and a file for the result."
+            "state mix: `STATE` and `OUT` must name at least one state and the output file."
         )
     *sources, target = files
     if len(weights) != len(sources):
         raise ValueError(
-            f"state mix: `--weights` must be one for each of {len(sources)} states; "
+            f"state mix: `--weights` must have one weight for each of {len(sources)} states; "
             f"got {len(weights)}."
         )
     try:
         target = state_target(target)
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"state mix: `OUT` {error}.") from None
-    # Sums of states of different models would be numbers without a meaning.
+    # A sum of states of different models has no meaning.
     with prefix_errors("state mix"):
         base = common_base_model(sources)
     states = [load_state(source) for source in sources]
@@ -240,10 +246,12 @@ def _mix(options: argparse.Namespace) -> str:
     save_state(target, mixed, info=info)
     line = f"{target}: {info['made_of']}"
     total = sum(weights)
-    # A difference of states is often wanted; a sum such as 0.9 often is a slip.
+    # Differences of states are useful, but a sum such as 0.9 is often a mistake.
     if np.isclose(total, 1.0, atol=1e-3):
         return line
-    return f"{line}\nnote: the weights sum to {total:g}, not to 1: this is no average of the states"
+    return (
+        f"{line}\nnote: the weights sum to {total:g}, not 1, so this is not an average"
+    )
 
 
 def _scale(options: argparse.Namespace) -> str:
@@ -256,7 +264,7 @@ def _scale(options: argparse.Namespace) -> str:
             f"state scale: `alpha` in the sidecar of `{options.state}` must be a finite number; "
             f"got {alpha!r}."
         )
-    # A state that was scaled before keeps the product, which is its distance from the base model.
+    # Scaling a scaled state multiplies the factors.
     info = {
         "made_of": _made_of(options.alpha, options.state),
         "alpha": options.alpha * alpha,

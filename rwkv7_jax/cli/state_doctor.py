@@ -1,4 +1,4 @@
-"""`rwkv7 state doctor`: what a tuned state does, what it costs, and advice."""
+"""`rwkv7 state doctor`: diagnoses a tuned state and gives advice."""
 
 import argparse
 import itertools
@@ -37,19 +37,19 @@ _TEXT_HELP = "a file, a folder, a built-in text, or task:NAME"
 def add_doctor_command(subparsers) -> None:
     """Adds the parser of `doctor` to those of `rwkv7 state`."""
     parser = subparsers.add_parser(
-        "doctor", help="what a state does, what it costs, and advice"
+        "doctor", help="diagnose a state: its effect, its cost, and advice"
     )
     add = parser.add_argument
     add("state", type=path, help=".pth, .safetensors, .st or .state")
     add("--model", required=True, type=path, help=MODEL_HELP)
     add_any_base_option(parser)
-    add("--data", required=True, help=f"what it was tuned for: {_TEXT_HELP}")
-    add("--generic", help=f"text on which the model must not change: {_TEXT_HELP}")
+    add("--data", required=True, help=f"text that it was tuned for: {_TEXT_HELP}")
+    add("--generic", help=f"text on which the model should not change: {_TEXT_HELP}")
     add(
         "--length",
         type=integer(1, MOST_TOKENS),
         default=256,
-        help="tokens of a window (%(default)s)",
+        help="tokens per window (%(default)s)",
     )
     add(
         "--windows",
@@ -61,26 +61,26 @@ def add_doctor_command(subparsers) -> None:
         "--held-out",
         type=number(0, 1),
         default=0.0,
-        help="read held-out documents: the run's share",
+        help="read only held-out documents: the run's held-out fraction",
     )
     add(
         "--seed",
         type=integer(0),
         default=0,
-        help="the run's seed, which chooses a task's facts",
+        help="the run's seed, which selects a task's facts",
     )
     add(
         "--picture",
         type=file_target,
-        help="a PNG of fading, loss by position and spectra",
+        help="write a PNG of fading, loss by position and spectra",
     )
     add_vocabulary_option(parser, "the model's")
     parser.set_defaults(run=_doctor, compiles=True)
 
 
 def _doctor(options: argparse.Namespace) -> str:
-    """Examines a state and says what it found."""
-    # Before the work of minutes, not after it.
+    """Diagnoses a state and returns the report."""
+    # Check before minutes of work.
     if options.picture and not plots.available():
         raise ValueError(
             "state doctor: `--picture` needs matplotlib (the extra `plot`)."
@@ -95,9 +95,7 @@ def _doctor(options: argparse.Namespace) -> str:
             continue
         source = parse_source(text, _argument(option))
         if not str(source):
-            raise ValueError(
-                f"{_argument(option)} must name what to read; got nothing."
-            )
+            raise ValueError(f"{_argument(option)} must name a text; got none.")
         if not isinstance(source, TaskSource):
             inputs[f"--{option}"] = source.paths
     refuse_inputs("state doctor: `--picture`", options.picture, inputs)
@@ -117,15 +115,15 @@ def _doctor(options: argparse.Namespace) -> str:
 
 
 def _argument(option: str) -> str:
-    """Names an option in a message."""
+    """Returns the name of an option for messages."""
     return f"state doctor: `--{option}`"
 
 
 def _batch(options: argparse.Namespace, option: str, tokenizer: Tokenizer) -> Batch:
-    """Reads windows of the text that an option names, or rows of a task."""
+    """Reads windows of an option's text, or rows of its task."""
     source = parse_source(getattr(options, option), _argument(option))
     if isinstance(source, TaskSource):
-        # Held-out examples of the run's facts: those that it was tuned on would say little.
+        # Held-out examples of the run's facts, not those that it was tuned on.
         return task_batch(
             source.name,
             0,
@@ -134,7 +132,7 @@ def _batch(options: argparse.Namespace, option: str, tokenizer: Tokenizer) -> Ba
             seed=options.seed,
             held_out=True,
         )
-    # Without a share all of the text is read, also what a run was tuned on.
+    # Without `--held-out`, all of the text is read, including what a run was tuned on.
     if options.held_out:
         stream = token_stream(
             source.paths,
@@ -168,17 +166,17 @@ def _report(options: argparse.Namespace, diagnosis: Diagnosis) -> str:
             "rank": memory.rank,
             "read rank": memory.read_rank,
         }
-        # A memory that starts empty has no typical size of its own.
+        # The base model has no upscaled memory, so no typical norm.
         if memory.reference_norm is not None:
             columns["typical norm"] = memory.reference_norm
         title = "WKV state"
         if name != "wkv":
             title = f"upscaled memory ({memory.dynamics})"
-        title = f"{title}, {memory.channels} channels a head"
+        title = f"{title}, {memory.channels} channels per head"
         parts.append(f"{title}\n{format_heads(columns)}")
     parts.append(_positions(diagnosis))
     advice = [f"- {line}" for line in diagnosis.advice]
-    parts.append("\n".join(advice or ["Nothing to advise."]))
+    parts.append("\n".join(advice or ["No advice."]))
     return "\n\n".join(parts)
 
 
@@ -202,11 +200,11 @@ def _positions(diagnosis: Diagnosis) -> str:
     rows = []
     for start, stop in itertools.pairwise(_range_borders(len(diagnosis.counts))):
         part = slice(start, stop)
-        # Weighted by how many targets count at a position.
+        # Weights are the numbers of targets that count at a position.
         count = diagnosis.counts[part]
         row = [str(start) if stop == start + 1 else f"{start}-{stop - 1}"]
         for nats in (diagnosis.base_nats, diagnosis.tuned_nats):
-            # A position where no target counts has a loss of NaN.
+            # The loss is NaN at a position where no target counts.
             total = np.nan_to_num(nats[part]) @ count
             row.append(f"{total / count.sum():.4f}" if count.any() else "-")
         for memory in diagnosis.memories.values():
@@ -220,7 +218,7 @@ def _positions(diagnosis: Diagnosis) -> str:
 
 
 def _range_borders(length: int) -> list[int]:
-    """Returns the borders of ranges that double: a state fades by factors, not by steps."""
+    """Returns the borders of ranges that double in size: a state fades by factors."""
     borders = [0]
     border = 1
     while border < length:

@@ -1,21 +1,21 @@
-"""The list of commands, which `rwkv7 --help` prints without loading any of them."""
+"""The list of commands, which `rwkv7 --help` prints without importing them."""
 
 import argparse
 
 from rwkv7_jax.cli.arguments import CommandParser
 
-# What each command is for, in the order of the help.
+# The purpose of each command, in the order of the help.
 COMMANDS = {
-    "convert": "change a checkpoint's format",
-    "inspect": "sizes, dtypes and norms of a file's tensors",
-    "doctor": "versions, devices and what can run here",
-    "report": "write report.html into a run's folder",
-    "data": "turn text into ids on the disk, or show rows of either",
+    "convert": "convert a checkpoint to another format",
+    "inspect": "list shapes, dtypes and norms of a file's tensors",
+    "doctor": "list versions, devices and available kernels",
+    "report": "write report.html into a run directory",
+    "data": "tokenize text into a cache, or show rows of a text or a cache",
     "generate": "continue a text or answer a message",
-    "chat": "talk with a model, which remembers what was said",
-    "serve": "answer over HTTP, each request from the state that it names",
-    "observe": "propose a start state for a prompt, or judge the proposal",
-    "state": "look at, convert, mix, scale and examine start states",
+    "chat": "chat with a model, whose state remembers the conversation",
+    "serve": "serve over HTTP; each request names its start state",
+    "observe": "propose a start state for a prompt, or measure the proposal's error",
+    "state": "inspect, convert, mix, scale and diagnose start states",
 }
 
 
@@ -23,7 +23,7 @@ def top_parser(version: str) -> CommandParser:
     """Makes the parser of `rwkv7` itself.
 
     Args:
-        version: what `--version` prints.
+        version: output of `--version`.
     """
     parser = CommandParser(prog="rwkv7", description="RWKV-7 checkpoints and states.")
     parser.add_argument("--version", action="version", version=version)
@@ -36,7 +36,7 @@ def add_commands(parser: CommandParser) -> argparse._SubParsersAction:
 
 
 def print_help() -> None:
-    """Prints what `rwkv7 --help` prints."""
+    """Prints the output of `rwkv7 --help`."""
     parser = top_parser("")
     commands = add_commands(parser)
     for name, purpose in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""Tables of text for the terminal."""
+"""Formats text tables for the terminal."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 
 def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Formats columns as wide as their widest entry, two spaces apart, aligned to the right."""
+    """Formats right-aligned columns, each as wide as its widest entry, two spaces apart."""
     rows = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -19,8 +19,7 @@ def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def format_heads(columns: Mapping[str, Float[np.ndarray, "L H"]]) -> str:
-    """Formats one row for each layer and head, with a column for each array."""
-    # All have the same shape.
+    """Formats one row per layer and head, with one column per array."""
     layers, heads = next(iter(columns.values())).shape
     rows = []
     for layer, head in itertools.product(range(layers), range(heads)):

@@ -1,6 +1,7 @@
-"""From paths to batches, as a pure function of the seed and the step.
+"""The data pipeline: from paths to batches, as a pure function of the seed and the step.
 
-Arrays are NumPy's, in a `Batch` that may also hold JAX's; this room knows no model.
+It produces NumPy arrays; a `Batch` may also hold JAX arrays. This package does not depend on the
+model.
 """
 
 from rwkv7_jax.data.batch import Batch, BatchLike
@@ -22,7 +23,7 @@ from rwkv7_jax.data.tasks.synthetic_tasks import question_batch, task_batch
 from rwkv7_jax.data.token_cache import CacheMetadata, read_card, write_cache
 from rwkv7_jax.data.token_streams import TokenArray, TokenStream, as_stream, data_hash
 
-# `readers.documents` has another name here: the room's own `documents` is a file.
+# `readers.documents` is renamed here, because `documents` is a module of this package.
 __all__ = [
     "BUILT_IN",
     "Batch",

@@ -1,4 +1,4 @@
-"""The batch that every loss, metric and evaluation reads."""
+"""The batch type of all losses, metrics and evaluations."""
 
 import difflib
 import typing
@@ -14,34 +14,35 @@ from jaxtyping import Float, Int
 from rwkv7_jax.array_types import describe_fields
 from rwkv7_jax.checks import as_array, prefix_errors
 
-# A batch is NumPy's on the host and JAX's on the device and under `jit`.
+# A batch holds NumPy arrays on the host, and JAX arrays on the device and under `jit`.
 ArrayOfEither = np.ndarray | jax.Array
 
 
-# As in `model/state.py`: shaped fields would be checked whenever JAX rebuilds the tree with other
-# leaves (under `vmap`, `scan`, `eval_shape`), so here they are documentation.
+# The shapes are only documentation, as in `model/state.py`: checks would fail whenever JAX rebuilds
+# the tree with other leaves (under `vmap`, `scan`, `eval_shape`).
 @typing.no_type_check
 @struct.dataclass
 class Batch(Mapping[str, Any]):
-    """Rows of tokens, and how much each target counts.
+    """Rows of tokens and the loss weights of their targets.
 
-    A pytree whose absent fields are None. The fields can also be read by name (`batch["tokens"]`,
-    `"anchor" in batch`, `batch.keys()`), and `batch | {"mask": mask}` is a copy with other fields.
+    A pytree whose absent fields are None. It is also a mapping of the present fields
+    (`batch["tokens"]`, `"anchor" in batch`, `batch.keys()`), and `batch | {"mask": mask}` is a copy
+    with replaced fields.
 
     Attributes:
-        tokens: ids; row by row the T inputs and, one later, their T targets.
-        mask: 1 where a target counts in the loss, 0 where it does not; other weights are allowed.
-            None where every reader of the batch only needs tokens or has `weights`.
-        weights: each target's share of the loss, used in place of the mask over its sum. Gradient
-            accumulation sets it, because a piece of a batch cannot know the sum of the full mask.
+        tokens: ids. The first T of a row are its inputs, the last T their targets.
+        mask: 1 where a target counts in the loss, else 0; other weights are allowed. None if the
+            reader only needs tokens, or uses `weights`.
+        weights: each target's share of the loss, used instead of the normalised mask. Gradient
+            accumulation sets it, because a microbatch does not know the sum of the full mask.
         anchor: ids of general text on which a tuned state must stay close to the base model. Its
-            rows may be fewer, and longer or shorter.
-        split: tokens of each row's prompt; only what follows it is an answer (observers).
-        advantages: of each row's completion over those of the same prompt (GRPO).
-        segments: the input at which each of the K sequences of a packed row begins, ascending; T
-            for those that a row does not have. None where a row is one sequence.
-        old_logp: log-probability of each drawn target in the state that it was drawn from.
-        importance: weight of each drawn target, for draws of another distribution.
+            number and length of rows may differ.
+        split: number of prompt tokens in each row; the rest is the answer (observers).
+        advantages: advantage of each row's completion over the others of its prompt (GRPO).
+        segments: ascending starts of the K sequences of a packed row, padded with T. None if each
+            row is one sequence.
+        old_logp: log-probability of each sampled target under the state that it was sampled from.
+        importance: importance weight of each target sampled from another distribution.
     """
 
     tokens: Int[ArrayOfEither, "B T1"]
@@ -59,7 +60,7 @@ class Batch(Mapping[str, Any]):
     if typing.TYPE_CHECKING:
 
         def replace(self, **changes: Any) -> "Batch":
-            """Returns a copy with other fields."""
+            """Returns a copy with replaced fields."""
             ...
 
     @classmethod
@@ -70,21 +71,21 @@ class Batch(Mapping[str, Any]):
         name: str = "batch",
         packed: bool = False,
     ) -> "Batch":
-        """Converts a mapping that a user passed and checks shapes; a `Batch` is returned as it is.
+        """Converts a user's mapping to a `Batch` and checks shapes and dtypes.
 
-        Shapes are known inside compiled programs too, so this costs nothing at run time. Lists
-        become NumPy arrays. Values are not looked at.
+        Shapes are static under `jit`, so the check costs nothing at run time. Lists become NumPy
+        arrays. Values are not checked.
 
         Args:
-            batch: a `Batch`, or a mapping of its fields' names to arrays.
-            *needed: names of further fields, besides `tokens`, that the caller reads.
-            name: the argument's name, for messages.
-            packed: whether the caller knows rows of several sequences.
+            batch: a `Batch`, or a mapping from field names to arrays.
+            *needed: names of required fields besides `tokens`.
+            name: name of the argument, for error messages.
+            packed: whether the caller supports packed rows of several sequences.
 
         Raises:
-            TypeError: no mapping, or a field of the wrong kind.
-            ValueError: a name that is no field, a missing field, shapes that do not fit, or packed
-                rows where they are not known.
+            TypeError: `batch` is not a mapping, or a field has the wrong type.
+            ValueError: a field is unknown, missing or misshapen, or rows are packed and the caller
+                does not support it.
         """
         with prefix_errors("Batch.of"):
             if not isinstance(batch, Mapping):
@@ -97,7 +98,7 @@ class Batch(Mapping[str, Any]):
                     raise ValueError(f"`{name}` must hold {field!r}; it has {fields}.")
             if "segments" in batch and not packed:
                 raise ValueError(
-                    f"`{name}` must have one sequence a row here; its `segments` are several."
+                    f"`{name}` must have one sequence per row here; it has packed `segments`."
                 )
             if isinstance(batch, Batch):
                 return _checked(batch, name)
@@ -106,59 +107,59 @@ class Batch(Mapping[str, Any]):
             return _checked(cls(**batch), name)
 
     def __getitem__(self, name: str) -> Any:
-        """Returns a field that is there, by its name."""
-        # Other attributes are no keys, and an absent field is none either.
+        """Returns a present field by its name."""
+        # Other attributes and absent fields are not keys.
         value = getattr(self, name) if name in _FIELDS else None
         if value is None:
             raise KeyError(name)
         return value
 
     def __iter__(self) -> Iterator[str]:
-        """Iterates over the names of the fields that are there."""
+        """Iterates over the names of the present fields."""
         return (name for name in _FIELDS if getattr(self, name) is not None)
 
     def __len__(self) -> int:
-        """Counts the fields that are there, as a dict does; the rows are `tokens.shape[0]`."""
+        """Counts the present fields, like a dict; the number of rows is `tokens.shape[0]`."""
         return sum(1 for _ in self)
 
     def __or__(self, fields: Mapping[str, Any]) -> "Batch":
-        """Returns a copy in which `fields` replace those of the same name."""
+        """Returns a copy with `fields` replaced."""
         if not isinstance(fields, Mapping):
             return NotImplemented
         return Batch.of({**self, **fields}, packed=True)
 
     @property
     def inputs(self) -> Int[ArrayOfEither, "B T"]:
-        """The ids that are read: of each row all but the last one."""
+        """The input ids: all of each row except the last."""
         return self.tokens[..., :-1]
 
     @property
     def targets(self) -> Int[ArrayOfEither, "B T"]:
-        """The ids that are predicted: of each row all but the first one."""
+        """The target ids: all of each row except the first."""
         return self.tokens[..., 1:]
 
     @property
     def sequences(self) -> int:
-        """The number of sequences: as many states as the rows start from."""
+        """The number of sequences, each of which starts from its own state."""
         if self.segments is None:
             return self.tokens.shape[0]
         return self.segments.shape[0] * self.segments.shape[1]
 
     @property
     def segment_ids(self) -> Int[jax.Array, "B T"] | None:
-        """The sequence of each input, from 0 in each row; None where a row is one."""
+        """The index within its row of each input's sequence; None if each row is one sequence."""
         if self.segments is None:
             return None
         place = jnp.arange(self.tokens.shape[1] - 1)
         has_begun = jnp.asarray(self.segments)[:, None] <= place[None, :, None]
-        # What comes before the first one's begin belongs to it as well.
+        # Inputs before the first start also belong to the first sequence.
         return jnp.maximum(jnp.sum(has_begun, axis=2, dtype=jnp.int32) - 1, 0)
 
     def with_sequences(self, count: int) -> "Batch":
-        """Returns the batch with packed rows of K sequences, some of them empty.
+        """Returns the batch with packed rows of K sequences, padded with empty ones.
 
         Args:
-            count: of the sequences (K), at least as many as the rows have.
+            count: number of sequences (K), at least as many as the rows have.
         """
         rows = self.tokens.shape[0]
         length = self.tokens.shape[1] - 1
@@ -169,33 +170,33 @@ class Batch(Mapping[str, Any]):
         return self.replace(segments=np.concatenate([begins, empty], axis=1))
 
     def select_rows(self, rows: slice) -> "Batch":
-        """Returns a part of the rows, of every field."""
-        # Over the tree: absent fields are None, which JAX takes for an empty subtree.
+        """Returns some of the rows of every field."""
+        # Absent fields are None, which JAX treats as an empty subtree.
         return jax.tree.map(lambda array: array[rows], self)
 
 
-# What public functions accept: a batch, or a mapping of its fields that `Batch.of` converts.
+# What public functions accept: a batch, or a mapping that `Batch.of` converts.
 BatchLike = Batch | Mapping[str, Any]
 
 _FIELDS = tuple(Batch.__dataclass_fields__)
 
 
 def _check_field(field: Any, name: str) -> None:
-    """Raises unless a key is the name of a field."""
+    """Raises unless a key is a field name."""
     if field in _FIELDS:
         return
     nearest = difflib.get_close_matches(str(field), _FIELDS, n=1, cutoff=0.0)[0]
     raise ValueError(
         f"`{name}` must hold no field {field!r}; the nearest is {nearest!r}, "
-        f"and all are {', '.join(_FIELDS)}."
+        f"and the fields are {', '.join(_FIELDS)}."
     )
 
 
 def _checked(batch: Batch, name: str) -> Batch:
-    """Returns a batch whose fields are arrays, after a look at their shapes.
+    """Returns a batch whose fields are arrays, and checks their shapes.
 
-    Broadcasting would hide a wrong one: a mask [1 T] multiplies the loss of B rows by B. All fields
-    may have further leading axes, such as that of the pieces of a batch.
+    Broadcasting would hide a wrong shape: a mask [1 T] multiplies the loss of B rows by B. All
+    fields may have additional leading axes, such as one over microbatches.
     """
     changes = {}
     for field in batch:
@@ -233,7 +234,7 @@ def _checked(batch: Batch, name: str) -> Batch:
 
 
 def _check_dtype(field: str, dtype: Any, name: str) -> None:
-    """Raises unless a field can have the dtype: ids and lengths are integers."""
+    """Raises unless a field has a valid dtype: integers for ids and positions, else numbers."""
     if field in ("tokens", "anchor", "split", "segments"):
         if not np.issubdtype(dtype, np.integer):
             raise TypeError(f"`{name}.{field}` must hold integers; got {dtype}.")

@@ -1,7 +1,7 @@
-"""Batches of a stream, as a pure function of the seed and the step.
+"""Batches of a token stream, as a pure function of the seed and the step.
 
-A run can therefore continue without a saved position, on any number of hosts, and batches may be
-made ahead, late or twice.
+A run can therefore resume without a saved position on any number of hosts, and batches may be
+prefetched, delayed or repeated.
 """
 
 import functools
@@ -26,20 +26,20 @@ from rwkv7_jax.data.token_streams import TokenStream, as_stream
 
 IdsOrStream = np.ndarray | TokenStream
 
-# First id and number of ids of a row in the stream.
+# The first position and the number of ids of a row in the stream.
 Span = tuple[int, int]
 
 
 def host_rows(batch_size: int, host: int, hosts: int) -> slice:
-    """Returns the rows of the global batch that one of several hosts makes.
+    """Returns the rows of the global batch that one host builds.
 
     Args:
-        batch_size: rows of the global batch (B).
-        host: the host's number, from 0.
-        hosts: how many there are; they must divide the batch.
+        batch_size: number of rows of the global batch (B).
+        host: index of the host, from 0.
+        hosts: number of hosts; must divide the batch.
 
     Raises:
-        ValueError: the hosts do not divide the batch, or there is no such host.
+        ValueError: `hosts` does not divide the batch, or `host` is out of range.
     """
     if batch_size % hosts or not 0 <= host < hosts:
         raise ValueError(
@@ -56,17 +56,18 @@ def _fill_rows(
     spans: Sequence[Span],
     length: int,
 ) -> Batch:
-    """Makes a row of each span of the stream.
+    """Builds one row from each span of the stream.
 
     Args:
-        stream: where the ids are.
-        spans: first id and number of ids, at most `length` + 1.
-        length: inputs of a row (T). Token 0 fills shorter rows; it is not in the loss.
+        stream: the token stream.
+        spans: spans of at most `length` + 1 ids.
+        length: number of inputs per row (T). Shorter rows are padded with token 0, which is not in
+            the loss.
     """
     tokens = np.zeros((len(spans), length + 1), np.int32)
     mask = np.zeros((len(spans), length), np.float32)
     for row, (first, size) in enumerate(spans):
-        # Views of the batch, filled in place: no row is copied.
+        # Fills views of the batch in place, so no row is copied.
         stream.fill(first, tokens[row, :size], mask[row, : size - 1])
     return Batch(tokens=tokens, mask=mask)
 
@@ -74,7 +75,7 @@ def _fill_rows(
 def _document_spans(
     stream: TokenStream, documents: Sequence[int] | np.ndarray, length: int
 ) -> list[Span]:
-    """Returns the spans of some documents, cut where they are longer than a row."""
+    """Returns the spans of some documents, truncated to the length of a row."""
     numbers = np.asarray(documents)
     starts = stream.starts[numbers]
     ends = stream.starts[numbers + 1]
@@ -83,7 +84,7 @@ def _document_spans(
 
 
 def _fill_packed_rows(stream: TokenStream, rows: Sequence[int], length: int) -> Batch:
-    """Makes rows of several documents, by their numbers among the packed rows."""
+    """Builds packed rows by their indices."""
     packed = pack_documents(stream, length)
     tokens = np.zeros((len(rows), length + 1), np.int32)
     mask = np.zeros((len(rows), length), np.float32)
@@ -93,7 +94,7 @@ def _fill_packed_rows(stream: TokenStream, rows: Sequence[int], length: int) -> 
         spans = _document_spans(stream, packed.row(number), length)
         for place, (first, size) in enumerate(spans):
             end = begin + size
-            # The target of a document's last id would be the next one's first: not in the loss.
+            # A document's last id has no target: the next id belongs to the next document.
             stream.fill(first, tokens[row, begin:end], mask[row, begin : end - 1])
             segments[row, place] = begin
             begin = end
@@ -101,10 +102,10 @@ def _fill_packed_rows(stream: TokenStream, rows: Sequence[int], length: int) -> 
 
 
 def check_documents(stream: TokenStream, argument: str = "`stream`") -> None:
-    """Checks that a document can be a row of packing "documents", or a part of one.
+    """Checks that a stream has a document for packing "documents" or "packed".
 
     Raises:
-        ValueError: none has an input and a target.
+        ValueError: no document has an input and a target.
     """
     if not len(stream.documents):
         raise ValueError(
@@ -113,8 +114,8 @@ def check_documents(stream: TokenStream, argument: str = "`stream`") -> None:
 
 
 def fewest_windows(order: str) -> int:
-    """Returns how many windows a stream must have for an order of packing "stream"."""
-    # The cubic order needs a prime number of them, two, and leaves the last one out.
+    """Returns the minimum number of windows in a stream for an order of packing "stream"."""
+    # The cubic order leaves out the last window and needs a prime number of others, at least two.
     return 3 if order == "cubic" else 2
 
 
@@ -126,14 +127,14 @@ def check_long_enough(
     packing: str,
     argument: str = "`stream`",
 ) -> None:
-    """Checks that rows can be cut from a stream.
+    """Checks that a stream is long enough to cut rows from it.
 
     Args:
-        stream: all ids.
-        length: inputs of a row (T).
+        stream: the token stream.
+        length: number of inputs per row (T).
         order: as in `batch_at`.
         packing: as in `batch_at`.
-        argument: where the ids come from, in backticks; the message begins with it.
+        argument: the argument that gave the ids, in backticks; the message begins with it.
 
     Raises:
         ValueError: the stream is too short.
@@ -160,31 +161,31 @@ def batch_at(
     packing: str = "stream",
     rows: slice = slice(None),
 ) -> Batch:
-    """Makes the batch of one step: tokens [B T+1] int32; mask [B T], 1 where a target counts.
+    """Builds the batch of one step: tokens [B T+1] int32 and mask [B T], 1 where a target counts.
 
-    Packing "stream" cuts rows from all documents joined: no padding, nothing is left out. The state
-    still holds what was read of one document when the next begins in the same row, as in RWKV's own
-    training; and a row may begin in the middle of a document, or between a prompt and its answer.
-    Packing "documents" gives each document a row of its own: nothing leaks from one to another,
-    every row begins where a document does, and the end of one that is longer than T+1 tokens is
-    never read. Packing "packed" puts these same documents together until rows are full: `segments`
-    says where each begins, so that each is read as if it had a row of its own. Which share a row
-    depends on the documents and T alone, not on the seed.
+    * Packing "stream" cuts rows from the concatenated documents, without padding or omissions. As
+      in RWKV's own training, the state carries over from one document to the next in the same row,
+      and a row may begin inside a document, or between a prompt and its answer.
+    * Packing "documents" gives each document its own row. Nothing leaks between documents, every
+      row begins with a document, and tokens beyond the first T+1 of a document are never read.
+    * Packing "packed" packs these same documents into full rows. `segments` has their starts, so
+      that each is read as if it had its own row. Which documents share a row depends only on the
+      documents and T, not on the seed.
 
     Args:
         stream: from `token_stream`, or an array of ids.
-        step: from 0.
-        batch_size: rows of the global batch (B).
-        length: inputs of a row (T); it also holds the last one's target.
-        seed: of the order.
-        order: "shuffled": in every epoch each window, or document, comes once, in an order drawn
-            from (seed, epoch), and the windows' borders move from epoch to epoch. "cubic": that of
-            RWKV's own trainer, for packing "stream"; the seed has no effect.
+        step: the step, from 0.
+        batch_size: number of rows of the global batch (B).
+        length: number of inputs per row (T); a row has T+1 tokens.
+        seed: seed of the order.
+        order: "shuffled": each window or document comes once per epoch, in an order drawn from
+            (seed, epoch), and the windows' borders shift between epochs. "cubic": the order of
+            RWKV's own trainer, for packing "stream"; ignores the seed.
         packing: "stream", "documents" or "packed".
-        rows: those of the global batch that are wanted; see `host_rows`.
+        rows: rows of the global batch to build; see `host_rows`.
 
     Raises:
-        ValueError: an unknown order or packing, or a stream that is too short.
+        ValueError: the order or packing is unknown, or the stream is too short.
     """
     stream = as_stream(stream)
     with prefix_errors("batch_at"):
@@ -192,7 +193,7 @@ def batch_at(
         check_count(step, 0, "`step`")
         check_batch_sizes(batch_size, length, seed, rows)
         check_long_enough(stream, length, order=order, packing=packing)
-    # Samples are numbered through all steps; a host makes those of its rows.
+    # Samples are numbered across all steps; a host builds only those of its rows.
     first = step * batch_size
     samples = range(first, first + batch_size)[rows]
     if packing == "documents":
@@ -216,11 +217,11 @@ def batch_at(
 
 
 def check_batch_sizes(batch_size: Any, length: Any, seed: Any, rows: Any) -> None:
-    """Checks that batches of these sizes can be cut.
+    """Checks the sizes, the seed and the rows of batches.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: a size below 1, or a negative seed.
+        TypeError: an argument has the wrong type.
+        ValueError: a size is below 1, or the seed is negative.
     """
     check_count(batch_size, 1, "`batch_size`")
     check_count(length, 1, "`length`")
@@ -239,23 +240,23 @@ def batches_from(
     packing: str = "stream",
     rows: slice = slice(None),
 ) -> Iterator[Batch]:
-    """Makes the batches of all steps from `start_step` on, without end.
+    """Yields the batches of all steps from `start_step` on, endlessly.
 
-    With packing "documents" or "packed" a warning says how much of longer documents is left out.
+    With packing "documents" or "packed", warns how many tokens of longer documents are left out.
 
     Args:
         stream: from `token_stream`.
-        batch_size: rows of the global batch (B).
-        length: inputs of a row (T).
-        seed: of the order.
-        start_step: the step of the first batch.
+        batch_size: number of rows of the global batch (B).
+        length: number of inputs per row (T).
+        seed: seed of the order.
+        start_step: step of the first batch.
         order: as in `batch_at`.
         packing: as in `batch_at`.
-        rows: those of the global batch that are wanted; see `host_rows`.
+        rows: rows of the global batch to build; see `host_rows`.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: an unknown order or packing, a number out of its range, or a stream that is too
+        TypeError: an argument has the wrong type.
+        ValueError: the order or packing is unknown, a number is out of range, or the stream is too
             short.
     """
     make = functools.partial(
@@ -268,7 +269,7 @@ def batches_from(
         packing=packing,
         rows=rows,
     )
-    # A first batch at once: faults are raised here and not at the first `next`, in another thread.
+    # Builds one batch now, so that errors are raised here, not at the first `next` in a thread.
     make(start_step)
     if packing != "stream":
         documents, tokens = left_out(stream, length)
@@ -282,10 +283,10 @@ def batches_from(
 
 
 def check_choices(order: str, packing: str) -> None:
-    """Checks that an order and a packing exist and can be combined.
+    """Checks an order, a packing and their combination.
 
     Raises:
-        ValueError: they do not, or cannot.
+        ValueError: one is unknown, or they cannot be combined.
     """
     check_choice(order, ORDERS, "`order`")
     check_choice(packing, PACKINGS, "`packing`")
@@ -296,9 +297,9 @@ def check_choices(order: str, packing: str) -> None:
 
 
 def left_out(stream: IdsOrStream, length: int) -> tuple[int, int]:
-    """Counts documents that are longer than a row, and their tokens that are never read.
+    """Counts the documents that are longer than a row, and their tokens that are never read.
 
-    They are read in full with packing "stream".
+    Does not apply to packing "stream", which reads all tokens.
     """
     sizes = np.diff(as_stream(stream).starts)
     excess = sizes - (length + 1)
@@ -313,16 +314,16 @@ def windows(
     *,
     packing: str = "stream",
 ) -> Batch:
-    """Makes one batch for evaluation, of at most `count` rows spread evenly over the stream.
+    """Builds one batch for evaluation, with at most `count` rows spread evenly over the stream.
 
     Args:
         stream: as in `batch_at`.
-        length: inputs of a row (T).
-        count: rows at most.
-        packing: as in `batch_at`; "packed" gives rows of single documents, as "documents" does.
+        length: number of inputs per row (T).
+        count: maximum number of rows.
+        packing: as in `batch_at`, but "packed" is the same as "documents", one document per row.
 
     Raises:
-        ValueError: the stream is shorter than one window, or an unknown packing.
+        ValueError: the stream is shorter than one window, or the packing is unknown.
     """
     stream = as_stream(stream)
     with prefix_errors("windows"):
@@ -340,7 +341,7 @@ def windows(
         places = np.linspace(0, len(stream.documents) - 1, rows).astype(int)
         spans = _document_spans(stream, stream.documents[places], length)
         return _fill_rows(stream, spans, length)
-    # Windows do not overlap, so a short stream gives fewer than were wanted.
+    # Windows do not overlap, so a short stream gives fewer rows.
     most = (len(stream) - 1) // length
     rows = max(1, min(count, most))
     last = len(stream) - length - 1

@@ -1,4 +1,4 @@
-"""Token files of the Megatron kind: `x.bin` holds ids, `x.idx` where documents are.
+"""Megatron-style token files: `x.bin` holds ids, `x.idx` the positions of documents.
 
 Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/binidx.py (the format).
 """
@@ -14,17 +14,17 @@ import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
 
-# What every `.idx` file begins with.
+# The first bytes of every `.idx` file.
 _MAGIC = b"MMIDIDX\x00\x00"
 
-# Version, code of the dtype, number of sequences, number of documents.
+# Version, dtype code, number of sequences, number of documents.
 _HEADER = struct.Struct("<QBQQ")
 
-# Offset of what follows the header: sizes (int32) and offsets (int64) of sequences, in bytes, then
-# the documents as numbers of sequences (int64).
+# Offset of the body: the sizes (int32, in ids) and offsets (int64, in bytes) of the sequences, then
+# the documents as sequence indices (int64).
 _BODY = len(_MAGIC) + _HEADER.size
 
-# Codes 6 and 7 are floats, which hold no ids.
+# Codes 6 and 7 are floats, which cannot be ids.
 _DTYPES = {
     1: np.uint8,
     2: np.int8,
@@ -47,10 +47,10 @@ def block_digest(block: bytes | bytearray) -> str:
 
 
 class DigestedFile:
-    """A file to write to that computes the digest of each of its blocks on the way."""
+    """A file for writing that computes the digest of each block as it is written."""
 
     def __init__(self, file: BinaryIO):
-        """Takes an empty file."""
+        """Wraps an empty file."""
         self._file = file
         self._block = bytearray()
         self._digests: list[str] = []
@@ -64,7 +64,7 @@ class DigestedFile:
             del self._block[:DIGEST_BLOCK]
 
     def digests(self) -> list[str]:
-        """Returns the digests of all blocks so far; the last one may be shorter."""
+        """Returns the digests of all blocks so far; the last block may be shorter."""
         rest = [block_digest(self._block)] if self._block else []
         return self._digests + rest
 
@@ -120,17 +120,17 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
 
 
 def read_binidx(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Maps all ids, and reads where each sequence begins and last where the ids end.
+    """Maps all ids and returns them with the start of each sequence, followed by the end.
 
-    RWKV's tools write a document as one sequence with token 0 at its end. What the index says of
-    documents of several sequences is ignored, as RWKV's trainer ignores it.
+    RWKV's tools write each document as one sequence that ends with token 0. The index's own list of
+    documents is ignored, as in RWKV's trainer.
 
     Args:
-        path: the `.bin` file; its `.idx` is next to it.
+        path: path of the `.bin` file; its `.idx` is next to it.
 
     Raises:
-        ValueError: the index is no index, or does not fit the data; the message has file and
-            offset.
+        ValueError: the index is invalid or does not match the data; the message has the file and
+            the offset.
     """
     data = Path(path).with_suffix(".bin")
     index = Path(path).with_suffix(".idx")
@@ -146,22 +146,22 @@ def read_binidx(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"read_binidx: `{data}` must have {wanted} bytes, says its index; it has {actual}."
         )
-    # An empty file cannot be mapped.
+    # An empty file cannot be memory-mapped.
     ids = np.zeros(0, dtype)
     if actual:
-        # A plain view: slices of np.memmap itself cost several times as much.
+        # A plain array, because slicing an np.memmap costs several times as much.
         ids = np.asarray(np.memmap(data, dtype, "r"))
     return ids, np.concatenate([[0], np.cumsum(sizes)])
 
 
 class BinidxWriter:
-    """A context manager that writes the two files, complete when the block ends without an error.
+    """A context manager that writes the two files, complete if the block ends without an error.
 
-    It holds four bytes a sequence in memory, nothing else. While the files are exchanged there is
-    no index, so that an old and a new file are never read together.
+    It holds only four bytes per sequence in memory. The index does not exist while the files are
+    replaced, so that an old file is never read with a new one.
 
     Attributes:
-        dtype: of the ids in the file.
+        dtype: dtype of the ids in the file.
     """
 
     def __init__(
@@ -169,18 +169,18 @@ class BinidxWriter:
         path: str | Path,
         dtype: type = np.uint16,
     ):
-        """Prepares the writer; nothing is opened before it is entered.
+        """Prepares the writer; files are opened only when it is entered.
 
         Args:
-            path: the `.bin` file; the `.idx` is written next to it.
-            dtype: of the ids, one that the format has; RWKV's own files have uint16.
+            path: path of the `.bin` file; the `.idx` is written next to it.
+            dtype: dtype of the ids; RWKV's own files use uint16.
 
         Raises:
-            ValueError: the format has no code for the dtype.
+            ValueError: the format does not support the dtype.
         """
         if np.dtype(dtype) not in _CODES:
             raise ValueError(
-                f"BinidxWriter: `dtype` must be an integer's; got {dtype!r}."
+                f"BinidxWriter: `dtype` must be an integer dtype of the format; got {dtype!r}."
             )
         native: np.dtype = np.dtype(dtype)
         # The format is little-endian on every machine.
@@ -191,7 +191,7 @@ class BinidxWriter:
         self._files: dict[str, DigestedFile] = {}
         self._is_finished = False
         self._sizes = array.array("i")
-        # Ids of the sequence that is being written.
+        # The size of the current sequence so far.
         self._size = 0
 
     def __enter__(self) -> "BinidxWriter":
@@ -202,24 +202,24 @@ class BinidxWriter:
         return self
 
     def __exit__(self, *error) -> None:
-        """Replaces the files, or after an error leaves those that were there before."""
+        """Replaces the files, or after an error leaves the previous ones in place."""
         if error[0] is None:
             self.finish()
-            # A reader that comes between the two replacements finds no index, not a wrong one.
+            # A reader between the two replacements finds no index instead of a wrong one.
             self._path.with_suffix(".idx").unlink(missing_ok=True)
         self._stack.__exit__(*error)
 
     def sibling(self, suffix: str) -> DigestedFile:
-        """Opens a further file of the same name, which is replaced together with the others."""
+        """Opens another file with the same stem, which is replaced together with the others."""
         file = self._stack.enter_context(atomic_write(self._path.with_suffix(suffix)))
         self._files[suffix] = DigestedFile(file)
         return self._files[suffix]
 
     def finish(self) -> dict[str, list[str]]:
-        """Writes the index, after the last sequence.
+        """Writes the index after the last sequence.
 
         Returns:
-            The digests of the blocks of each file that is open, by the file's suffix.
+            The block digests of each open file, by suffix.
         """
         if not self._is_finished:
             self._write_index(self._index)
@@ -227,17 +227,17 @@ class BinidxWriter:
         return {suffix: file.digests() for suffix, file in self._files.items()}
 
     def add(self, ids: np.ndarray) -> None:
-        """Appends some ids to the sequence that is being written.
+        """Appends ids to the current sequence.
 
         Raises:
-            ValueError: an id that the dtype cannot hold.
+            ValueError: the dtype cannot hold an id.
         """
         limits = np.iinfo(self.dtype)
         if len(ids) == 0:
             return
         least = ids.min()
         largest = ids.max()
-        # A cast would wrap around without a word.
+        # A cast would wrap around silently.
         if least < limits.min or largest > limits.max:
             raise ValueError(
                 f"BinidxWriter: `ids` must fit {self.dtype.name}; got {least} to {largest}."
@@ -246,7 +246,7 @@ class BinidxWriter:
         self._size += len(ids)
 
     def end(self) -> None:
-        """Ends the sequence."""
+        """Ends the current sequence."""
         self._sizes.append(self._size)
         self._size = 0
 
@@ -255,9 +255,9 @@ class BinidxWriter:
         count = len(sizes)
         file.write(_MAGIC + _HEADER.pack(1, self._code, count, count + 1))
         file.write(sizes.astype("<i4").tobytes())
-        # In int64: the sum of many int32 sizes exceeds int32.
+        # In int64, because the sum of many sizes exceeds int32.
         ends = np.cumsum(sizes, dtype=np.int64)
         offsets = (ends - sizes) * self.dtype.itemsize
         file.write(offsets.astype("<i8").tobytes())
-        # Every sequence is a document of its own.
+        # Every sequence is its own document.
         file.write(np.arange(count + 1, dtype="<i8").tobytes())

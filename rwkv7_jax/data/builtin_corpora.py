@@ -1,26 +1,26 @@
-"""Corpora that every CPython installation carries."""
+"""Text corpora that come with CPython."""
 
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Installed packages, tests (which embed odd encodings) and generated tables are no prose.
+# Installed packages, tests (which contain unusual encodings) and generated tables.
 _SKIPPED_FOLDERS = frozenset(
     "site-packages test tests idle_test encodings pydoc_data lib2to3 __pycache__".split()
 )
 
-# Bytes of the smallest and the largest source file that is a document.
+# Smallest and largest source file, in bytes, that becomes a document.
 _SMALLEST = 2_000
 _LARGEST = 200_000
 
 
 def _stdlib() -> Iterator[bytes]:
-    """Yields the standard library's own sources, one document a file, by relative path."""
+    """Yields the sources of the standard library, one document per file, by relative path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     sources = []
     for folder, folders, files in os.walk(root):
-        # Changed in place: `os.walk` descends only into the folders that the list still has.
+        # Changed in place, because `os.walk` descends only into the folders left in the list.
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
         for name in files:
             path = Path(folder) / name
@@ -31,8 +31,8 @@ def _stdlib() -> Iterator[bytes]:
 
 
 def _topics() -> Iterator[bytes]:
-    """Yields the reference documentation that `help()` shows, one document a topic."""
-    # Half a megabyte of text, and missing in some builds of Python: imported only when it is read.
+    """Yields the reference documentation of `help()`, one document per topic."""
+    # Imported on first use: it has half a megabyte, and some builds of Python lack it.
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -46,7 +46,7 @@ def _capitals() -> Iterator[bytes]:
 
 
 def _charmaps() -> Iterator[bytes]:
-    """Yields the code pages' tables: one character a line, its number and its Unicode name."""
+    """Yields the code page tables, which list each character's code and Unicode name."""
     folder = Path(sysconfig.get_paths()["stdlib"]) / "encodings"
     for path in sorted(folder.glob("*.py")):
         text = path.read_bytes()
@@ -55,7 +55,7 @@ def _charmaps() -> Iterator[bytes]:
 
 
 def _headers() -> Iterator[bytes]:
-    """Yields CPython's own C headers, one document a file."""
+    """Yields CPython's C headers, one document per file."""
     folder = Path(sysconfig.get_paths()["include"])
     headers = sorted(folder.rglob("*.h"))
     if not headers:

@@ -1,25 +1,24 @@
-"""The choices a user has when reading data, each spelled once.
+"""The named options for reading data.
 
-Public functions accept any string and check it, so that a misspelt one is refused with a sentence;
-inside the room the `Literal` types are used.
+Public functions accept any string and check it, so that a misspelt one gets a clear error message.
+Internal functions use the `Literal` types.
 """
 
 import typing
 from typing import Literal
 
-# In which order samples come: drawn from the seed and the epoch, or as RWKV's own trainer has them.
+# The order of samples: shuffled by the seed and the epoch, or that of RWKV's own trainer.
 Order = Literal["shuffled", "cubic"]
 ORDERS: tuple[Order, ...] = typing.get_args(Order)
 
-# How rows are cut: from all documents joined, one row for each document, or rows that documents
-# share without seeing each other.
+# How documents become rows: concatenated, one per row, or several per row without leakage.
 Packing = Literal["stream", "documents", "packed"]
 PACKINGS: tuple[Packing, ...] = typing.get_args(Packing)
 
-# Which part of the documents is read.
+# The part of the documents to read.
 Split = Literal["all", "train", "held_out"]
 SPLITS: tuple[Split, ...] = typing.get_args(Split)
 
-# What a bad line of a .jsonl file does: it raises, or it is left out and counted.
+# What happens to a bad line of a .jsonl file: it raises, or it is skipped and counted.
 OnBad = Literal["error", "skip"]
 ON_BAD: tuple[OnBad, ...] = typing.get_args(OnBad)

@@ -1,4 +1,4 @@
-"""Compressed files of data: which compression it is, and what is inside, as far as a text goes."""
+"""Compressed data files: detection of the compression, and decompression with a size limit."""
 
 import bz2
 import contextlib
@@ -12,59 +12,59 @@ from typing import Any
 
 from rwkv7_jax.local_paths import name_in_errors
 
-# Bytes of a Zstandard file that are decompressed at once: four of them can stand for 128 KiB.
+# Bytes of a Zstandard file that are decompressed at once; four of them can expand to 128 KiB.
 _PIECE = 1 << 10
 
-# A compressed file that unfolds to more than so many bytes, and so many times its own, is a bomb:
-# texts become a tenth, and logs of one template a hundredth.
-_UNFOLDED_BYTES = 1 << 28
-_UNFOLDED_TIMES = 250
+# A compressed file that expands beyond both this size and this ratio is a decompression bomb. Text
+# compresses about 10 times, repetitive logs 100 times.
+_MAX_EXPANDED_BYTES = 1 << 28
+_MAX_EXPANSION = 250
 
 _GZIP = b"\x1f\x8b"
 
-# How the first block of a bzip2 file begins, and the end of an empty one.
+# The first bytes of a bzip2 block, and those after the header of an empty file.
 _BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")
 _XZ = b"\xfd7zXZ\x00"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
 
-# What opens a file by its compression, but for Zstandard, which is optional.
+# Functions that open a file, by compression, except Zstandard, which is optional.
 _OPENERS: dict[str, Callable[..., Any]] = {
     "gzip": gzip.open,
     "bzip2": bz2.open,
     "xz": lzma.open,
 }
 
-# What the decompressors raise for damaged or truncated files; Zstandard's errors are of the module.
+# The errors for damaged or truncated files; Zstandard's modules define their own.
 _DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
 def compression_of(head: bytes) -> str | None:
-    """Names the compression of a file from its first bytes."""
+    """Returns the compression of a file by its first bytes; None if it is not compressed."""
     for magic, name in ((_GZIP, "gzip"), (_XZ, "xz"), (_ZSTD, "zstd")):
         if head.startswith(magic):
             return name
-    # Programs with several threads begin with a frame that says how long the next one is.
+    # Multithreaded compressors begin with a skippable frame that has the size of the next one.
     if head[1:4] == _ZSTD_SKIPPABLE and head[0] >> 4 == 5:
         return "zstd"
-    # "BZh" alone could be a text.
+    # "BZh" by itself could begin a text.
     if head.startswith(b"BZh") and head[4:10] in _BZIP2_BLOCKS:
         return "bzip2"
     return None
 
 
 def unfolded(path: Path, compression: str, size: int) -> Iterator[bytes]:
-    """Reads what is inside a compressed file.
+    """Reads the content of a compressed file.
 
     Args:
-        path: of the file.
+        path: path of the file.
         compression: from `compression_of`.
-        size: bytes that are read at once.
+        size: number of bytes read at once.
 
     Raises:
-        ValueError: the file is damaged or ends early, or unfolds to more than a text does.
+        ValueError: the file is damaged or truncated, or expands more than any text.
     """
-    most = max(_UNFOLDED_BYTES, _UNFOLDED_TIMES * path.stat().st_size)
+    most = max(_MAX_EXPANDED_BYTES, _MAX_EXPANSION * path.stat().st_size)
     done = 0
     try:
         for chunk in _chunks(path, compression, size):
@@ -73,21 +73,21 @@ def unfolded(path: Path, compression: str, size: int) -> Iterator[bytes]:
                 break
             yield chunk
     except Exception as error:
-        # Zstandard's own class depends on which module reads it.
+        # The error class of Zstandard depends on the module in use.
         if not isinstance(error, _DAMAGE) and "Zstd" not in type(error).__name__:
             raise
         raise _damaged(path, compression, error) from None
     if done > most:
         raise ValueError(
-            f"documents: `{path}` unfolds to more than {_UNFOLDED_TIMES} times its size, as no "
-            "text does; decompress it first if it is one."
+            f"documents: `{path}` expands to more than {_MAX_EXPANSION} times its size, as no "
+            "text does; if it is text, decompress it first."
         )
 
 
 def _chunks(path: Path, compression: str, size: int) -> Iterator[bytes]:
-    """Reads what is inside a compressed file, without a limit."""
+    """Reads the content of a compressed file without a limit."""
     if compression == "zstd":
-        # The last bytes of a frame may give nothing.
+        # The last bytes of a frame may decompress to nothing.
         yield from filter(None, _zstd_chunks(path, size))
         return
     with name_in_errors(path), _OPENERS[compression](path, "rb") as file:
@@ -108,12 +108,12 @@ def _damaged(path: Path, compression: str, error: Exception) -> ValueError:
 
 
 def _zstd_decompressor(path: Path) -> Any:
-    """Makes a decompressor of one Zstandard frame.
+    """Builds a decompressor for one Zstandard frame.
 
     Raises:
-        ValueError: this Python has none.
+        ValueError: no module for Zstandard is installed.
     """
-    # Both are optional: the first one comes with Python 3.14, the second with the extra `zstd`.
+    # Both are optional: the first comes with Python 3.14, the second with the extra `zstd`.
     with contextlib.suppress(ImportError):
         return importlib.import_module("compression.zstd").ZstdDecompressor()
     with contextlib.suppress(ImportError):
@@ -125,9 +125,9 @@ def _zstd_decompressor(path: Path) -> Any:
 
 
 def _zstd_chunks(path: Path, size: int) -> Iterator[bytes]:
-    """Reads what is inside a Zstandard file of one frame or several.
+    """Reads the content of a Zstandard file with one or more frames.
 
-    Not `zstandard.open` (0.25), which takes a file that was cut for a shorter one.
+    `zstandard.open` (0.25) is avoided, because it accepts a truncated file as a shorter one.
 
     Raises:
         EOFError: the file ends inside a frame.

@@ -1,7 +1,7 @@
 """Documents as byte segments, each with a loss-mask flag.
 
-Every document ends with token 0, or with what ends a text in the vocabulary, and that token counts
-in the loss: a model must learn where to stop.
+Every document ends with the vocabulary's end of text, which is token 0 in most vocabularies. This
+token counts in the loss, because a model must learn where to stop.
 """
 
 import dataclasses
@@ -15,17 +15,17 @@ import numpy as np
 
 from rwkv7_jax.data.text_files import CHUNK, TextFile
 
-# Content hashes lie below this number.
+# Content hashes are below this number.
 HASH_RANGE = 2**64
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """A tokenizer, as far as documents need one."""
+    """The part of a tokenizer that documents need."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The id that ends a document; none where there is no such id."""
+        """The id that ends a document; empty if there is none."""
         ...
 
     @property
@@ -37,7 +37,7 @@ class Encoder(Protocol):
         self,
         chunks: Iterable[bytes],
     ) -> Iterator[np.ndarray]:
-        """Encodes all chunks joined, some ids at a time."""
+        """Encodes the joined chunks and yields the ids in pieces."""
         ...
 
 
@@ -46,7 +46,7 @@ class Segment:
     """A part of a document.
 
     Attributes:
-        text: its bytes, or the file that holds them; a plain path is read as it lies on the disk.
+        text: its bytes, or the file that holds them; a plain path is read byte for byte.
         in_loss: whether its tokens count as targets.
     """
 
@@ -54,13 +54,12 @@ class Segment:
     in_loss: bool = True
 
     def chunks(self) -> Iterator[bytes]:
-        """Reads the bytes, some at a time."""
+        """Reads the bytes in chunks."""
         if isinstance(self.text, bytes):
             yield self.text
         elif isinstance(self.text, TextFile):
             yield from self.text.chunks()
         else:
-            # A file may be larger than memory.
             with self.text.open("rb") as file:
                 while chunk := file.read(CHUNK):
                     yield chunk
@@ -78,10 +77,10 @@ class Segment:
 class Document:
     """A text in segments, each of which is tokenized separately.
 
-    A prompt therefore has the same ids here as when a model is given it without its answer.
+    A prompt therefore has the same ids as when a model gets it without the answer.
 
     Attributes:
-        segments: in the order of the text.
+        segments: segments in the order of the text.
     """
 
     segments: tuple[Segment, ...]
@@ -95,8 +94,8 @@ class Document:
         return sum(segment.size() for segment in self.segments)
 
     def content_hash(self) -> int:
-        """Computes a number below 2**64 from the bytes; the held-out split depends on it alone."""
-        # Of the bytes and not the ids: the same documents are held out with every tokenizer.
+        """Computes a 64-bit hash of the bytes, which alone decides whether it is held out."""
+        # Hashes bytes, not ids, so that every tokenizer holds out the same documents.
         digest = hashlib.blake2b(digest_size=8)
         for chunk in self._chunks():
             digest.update(chunk)
@@ -106,15 +105,15 @@ class Document:
         self,
         tokenizer: Encoder,
     ) -> Iterator[tuple[np.ndarray, bool]]:
-        """Yields the ids, some at a time, with whether they are in the loss.
+        """Yields the ids in pieces, each with a flag for whether it is in the loss.
 
-        Last comes the id that ends a text, token 0 of most vocabularies, where there is one.
+        The last id is the vocabulary's end of text, if there is one.
         """
         for segment in self.segments:
             for ids in tokenizer.encode_chunks(segment.chunks()):
                 yield ids, segment.in_loss
         if tokenizer.stop_ids:
-            # Of an answer that is not learnt the end is not learnt either.
+            # The end of an answer outside the loss is not in the loss either.
             in_loss = all(segment.in_loss for segment in self.segments[-1:])
             yield np.array(tokenizer.stop_ids, tokenizer.dtype), in_loss
 
@@ -124,11 +123,11 @@ class Document:
 
 
 def held_out_threshold(share: float) -> int:
-    """Computes the number below which a content hash means "held out".
+    """Computes the threshold below which a content hash means "held out".
 
     Args:
-        share: of all documents that is held out, whatever their order.
+        share: fraction of all documents to hold out.
     """
-    # Shares of 0 and 1 must hold out nothing and everything, whatever the rounding.
+    # Shares of 0 and 1 must hold out nothing and everything despite rounding.
     threshold = math.ceil(share * HASH_RANGE)
     return min(max(threshold, 0), HASH_RANGE)

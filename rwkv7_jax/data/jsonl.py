@@ -1,4 +1,4 @@
-"""The reader of all .jsonl files: one JSON value on each line."""
+"""The reader of JSON Lines files, with one JSON value per line."""
 
 import dataclasses
 import json
@@ -19,13 +19,13 @@ Parsed = TypeVar("Parsed")
 
 @dataclasses.dataclass
 class ReadStats:
-    """Progress of reading; it changes while documents are taken.
+    """Progress of reading, updated while documents are read.
 
     Attributes:
-        bytes: read so far.
-        skipped: lines that were left out.
-        first_error: why the first of them was, as `file:line: reason`.
-        passed_over: files of a folder that are no texts.
+        bytes: number of bytes read so far.
+        skipped: number of skipped lines.
+        first_error: reason for the first skipped line, as `file:line: reason`.
+        passed_over: number of ignored files in a folder.
     """
 
     bytes: int = 0
@@ -34,7 +34,7 @@ class ReadStats:
     passed_over: int = 0
 
     def report(self, reason: str, on_bad: str) -> None:
-        """Raises for a bad line or record, or counts it as left out.
+        """Raises for a bad line or record, or counts it as skipped.
 
         Raises:
             ValueError: `on_bad` is "error".
@@ -55,25 +55,24 @@ def read_jsonl(
     stats: ReadStats | None = None,
     encoding: str | None = None,
 ) -> Iterator[Parsed]:
-    """Yields `parse(record)` for the record of every line; blank lines are passed over.
+    """Yields `parse(record)` for the record on every line; skips blank lines.
 
     Args:
-        path: of a .jsonl file, which may be compressed.
-        parse: raises ValueError with a reason where a record is not as it must be.
-        on_bad: "error", or "skip" for lines that are no JSON or cannot be parsed.
-        drop_torn_end: drops a last line that breaks off, as a killed writer leaves it, with a
-            warning.
-        allow_nan: accepts NaN and infinities as numbers; data must not hold them.
-        stats: counts bytes that are read and lines that are skipped.
-        encoding: of the text; None is UTF-8.
+        path: path of a .jsonl file, which may be compressed.
+        parse: parses a record; raises ValueError with a reason for an invalid one.
+        on_bad: "error", or "skip" for lines that are not JSON or cannot be parsed.
+        drop_torn_end: drop an incomplete last line, as a killed writer leaves it, with a warning.
+        allow_nan: accept NaN and infinities as numbers, which data must not hold.
+        stats: counts the bytes read and the lines skipped.
+        encoding: encoding of the text; None for UTF-8.
 
     Raises:
-        ValueError: a bad line, as `file:line: reason`.
+        ValueError: a line is bad; the message is `file:line: reason`.
     """
     with prefix_errors("read_jsonl"):
         check_choice(on_bad, ON_BAD, "`on_bad`")
     stats = stats or ReadStats()
-    # Lines are split as bytes: a line separator such as U+2028 inside a string ends no line.
+    # Lines are split as bytes, so a separator such as U+2028 inside a string does not end a line.
     for number, line in enumerate(TextFile(Path(path), encoding).lines(), 1):
         stats.bytes += len(line)
         if not line.strip():
@@ -99,10 +98,10 @@ def read_jsonl(
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Reads the objects of a log that a program appends to; none where the file is missing.
+    """Reads the objects of an append-only log; empty if the file is missing.
 
-    A killed process may leave a line half written, to which the next one is glued: whatever is no
-    object is passed over.
+    A killed process may leave an incomplete line, which the next one is appended to, so lines that
+    are not objects are skipped.
     """
     if not path.is_file():
         return []
@@ -121,7 +120,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def decode_json(line: bytes, *, allow_nan: bool) -> Any:
-    """Decodes a line, or raises ValueError with the reason alone."""
+    """Decodes a line, or raises ValueError with only the reason."""
     if b"\0" in line[:4]:
         raise ValueError(f"begins with zero bytes, as UTF-16 does; {_ENCODINGS}")
     try:

@@ -1,4 +1,4 @@
-"""From paths to a stream of ids, and from there to batches."""
+"""Loading of paths as a token stream and as batches."""
 
 import dataclasses
 import itertools
@@ -48,15 +48,15 @@ __all__ = [
     "windows",
 ]
 
-# What `token_stream` and `packed` accept; `token_stream` alone tells these kinds apart.
+# What `token_stream` and `packed` accept.
 PathsOrIds = str | Path | Sequence[str | Path] | np.ndarray | TokenStream
 
 
 def _encode(selected: Iterable[Document], tokenizer: Encoder) -> TokenArray:
     """Encodes documents into one array in memory."""
-    # An empty array first, so that no documents at all give no ids.
+    # Starts with an empty array, for when there are no documents.
     pieces = [np.zeros(0, tokenizer.dtype)]
-    # One flag for each piece; a mask of all ids is only made where it is needed.
+    # One flag per piece; the full mask is built only if needed.
     flags = [True]
     sizes = []
     for document in selected:
@@ -77,7 +77,7 @@ def _encode(selected: Iterable[Document], tokenizer: Encoder) -> TokenArray:
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
-    """Which part of a source is read, and how; the attributes are arguments of `token_stream`."""
+    """The options for reading a source; the attributes are arguments of `token_stream`."""
 
     split: Split
     held_out: float
@@ -86,7 +86,7 @@ class _Reading:
     encoding: str | None
 
     def documents(self, source: str | Path, stats: ReadStats) -> Iterator[Document]:
-        """Yields the documents of a source, of whatever part."""
+        """Yields all documents of a source, regardless of the split."""
         return documents(
             source,
             on_bad=self.on_bad,
@@ -98,7 +98,7 @@ class _Reading:
 
 def _open(path: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenStream:
     """Maps a cache, or reads the documents of any other source."""
-    # Python's `Path("")` is the current folder, and would read all that lies below it.
+    # `Path("")` is the current folder and would read everything below it.
     if isinstance(path, str) and path not in BUILT_IN:
         path = local_path(path, "token_stream: `source`")
     cache = cache_file(path)
@@ -110,10 +110,10 @@ def _open(path: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenStr
 
 
 def _read(source: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenStream:
-    """Reads one part of the documents of a source into memory."""
+    """Reads one split of the documents of a source into memory."""
     stats = ReadStats()
     selected = reading.documents(source, stats)
-    # A single document is split by position, and only the second one shows that it is not single.
+    # A single document is split by position, so two must be read to know.
     first_two = list(itertools.islice(selected, 2))
     selected = itertools.chain(first_two, selected)
     by_document = reading.split != "all" and len(first_two) != 1
@@ -126,7 +126,7 @@ def _read(source: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenS
             if (document.content_hash() < threshold) == wants_held_out
         )
     tokens = _encode(selected, tokenizer)
-    # At the line that called `token_stream`.
+    # Points at the caller of `token_stream`.
     warn_of_skipped(source, stats, stacklevel=5)
     if by_document:
         return TokenStream.of_array(tokens)
@@ -134,14 +134,14 @@ def _read(source: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenS
 
 
 def _holds_document(path: str | Path, reading: _Reading) -> bool:
-    """Tells whether a source, read without complaints before, has a document in any part."""
+    """Returns whether a source that was read without an error has any document."""
     if cache_file(path) is not None:
         return True
     return next(reading.documents(path, ReadStats()), None) is not None
 
 
 def _check_source(source: Any, tokenizer: Any, held_out: Any) -> None:
-    """Raises unless a source, a tokenizer and a share are of the right kinds."""
+    """Raises unless a source, a tokenizer and a held-out share are valid."""
     if not (hasattr(tokenizer, "vocab_size") and hasattr(tokenizer, "encode")):
         raise TypeError(
             f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
@@ -160,7 +160,7 @@ def _check_source(source: Any, tokenizer: Any, held_out: Any) -> None:
             "`source` must be a path, a list of paths, an array of ids or a stream; "
             f"got {type(source).__name__}."
         )
-    # An iterator can be read only once, and not here.
+    # An iterator can be consumed only once, so it is not checked here.
     if not isinstance(source, Sequence):
         return
     if not source:
@@ -182,25 +182,25 @@ def token_stream(
     as_bytes: bool = False,
     encoding: str | None = None,
 ) -> TokenStream:
-    """Opens all ids of `source` as one row, the vocabulary's end of text after every document.
+    """Opens all ids of `source` as one stream, with an end of text after every document.
 
     Args:
-        source: what `readers.documents` reads, a `.bin` file (see `token_cache`; also without its
-            suffix), several of these, or an array of ids; a stream is returned as it is, whatever
-            the split.
+        source: anything that `readers.documents` reads, a `.bin` file (see `token_cache`; the
+            suffix is optional), a list of these, or an array of ids. A stream is returned
+            unchanged, regardless of the split.
         tokenizer: encodes documents.
-        split: "all"; or "train" and "held_out", into which documents are divided by a hash of their
-            bytes (a single document, an array, or a .bin file of other tools is divided by
-            position: its end is held out).
-        held_out: the share held out.
+        split: "all", "train" or "held_out". Documents are split by a hash of their bytes. A single
+            document, an array, or a .bin file of other tools is split by position: its end is held
+            out.
+        held_out: the held-out share.
         on_bad: "error" or "skip", for bad lines of .jsonl files; a warning counts them.
-        as_bytes: takes files that are no text or not UTF-8, and reads their bytes.
-        encoding: of files of text, such as "gbk"; by default UTF-8.
+        as_bytes: read the bytes of files that are not text or not UTF-8.
+        encoding: encoding of text files, such as "gbk"; None for UTF-8.
 
     Raises:
-        TypeError: an array of something else than integers.
-        ValueError: an unknown split, nothing to read, a file that is no text, a bad line, or an id
-            outside the vocabulary.
+        TypeError: an array does not hold integers.
+        ValueError: the split is unknown, there is nothing to read, a file is not text, a line is
+            bad, or an id is outside the vocabulary.
     """
     with prefix_errors("token_stream"):
         _check_source(source, tokenizer, held_out)
@@ -214,7 +214,7 @@ def token_stream(
         return split_by_position(array, part, held_out)
     paths = [source] if isinstance(source, (str, Path)) else list(source)
     reading = _Reading(part, held_out, on_bad, as_bytes, encoding)
-    # A loop, because a comprehension would be one more frame between a warning and its line.
+    # A loop, because a comprehension would add a frame and shift the warning's stack level.
     streams = []
     for path in paths:
         streams.append(_open(path, tokenizer, reading))
@@ -224,8 +224,8 @@ def token_stream(
         if part == "all" or not any(_holds_document(path, reading) for path in paths):
             raise ValueError(f"token_stream: `{names}` holds no document.")
         raise ValueError(
-            f"token_stream: `{names}` has no document in its part {split!r}, of a share {held_out} "
-            "held out: take another share, or 0 and other text for evaluation."
+            f"token_stream: `{names}` has no document in its split {split!r} with a held-out share "
+            f"of {held_out}: use another share, or 0 and other text for evaluation."
         )
     return stream
 
@@ -246,34 +246,34 @@ def packed(
     packing: str = "stream",
     rows: slice = slice(None),
 ) -> Iterator[Batch]:
-    """Makes batches of a source, without end: tokens [B T+1] int32 and mask [B T].
+    """Yields batches of a source endlessly: tokens [B T+1] int32 and mask [B T].
 
-    The batch of a step depends on the arguments alone, so a run may begin at any step.
+    The batch of a step depends only on the arguments, so a run may start at any step.
 
     Args:
-        source: a path or a built-in text, several of these, or an array of ids, as in
+        source: a path or built-in corpus, a list of these, or an array of ids, as in
             `token_stream`.
-        batch_size: rows of the global batch (B).
-        length: inputs of a row (T).
-        seed: of the order.
-        tokenizer: encodes documents; None is World's.
+        batch_size: number of rows of the global batch (B).
+        length: number of inputs per row (T).
+        seed: seed of the order.
+        tokenizer: encodes documents; None for World.
         split: "all", "train" or "held_out".
-        held_out: the share held out.
-        as_bytes: takes files that are no text or not UTF-8, and reads their bytes.
-        encoding: of files of text; by default UTF-8.
-        start_step: the step of the first batch.
+        held_out: the held-out share.
+        as_bytes: read the bytes of files that are not text or not UTF-8.
+        encoding: encoding of text files; None for UTF-8.
+        start_step: step of the first batch.
         order: "shuffled" or "cubic", as in `batch_at`.
         packing: "stream", "documents" or "packed", as in `batch_at`.
-        rows: those of the global batch that are wanted; see `host_rows`.
+        rows: rows of the global batch to build; see `host_rows`.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: an argument out of its range, or data that cannot be read or cut.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or the data cannot be read or is too short.
     """
     if tokenizer is None:
         tokenizer = Tokenizer.world()
     with prefix_errors("packed"):
-        # Before anything is read, which may take long.
+        # Checked before reading, which may take long.
         _check_source(source, tokenizer, held_out)
         check_count(start_step, 0, "`start_step`")
         check_batch_sizes(batch_size, length, seed, rows)

@@ -1,4 +1,4 @@
-"""Documents put together into rows, which they fill, each as a sequence of its own."""
+"""Packing of documents into rows, in which each document is its own sequence."""
 
 import bisect
 import weakref
@@ -8,17 +8,17 @@ import numpy as np
 
 from rwkv7_jax.data.token_streams import TokenStream
 
-# A row has at most this many times the documents of a mean row: the rows of a batch share one
-# number of sequences, and each of them costs a state.
+# A row has at most this many times the mean number of documents. All rows of a batch share one
+# number of sequences, and each sequence costs a state.
 _MOST_OVER_MEAN = 2
 
 
 class PackedDocuments(NamedTuple):
-    """Which documents share a row.
+    """The assignment of documents to rows.
 
     Attributes:
-        documents: their numbers, row after row.
-        borders: where each row's begin in `documents`, and last where they end.
+        documents: document indices, row by row.
+        borders: start of each row in `documents`, followed by the end.
     """
 
     documents: np.ndarray
@@ -31,7 +31,7 @@ class PackedDocuments(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        """The most documents of a row (K)."""
+        """The largest number of documents in a row (K)."""
         return int(np.diff(self.borders).max())
 
     def row(self, number: int) -> np.ndarray:
@@ -40,18 +40,18 @@ class PackedDocuments(NamedTuple):
         return self.documents[first:end]
 
 
-# By the row's length. Kept as long as the stream: every step of a run asks for the same.
+# Cached by row length for the lifetime of the stream, because every step needs it.
 _PACKED: weakref.WeakKeyDictionary[TokenStream, dict[int, PackedDocuments]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def pack_documents(stream: TokenStream, length: int) -> PackedDocuments:
-    """Fills rows of `length` + 1 ids with documents, longer ones cut; the same every time.
+    """Packs documents, truncated to `length` + 1 ids, into rows of that size; deterministic.
 
     Args:
-        stream: with a document of two ids or more.
-        length: inputs of a row (T).
+        stream: a stream with a document of at least two ids.
+        length: number of inputs per row (T).
     """
     packed = _PACKED.setdefault(stream, {})
     if length not in packed:
@@ -60,17 +60,17 @@ def pack_documents(stream: TokenStream, length: int) -> PackedDocuments:
 
 
 def _pack(stream: TokenStream, length: int) -> PackedDocuments:
-    """Fills the rows.
+    """Packs the documents by best fit, in a fixed random order.
 
-    Each document goes where it leaves least room. They come in an order drawn once, so that
-    neighbours of a file do not share a row and no row has only short ones.
+    The random order keeps neighbours in a file from sharing a row, and rows from having only short
+    documents.
     """
     room = length + 1
     numbers = stream.documents
     sizes = np.minimum(stream.starts[numbers + 1] - stream.starts[numbers], room)
     most = _MOST_OVER_MEAN * -(-room // max(int(sizes.mean()), 1))
     rows: list[list[int]] = []
-    # Room and number of the rows that take more, by room.
+    # The room and index of each row that is not full, sorted by room.
     unfilled: list[tuple[int, int]] = []
     for index in np.random.default_rng(0).permutation(len(numbers)).tolist():
         size = int(sizes[index])
@@ -82,7 +82,7 @@ def _pack(stream: TokenStream, length: int) -> PackedDocuments:
             row = len(rows)
             rows.append([])
         rows[row].append(int(numbers[index]))
-        # A document has two ids at least.
+        # A document has at least two ids.
         if left - size > 1 and len(rows[row]) < most:
             bisect.insort(unfilled, (left - size, row))
     borders = np.cumsum([0, *map(len, rows)])

@@ -1,19 +1,19 @@
-"""A thread that makes items before they are needed."""
+"""Prefetching of an iterator's items in a thread."""
 
 import queue
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-# Seconds after which a thread that waits for room looks whether it is still needed.
+# Seconds between checks of a waiting thread for whether it is still needed.
 _POLL_SECONDS = 0.1
 
 
 class Prefetch:
-    """An iterator over the items of another one, up to `ahead` of which are ready in advance.
+    """An iterator that prefetches up to `ahead` items of another iterator.
 
-    A single thread takes the items, so their order is kept. An error or the end is raised where the
-    item would have come.
+    A single thread reads the items, so their order is kept. Errors and the end are raised in place
+    of the item.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class Prefetch:
                 if not self._put(item, None):
                     return
             self._put(None, StopIteration())
-        # Whatever it is, it belongs to the thread that asks for the item.
+        # Any error is passed to the thread that consumes the items.
         except BaseException as error:
             self._put(None, error)
 
     def _put(self, item: Any, error: BaseException | None) -> bool:
-        """Waits for room in the queue; returns whether there was any before `close`."""
+        """Adds to the queue, waiting for room; returns false if `close` was called first."""
         while not self._closed.is_set():
             try:
                 self._ready.put((item, error), timeout=_POLL_SECONDS)
@@ -64,12 +64,12 @@ class Prefetch:
         """Returns the next item, as soon as it is ready."""
         item, error = self._ready.get()
         if error is not None:
-            # Put back, so that every later call ends in the same way instead of waiting forever.
+            # Put back, so that later calls raise it again instead of waiting forever.
             self._ready.put((None, error))
             raise error
         return item
 
     def close(self) -> None:
-        """Stops the thread and waits for its end."""
+        """Stops the thread and waits until it has ended."""
         self._closed.set()
         self._thread.join()

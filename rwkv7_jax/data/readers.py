@@ -1,4 +1,4 @@
-"""Documents from files, folders and the built-in corpora."""
+"""Readers of documents from files, folders and the built-in corpora."""
 
 import os
 import warnings
@@ -30,7 +30,7 @@ from rwkv7_jax.data.text_files import (
 )
 from rwkv7_jax.local_paths import local_path, refuse_hub_name
 
-# Files of an operating system, an editor or a version control system, besides hidden ones.
+# Non-hidden files of operating systems, editors and version control systems.
 _CLUTTER_NAMES = frozenset({"thumbs.db", "desktop.ini", "__pycache__", "__macosx"})
 
 _CLUTTER_SUFFIXES = frozenset(
@@ -39,7 +39,7 @@ _CLUTTER_SUFFIXES = frozenset(
 
 
 def _is_clutter(relative: Path) -> bool:
-    """Tells whether a file below a folder of data is none of its texts."""
+    """Returns whether a file below a data folder is not data."""
     for part in relative.parts:
         if part.startswith(".") or part.lower() in _CLUTTER_NAMES:
             return True
@@ -49,34 +49,34 @@ def _is_clutter(relative: Path) -> bool:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Lists all files below a folder by path, also those of folders that links lead to."""
+    """Lists all files below a folder, sorted by path; follows links to folders."""
     files = []
     visited = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in visited:
-            # A link to a folder above, or a second one to the same folder.
+            # A link to a parent folder, or a second link to the same folder.
             folders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        # Whatever the order of the file system, the first of two links is the one that counts.
+        # Sorted, so that the first of two links is followed regardless of the file system's order.
         folders.sort()
         files += [Path(place) / name for name in names]
     return sorted(files)
 
 
 def _files(source: str | Path) -> tuple[list[Path], int]:
-    """Lists the files of a path and counts those of a folder that are passed over.
+    """Lists the files of a path, and counts the ignored files of a folder.
 
     Raises:
-        ValueError: there is nothing of that name.
+        ValueError: the path does not exist.
     """
     path = local_path(source, "documents: `source`")
     if path.is_dir():
         everything = _files_below(path)
         files = []
         for file in everything:
-            # A link may lead to nothing, such as data that was not fetched yet.
+            # A link may be broken, for example to data that was not fetched yet.
             if file.is_file() and not _is_clutter(file.relative_to(path)):
                 files.append(file)
         return files, len(everything) - len(files)
@@ -85,10 +85,11 @@ def _files(source: str | Path) -> tuple[list[Path], int]:
         if any(character in str(source) for character in "*?["):
             raise ValueError(
                 f"documents: `{source}` does not exist, and patterns are not expanded: name the "
-                "folder, or files with commas between them."
+                "folder, or comma-separated files."
             )
         raise ValueError(
-            f"documents: `{source}` is no file, no folder and none of {', '.join(BUILT_IN)}."
+            f"documents: `{source}` must be a file, a folder or one of {', '.join(BUILT_IN)}; "
+            "it does not exist."
         )
     if not path.is_file():
         raise ValueError(f"documents: `{source}` must be a file or a folder.")
@@ -96,16 +97,16 @@ def _files(source: str | Path) -> tuple[list[Path], int]:
 
 
 def size_of(source: str | Path) -> int:
-    """Counts the bytes of the files of a source; 0 for a built-in corpus or a compressed file.
+    """Counts the bytes of the files of a source; built-in corpora and compressed files count as 0.
 
     Raises:
-        ValueError: nothing of that name.
+        ValueError: the path does not exist.
     """
     if source in BUILT_IN:
         return 0
     total = 0
     for file in _files(source)[0]:
-        # How much text is in a compressed file is only known after reading it.
+        # The text size of a compressed file is unknown before reading it.
         if not is_compressed(file):
             total += file.stat().st_size
     return total
@@ -119,22 +120,25 @@ def documents(
     as_bytes: bool = False,
     encoding: str | None = None,
 ) -> Iterator[Document]:
-    """Yields the documents of `source`; no more than one is in memory at a time.
+    """Yields the documents of `source`, with at most one in memory at a time.
+
+    A source is one of these; files may be compressed with gzip, bzip2, xz or Zstandard:
+
+    * a `.jsonl` file, a `.json` file or a table of records (see `records.record`)
+    * any other text file, which is one document
+    * a folder: every file below it, by path, except hidden files, pictures and editor leftovers
+    * a name in `BUILT_IN`
 
     Args:
-        source: a `.jsonl` file (`records.record` says what a line may be), a `.json` file or a
-            table of the same records, any other file of text (one document), each of these
-            compressed with gzip, bzip2, xz or Zstandard; a folder (every file below it, by path;
-            hidden files, pictures and what editors leave are passed over); or a name of `BUILT_IN`.
-        on_bad: what to do with a bad line of a .jsonl file: "error", or "skip".
-        stats: counts what is read and skipped; without it, warnings say what was.
-        as_bytes: takes files that are no text or not UTF-8, and reads them and `.json` files as
-            their bytes.
-        encoding: of the text, such as "utf-16" or "gbk"; by default it is UTF-8.
+        source: path or name of the source.
+        on_bad: "error" or "skip", for a bad line of a .jsonl file.
+        stats: counts what is read and skipped; without it, warnings report skipped lines.
+        as_bytes: read files that are not text or not UTF-8, and `.json` files, as bytes.
+        encoding: encoding of the text, such as "utf-16" or "gbk"; None for UTF-8.
 
     Raises:
-        ValueError: nothing of that name, a file that is no text (the message says what it is) or
-            not of its encoding, or a bad line, as `file:line: reason`.
+        ValueError: the path does not exist, a file is not text (the message says what it is) or
+            not in its encoding, or a line is bad (`file:line: reason`).
     """
     with prefix_errors("documents"):
         check_choice(on_bad, ON_BAD, "`on_bad`")
@@ -146,7 +150,7 @@ def documents(
     counted = stats if stats is not None else ReadStats()
     files, counted_out = _files(source)
     counted.passed_over += counted_out
-    # A folder of code has empty files; one that is named itself is a download that failed.
+    # Empty files are normal in a code folder; an empty file named directly is a failed download.
     is_folder = local_path(source, "documents: `source`").is_dir()
     for file in files:
         if not is_folder and _is_empty(file, as_bytes):
@@ -166,7 +170,7 @@ def documents(
 
 
 def _is_empty(file: Path, as_bytes: bool) -> bool:
-    """Tells whether nothing is in a file, or in what it holds compressed."""
+    """Returns whether a file or its decompressed content is empty."""
     if file.stat().st_size == 0:
         return True
     return not as_bytes and not any(TextFile(file).chunks())
@@ -181,7 +185,7 @@ def _documents_of(
     encoding: str | None,
     is_named: bool,
 ) -> Iterator[Document]:
-    """Yields the documents of one file, which was named itself or lies in a folder."""
+    """Yields the documents of one file, which was named directly or is in a folder."""
     suffix = inner_suffix(file)
     if suffix in LINES and _holds_lines(file, as_bytes=as_bytes, encoding=encoding):
         yield from _lines(file, on_bad=on_bad, stats=stats, encoding=encoding)
@@ -203,7 +207,7 @@ def _documents_of(
 
 
 def _holds_lines(file: Path, *, as_bytes: bool, encoding: str | None) -> bool:
-    """Tells whether a file of the suffix of lines holds lines, and not one list."""
+    """Returns whether a file with a JSON Lines suffix holds lines rather than one list."""
     if not as_bytes:
         check_content(file)
     return not is_one_list(file, encoding)
@@ -212,7 +216,7 @@ def _holds_lines(file: Path, *, as_bytes: bool, encoding: str | None) -> bool:
 def _lines(
     file: Path, *, on_bad: str, stats: ReadStats, encoding: str | None
 ) -> Iterator[Document]:
-    """Yields the records of the lines of a file."""
+    """Yields the records on the lines of a file as documents."""
     return read_jsonl(file, parse_record, on_bad=on_bad, stats=stats, encoding=encoding)
 
 
@@ -224,7 +228,7 @@ def _records_or_text(
     encoding: str | None,
     is_named: bool,
 ) -> Iterator[Document]:
-    """Yields the records of a file of JSON, or any other file as one text."""
+    """Yields the records of a JSON file, or any other file as one text."""
     wrong = check_is_text(file, encoding=encoding)
     if wrong is not None:
         raise ValueError(
@@ -234,7 +238,7 @@ def _records_or_text(
         )
     suffix = inner_suffix(file)
     if suffix in (".json", *LINES):
-        # A folder of code has files of JSON with remarks, or of other dialects.
+        # A code folder may have JSON files with comments or of other dialects.
         must_hold = is_named or suffix in LINES
         records = json_records(file, encoding=encoding, must_hold=must_hold)
         if records is not None:
@@ -242,7 +246,7 @@ def _records_or_text(
             yield from parse_json_records(file, records, on_bad=on_bad, stats=stats)
             return
     if suffix in LINES:
-        # Never a text: what its list holds in place of records is a bad line.
+        # Never read as text: anything that is not a record is a bad line.
         yield from _lines(file, on_bad=on_bad, stats=stats, encoding=encoding)
         return
     if suffix in ("", ".txt"):
@@ -251,9 +255,9 @@ def _records_or_text(
 
 
 def _one_document(file: Path, text: Segment, stats: ReadStats) -> Iterator[Document]:
-    """Yields a file as one document, and counts it once that has been read."""
+    """Yields a file as one document and counts its bytes after that was read."""
     yield Document((text,))
-    # As progress is counted: in bytes of the file.
+    # Progress counts the bytes on disk.
     stats.bytes += file.stat().st_size
 
 
@@ -263,7 +267,7 @@ def warn_of_skipped(
     *,
     stacklevel: int,
 ) -> None:
-    """Warns once about all lines and files of a source that were left out, if there are any."""
+    """Warns once each about the skipped lines and the ignored files of a source, if any."""
     if stats.skipped:
         warnings.warn(
             f"{stats.skipped} lines of {source} were skipped; the first: {stats.first_error}",
@@ -271,7 +275,7 @@ def warn_of_skipped(
         )
     if stats.passed_over:
         warnings.warn(
-            f"{stats.passed_over} files below {source} were passed over: hidden files, pictures, "
-            "what editors leave, or links to nothing",
+            f"{stats.passed_over} files below {source} were ignored: hidden files, pictures, "
+            "editor leftovers or broken links",
             stacklevel=stacklevel,
         )

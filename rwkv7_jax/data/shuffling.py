@@ -1,4 +1,4 @@
-"""The order in which a run reads its data: pure functions of a sample's number."""
+"""The order in which a run reads its data, as pure functions of the sample index."""
 
 import functools
 import math
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 
-# Several are cached: a batch may reach into the next epoch, and an anchor has its own seed.
+# Caches several orders: a batch may reach into the next epoch, and an anchor has its own seed.
 @functools.lru_cache(maxsize=4)
 def _epoch(
     seed: int,
@@ -18,7 +18,7 @@ def _epoch(
     """Draws the start of an epoch's first window, and the order of its windows."""
     rng = np.random.default_rng([seed, epoch])
     phase = int(rng.integers(length))
-    # Shuffled in place, in the narrowest type that fits: the table of 10^9 windows takes 4 GB.
+    # Shuffled in place in the narrowest dtype: the order of 10^9 windows takes 4 GB.
     dtype = np.uint32 if count < 2**32 else np.uint64
     order = np.arange(count, dtype=dtype)
     rng.shuffle(order)
@@ -31,12 +31,12 @@ def shuffled(
     seed: int,
     count: int,
 ) -> list[int]:
-    """Picks one of `count` items for each sample; in an epoch each item comes once.
+    """Picks one of `count` items for each sample; each item comes once per epoch.
 
     Args:
-        samples: their numbers, from 0.
-        seed: with the epoch, all that the order depends on.
-        count: of the items.
+        samples: sample indices, from 0.
+        seed: the order depends only on it and the epoch.
+        count: number of items.
     """
     picked = []
     for sample in samples:
@@ -53,12 +53,12 @@ def shuffled_windows(
     tokens: int,
     length: int,
 ) -> list[int]:
-    """Computes where each sample's window begins; in an epoch every window comes once.
+    """Computes the start of each sample's window; each window comes once per epoch.
 
-    The windows' borders move from epoch to epoch, so that no token is always the last of a row. A
-    stream has at least two windows.
+    The windows' borders shift between epochs, so that no token is always the last of a row. The
+    stream must have at least two windows.
     """
-    # One window less than would fit: the phase moves the last one by up to `length` - 1.
+    # One window fewer than would fit, because the phase shifts them by up to `length` - 1.
     count = (tokens - length) // length
     firsts = []
     for sample in samples:
@@ -69,7 +69,7 @@ def shuffled_windows(
 
 
 def is_prime(number: int) -> bool:
-    """Tests whether a number below 10^18 is prime, by trial division."""
+    """Returns whether a number below 10^18 is prime, by trial division."""
     if number < 4:
         return number > 1
     if number % 2 == 0:
@@ -87,7 +87,7 @@ def magic_prime(tokens: int, length: int) -> int:
     Source: BlinkDL/RWKV-LM@1abbde7 RWKV-v5/make_data.py:124-131.
 
     Raises:
-        ValueError: the stream is shorter than three windows, where there is none.
+        ValueError: the stream is shorter than three windows, so there is no such prime.
     """
     for number in range(tokens // length - 1, 1, -1):
         if number % 3 == 2 and is_prime(number):
@@ -104,10 +104,10 @@ def cubic_windows(
     tokens: int,
     length: int,
 ) -> list[int]:
-    """Computes where each sample's window begins in the order of RWKV's own trainer.
+    """Computes the start of each sample's window in the order of RWKV's own trainer.
 
-    There is no seed. Any p samples in a row are the first p windows, p being `magic_prime`; the
-    order is the same in every epoch.
+    There is no seed, and the order is the same in every epoch. Any p consecutive samples cover the
+    first p windows, where p is `magic_prime`.
 
     Source: BlinkDL/RWKV-LM@d07df1c RWKV-v7/train_temp/src/dataset.py:49-61.
 
@@ -117,5 +117,5 @@ def cubic_windows(
     prime = magic_prime(tokens, length)
     golden = (math.sqrt(5) - 1) / 2
     factor = int(prime * golden)
-    # Python's integers and not NumPy's: a cube soon exceeds 64 bits.
+    # Python integers, because a cube soon exceeds 64 bits.
     return [factor * (sample + 1) ** 3 % prime * length for sample in samples]

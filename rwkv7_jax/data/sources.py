@@ -1,6 +1,6 @@
-"""What a data path names: texts, or a synthetic task.
+"""Parsing of data paths, which name texts or a synthetic task.
 
-A path is a string of a config or of the command line: `task:NAME`, or files, folders and built-in
+A path is a string in a config or on the command line: `task:NAME`, or files, folders and built-in
 corpora separated by commas.
 """
 
@@ -13,10 +13,10 @@ TASK_PREFIX = "task:"
 
 @dataclasses.dataclass(frozen=True)
 class TaskSource:
-    """A synthetic task, whose examples are made as they are needed.
+    """A synthetic task, whose examples are generated on demand.
 
     Attributes:
-        name: of the task, without the prefix.
+        name: name of the task, without the prefix.
     """
 
     name: str
@@ -28,10 +28,10 @@ class TaskSource:
 
 @dataclasses.dataclass(frozen=True)
 class TextSource:
-    """Texts, read one after the other.
+    """Texts that are read one after the other.
 
     Attributes:
-        paths: files, folders, `.bin` caches or names of built-in corpora; none for an empty path.
+        paths: files, folders, `.bin` caches or names of built-in corpora; empty for an empty path.
     """
 
     paths: tuple[str, ...]
@@ -48,11 +48,11 @@ def parse_source(path: str, argument: str = "`path`") -> Source:
     """Parses a path that names one task or some texts.
 
     Args:
-        path: a task, or texts with commas between them.
-        argument: the setting or option in backticks, for the message.
+        path: a task, or comma-separated texts.
+        argument: the setting or option in backticks, for error messages.
 
     Raises:
-        ValueError: an empty name between commas.
+        ValueError: a name between commas is empty.
     """
     if path.startswith(TASK_PREFIX):
         return TaskSource(path.removeprefix(TASK_PREFIX))
@@ -62,17 +62,17 @@ def parse_source(path: str, argument: str = "`path`") -> Source:
 def parse_sources(
     path: str, argument: str = "`path`"
 ) -> tuple[list[TaskSource], TextSource]:
-    """Parses a path that may name several tasks, and texts among them.
+    """Parses a path that may name both tasks and texts.
 
     Args:
-        path: tasks and texts with commas between them.
-        argument: the setting or option in backticks, for the message.
+        path: comma-separated tasks and texts.
+        argument: the setting or option in backticks, for error messages.
 
     Returns:
-        The tasks in their order, and all texts together.
+        The tasks in order, and all texts as one source.
 
     Raises:
-        ValueError: an empty name between commas.
+        ValueError: a name between commas is empty.
     """
     tasks = []
     texts: list[str] = []

@@ -1,4 +1,4 @@
-"""How many targets of a stream count in the loss, once it is cut into rows."""
+"""The number of targets of a stream that count in the loss once it is cut into rows."""
 
 import dataclasses
 
@@ -7,10 +7,10 @@ import numpy as np
 from rwkv7_jax.data.choices import Packing
 from rwkv7_jax.data.token_streams import TokenStream
 
-# Ids that are counted at once.
+# Number of ids that are counted at once.
 _CHUNK = 1 << 22
 
-# Documents in which the first target that counts is looked for, to advise a length.
+# Number of documents that are searched for a counting target, to suggest a length.
 _LOOKED_AT = 1000
 
 
@@ -19,10 +19,10 @@ class TargetCounts:
     """The targets of all rows of a stream.
 
     Attributes:
-        targets: of all rows; padding is no target.
-        in_loss: those that count.
-        rows: documents; 0 for packing "stream", whose rows move.
-        empty_rows: documents without a target that counts within a row.
+        targets: number of targets in all rows, without padding.
+        in_loss: number of targets that count.
+        rows: number of documents; 0 for packing "stream", whose rows shift.
+        empty_rows: number of documents without a counting target within a row.
     """
 
     targets: int
@@ -32,18 +32,18 @@ class TargetCounts:
 
     @property
     def share(self) -> float:
-        """The share of targets that count; 0 where there is none."""
+        """The share of targets that count; 0 if there are none."""
         return self.in_loss / self.targets if self.targets else 0.0
 
 
 def count_targets(
     stream: TokenStream, *, length: int, packing: Packing
 ) -> TargetCounts:
-    """Counts the targets of a stream that rows of `length` inputs read.
+    """Counts the targets of a stream in rows of `length` inputs.
 
     Args:
-        stream: of the run.
-        length: inputs of a row (T).
+        stream: the stream of the run.
+        length: number of inputs per row (T).
         packing: "stream" reads everything, the others the first T + 1 ids of each document.
     """
     if packing == "stream":
@@ -66,7 +66,7 @@ def count_targets(
 
 
 def _cumulative(stream: TokenStream, places: np.ndarray) -> np.ndarray:
-    """Counts the ids in the loss before each of some ascending places of the stream."""
+    """Counts the ids in the loss before each of some ascending positions of the stream."""
     counts = np.zeros(len(places), np.int64)
     total = 0
     position = 0
@@ -77,22 +77,22 @@ def _cumulative(stream: TokenStream, places: np.ndarray) -> np.ndarray:
                 if in_loss is None
                 else np.not_equal(in_loss, 0)
             )
-            # Entry i: ids in the loss before position + i.
+            # Entry i is the number of ids in the loss before position + i.
             running = np.concatenate([[0], np.cumsum(flags)]) + total
             low, high = np.searchsorted(places, [position, position + len(ids)], "left")
             counts[low:high] = running[places[low:high] - position]
             total = int(running[-1])
             position += len(ids)
-    # Places at the end of the stream.
+    # The remaining positions are at the end of the stream.
     counts[np.searchsorted(places, position, "left") :] = total
     return counts
 
 
 def shortest_useful_length(stream: TokenStream) -> int | None:
-    """Finds the smallest row in which a target of one of the first documents counts.
+    """Finds the shortest row length with which any of the first documents has a counting target.
 
     Returns:
-        Inputs of a row; None where no document has such a target.
+        The number of inputs per row; None if no document has such a target.
     """
     shortest: int | None = None
     for number in stream.documents[:_LOOKED_AT]:

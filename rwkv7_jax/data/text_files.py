@@ -1,7 +1,7 @@
-"""Files of text as they lie on the disk: compressed, in other encodings, or no text at all.
+"""Text files on disk, which may be compressed, in another encoding, or not text at all.
 
-The content decides and not the name: a download can end early, a web page can be saved under a
-data file's name, and a table of numbers is tokenized byte by byte without anybody noticing.
+The content decides, not the name: a download can be truncated, a web page can be saved under the
+name of a data file, and binary data would be tokenized byte by byte without notice.
 """
 
 import codecs
@@ -13,28 +13,28 @@ from typing import Any
 from rwkv7_jax.data.compression import compression_of, unfolded
 from rwkv7_jax.local_paths import is_special, name_in_errors
 
-# Bytes of a file that are held in memory at once.
+# Number of bytes of a file in memory at once.
 CHUNK = 1 << 16
 
-# Bytes at the beginning of a file, which tell what it is.
+# Number of bytes at the start of a file from which its format is detected.
 _HEAD = 512
 
 AS_BYTES = (
     "`--config.data.as_bytes=True` (`as_bytes`, or `--as-bytes` of `rwkv7 data`) reads its bytes "
-    "all the same"
+    "anyway"
 )
 
 _CONVERT = "convert it to lines of JSON first"
 
-# What pandas needs to write them; without the first argument it refuses the second one.
+# The pandas call that writes them; `lines` requires `orient`.
 _TO_LINES = 'to_json("x.jsonl", orient="records", lines=True)'
 
-# Files that begin with these bytes are no text, and what to do about them.
+# First bytes of formats that are not text, their names, and what to do about them.
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (
         b"PAR1",
         "a Parquet table",
-        "call it .parquet, as which the extra `parquet` reads it",
+        "rename it to .parquet, which the extra `parquet` reads",
     ),
     (
         b"ARROW1",
@@ -83,7 +83,7 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"\xcf\xfa\xed\xfe", "a program", "leave it out"),
 )
 
-# Files that are text, or whose beginning says nothing, but whose names say that they are no prose.
+# Suffixes of files that are not text although their first bytes do not show it.
 _FOREIGN_SUFFIXES = (
     ((".arrow", ".feather"), "an Arrow table", _FOREIGN[1][2]),
     (
@@ -100,7 +100,7 @@ _FOREIGN_SUFFIXES = (
     ),
 )
 
-# A text may begin with these letters; what they announce has control characters soon after.
+# A text may begin with these letters too, but these formats have control characters soon after.
 _ASCII_MAGIC = (b"OggS", b"fLaC", b"ID3", b"RIFF", b"wOFF", b"wOF2", b"Obj\x01")
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -111,7 +111,7 @@ _WEB_PAGE_SUFFIXES = (".html", ".htm", ".xhtml", ".xml", ".php", ".vue", ".svelt
 
 _COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 
-# Names of byte order marks, the longer ones first: UTF-32's begins with UTF-16's.
+# Byte order marks and their encodings, the longer first: UTF-32's begins with UTF-16's.
 _UTF_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -119,8 +119,7 @@ _UTF_MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 
-# A byte order mark as a character, and what it is in the other order of UTF-16, where no character
-# has this number.
+# The byte order mark as a character, and byte-swapped in UTF-16, which is not a valid character.
 _TEXT_MARK = "\ufeff"
 _SWAPPED_MARK = "\ufffe"
 
@@ -129,19 +128,19 @@ _MARKED_ENCODINGS = ("utf-8-sig", "utf-16", "utf-32")
 
 
 def check_encoding(encoding: str | None, argument: str) -> None:
-    """Checks that Python knows a text encoding.
+    """Checks that Python supports a text encoding.
 
     Args:
-        encoding: its name; None is UTF-8.
+        encoding: name of the encoding; None for UTF-8.
         argument: the argument in backticks; the message begins with it.
 
     Raises:
-        ValueError: it does not, or the encoding is not one of text.
+        ValueError: the encoding is unknown or does not encode text.
     """
     if encoding is None:
         return
     try:
-        # Of Python's codecs some encode no text, such as "zip" or "rot13".
+        # Some of Python's codecs do not encode text, such as "zip" or "rot13".
         "a".encode(encoding)
         codecs.getincrementaldecoder(encoding)()
     except (LookupError, TypeError, ValueError):
@@ -151,18 +150,18 @@ def check_encoding(encoding: str | None, argument: str) -> None:
 
 
 def head_of(path: Path) -> bytes:
-    """Reads the first bytes of a file as they lie on the disk."""
+    """Reads the first bytes of a file as stored on disk."""
     with name_in_errors(path), path.open("rb") as file:
         return file.read(_HEAD)
 
 
 def is_compressed(path: Path) -> bool:
-    """Tells whether a file is compressed in a way that `TextFile` reads."""
+    """Returns whether a file is compressed in a format that `TextFile` reads."""
     return compression_of(head_of(path)) is not None
 
 
 def inner_suffix(path: Path) -> str:
-    """Returns a file's suffix in lower case, without that of its compression."""
+    """Returns a file's suffix in lower case, ignoring the suffix of a compression."""
     suffix = path.suffix.lower()
     if suffix in _COMPRESSED_SUFFIXES:
         return Path(path.stem).suffix.lower()
@@ -170,7 +169,7 @@ def inner_suffix(path: Path) -> str:
 
 
 def _without_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Removes a byte order mark of UTF-8, which Windows programs write and which is no text."""
+    """Removes a UTF-8 byte order mark, which Windows programs write."""
     head = b""
     for chunk in chunks:
         head += chunk
@@ -183,21 +182,21 @@ def _without_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 @dataclasses.dataclass(frozen=True)
 class TextFile:
-    """A file of text, decompressed, without a byte order mark and as UTF-8 when it is read.
+    """A text file, read decompressed, as UTF-8 and without a byte order mark.
 
     Attributes:
-        path: of the file.
-        encoding: of its text; None leaves the bytes as they are.
+        path: path of the file.
+        encoding: encoding of its text; None leaves the bytes unchanged.
     """
 
     path: Path
     encoding: str | None = None
 
     def chunks(self) -> Iterator[bytes]:
-        """Reads the text, some bytes at a time.
+        """Reads the text in chunks of bytes.
 
         Raises:
-            ValueError: the file is damaged or ends early, or is not of its encoding.
+            ValueError: the file is damaged or truncated, or does not have its encoding.
         """
         if self.encoding is not None:
             decoder = codecs.getincrementaldecoder(self.encoding)()
@@ -213,12 +212,12 @@ class TextFile:
         yield self._decode(decoder, b"", done, final=True)
 
     def _without_text_mark(self, texts: Iterator[str]) -> Iterator[bytes]:
-        """Removes a byte order mark from the beginning of a text, and encodes it.
+        """Removes a byte order mark from the beginning of a text and encodes the text.
 
         Raises:
-            ValueError: the mark is that of the other byte order.
+            ValueError: the mark is of the other byte order.
         """
-        # Decoders of encodings that promise a mark have removed it; a second one is text.
+        # Decoders of marked encodings have already removed the mark; a second one is text.
         name = codecs.lookup(str(self.encoding)).name
         is_removed = name in _MARKED_ENCODINGS
         for text in texts:
@@ -227,7 +226,7 @@ class TextFile:
                 if name.startswith("utf-16") and text.startswith(_SWAPPED_MARK):
                     raise ValueError(
                         f"documents: `{self.path}` is not {self.encoding}: its byte order mark is "
-                        "of the other order; set `encoding` to utf-16."
+                        "of the other byte order; set `encoding` to utf-16."
                     )
                 text = text.removeprefix(_TEXT_MARK)
             yield text.encode("utf-8", "surrogatepass")
@@ -239,14 +238,14 @@ class TextFile:
             place = done + max(getattr(error, "start", 0), 0)
             raise ValueError(
                 f"documents: `{self.path}` is not {self.encoding} at about byte {place:,}: "
-                "set `encoding` to another one."
+                "set another `encoding`."
             ) from None
 
     def stored_chunks(self) -> Iterator[bytes]:
-        """Reads the bytes that are stored, decompressed and otherwise as they are.
+        """Reads the stored bytes, decompressed but otherwise unchanged.
 
         Raises:
-            ValueError: the file is damaged or ends early, unfolds without end, or is a device or a
+            ValueError: the file is damaged, truncated or a decompression bomb, or is a device or a
                 pipe.
         """
         if is_special(self.path):
@@ -262,7 +261,7 @@ class TextFile:
                 yield chunk
 
     def lines(self) -> Iterator[bytes]:
-        """Reads the lines with their ends; only a line feed ends one."""
+        """Reads the lines with their line feeds, which alone end a line."""
         rest: list[bytes] = []
         for chunk in self.chunks():
             first, *others = chunk.split(b"\n")
@@ -287,15 +286,15 @@ def check_is_text(path: Path, *, encoding: str | None) -> int | None:
     """Checks that a file holds text, and finds its first byte that is not UTF-8.
 
     Args:
-        path: of a file.
-        encoding: of its text; None is UTF-8, or bytes that are close to it.
+        path: path of the file.
+        encoding: encoding of its text; None for UTF-8, or bytes close to it.
 
     Returns:
-        The place of that byte in the file, or in what it holds compressed; None where all is UTF-8
-        and where an encoding is named.
+        The position of that byte in the decompressed content; None if everything is UTF-8 or an
+        encoding is named.
 
     Raises:
-        ValueError: the content is no text, or the name is that of a table or an archive; the
+        ValueError: the content is not text, or the name is that of a table or an archive; the
             message says what it is and what to do.
     """
     check_content(path)
@@ -313,14 +312,14 @@ def check_is_text(path: Path, *, encoding: str | None) -> int | None:
         place = chunk.find(b"\0")
         if place >= 0:
             raise ValueError(
-                f"documents: `{path}` has a zero byte at {done + place:,}, so it is no text or was "
-                f"not downloaded to its end; {AS_BYTES}."
+                f"documents: `{path}` has a zero byte at {done + place:,}, so it is not text or is "
+                f"an incomplete download; {AS_BYTES}."
             )
         if wrong is None:
             wrong = _wrong_byte(decoder, chunk, done)
         done += len(chunk)
     if wrong is None:
-        # A character may have been begun.
+        # The last character may be incomplete.
         wrong = _wrong_byte(decoder, b"", done, final=True)
     return wrong
 
@@ -328,8 +327,8 @@ def check_is_text(path: Path, *, encoding: str | None) -> int | None:
 def _wrong_byte(
     decoder: codecs.IncrementalDecoder, chunk: bytes, done: int, *, final: bool = False
 ) -> int | None:
-    """Decodes a chunk; returns the place of the first byte that cannot be, in the file."""
-    # Bytes of a character that the last chunk began come before those of this one.
+    """Decodes a chunk; returns the position in the file of the first invalid byte."""
+    # The decoder holds the bytes of a character that began in the previous chunk.
     begun, _ = decoder.getstate()
     try:
         decoder.decode(chunk, final)
@@ -339,10 +338,10 @@ def _wrong_byte(
 
 
 def check_content(path: Path) -> None:
-    """Checks that a file is none of those that stand where data should be.
+    """Checks that a file is not something else in place of data.
 
     Raises:
-        ValueError: a Git LFS pointer, a web page, or a known format that is no text.
+        ValueError: the file is a Git LFS pointer, a web page, or a known format that is not text.
     """
     head = head_of(path)
     if head.startswith(_LFS_POINTER):
@@ -363,14 +362,14 @@ def check_content(path: Path) -> None:
 
 
 def _check_head(path: Path, head: bytes) -> None:
-    """Checks the first bytes of the text inside a file, which may be compressed."""
-    # A tar archive has its magic after the first file's name.
+    """Checks the first bytes of a file's decompressed content."""
+    # A tar archive has its magic number after the first file's name.
     if head[257:262] == b"ustar":
         raise _foreign_error(path, "a tar archive", "unpack it first")
     for mark, name in _UTF_MARKS:
         if head.startswith(mark):
             raise _encoding_error(path, name)
-    # Without a mark: Western text in UTF-16 has a zero in every second byte.
+    # Without a mark, Western text in UTF-16 has a zero in every second byte.
     pairs = head[: len(head) // 2 * 2]
     if len(pairs) >= 4:
         for zeros, others, name in ((1, 0, "utf-16-le"), (0, 1, "utf-16-be")):

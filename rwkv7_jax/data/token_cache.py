@@ -1,15 +1,15 @@
-"""A cache of tokenized documents in files that are mapped, not read: written once, read often.
+"""A cache of tokenized documents in memory-mapped files.
 
-A cache `x` is a pair of files that RWKV's own trainer reads, with two or three next to it:
+A cache `x` is a pair of files that RWKV's own trainer reads, with two or three more:
 
-    x.bin, x.idx   ids and where documents are (see `binidx`): uint16, int32 where the vocabulary
-                   has more than 65536; token 0, or what the vocabulary has for it, ends each
-    x.card.json    what made it: vocabulary, numbers of documents, ids, bytes and skipped lines
-    x.keys         8 bytes a document (little-endian): its content hash, by which it is held out
-    x.mask         one byte an id, 1 where it is in the loss and 0 where it is not; the file is only
-                   there where some ids are not
+    x.bin, x.idx   ids and the positions of documents (see `binidx`); uint16, or int32 if the
+                   vocabulary has more than 65536 ids. The end of text follows each document.
+    x.card.json    the card: vocabulary, and numbers of documents, ids, bytes and skipped lines
+    x.keys         the content hash of each document, 8 bytes (little-endian), for the held-out
+                   split
+    x.mask         one byte per id, 1 if it is in the loss, else 0; exists only if some ids are not
 
-Without a card the pair is what another tool made: every id is in the loss, and held out is its end.
+A pair without a card comes from another tool: every id is in the loss, and its end is held out.
 """
 
 import dataclasses
@@ -38,30 +38,30 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 
 FORMAT = "rwkv7_jax tokens 1"
 
-# Of the files of a cache, all of which a new one replaces or removes.
+# The suffixes of a cache's files, all of which a new cache replaces or removes.
 SUFFIXES = (".bin", ".idx", ".card.json", ".keys", ".mask")
 
-# Blocks of a file that are compared with their digests when a cache is opened.
+# Number of blocks of a file that are checked when a cache is opened.
 _CHECKED_BLOCKS = 128
 
-# Ids that are compared with the vocabulary at once.
+# Number of ids that are checked against the vocabulary at once.
 _CHUNK = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheMetadata:
-    """The card of a cache. The names of its fields are those in `x.card.json`.
+    """The card of a cache, with the same field names as `x.card.json`.
 
     Attributes:
         vocabulary: the tokenizer's identity: the name of a built-in one, else kind and digest.
-        documents: in the cache.
-        tokens: ids, including the token 0 after every document.
-        learnt: how many of them are in the loss.
-        bytes: of the documents' text.
-        skipped: lines that could not be read.
-        format: of these files.
-        blocks: digests of the files' blocks of 4 MiB, by suffix; empty in older caches.
-        digest: of all other entries; empty in older caches.
+        documents: number of documents.
+        tokens: number of ids, including the end of text after every document.
+        learnt: number of ids in the loss.
+        bytes: size of the documents' text.
+        skipped: number of skipped lines.
+        format: format of the files.
+        blocks: digests of the files' 4 MiB blocks, by suffix; empty in older caches.
+        digest: digest of all other entries; empty in older caches.
     """
 
     vocabulary: str
@@ -83,9 +83,9 @@ class CacheMetadata:
 
 
 def cache_file(source: str | Path) -> Path | None:
-    """Returns the `.bin` or `.idx` file of the cache that a source names; None where it names none.
+    """Returns the `.bin` or `.idx` file of the cache that a source names; None if it names none.
 
-    As RWKV-LM has it, a name may be without suffix, if nothing else has it.
+    As in RWKV-LM, the suffix may be omitted if nothing else has that name.
     """
     if source in BUILT_IN:
         return None
@@ -97,7 +97,7 @@ def cache_file(source: str | Path) -> Path | None:
     # `with_suffix` would cut the ".5" of a name such as "v1.5".
     ids = path.with_name(f"{path.name}.bin")
     index = path.with_name(f"{path.name}.idx")
-    # Where one of the two is missing, reading them says which.
+    # If one of the two is missing, reading them will report which.
     return ids if ids.exists() or index.exists() else None
 
 
@@ -111,22 +111,22 @@ def write_cache(
     encoding: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[CacheMetadata, ReadStats]:
-    """Writes all documents of the sources to a cache; memory does not grow with the text.
+    """Writes all documents of the sources to a cache; memory use does not depend on their size.
 
     Args:
-        sources: what `readers.documents` reads, one after the other.
-        path: of the `.bin` file.
+        sources: sources for `readers.documents`, read in order.
+        path: path of the `.bin` file.
         tokenizer: encodes documents.
         on_bad: "error" or "skip", for bad lines of .jsonl files.
-        as_bytes: takes files that are no text or not UTF-8, and reads their bytes.
-        encoding: of files of text; by default UTF-8.
-        progress: called with bytes read and bytes in all (0 where that is not known).
+        as_bytes: read the bytes of files that are not text or not UTF-8.
+        encoding: encoding of text files; None for UTF-8.
+        progress: called with the number of bytes read and the total (0 if unknown).
 
     Returns:
-        The card, and what was skipped and why.
+        The card, and statistics of what was skipped and why.
 
     Raises:
-        ValueError: nothing to read, a bad line, or no folder to write to.
+        ValueError: there is nothing to read, a line is bad, or the folder does not exist.
     """
     path = local_path(path, "write_cache: `path`", target=True)
     stats = ReadStats()
@@ -151,13 +151,13 @@ def write_cache(
                 f"write_cache: `{', '.join(map(str, sources))}` has no document."
             )
         blocks = writer.finish()
-        # A mask of ones says nothing; readers take its absence for it.
+        # A mask of only ones is omitted; readers assume it.
         has_mask = card.learnt != card.tokens
         if not has_mask:
             del blocks[".mask"]
         card = dataclasses.replace(card, skipped=stats.skipped, blocks=blocks).sealed()
-        # Files are replaced in reverse order, so the card comes first: after a crash in between the
-        # stale data files fail the size check of the new card.
+        # Files are replaced in reverse order, so the card comes first. After a crash in between,
+        # the stale data files do not match the new card.
         text = json.dumps(dataclasses.asdict(card), indent=1)
         writer.sibling(".card.json").write(text.encode())
     if not has_mask:
@@ -168,7 +168,7 @@ def write_cache(
 def _write_documents(
     writer: BinidxWriter, selected: Iterable[Document], tokenizer: Tokenizer
 ) -> CacheMetadata:
-    """Writes ids, masks and content hashes; returns a card that counts them."""
+    """Writes ids, masks and content hashes; returns the card."""
     hashes = writer.sibling(".keys")
     mask = writer.sibling(".mask")
     count = 0
@@ -189,10 +189,10 @@ def _write_documents(
 
 
 def read_card(path: str | Path) -> CacheMetadata | None:
-    """Reads `x.card.json` next to the file; returns None where there is none.
+    """Reads the `x.card.json` next to the file; returns None if there is none.
 
     Raises:
-        ValueError: another format, or a damaged file.
+        ValueError: the card has another format or is damaged.
     """
     file = Path(path).with_suffix(".card.json")
     if is_special(file):
@@ -215,39 +215,39 @@ def read_card(path: str | Path) -> CacheMetadata | None:
 
 
 def _check_entries(card: CacheMetadata) -> None:
-    """Raises unless the entries of a card have their kinds; older cards have no digest.
+    """Raises unless the entries of a card have the right types; older cards have no digest.
 
     Raises:
-        TypeError: one has another kind; the message is the reason alone.
+        TypeError: an entry has the wrong type; the message is only the reason.
     """
     for name in ("documents", "tokens", "learnt"):
         if type(getattr(card, name)) is not int:
-            raise TypeError(f"its {name} are no whole number")
+            raise TypeError(f"its {name} must be an integer")
     if not isinstance(card.vocabulary, str):
-        raise TypeError("its vocabulary is no name")
+        raise TypeError("its vocabulary must be a string")
     is_table = isinstance(card.blocks, dict) and card.blocks.keys() <= set(SUFFIXES)
     if not is_table or not all(isinstance(one, list) for one in card.blocks.values()):
-        raise TypeError("its blocks are no lists of digests by suffix")
+        raise TypeError("its blocks must be lists of digests by suffix")
 
 
 def _check_blocks(path: Path, card: CacheMetadata) -> None:
-    """Raises unless the files are those that the card was written with.
+    """Raises unless the files match the digests in the card.
 
-    Of a file of over 512 MiB only 128 blocks are compared, evenly spread.
+    Of a file of more than 512 MiB, only 128 evenly spread blocks are checked.
     """
     for suffix, digests in card.blocks.items():
         file = path.with_suffix(suffix)
         blocks = -(-file.stat().st_size // DIGEST_BLOCK) if file.exists() else 0
         if blocks != len(digests):
             raise ValueError(
-                f"open_cache: `{file}` is missing or of another size than its card says; "
-                "make the cache anew."
+                f"open_cache: `{file}` is missing or does not have the size in its card; "
+                "rebuild the cache."
             )
         _check_digests(file, digests)
 
 
 def _check_digests(file: Path, digests: Sequence[str]) -> None:
-    """Raises unless blocks of a file, evenly spread, have the digests that they should have."""
+    """Raises unless evenly spread blocks of a file match their digests."""
     blocks = len(digests)
     chosen = np.linspace(0, blocks - 1, min(blocks, _CHECKED_BLOCKS))
     with file.open("rb") as content:
@@ -257,7 +257,7 @@ def _check_digests(file: Path, digests: Sequence[str]) -> None:
             if block_digest(content.read(DIGEST_BLOCK)) != digests[number]:
                 raise ValueError(
                     f"open_cache: `{file}` is damaged: the {DIGEST_BLOCK:,} bytes from "
-                    f"{first:,} on are not those that were written; make the cache anew."
+                    f"{first:,} on are not those that were written; rebuild the cache."
                 )
 
 
@@ -267,7 +267,7 @@ def _map_sibling(
     dtype: str,
     size: int,
 ) -> np.ndarray:
-    """Maps a further file of the cache, which must have `size` entries."""
+    """Maps another file of the cache, which must have `size` entries."""
     file = path.with_suffix(suffix)
     wanted = size * np.dtype(dtype).itemsize
     actual = file.stat().st_size if file.exists() else 0
@@ -285,18 +285,18 @@ def open_cache(
     split: Split = "all",
     held_out: float = 0.05,
 ) -> TokenStream:
-    """Maps the ids of a `.bin` file, or of one part of it.
+    """Maps the ids of a `.bin` file, or of one split of it.
 
     Args:
-        path: of the `.bin` or `.idx` file.
-        tokenizer: of the model; a cache that another one made is refused.
-        split: one of `SPLITS`; documents are divided as those of the source are, files without a
-            card by position.
-        held_out: the share held out.
+        path: path of the `.bin` or `.idx` file.
+        tokenizer: the model's tokenizer; a cache of another tokenizer is rejected.
+        split: one of `SPLITS`. Documents are split as in the source, files without a card by
+            position.
+        held_out: the held-out share.
 
     Raises:
-        ValueError: damaged files, another vocabulary, or an id outside of it; file and place are
-            named.
+        ValueError: a file is damaged, the vocabulary differs, or an id is outside it; the message
+            names the file and the position.
     """
     path = local_path(path, "open_cache: `path`")
     if not path.exists():
@@ -328,7 +328,7 @@ def open_cache(
     _check_blocks(path, card)
     if hashes is None:
         return TokenStream.of_array(tokens)
-    # A single document is split by position, as in a source that is no cache.
+    # A single document is split by position, as in other sources.
     if count == 1:
         return split_by_position(tokens, split, held_out)
     is_held_out = _below(hashes, held_out_threshold(held_out))
@@ -345,7 +345,7 @@ def _below(hashes: np.ndarray, threshold: int) -> np.ndarray:
 
 
 def split_by_position(tokens: TokenArray, split: Split, held_out: float) -> TokenStream:
-    """Returns one part of ids without known documents: the end is held out."""
+    """Returns one split of ids by position; the end is held out."""
     size = len(tokens.ids)
     border = size - int(size * held_out)
     if split == "train":
@@ -363,10 +363,10 @@ def check_vocabulary(
     """Checks that all ids are inside the vocabulary.
 
     Raises:
-        ValueError: one is not; the message has its position.
+        ValueError: an id is outside; the message has its position.
     """
     limits = np.iinfo(ids.dtype)
-    # An id that the dtype cannot hold need not be searched for.
+    # No search is needed if the dtype cannot hold an id outside the vocabulary.
     if limits.min >= 0 and limits.max < vocab_size:
         return
     for first in range(0, len(ids), _CHUNK):

@@ -1,4 +1,4 @@
-"""Numbers about a model and a state, and advice about them. Never trains."""
+"""Measures a model and a start state, and gives advice. Never trains."""
 
 from rwkv7_jax.evaluation.advice import (
     Diagnosis,
@@ -16,7 +16,7 @@ from rwkv7_jax.evaluation.scoring import (
 )
 from rwkv7_jax.evaluation.state_diagnosis import diagnose, ranks, retention
 
-# The function `head_statistics` is not here: it has the name of its file.
+# `head_statistics` is not exported here: the function has the same name as its module.
 __all__ = [
     "Answers",
     "Diagnosis",

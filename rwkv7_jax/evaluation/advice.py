@@ -1,4 +1,4 @@
-"""Measurements of a tuned start state, and advice about them in sentences."""
+"""Measurements of a tuned start state, and written advice based on them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,26 +13,27 @@ PerHead = Float[np.ndarray, "L H"]
 
 PerTarget = Float[np.ndarray, " T"]
 
-# A state is large where its norm is this many times that of a state made by reading. The read-out
-# has a norm per head, which hides the size: early tokens then only hear the start state. The
-# quickstart's rate of 1 made a third of the heads 5 to 7 times as large and cost other text 14 %;
-# a quarter of that state, and tuning at a tenth of the rate, are below 2 times and cost 3 %.
+# A state is large if its norm is this many times the norm of a state made by reading. The read-out
+# is normalised per head, which hides the size: the start state dominates early tokens. The
+# quickstart's learning rate of 1 made a third of the heads 5 to 7 times as large, and the loss of
+# other text rose by 14 %. A quarter of that state, or a tenth of the rate, stays below 2 times and
+# costs 3 %.
 LARGE = 5.0
 
-# Retention is lost where the loss of other text rises by more than this share (between those 14 and
-# 3 %) and by more than this many nats: on a task that is solved, any change is a large share.
+# Retention is lost if the loss of other text rises by more than this fraction (between the 14 and
+# the 3 % above) and by more than this many nats: on a solved task any change is a large fraction.
 LOST_SHARE = 0.05
 LOST_NATS = 0.01
 
-# A memory has faded where less than this share of the first read's square is left.
+# A memory has faded once less than this fraction of the first read's square is left.
 FADED = 0.1
 
-# It fades early where that happens in the first half of the rows: most text is read without it.
+# It fades early if that happens in the first half of the rows: most text is read without it.
 EARLY = 0.5
 
-# A memory is badly conditioned where the median head reads through less than this share of its
-# channels. In the toy models the median was 3.5 of 32 and decorrelated updates halved the loss; the
-# quickstart's is 5 of 32, that of 64 whitened features 53.
+# A memory is badly conditioned if the median head reads through less than this fraction of its
+# channels. In the toy models the median was 3.5 of 32, and decorrelated updates halved the loss.
+# In the quickstart it is 5 of 32; with 64 whitened features it is 53.
 NARROW = 0.25
 
 
@@ -41,15 +42,15 @@ class MemoryStatistics:
     """One memory of a start state: the WKV state, or the upscaled one.
 
     Attributes:
-        dynamics: "recurrent" for the WKV state, else of `model.DYNAMICS`.
+        dynamics: "recurrent" for the WKV state, otherwise one of `model.DYNAMICS`.
         spectrum: singular values, largest first.
         norms: Frobenius norms.
         reference_norm: root mean square norms of the base model's state after the rows; None for a
             memory that the base model does not have.
         rank: effective rank, (sum s^2)^2 / sum s^4 of the singular values.
-        read_rank: effective rank of E[psi psi^T]; it is read with the vectors psi.
-        reads: mean |psi|^2 per head at each position: how much of it is still read.
-        channels: columns that it is read through: N, or M features.
+        read_rank: effective rank of E[psi psi^T] of the read vectors psi.
+        reads: mean |psi|^2 per head at each position: how much of the memory is still read.
+        channels: number of columns that are read: N channels, or M features.
     """
 
     dynamics: str
@@ -63,19 +64,19 @@ class MemoryStatistics:
 
     @property
     def empty(self) -> bool:
-        """Whether it is all zero."""
+        """Whether the memory is all zero."""
         return not np.any(self.norms)
 
     @property
     def constant(self) -> bool:
-        """Whether it never changes while the model reads."""
-        # The WKV state is "recurrent", which is not the name of a form.
+        """Whether the memory stays the same while the model reads."""
+        # The WKV state is "recurrent", which `MEMORY_FORMS` does not list.
         form = MEMORY_FORMS.get(self.dynamics)
         return form is not None and not form.has_own_rows
 
     @property
     def fading(self) -> PerTarget:
-        """The share of the first read that is left at each position, over all layers."""
+        """The fraction of the first read that is left at each position, over all layers."""
         mean = self.reads.mean(0)
         return mean / (mean[0] or 1.0)
 
@@ -91,10 +92,10 @@ class RetentionScore:
     """The loss of a model on some text, from the zero state (base) and a start state (tuned).
 
     Attributes:
-        name: of the text.
-        base_nats: mean loss of the targets that count.
+        name: name of the text.
+        base_nats: mean loss of the targets that count, from the zero state.
         tuned_nats: the same from the start state.
-        base_accuracy: share of targets that are the likeliest id.
+        base_accuracy: fraction of the targets that are the most likely id, from the zero state.
         tuned_accuracy: the same from the start state.
         divergence: mean KL(base || tuned) in nats.
         tokens: number of targets that count.
@@ -120,13 +121,13 @@ class Diagnosis:
     """The result of `state_diagnosis.diagnose`.
 
     Attributes:
-        memories: "wkv" and, of an upscaled state, "memory"; only those that are read.
-        base_nats: mean loss at each position; NaN where no target counts.
+        memories: "wkv" and, for an upscaled state, "memory"; only those that are read.
+        base_nats: mean loss at each position from the zero state; NaN if no target counts.
         tuned_nats: the same from the start state.
         counts: number of targets that count at each position.
-        own: on the text that the state is for.
-        generic: on other text, or None.
-        advice: sentences; empty where nothing is wrong.
+        own: score on the text that the state was tuned for.
+        generic: score on other text, or None.
+        advice: one sentence per problem; empty if there is none.
     """
 
     memories: Mapping[str, MemoryStatistics]
@@ -139,10 +140,10 @@ class Diagnosis:
 
 
 def advise(diagnosis: Diagnosis) -> tuple[str, ...]:
-    """Returns a sentence of advice for each fault, in the order in which to try them.
+    """Returns a sentence of advice for each problem, in the order in which to try them.
 
     Raises:
-        TypeError: not a diagnosis.
+        TypeError: `diagnosis` is not a `Diagnosis`.
     """
     with prefix_errors("advise"):
         check_instance(diagnosis, Diagnosis, "`diagnosis`")
@@ -162,7 +163,8 @@ def _does_not_help(own: RetentionScore) -> str:
         return ""
     return (
         f"The state does not help here: {own.tuned_nats:.3f} nats per token with it, "
-        f"{own.base_nats:.3f} without. Tune it on such text, or look for another base model's file."
+        f"{own.base_nats:.3f} without. Tune it on text like this, or check that it was tuned with "
+        "this base model."
     )
 
 
@@ -175,8 +177,8 @@ def _too_large(diagnosis: Diagnosis) -> str:
     if times[layer, head] <= LARGE:
         return ""
     return (
-        f"{int((times > LARGE).sum())} of {times.size} heads hold more than {LARGE:g} times the "
-        f"norm of a state made by reading (most: layer {layer} head {head}, "
+        f"In {int((times > LARGE).sum())} of {times.size} heads the norm is more than {LARGE:g} "
+        f"times that of a state made by reading (largest: layer {layer} head {head}, "
         f"{times[layer, head]:.0f} times). Scale the state by an alpha of 0.25 to 0.5, or tune "
         "with a lower learning rate."
     )
@@ -186,7 +188,7 @@ def _forgets(generic: RetentionScore | None) -> str:
     if generic is None or not generic.lost:
         return ""
     return (
-        f"Other text has become harder: {generic.base_nats:.3f} nats per token before, "
+        f"The loss on other text has risen: {generic.base_nats:.3f} nats per token before, "
         f"{generic.tuned_nats:.3f} now. Scale the state by an alpha of 0.25 to 0.5, or tune with "
         "an anchor to the base model on such text."
     )
@@ -215,6 +217,6 @@ def _badly_conditioned(name: str, memory: MemoryStatistics) -> str:
     memory_name = "WKV state" if name == "wkv" else "upscaled memory"
     return (
         f"The {memory_name} is read through few directions: {share * memory.channels:.1f} of "
-        f"{memory.channels} in the median head, so that tuning is badly conditioned. "
+        f"{memory.channels} in the median head, so tuning is badly conditioned. "
         "Tune with decorrelated updates."
     )

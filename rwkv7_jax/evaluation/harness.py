@@ -1,6 +1,6 @@
-"""RWKV-7 in lm-evaluation-harness: its tasks, answered from a start state of your choice.
+"""RWKV-7 as a model of lm-evaluation-harness, from any start state.
 
-The only module that needs the package lm-eval, which is large and takes seconds to import.
+Only this module needs the package lm-eval, which is large and takes seconds to import.
 """
 
 import functools
@@ -32,19 +32,19 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError:
     raise ImportError(
-        "The tasks of lm-evaluation-harness need the package lm-eval: "
+        "Tasks of lm-evaluation-harness need the package lm-eval: "
         "pip install 'rwkv7_jax[harness]'."
     ) from None
 
-# Tokens of a row that are read at once.
+# Tokens per row and prefill chunk.
 _CHUNK = 256
 
-# What tasks may ask of the sampler; `normalize_gen_kwargs` maps other spellings to these.
+# The generation options of tasks; `normalize_gen_kwargs` maps other spellings to these.
 _OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
 
 
 class _Sampling(NamedTuple):
-    """What a request says about how its text is generated."""
+    """The generation options of a request."""
 
     until: tuple[str, ...]
     tokens: int
@@ -56,18 +56,18 @@ class _Sampling(NamedTuple):
 class StateLM(TemplateLM):
     """A model of lm-evaluation-harness that starts every context from the same state.
 
-    The ids `bos` are read before every context. By default there are none: a tuned state goes on
-    where the rows of its training began, and the zero state is a text's beginning. Where nothing at
-    all comes before the first scored token (an empty context, a text that is scored from its start)
-    the id that ends texts, 0, is read, for the first token's probabilities need a token before it.
+    The ids `bos` precede every context. By default there are none: a tuned state stands where the
+    rows of its training began, and the zero state is the start of a text. If nothing precedes the
+    first scored token (an empty context, or a text that is scored from its start), the model first
+    reads the end-of-text id, because that token's probability needs a token before it.
 
-    A context that several continuations or requests share is read once, and so is what all contexts
-    of a task begin with, such as the same examples.
+    A context that several continuations or requests share is read once. The common prefix of a
+    task's contexts, such as few-shot examples, is read once too.
 
     Attributes:
-        tokens_read: tokens of contexts read so far.
-        split_pairs: continuations whose first token would have begun inside of the context. They
-            are encoded by themselves; with a vocabulary of bytes there are none.
+        tokens_read: context tokens read so far.
+        split_pairs: continuations whose first token would have spanned the border to the context.
+            They are encoded separately. A byte vocabulary has none.
     """
 
     def __init__(
@@ -84,17 +84,18 @@ class StateLM(TemplateLM):
         """Binds the model and its start state.
 
         Args:
-            model: static.
+            model: the network.
             params: its weights.
-            tokenizer: of its vocabulary.
-            state: batch 1; None is a model that has read nothing.
-            rows: contexts, continuations or answers that are computed at the same time.
+            tokenizer: its tokenizer.
+            state: batch 1; None means the zero state.
+            rows: batch size for contexts, continuations and answers.
             bos: ids before every context.
-            max_tokens: of an answer, where its task does not say.
+            max_tokens: most tokens of an answer if its task sets no limit.
 
         Raises:
-            TypeError: an argument of the wrong kind.
-            ValueError: weights or a state of another model, ids out of range, or counts below 1.
+            TypeError: an argument has the wrong type.
+            ValueError: the weights or the state do not fit the model, an id is out of range, or a
+                count is below 1.
         """
         super().__init__()
         with prefix_errors("StateLM"):
@@ -121,7 +122,7 @@ class StateLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The id that ends a text, read before an empty context."""
+        """The end-of-text id, read before an empty context."""
         end = self._tokenizer.end_of_text
         return END_OF_TEXT if end is None else end
 
@@ -133,7 +134,7 @@ class StateLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Encodes a text; no special token is ever added."""
+        """Encodes a text and adds no special token."""
         del add_special_tokens
         return [int(number) for number in self._tokenizer.encode(string)]
 
@@ -143,12 +144,13 @@ class StateLM(TemplateLM):
         """Scores continuations after their contexts.
 
         Args:
-            requests: instances with (context, continuation); blanks at a context's end count as the
-                continuation's, as everywhere in the harness.
-            disable_tqdm: without effect; there is no bar.
+            requests: instances with (context, continuation). Whitespace at the end of a context
+                counts as part of the continuation, as everywhere in the harness.
+            disable_tqdm: ignored; there is no progress bar.
 
         Returns:
-            For each the log-probability of the continuation, and whether greedy decoding gives it.
+            For each request the log-probability of the continuation, and whether greedy decoding
+            produces it.
         """
         del disable_tqdm
         # Contexts share a prefix within a task, not across tasks.
@@ -170,7 +172,10 @@ class StateLM(TemplateLM):
     def _encode_pair(
         self, context: str, continuation: str
     ) -> tuple[list[int], list[int]]:
-        """Encodes both; the harness's own cuts a token that spans the border at a wrong place."""
+        """Encodes both parts.
+
+        Unlike the harness's method, it keeps a token that spans the border whole.
+        """
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
         before = self.tok_encode(stripped)
@@ -193,7 +198,7 @@ class StateLM(TemplateLM):
         shared, start = self._read_shared(contexts)
         for first in range(0, len(contexts), self._rows):
             part = contexts[first : first + self._rows]
-            # The last token is read with each continuation, whose first token it predicts.
+            # `_score` reads the last token, which predicts the first token of the continuation.
             states = self._read(
                 self._filled([context[shared:-1] for context in part]), start
             )
@@ -218,11 +223,11 @@ class StateLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Scores texts from their first token on, in one pass: the state carries everything.
+        """Scores whole texts in one pass: the state needs no overlapping windows.
 
         Args:
             requests: instances with (text,).
-            disable_tqdm: without effect; there is no bar.
+            disable_tqdm: ignored; there is no progress bar.
         """
         del disable_tqdm
         encoded = []
@@ -234,21 +239,21 @@ class StateLM(TemplateLM):
     def generate_until(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[str]:
-        """Generates answers in batches, until a stop string, the end of the text or the length.
+        """Generates answers in batches, until a stop sequence, end of text or the token limit.
 
         Args:
             requests: instances with (context, options).
-            disable_tqdm: without effect; there is no bar.
+            disable_tqdm: ignored; there is no progress bar.
 
         Raises:
-            ValueError: a task asks for an option that the sampler does not have.
+            ValueError: a task sets an option that the sampler does not have.
         """
         del disable_tqdm
         groups: dict[Any, dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
         for index, request in enumerate(requests):
             context, options = request.args
             sampling = _read_sampling(options, self._max_tokens)
-            # Greedy answers to one context are equal; sampled ones are drawn for each request.
+            # Greedy answers to the same context are equal; each request samples its own.
             draw = index if sampling.temperature > 0 else 0
             answer = (self._begin(self.tok_encode(context)), draw)
             groups[request.task_name, sampling][answer].append(index)
@@ -271,7 +276,7 @@ class StateLM(TemplateLM):
         for first in range(0, len(answers), self._rows):
             part = answers[first : first + self._rows]
             self.tokens_read += sum(len(context) - shared for context, _ in part)
-            # The last row once more where rows are missing: one program for all batches.
+            # Repeat the last row so that all batches have one shape and one program.
             filled = part + part[-1:] * (self._rows - len(part))
             draws = np.array([draw for _, draw in filled])
             fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
@@ -294,21 +299,21 @@ class StateLM(TemplateLM):
         return texts
 
     def _begin(self, context: Sequence[int]) -> tuple[int, ...]:
-        """Adds the ids that are read before every context."""
+        """Prepends the ids that precede every context."""
         return (*self.bos, *context) or (self.eot_token_id,)
 
     def _filled(self, rows: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """Adds empty rows: one program for all batches."""
+        """Pads with empty rows, so that all batches have one shape and one program."""
         return rows + [()] * (self._rows - len(rows))
 
     def _read_shared(self, contexts: list[tuple[int, ...]]) -> tuple[int, RWKV7State]:
         """Reads the common prefix of the sorted contexts; returns its length and the state."""
         if len(contexts) < 2:
             return 0, self._start
-        # In sorted order the prefix that the first and the last share is that of all.
+        # In sorted order, the common prefix of the first and the last is that of all.
         first = contexts[0]
         last = contexts[-1]
-        # At least one token of each context stays unread.
+        # `_score` needs one unread token of each context.
         most = min(len(first), len(last)) - 1
         count = 0
         while count < most and first[count] == last[count]:
@@ -316,7 +321,7 @@ class StateLM(TemplateLM):
         return count, self._read([first[:count]], self._start)
 
     def _read(self, rows: Sequence[Sequence[int]], start: RWKV7State) -> RWKV7State:
-        """Reads known tokens, from a state of batch 1, and returns the state of every row."""
+        """Prefills the rows from a state of batch 1 and returns the state of every row."""
         self.tokens_read += sum(map(len, rows))
         states = repeat(start, len(rows))
         return prefill_rows(self._model, self._params, states, rows, chunk=_CHUNK)
@@ -328,13 +333,13 @@ class StateLM(TemplateLM):
         last: list[int],
         continuations: list[list[int]],
     ) -> list[tuple[float, bool]]:
-        """Scores one continuation a row.
+        """Scores one continuation per row.
 
         Args:
-            rows: of `states`, of each continuation.
-            states: before the last token of each context.
+            rows: index into `states` for each continuation.
+            states: states before the last token of each context.
             last: that token, for each continuation.
-            continuations: ids.
+            continuations: ids of each continuation.
         """
         missing = self._rows - len(rows)
         states = select(states, np.array(rows + [0] * missing))
@@ -357,7 +362,7 @@ class StateLM(TemplateLM):
                 lengths=lengths,
             )
             counts = np.arange(width) < lengths[:, None]
-            # Summed in double precision: a text may have a hundred thousand tokens.
+            # A text may have a hundred thousand tokens, too many for a float32 sum.
             nats += np.where(counts, part, 0).sum(1, dtype=np.float64)
             greedy &= (np.asarray(correct) | ~counts).all(1)
         return [(-float(nats[row]), bool(greedy[row])) for row in range(len(rows))]
@@ -373,7 +378,7 @@ def _score_chunk(
     targets: Tokens,
     lengths: Lengths,
 ) -> tuple[RWKV7State, Array, Array]:
-    """Reads tokens; returns the states, the loss of each target and whether it is the likeliest."""
+    """Returns the states after the tokens, each target's loss and whether it is most likely."""
     x, states = model.apply(
         {"params": params}, tokens, states, lengths, method="hidden"
     )
@@ -382,10 +387,10 @@ def _score_chunk(
 
 
 def _read_sampling(options: Mapping[str, Any], max_tokens: int) -> _Sampling:
-    """Reads a request's options.
+    """Parses a request's options.
 
     Raises:
-        ValueError: one that is not known; its answers would be others than the task means.
+        ValueError: an option is unknown; without it the answers would not be the task's.
     """
     known: Any = normalize_gen_kwargs(dict(options), default_max_gen_toks=max_tokens)
     for name in known:

@@ -1,4 +1,4 @@
-"""The tasks of lm-evaluation-harness: loaded, read from local files, and measured."""
+"""Loads tasks of lm-evaluation-harness, also from local files, and measures a model on them."""
 
 import dataclasses
 import difflib
@@ -14,10 +14,10 @@ from rwkv7_jax.evaluation.harness import StateLM
 from rwkv7_jax.evaluation.task_scores import BITS_PER_BYTE, QuestionScores, pooled
 from rwkv7_jax.json_files import parse_json
 
-# With the same seed every row gets the same examples; it is the harness's own.
+# The harness's default. A fixed seed gives every row of the table the same few-shot examples.
 _SEED = 1234
 
-# Of files in a folder for a group of tasks.
+# Suffixes of the files in the folder of a group of tasks.
 _RECORD_SUFFIXES = (".json", ".jsonl")
 
 
@@ -26,9 +26,9 @@ class LoadedTasks:
     """Tasks and groups of the harness.
 
     Attributes:
-        manager: knows all tasks.
+        manager: the harness's index of tasks.
         items: the loaded tasks and groups.
-        tasks: the tasks by name, those of groups too.
+        tasks: the tasks by name, including those of groups.
     """
 
     manager: Any
@@ -37,7 +37,7 @@ class LoadedTasks:
 
 
 class _Answer(NamedTuple):
-    """The log-probability of a right answer, and its size in bytes."""
+    """The log-probability of a correct answer, and its size in bytes."""
 
     value: float
     size: int
@@ -53,16 +53,16 @@ def load_tasks(
     """Loads tasks with their data.
 
     Args:
-        names: of tasks, groups or tags of the harness.
-        data: local files of some of the tasks: training and test questions, or test questions
-            alone; of a group the folder of its tasks' test questions. Other tasks download
-            theirs, or have them in the cache of the package datasets.
-        folder: for the descriptions of the tasks with local files.
-        manager: a `TaskManager`; by default one that knows the harness's own tasks, for which it
-            reads some thousand files.
+        names: tasks, groups or tags of the harness.
+        data: local files by task: the test questions, or the training and the test questions. For
+            a group: the folder with its tasks' test questions. The package datasets downloads, or
+            has in its cache, the data of other tasks.
+        folder: folder for the descriptions of tasks with local files.
+        manager: a `TaskManager`; by default one of the harness's own tasks, which reads some
+            thousand files.
 
     Raises:
-        ValueError: a task that does not exist, or data that cannot be read.
+        ValueError: a task does not exist, or its data cannot be read.
     """
     from lm_eval.tasks import TaskManager
 
@@ -91,29 +91,29 @@ def load_tasks(
 def _load(manager: Any, spec: Any, name: str) -> Any:
     try:
         return manager.load(spec)
-    # Loading runs the tasks' own code and that of the package datasets, which end in many ways: no
-    # network, a file that is no JSON, a column that a prompt names and the file lacks.
+    # Loading runs code of the task and of the package datasets, which fails in many ways: no
+    # network, a file that is not JSON, a column that a prompt names and the file lacks.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"`config.tasks`: {name} could not be loaded, {type(error).__name__}: {reason}. "
-            f"Its data may be named: config.task_data.{name}=train.jsonl,test.jsonl "
-            "(of a group: a folder)"
+            f"To use local data, set config.task_data.{name}=train.jsonl,test.jsonl "
+            "(for a group: a folder)"
         ) from error
 
 
 def _local_task(folder: Path, name: str, files: Sequence[str], manager: Any) -> Any:
-    """Describes a task, or a group of tasks, that differs from the harness's in its data alone.
+    """Describes the harness's task, or group of tasks, with local data in place of its own.
 
     Raises:
-        ValueError: the group has other groups, or a file does not exist.
+        ValueError: the group contains groups, or a file does not exist.
     """
     argument = f"`config.task_data.{name}`"
     entry = manager.task_index[name]
     if name in manager.all_groups:
         if len(files) != 1 or not Path(files[0]).expanduser().is_dir():
             raise ValueError(
-                f"{argument} must be the folder of the files of the group {name}; got "
+                f"{argument} must be the folder with the files of the group {name}; got "
                 f"{','.join(files)!r}."
             )
         parts = []
@@ -121,18 +121,18 @@ def _local_task(folder: Path, name: str, files: Sequence[str], manager: Any) -> 
             file = _file_of_part(part, Path(files[0]).expanduser(), manager, argument)
             settings = _local_settings(folder, [file])
             parts.append({"task": part, **settings})
-        # Not how the group aggregates: `measure` pools all questions.
+        # The group's aggregation is left out: `measure` pools all questions.
         return {"group": name, "task": parts}
     if name not in manager.all_subtasks or entry.yaml_path is None:
         raise ValueError(
-            f"{argument} must be of a task that a YAML file describes, or of a group of such "
+            f"{argument} must belong to a task with a YAML description, or to a group of such "
             f"tasks; got {name}."
         )
     paths = []
     for file in files:
         path = Path(file).expanduser()
         if not path.is_file():
-            raise ValueError(f"{argument} must name files; there is no {file!r}.")
+            raise ValueError(f"{argument} must name existing files; got {file!r}.")
         paths.append(path.resolve())
     if not 1 <= len(paths) <= 2:
         raise ValueError(
@@ -151,14 +151,15 @@ def _local_task(folder: Path, name: str, files: Sequence[str], manager: Any) -> 
 
 
 def _file_of_part(part: Any, folder: Path, manager: Any, argument: str) -> Path:
-    """Finds the file of a task of a group, which has the name of the task's part of the data set.
+    """Finds the file of one task of a group; its name is the task's subset of the data set.
 
     Raises:
-        ValueError: the folder has no such file, or the part is a group itself.
+        ValueError: the folder has no such file, or the part is itself a group.
     """
     if not isinstance(part, str) or part not in manager.all_subtasks:
         raise ValueError(
-            f"{argument} must be of a group of tasks alone; name the tasks of {part!r} instead."
+            f"{argument} must belong to a group that contains only tasks; got one that contains "
+            f"the group {part!r}, whose tasks can be named instead."
         )
     name = manager.task_index[part].cfg.get("dataset_name") or part
     for suffix in _RECORD_SUFFIXES:
@@ -171,11 +172,11 @@ def _file_of_part(part: Any, folder: Path, manager: Any, argument: str) -> Path:
 
 
 def _local_settings(folder: Path, paths: Sequence[Path]) -> dict[str, Any]:
-    """Returns what a task's description says of its data, for files in place of a data set.
+    """Returns the data settings of a task's description for local files.
 
     Args:
-        folder: for the cache of the package datasets.
-        paths: of training and test questions, or of test questions alone.
+        folder: folder for the cache of the package datasets.
+        paths: files of the training and test questions, or of the test questions only.
     """
     files = [str(path) for path in paths]
     splits = dict(zip(("test", "train"), reversed(files), strict=False))
@@ -198,15 +199,15 @@ def _local_settings(folder: Path, paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def _field_of_records(path: Path) -> str | None:
-    """Returns the name under which a .json file has its records; None of a list or of lines.
+    """Returns the key under which a .json file holds its records; None for a list or for lines.
 
-    BIG-Bench Hard, for one, has "examples" next to its "canary".
+    For instance, BIG-Bench Hard has "examples" next to its "canary".
     """
     if path.suffix != ".json":
         return None
     try:
         content = parse_json(path.read_bytes())
-    # Objects on lines of their own, or none: the package datasets reads or refuses them.
+    # JSON lines, or not JSON at all: the package datasets reads or rejects the file.
     except ValueError:
         return None
     if not isinstance(content, dict):
@@ -230,14 +231,15 @@ def measure(
 
     Args:
         lm: the model with its start state.
-        loaded: from `load_tasks`.
-        shots: examples before each question; None for what the task says. A task that says 0 keeps
-            it, as everywhere in the harness.
-        limit: questions of each task, the first ones; None for all.
+        loaded: the result of `load_tasks`.
+        shots: examples before each question; None for the task's own number. A task that sets 0
+            keeps 0, as everywhere in the harness.
+        limit: use only this many first questions of each task; None for all.
 
     Returns:
-        By task or group and by metric: the harness's own that are means over questions, and the
-        bits per byte of the right answers, or of the text. A group's are over all its questions.
+        Scores by task or group and by metric. The metrics are those of the harness that are means
+        over questions, and bits per byte of the correct answers, or of the text. A group's scores
+        are over all its questions.
     """
     from lm_eval.evaluator import simple_evaluate
 
@@ -247,7 +249,7 @@ def measure(
         task_manager=loaded.manager,
         num_fewshot=shots,
         limit=limit,
-        # It resamples for errors that are not used here.
+        # The harness's bootstrapped errors are not used.
         bootstrap_iters=0,
         fewshot_random_seed=_SEED,
     )
@@ -259,7 +261,7 @@ def measure(
         if bits is not None:
             scores[name][BITS_PER_BYTE] = bits
     for item in loaded.items:
-        # A task has no parts.
+        # Only groups have this method.
         if hasattr(item, "get_all_tasks"):
             parts = [scores[task.task_name] for task in item.get_all_tasks()]
             scores[item.name] = _pool_parts(parts)
@@ -290,7 +292,7 @@ def _own_metrics(
             questions.setdefault(name, []).append(sample["prompt_hash"])
     metrics = {}
     for name, values in columns.items():
-        # Metrics such as perplexity have a pair a question, or are not a mean of what they have.
+        # Metrics such as perplexity have a pair per question, or are not a mean of their values.
         if not all(isinstance(value, int | float | np.number) for value in values):
             continue
         totals = np.array(values, np.float64)
@@ -303,8 +305,8 @@ def _own_metrics(
 def _bits_per_byte(
     lm: StateLM, task: Any, samples: Sequence[Mapping[str, Any]]
 ) -> QuestionScores | None:
-    """Measures the right answers, or the texts; None where a question has no single answer."""
-    # Filters change what is taken for the answer, not the question.
+    """Measures the correct answers, or the texts; None if a question has no single answer."""
+    # A sample repeats for each filter; filters change the extracted answer, not the question.
     first_filter = samples[0]["filter"]
     samples = [sample for sample in samples if sample["filter"] == first_filter]
     if task.OUTPUT_TYPE == "generate_until":
@@ -323,15 +325,15 @@ def _bits_per_byte(
 
 
 def _scored_answer(task: Any, sample: Mapping[str, Any]) -> _Answer | None:
-    """Returns the right answer, or the text, which the harness has asked for."""
+    """Returns the correct answer, or the text, from the harness's requests."""
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        # A task may count the bytes of the text as it was before its marks were taken out.
+        # A task may count the bytes of the text before its markup was removed.
         if BITS_PER_BYTE in sample["metrics"]:
             return _Answer(*sample[BITS_PER_BYTE])
         return _Answer(sample["resps"][0][0], len(sample["arguments"][0][0].encode()))
     index = 0
     if task.OUTPUT_TYPE == "multiple_choice":
-        # Where contexts differ and not the answer (WinoGrande), the text tells the right one.
+        # If the contexts differ and not the answer (WinoGrande), `doc_to_text` is the correct one.
         one_answer = getattr(task, "multiple_input", 0)
         gold = task.doc_to_text(sample["doc"]) if one_answer else sample["target"]
         choices = task.doc_to_choice(sample["doc"])
@@ -348,7 +350,7 @@ def _scored_answer(task: Any, sample: Mapping[str, Any]) -> _Answer | None:
 def _generated_references(
     lm: StateLM, task: Any, samples: Sequence[Mapping[str, Any]]
 ) -> list[_Answer] | None:
-    """Scores the reference answers of a task that generates; None where they are no texts."""
+    """Scores the reference answers of a generation task; None if they are not strings."""
     pairs = []
     for sample in samples:
         target = sample["target"]

@@ -1,4 +1,4 @@
-"""Sizes of a state's matrices, head by head."""
+"""Norms and ranks of a state's matrices, head by head."""
 
 import numpy as np
 from jaxtyping import Float
@@ -9,15 +9,15 @@ from rwkv7_jax.model.state import RWKV7State, check_whole_state
 
 
 def head_statistics(state: RWKV7State) -> dict[str, Float[np.ndarray, "L H"]]:
-    """Computes norm, largest entry and effective rank of each head of a state of batch 1.
+    """Computes norm, largest magnitude and effective rank of each head of a state of batch 1.
 
     Returns:
         "norm", "max" and "rank" of the WKV state, and for an upscaled state also "upscaled norm",
         "upscaled max" and "upscaled rank" of its memory.
 
     Raises:
-        TypeError: not an `RWKV7State`.
-        ValueError: more than one sequence.
+        TypeError: `state` is not an `RWKV7State`.
+        ValueError: `state` holds more than one sequence.
     """
     with prefix_errors("head_statistics"):
         check_whole_state(state, "`state`")
@@ -28,7 +28,7 @@ def head_statistics(state: RWKV7State) -> dict[str, Float[np.ndarray, "L H"]]:
         matrices["upscaled "] = state.upscaled.memory
     statistics = {}
     for prefix, matrix in matrices.items():
-        # Squares of float32 entries below 1e-19 would vanish.
+        # In float32 the squares of entries below 1e-19 would underflow.
         heads = np.asarray(matrix[:, 0], np.float64)
         statistics[f"{prefix}norm"] = np.sqrt(np.square(heads).sum((-2, -1)))
         # [L H] each: the axes of a head's matrix, Nv and Nk or M, are reduced.

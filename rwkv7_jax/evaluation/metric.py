@@ -1,4 +1,4 @@
-"""Metrics with their units, and the names that logs give them."""
+"""Metrics with their units, and their names in logs."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -24,7 +24,7 @@ class Metric:
 
     Attributes:
         value: the number.
-        unit: what it counts.
+        unit: unit of the number.
         higher_is_better: whether the higher of two values is the better one.
     """
 
@@ -44,7 +44,7 @@ class Metric:
         return cls(float(value), unit, _HIGHER_IS_BETTER[unit])
 
 
-# By the names that logs give them.
+# Metrics by their names in logs.
 Metrics = dict[str, Metric]
 
 
@@ -54,22 +54,22 @@ def log_name(subject: str, unit: Unit) -> str:
 
 
 def unit_of(name: str) -> Unit | None:
-    """Reads the unit off a name in a log; None for numbers that no evaluator made.
+    """Returns the unit of a metric by its name in a log; None for numbers of other origin.
 
-    Logs and checkpoints hold names and values alone. Readers of them ask here, and nowhere else
-    does a name say what a number means.
+    Logs and checkpoints hold only names and values. All their readers call this function, so that
+    only this module interprets names.
     """
     for unit in UNITS:
-        # No unit is the end of another one's name, so their order does not matter.
+        # No unit is a suffix of another, so their order does not matter.
         if name.endswith(unit):
             return unit
     return None
 
 
 def logged_metric(name: str, value: float) -> Metric:
-    """Makes the metric that a log or a checkpoint holds under a name.
+    """Makes the metric of a name and value from a log or a checkpoint.
 
-    A number without a known unit counts as a score, of which more is better.
+    A number without a known unit counts as a reward: higher is better.
     """
     unit = unit_of(name)
     if unit is None:

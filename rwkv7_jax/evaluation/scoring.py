@@ -1,4 +1,4 @@
-"""How well a model predicts text, or answers, from a start state."""
+"""Measures how well a model predicts text, or answers questions, from a start state."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.head_loss import TokenStatistics, token_statistics
 from rwkv7_jax.training.losses import check_masked_batch
 
-# Borders of the ranges of positions that are reported apart.
+# Borders of the position ranges that are reported separately.
 POSITIONS = (0, 32, 128, 512, 2048, 8192)
 
 
@@ -43,14 +43,14 @@ class Score:
     """The loss of a model on some text.
 
     Attributes:
-        bits_per_byte: over all targets that count; an end-of-text token costs bits and has no
-            bytes. NaN where only such tokens count.
+        bits_per_byte: bits per byte over all targets that count. An end-of-text token costs bits
+            and has no bytes; NaN if only such tokens count.
         perplexity: e to the mean loss per token.
-        by_position: (first, end, bits per byte) of ranges of positions in a window; NaN where no
-            byte counts.
-        tokens: targets that count.
-        standard_error: of `bits_per_byte`, over windows, since the targets of one window depend on
-            each other; NaN of a single window.
+        by_position: (first, end, bits per byte) of ranges of positions in a window; NaN if no byte
+            counts.
+        tokens: number of targets that count.
+        standard_error: standard error of `bits_per_byte`, over windows, because the targets of one
+            window depend on each other; NaN for a single window.
         by_window: bits and bytes of each window in which a target counts.
     """
 
@@ -64,13 +64,13 @@ class Score:
     )
 
     def difference(self, base: "Score") -> tuple[float, float]:
-        """Returns the bits per byte less those of `base`, and the standard error over pairs.
+        """Returns the bits per byte minus those of `base`, and the standard error over pairs.
 
         Args:
-            base: of the same windows, by another state or model.
+            base: score of another state or model on the same windows.
 
         Raises:
-            ValueError: `base` is of other windows.
+            ValueError: `base` covers other windows.
         """
         with prefix_errors("Score.difference"):
             return self.by_window.difference(base.by_window)
@@ -82,7 +82,7 @@ def _statistics(
     state: RWKV7State,
     tokens: Int[Array | np.ndarray, "B T1"],
 ) -> TokenStatistics:
-    """Reads the tokens from the state; XLA removes the statistics that a caller does not use."""
+    """Computes statistics of the targets; XLA removes those that a caller does not use."""
     x, _ = model.apply({"params": params}, tokens[:, :-1], state, method="hidden")
     return token_statistics(x, params["head"]["weight"], tokens[:, 1:])
 
@@ -95,7 +95,7 @@ def _nats(model: RWKV7, *arguments: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _nats_and_correct(model: RWKV7, *arguments: Any) -> tuple[Any, Any]:
-    """Computes the loss of each target, and whether it is the likeliest id."""
+    """Computes the loss of each target, and whether it is the most likely id."""
     statistics = _statistics(model, *arguments)
     return statistics.nats, statistics.correct
 
@@ -106,17 +106,17 @@ def map_rows(
     """Calls `per_token(start, tokens)` on `rows` windows at a time and joins the results.
 
     Args:
-        per_token: compiled for `rows` windows.
+        per_token: function compiled for `rows` windows.
         state: batch 1; every window starts from it.
-        tokens: of all windows.
-        rows: windows that are read at the same time.
+        tokens: tokens of all windows.
+        rows: windows per call.
     """
-    # Broadcast once: every part of the rows starts from the same arrays.
+    # Broadcast once: every call starts from the same arrays.
     start = repeat(state, rows)
     results = []
     for first in range(0, len(tokens), rows):
         part = tokens[first : first + rows]
-        # Filled up to the same shape, so that the program is compiled once.
+        # Padding to one shape lets one program serve all calls.
         missing = np.zeros((rows - len(part), part.shape[1]), part.dtype)
         result = per_token(start, np.concatenate([part, missing]))
         results.append(to_host(result))
@@ -135,25 +135,26 @@ def token_nats(
     *,
     rows: int = 8,
 ) -> Float[np.ndarray, "B T"]:
-    """Computes the loss of each target, with each window read from the same state.
+    """Computes the loss of each target; each window starts from the same state.
 
     Args:
-        model: the shell around `params`.
+        model: the network.
         params: all weights.
         state: batch 1.
-        tokens: of the windows.
-        rows: windows that are read at the same time.
+        tokens: tokens of the windows.
+        rows: windows per batch.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: weights or a state of another model, ids out of range, or rows below 1.
+        TypeError: an argument has the wrong type.
+        ValueError: the weights or the state do not fit the model, an id is out of range, or `rows`
+            is below 1.
     """
     with prefix_errors("token_nats"):
         check_start(model, params, state)
         tokens = np.asarray(as_array(tokens, "`tokens`"))
         if tokens.ndim != 2 or tokens.shape[1] < 2:
             raise ValueError(
-                f"`tokens` must be rows of two ids or more; got shape {tokens.shape}."
+                f"`tokens` must be rows of at least two ids; got shape {tokens.shape}."
             )
         check_tokens(tokens, model.config.vocab_size)
         check_count(rows, 1, "`rows`")
@@ -161,14 +162,14 @@ def token_nats(
 
 
 def check_start(model: RWKV7, params: Params, state: RWKV7State) -> None:
-    """Raises unless weights and a start state of one sequence are the model's."""
+    """Raises unless the weights and the state fit the model, and the state has batch 1."""
     check_model(model)
     check_params(params, model.config)
     check_placed(params, "`params`")
     check_state(state, 1, model.config)
 
 
-# By tokenizer: a World vocabulary has 65,536 entries, and a run evaluates many times.
+# A World vocabulary has 65,536 entries, and a run evaluates many times.
 @functools.lru_cache(maxsize=4)
 def _token_sizes(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
     """Returns the number of bytes of each id."""
@@ -178,18 +179,18 @@ def _token_sizes(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
 
 
 def target_bytes(batch: Batch, tokenizer: Tokenizer) -> Float[np.ndarray, "B T"]:
-    """Returns the bytes of each target of a batch with a mask, times the mask."""
+    """Returns the number of bytes of each target, times the batch's mask."""
     targets = np.asarray(batch.targets)
     return _token_sizes(tokenizer)[targets] * np.asarray(batch.mask)
 
 
 def frequency_nats(batch: Batch) -> float:
-    """Computes the mean loss of guessing each target by how often it is one in the batch.
+    """Computes the mean loss of predicting each target by its frequency in the batch.
 
-    No model that ignores what it has read does better on these rows.
+    No model that ignores its context does better on these rows.
 
     Args:
-        batch: with a mask that counts a target.
+        batch: batch with a mask, in which at least one target counts.
     """
     targets = np.asarray(batch.targets)
     _, kinds = np.unique(targets, return_inverse=True)
@@ -208,16 +209,16 @@ def score(
     """Measures how well the model, started from `state`, predicts the windows of `batch`.
 
     Args:
-        model: the shell around `params`.
+        model: the network.
         params: all weights.
         state: batch 1.
         batch: tokens [B T+1] and mask [B T], from `data.windows`.
-        tokenizer: tells how many bytes a token has.
+        tokenizer: provides the number of bytes of each token.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: no target counts, a batch, a state or weights of another model, or ids out of
-            range.
+        TypeError: an argument has the wrong type.
+        ValueError: no target counts, the batch, the state or the weights do not fit the model, or
+            an id is out of range.
     """
     with prefix_errors("score"):
         check_start(model, params, state)
@@ -230,10 +231,9 @@ def score(
     largest = int(tokens.max())
     if largest >= tokenizer.vocab_size:
         raise ValueError(
-            f"score: `batch` must hold ids below the {tokenizer.vocab_size} of `tokenizer`; "
-            f"got {largest}."
+            f"score: `batch` must hold ids below the vocabulary size of `tokenizer`, "
+            f"{tokenizer.vocab_size}; got {largest}."
         )
-    # [B T], 0 where a target does not count.
     mask = np.asarray(batch.mask)
     bits = token_nats(model, params, state, tokens) * mask / math.log(2)
     sizes = target_bytes(batch, tokenizer)
@@ -244,7 +244,7 @@ def score(
             end = min(end, length)
             found = _by_window(bits[:, first:end], sizes[:, first:end])
             by_position.append((first, end, found.value))
-    # Windows in which nothing counts are no observations.
+    # A window in which nothing counts is not an observation.
     counts = mask.any(1)
     by_window = _by_window(bits[counts], sizes[counts])
     return Score(
@@ -266,14 +266,14 @@ def _by_window(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answers:
-    """How a model answers the questions of a task, each position given the right ones before it.
+    """The accuracy of a model on a task; each position is given the correct ids before it.
 
     Attributes:
-        accuracy: share of scored positions at which the likeliest id is the right one.
+        accuracy: fraction of scored positions at which the most likely id is correct.
         nats: mean loss of scored positions.
-        exact: share of rows that are right at all their scored positions.
-        by_position: accuracy at each position of a row; NaN where nothing is scored.
-        by_row: right answers and scored positions of each row that has any.
+        exact: fraction of rows that are correct at all their scored positions.
+        by_position: accuracy at each position of a row; NaN if nothing is scored there.
+        by_row: correct answers and scored positions of each row with a scored position.
     """
 
     accuracy: float
@@ -284,17 +284,17 @@ class Answers:
 
     @property
     def standard_error(self) -> float:
-        """Of `accuracy`, over rows; NaN of a single one."""
+        """The standard error of `accuracy` over rows; NaN for a single row."""
         return self.by_row.standard_error
 
     def difference(self, base: "Answers") -> tuple[float, float]:
-        """Returns the accuracy less that of `base`, and the standard error over pairs of rows.
+        """Returns the accuracy minus that of `base`, and the standard error over pairs of rows.
 
         Args:
-            base: of the same rows, by another state or model.
+            base: answers of another state or model on the same rows.
 
         Raises:
-            ValueError: `base` is of other rows.
+            ValueError: `base` covers other rows.
         """
         with prefix_errors("Answers.difference"):
             return self.by_row.difference(base.by_row)
@@ -303,19 +303,19 @@ class Answers:
 def score_answers(
     model: RWKV7, params: Params, state: RWKV7State, batch: BatchLike, *, rows: int = 32
 ) -> Answers:
-    """Measures how the model, started from `state`, answers the rows of a task.
+    """Measures how well the model, started from `state`, answers the rows of a task.
 
     Args:
-        model: the shell around `params`.
+        model: the network.
         params: all weights.
         state: batch 1; every row starts from it.
         batch: tokens [B T+1] and mask [B T], from `synthetic_tasks.task_batch`.
-        rows: rows that are read at the same time.
+        rows: rows per batch.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: nothing is scored, weights or a state of another model, ids out of range, or
-            rows below 1.
+        TypeError: an argument has the wrong type.
+        ValueError: nothing is scored, the weights or the state do not fit the model, an id is out
+            of range, or `rows` is below 1.
     """
     with prefix_errors("score_answers"):
         check_start(model, params, state)
@@ -332,7 +332,6 @@ def score_answers(
         right.sum(1)[rows_with_answers].astype(np.float64),
         scored.sum(1)[rows_with_answers].astype(np.float64),
     )
-    # Positions that are not scored cannot be wrong.
     all_right = (correct | ~scored).all(1)
     return Answers(
         accuracy=float(correct[scored].mean()),

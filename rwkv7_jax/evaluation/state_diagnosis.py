@@ -1,4 +1,4 @@
-"""Diagnosis of a tuned start state: what it does, and what it costs other text."""
+"""Diagnosis of a tuned start state: its effect, and its cost on other text."""
 
 import dataclasses
 import functools
@@ -32,17 +32,17 @@ from rwkv7_jax.tuning.read_statistics import (
 )
 from rwkv7_jax.tuning.state_arithmetic import check_memory, singular_values
 
-# Rows that are read at the same time.
+# Rows per batch.
 ROWS = 8
 
 
 class _Part(NamedTuple):
-    """`ROWS` rows of a batch; the last part of a batch is filled up with zeros.
+    """`ROWS` rows of a batch; the last part of a batch is padded with zero rows.
 
     Attributes:
-        tokens: of the rows.
-        mask: of their targets, float32; 0 in rows that were filled up.
-        present: 1 for rows of the batch, 0 for those that were filled up.
+        tokens: tokens of the rows.
+        mask: mask of their targets, float32; 0 in padding rows.
+        present: 1 for rows of the batch, 0 for padding rows.
     """
 
     tokens: Int[np.ndarray, "B T1"]
@@ -51,7 +51,7 @@ class _Part(NamedTuple):
 
 
 def _parts(batch: Batch) -> Iterator[_Part]:
-    """Cuts a batch into parts of one shape, so that a program is compiled once."""
+    """Splits a batch into parts of one shape, so that one program serves all of them."""
     tokens = np.asarray(batch.tokens)
     mask = np.asarray(batch.mask, np.float32)
     for first in range(0, len(tokens), ROWS):
@@ -69,7 +69,7 @@ def _parts(batch: Batch) -> Iterator[_Part]:
 def _compare_tokens(
     model: RWKV7, params: Params, base: RWKV7State, tuned: RWKV7State, tokens: Array
 ) -> dict[str, Any]:
-    """Computes for each target the loss and whether it is the likeliest id, and the KL [B T]."""
+    """Computes each target's loss, whether it is the most likely id, and the KL, all [B T]."""
 
     def hidden(start: RWKV7State) -> Array:
         inputs = tokens[:, :-1]
@@ -77,7 +77,7 @@ def _compare_tokens(
 
     targets = tokens[:, 1:]
     head = params["head"]["weight"]
-    # The reference of the KL as well, whose logits are made piece by piece in `token_statistics`.
+    # Also the reference of the KL; `token_statistics` computes its logits piece by piece.
     base_hidden = hidden(repeat(base, tokens.shape[0]))
     before = token_statistics(base_hidden, head, targets)
     after = token_statistics(hidden(tuned), head, targets, reference=base_hidden)
@@ -86,7 +86,7 @@ def _compare_tokens(
         "tuned_nats": after.nats,
         "base_correct": before.correct,
         "tuned_correct": after.correct,
-        # KL(base || tuned): how surprised the tuned model is by what the base model would write.
+        # KL(base || tuned).
         "divergence": after.kl,
     }
 
@@ -94,7 +94,7 @@ def _compare_tokens(
 def _compare(
     model: RWKV7, params: Params, state: RWKV7State, batch: Batch
 ) -> dict[str, np.ndarray]:
-    """Compares the zero state with `state` on all rows: float64 arrays [B T] by name."""
+    """Compares the zero state with `state` on all rows; returns float64 arrays [B T] by name."""
     compare = functools.partial(
         _compare_tokens, model, params, init_state(model.config)
     )
@@ -126,23 +126,23 @@ def retention(
     """Measures how a start state changes the loss on other texts and tasks.
 
     Args:
-        model: the shell around `params`.
+        model: the network.
         params: all weights.
         state: batch 1.
-        batches: by name, tokens [B T+1] and mask [B T].
+        batches: tokens [B T+1] and mask [B T] of each text, by name.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: weights or a state of another model, ids out of range, or a batch in which no
-            target counts.
+        TypeError: an argument has the wrong type.
+        ValueError: the weights or the state do not fit the model, an id is out of range, or no
+            target of a batch counts.
     """
     checked = {}
     with prefix_errors("retention"):
         check_start(model, params, state)
-        # A batch is a mapping as well, of arrays.
+        # A single batch is a mapping too, of arrays.
         if isinstance(batches, Batch) or not isinstance(batches, Mapping):
             kind = type(batches).__name__
-            raise TypeError(f"`batches` must be batches by their names; got {kind}.")
+            raise TypeError(f"`batches` must map names to batches; got {kind}.")
         for name, batch in batches.items():
             argument = f"batches[{name!r}]"
             checked[name] = check_masked_batch(batch, model.config.vocab_size, argument)
@@ -162,13 +162,13 @@ def _reads(
     weights: Array,
     present: Array,
 ) -> dict[str, dict[str, Array]]:
-    """Computes how each memory is read.
+    """Computes statistics of the read vectors of each memory.
 
-    As `tuning.read_statistics.state_statistics`, which keeps no positions.
+    `tuning.read_statistics.state_statistics` computes the same without positions.
 
     Returns:
-        By memory: "moments", E[psi psi^T] [L H M M] over weighted targets; and "reads", the mean
-        |psi|^2 [L T] over the rows that are present.
+        For each memory "moments", E[psi psi^T] [L H M M] over weighted targets, and "reads", the
+        mean |psi|^2 [L T] over the rows of the batch.
     """
     start = repeat(state, tokens.shape[0])
     *_, trace = model.apply({"params": params}, tokens[:, :-1], start, method="trace")
@@ -176,7 +176,7 @@ def _reads(
 
     def summarize(psi: Float[Array, "B T H M"]) -> dict[str, Array]:
         heads = psi.shape[2]
-        # [T]; rows that were filled up have weight 0.
+        # [T]; padding rows have weight 0.
         squares = jnp.einsum("bthm,bthm,b->t", psi, psi, present) / (
             jnp.sum(present) * heads
         )
@@ -195,7 +195,7 @@ def _reads(
     layers = (trace, state.upscaled)
     reads = {}
     if state.upscaled is None or not state.upscaled.form.replaces_wkv:
-        # One layer at a time, [L ...]: the read vectors of all layers may not fit.
+        # One layer at a time: the read vectors of all layers may not fit into memory.
         reads["wkv"] = jax.lax.map(read_wkv, layers)
     if state.upscaled is not None:
         reads["memory"] = jax.lax.map(read_memory, layers)
@@ -213,7 +213,7 @@ def _mean_square_norms(
     )
     _, end = outputs
     squares = jnp.sum(jnp.square(end.wkv), axis=(-2, -1))
-    # Squares are averaged here, and the root is taken over all parts of the batch.
+    # The caller averages the squares over all parts before it takes the root.
     return jnp.einsum("lbh,b->lh", squares, present) / jnp.sum(present)
 
 
@@ -232,7 +232,7 @@ def _reference_norm(
 def _read_statistics(
     model: RWKV7, params: Params, state: RWKV7State, batch: Batch
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Averages `_reads` over the batch, each part weighted by its targets or by its rows."""
+    """Averages `_reads` over the batch, weighting each part by its targets or by its rows."""
     totals: dict[str, dict[str, Any]] = {}
     for part in _parts(batch):
         weights = {"moments": part.mask.sum(), "reads": part.present.sum()}
@@ -240,7 +240,7 @@ def _read_statistics(
         for name, statistics in reads.items():
             total = totals.setdefault(name, dict.fromkeys(statistics, 0.0))
             for key, value in statistics.items():
-                # In float64 on the host: sums over many parts would lose digits in float32.
+                # float64 on the host: float32 sums over many parts would lose precision.
                 total[key] = total[key] + float(weights[key]) * np.asarray(
                     value, np.float64
                 )
@@ -274,10 +274,10 @@ def _memory_statistics(
 
 
 def _rank(squares: Float[np.ndarray, "... R"]) -> Float[np.ndarray, "..."]:
-    """Computes the effective rank (sum s^2)^2 / sum s^4 from s^2; 0 of a zero state."""
+    """Computes the effective rank (sum s^2)^2 / sum s^4 from s^2; 0 for a zero state."""
     total = squares.sum(-1)
     fourth = np.square(squares).sum(-1)
-    # The numerator is 0 as well where the fourth powers are.
+    # If the denominator is 0, so is the numerator.
     return np.square(total) / np.where(fourth > 0, fourth, 1.0)
 
 
@@ -285,8 +285,8 @@ def ranks(memory: Float[Array, "L 1 H Nv M"]) -> Float[np.ndarray, "L H"]:
     """Computes the effective rank of a memory, by layer and head.
 
     Raises:
-        TypeError: not an array of numbers.
-        ValueError: not the matrices of one sequence.
+        TypeError: `memory` is not an array of numbers.
+        ValueError: `memory` does not hold the matrices of one sequence.
     """
     with prefix_errors("ranks"):
         memory = check_memory(memory)
@@ -304,16 +304,16 @@ def diagnose(
     """Measures a tuned start state on one or two texts and advises what to do about it.
 
     Args:
-        model: the shell around `params`.
+        model: the network.
         params: all weights.
         state: batch 1.
-        batch: tokens [B T+1] and mask [B T] of the text that it was tuned for.
-        generic: the same of other text, on which the model should not change.
+        batch: tokens [B T+1] and mask [B T] of the text that the state was tuned for.
+        generic: the same for other text, on which the model should not change.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: weights or a state of another model, ids out of range, or a batch in which no
-            target counts.
+        TypeError: an argument has the wrong type.
+        ValueError: the weights or the state do not fit the model, an id is out of range, or no
+            target of a batch counts.
     """
     with prefix_errors("diagnose"):
         check_start(model, params, state)
@@ -339,7 +339,7 @@ def diagnose(
 def _memories(
     model: RWKV7, params: Params, state: RWKV7State, batch: Batch
 ) -> dict[str, MemoryStatistics]:
-    """Measures the WKV state, if it is read, and the upscaled memory, if there is one."""
+    """Measures the WKV state, if it is read, and the upscaled memory, if present."""
     reads = _read_statistics(model, params, state, batch)
     memories = {}
     if "wkv" in reads:
@@ -357,7 +357,7 @@ def _memories(
 def _mean_by_position(
     values: Float[np.ndarray, "B T"], mask: Float[np.ndarray, "B T"]
 ) -> Float[np.ndarray, " T"]:
-    """Averages over the rows at each position; NaN where nothing counts."""
+    """Averages over the rows at each position; NaN if no target counts there."""
     counts = mask.sum(0)
     means = (values * mask).sum(0) / np.where(counts > 0, counts, 1.0)
     return np.where(counts > 0, means, np.nan)

@@ -1,4 +1,4 @@
-"""Scores of the same questions by several start states: values, differences and their errors."""
+"""Scores of several start states on the same questions, with differences and standard errors."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from rwkv7_jax.evaluation.ratio import (
     known,
 )
 
-# The metric that every task has besides its own: of the right answers, or of the text.
+# The metric that every task has besides its own: of the correct answers, or of the text.
 BITS_PER_BYTE = "bits_per_byte"
 
 _NAME_WIDTH = 24
@@ -26,33 +26,33 @@ class QuestionScores(Ratio):
     """One metric, question by question.
 
     Attributes:
-        totals: what each question adds: 1 where it is right, or the bits of its answer.
-        weights: what the sum of these is divided by: 1 a question, or the bytes of its answer.
-        questions: a hash of each question as the model read it.
+        totals: numerator of each question: 1 for a correct answer, or the bits of its answer.
+        weights: denominator of each question: 1, or the bytes of its answer.
+        questions: hash of each question as the model read it.
     """
 
     questions: tuple[str, ...]
 
     def difference(self, base: "QuestionScores") -> tuple[float, float]:
-        """Returns this value less that of `base`, and the standard error over pairs of scores.
+        """Returns this value minus that of `base`, and the standard error over pairs of scores.
 
         Raises:
-            ValueError: the two are not of the same questions.
+            ValueError: the two do not cover the same questions.
         """
         if self.questions != base.questions:
             raise ValueError(
-                "QuestionScores.difference: `base` must be of the same questions; "
+                "QuestionScores.difference: `base` must have the same questions; "
                 f"got {len(base.questions)} others."
             )
         return super().difference(base)
 
 
-# By task and metric.
+# Scores by task and metric.
 TaskScores = Mapping[str, Mapping[str, QuestionScores]]
 
 
 def pooled(scores: Sequence[QuestionScores]) -> QuestionScores:
-    """Joins the questions of several tasks, each of which counts the same."""
+    """Joins the questions of several tasks; every question has the same weight."""
     questions: list[str] = []
     for score in scores:
         questions += score.questions
@@ -64,13 +64,13 @@ def pooled(scores: Sequence[QuestionScores]) -> QuestionScores:
 
 
 def score_table(task: str, rows: Mapping[str, TaskScores]) -> str:
-    """Formats the scores of one task: a line a row, a pair of columns a metric.
+    """Formats the scores of one task: one line per start state, two columns per metric.
 
-    A value and its difference from the base have their own standard errors.
+    A value and its difference from the base have separate standard errors.
 
     Args:
-        task: its name.
-        rows: scores by the rows' names; the first is the base that differences are against.
+        task: name of the task.
+        rows: scores by the names of the rows; the first row is the base of the differences.
     """
     base = next(iter(rows.values()))[task]
     count = max(len(score.questions) for score in base.values())
@@ -88,10 +88,10 @@ def score_table(task: str, rows: Mapping[str, TaskScores]) -> str:
 
 
 def scores_as_json(rows: Mapping[str, TaskScores]) -> dict[str, Any]:
-    """Converts scores to what JSON can hold, by task, row and metric; NaN becomes None.
+    """Converts scores for JSON, by task, row and metric; NaN becomes None.
 
     Args:
-        rows: scores by the rows' names; the first is the base that differences are against.
+        rows: scores by the names of the rows; the first row is the base of the differences.
     """
     tasks: dict[str, Any] = {}
     base = next(iter(rows.values()))
@@ -106,7 +106,7 @@ def scores_as_json(rows: Mapping[str, TaskScores]) -> dict[str, Any]:
 
 
 def _score_as_json(score: QuestionScores, base: QuestionScores) -> dict[str, Any]:
-    """Converts one metric, with its difference from the base where it is not the base itself."""
+    """Converts one metric, with its difference from the base unless it is the base itself."""
     cell: dict[str, Any] = {
         "value": known(score.value),
         "standard_error": known(score.standard_error),

@@ -1,4 +1,4 @@
-"""Tables of `Score` and `Answers` for several start states, as text and as JSON."""
+"""Formats `Score` and `Answers` of several start states as tables and as JSON."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ from rwkv7_jax.evaluation.ratio import (
 )
 from rwkv7_jax.evaluation.scoring import Answers, Score
 
-# So wide are names of rows at least.
+# Least width of the column of row names.
 _NAME_WIDTH = 16
 
 
 def text_table(title: str, scores: Mapping[str, Score]) -> str:
-    """Formats how well a text is predicted: a line a row, with its change from the first.
+    """Formats scores on a text: one line per row, with its change from the first.
 
     Args:
-        title: of the text.
-        scores: by the rows' names; the first is the base.
+        title: title of the text.
+        scores: scores by the names of the rows; the first is the base.
     """
     base = next(iter(scores.values()))
     width = _name_width(scores)
@@ -40,7 +40,7 @@ def text_table(title: str, scores: Mapping[str, Score]) -> str:
         line = (
             f"{name:<{width}}{estimate_columns(estimate, difference_from(base, row))}"
         )
-        # A base that is certain of everything leaves nothing to compare with.
+        # A base of 0 bits per byte has no relative change.
         change = row.bits_per_byte / (base.bits_per_byte or np.nan) - 1
         line += f"{change:>+8.1%}{row.perplexity:>11.3f}"
         for first, end, value in row.by_position:
@@ -51,11 +51,11 @@ def text_table(title: str, scores: Mapping[str, Score]) -> str:
 
 
 def answer_table(title: str, answers: Mapping[str, Answers]) -> str:
-    """Formats how a task's questions are answered: a line a row.
+    """Formats the answers to a task's questions: one line per row.
 
     Args:
-        title: of the task.
-        answers: by the rows' names; the first is the base.
+        title: title of the task.
+        answers: answers by the names of the rows; the first is the base.
     """
     base = next(iter(answers.values()))
     width = _name_width(answers)
@@ -76,23 +76,23 @@ def _name_width(rows: Mapping[str, Any]) -> int:
 
 
 def _position_head(first: int, end: int) -> str:
-    """Formats the head of the column of a range of positions."""
+    """Formats the head of the column for a range of positions."""
     label = f"{first}-{end - 1}"
     return f"{label:>{max(8, len(label) + 1)}}"
 
 
 def _footnote(parts: Ratio, name: str) -> str:
-    """Says how many parts were measured, and what stands after +-."""
+    """Formats the number of measured parts and the meaning of +-."""
     count = len(parts.weights)
     if count < 2:
         return f"{count} {name}: too few for a standard error"
-    return f"{count:,} {name}s; +- is the standard error over them, of differences over pairs"
+    return f"{count:,} {name}s; +- is the standard error over {name}s, for differences over pairs"
 
 
 def rows_as_json(rows: Mapping[str, Score | Answers]) -> dict[str, dict[str, Any]]:
-    """Converts a table to what JSON can hold, by row and field; NaN becomes None.
+    """Converts a table for JSON, by row and field; NaN becomes None.
 
-    Every row but the first has its difference from that, in bits per byte or accuracy, and the
+    Every row but the first has its difference from the first, in bits per byte or accuracy, and the
     standard error of the difference over pairs.
     """
     base = next(iter(rows.values()))

@@ -1,8 +1,8 @@
-"""Token ids in, token ids and a state out.
+"""Generation: token ids in, token ids and a state out.
 
-The compiled decode loop runs on the device; text and stop strings are handled on the host. The
-function `generate` is imported from `rwkv7_jax` or from `rwkv7_jax.generation.generate`: as an
-attribute of this package its name would hide the module's.
+The compiled decode loop runs on the device; text and stop strings are handled on the host. Import
+the function `generate` from `rwkv7_jax` or from `rwkv7_jax.generation.generate`; as an attribute of
+this package it would shadow the module of the same name.
 """
 
 from rwkv7_jax.generation.decode_loop import Decoder, DecodeState

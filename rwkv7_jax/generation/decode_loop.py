@@ -1,7 +1,7 @@
-"""Compiled programs that read and generate tokens on the device, and the state they carry.
+"""Compiled programs that prefill and decode on the device, and the state they carry.
 
-The model is any module with RWKV-7's calls, a static argument; weights are ordinary arguments.
-Programs depend on the batch, on a width and on nothing else: limits, temperatures and masks are
+The model is a static argument, any module with the methods of RWKV-7; the weights are traced.
+Programs are specialised only on the batch size and a width. Limits, temperatures and masks are
 traced.
 """
 
@@ -26,22 +26,22 @@ RUNNING = 0
 STOPPED = 1
 BROKEN = 2
 
-# Stands in `DecodeState.stop_tokens` where no stop id was drawn; an array cannot hold None.
+# Marks rows without a stop id in `DecodeState.stop_tokens`; an array cannot hold None.
 NO_TOKEN = -1
 
-# Width of the narrowest program that reads known tokens; wider ones are powers of two.
+# Width of the narrowest prefill program; wider ones are powers of two.
 _NARROWEST = 16
 
-# The narrowest buffer of generated tokens.
+# Width of the narrowest buffer of generated tokens.
 _SMALLEST_BLOCK = 8
 
 
 class KnownTokens(NamedTuple):
-    """A token that each row reads instead of one that it generates.
+    """One known token per row, read instead of a sampled one.
 
     Attributes:
-        tokens: [B].
-        live: [B], rows that read theirs.
+        tokens: [B] ids.
+        live: [B] mask of the rows that read their token.
     """
 
     tokens: Array | np.ndarray
@@ -49,15 +49,15 @@ class KnownTokens(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """A batch in the middle of generating.
+    """The state of a batch during generation.
 
     Attributes:
-        state: memory that has read every token that was kept; inside of `decode` one entry a layer.
-        logits: [B V] float32, for the token that comes next.
-        status: [B], RUNNING, STOPPED, or BROKEN when the logits held a NaN or an infinity.
+        state: the recurrent state after every kept token; inside `decode`, one entry per layer.
+        logits: [B V] float32 logits of the next token.
+        status: [B] RUNNING, STOPPED, or BROKEN if the logits were not finite.
         stop_tokens: [B] int32, the stop id that ended the row, or NO_TOKEN.
         occurrences: ids generated so far, for the penalties.
-        step: [B] int32, tokens generated so far.
+        step: [B] int32, number of tokens generated so far.
     """
 
     state: Any
@@ -69,7 +69,7 @@ class DecodeState(NamedTuple):
 
     @classmethod
     def create(cls, state: RWKV7State, logits: Float[Array, "B V"]) -> "DecodeState":
-        """Starts every row with no token generated."""
+        """Starts every row with no generated token."""
         batch = logits.shape[0]
         return cls(
             state=state,
@@ -91,25 +91,25 @@ class DecodeState(NamedTuple):
         keys: Array,
         options: sampling.SamplingParams,
     ) -> tuple["DecodeState", Int[Array, " B"], Float[Array, " B"], Bool[Array, " B"]]:
-        """Reads one token a row, sampled or known; `state` is that of `split_state` here.
+        """Reads one sampled or known token per row; `state` must come from `split_state`.
 
-        A row that stops here keeps the state and the logits it had. Known tokens stop no row and
-        count for no penalty. Paused rows draw nothing.
+        A row that stops here keeps its state and logits. Known tokens neither stop a row nor count
+        for the penalties. Paused rows sample nothing.
 
         Returns:
-            The next state, the tokens, the log-probabilities of sampled ones, and which rows have
-            read theirs.
+            The next state, the tokens, the log-probabilities of sampled tokens, and a mask of the
+            rows that have read their token.
         """
         logits = sampling.apply_penalties(self.logits, self.occurrences, options)
-        # By the step and not by splitting: a row's draws do not depend on the length of a block.
+        # Folded with the step, not split, so that a row's samples do not depend on the block size.
         step_keys = jax.vmap(jax.random.fold_in)(keys, self.step)
         sampled, logps = sampling.sample_with_logp(step_keys, logits, options)
         is_stop = jnp.asarray(options.stops)[sampled]
-        # A maximum is finite exactly if nothing is NaN and not all logits are infinite.
+        # The maximum is finite exactly if no logit is NaN or +Inf, and not all are -Inf.
         finite = jnp.isfinite(jnp.max(self.logits, axis=-1))
         sampled_status = jnp.where(is_stop, STOPPED, RUNNING)
         sampled_status = jnp.where(finite, sampled_status, BROKEN)
-        # Rows that have ended still compute, since shapes are fixed, but nothing of theirs changes.
+        # Finished rows still compute, because shapes are fixed, but they do not change.
         running = (self.status == RUNNING) & ~is_known & ~paused
         status = jnp.where(running, sampled_status, self.status)
         tokens = jnp.where(is_known, known.tokens, sampled)
@@ -136,26 +136,26 @@ class DecodeState(NamedTuple):
     def stop_rows(
         self, rows: Bool[Array, " B"], earlier: "DecodeState"
     ) -> "DecodeState":
-        """Stops `rows` with the state and the logits of `earlier`."""
+        """Stops `rows` with the state and logits of `earlier`."""
         return self._replace(
             state=restore_rows(rows, earlier.state, self.state),
             logits=jnp.where(rows[:, None], earlier.logits, self.logits),
             status=jnp.where(rows, STOPPED, self.status),
-            # A stop string cut these rows before any stop id that they may have drawn later.
+            # The stop string comes before any stop id that these rows may have drawn later.
             stop_tokens=jnp.where(rows, NO_TOKEN, self.stop_tokens),
         )
 
 
 class Decoded(NamedTuple):
-    """What one call of `decode` generated.
+    """The result of one call of `decode`.
 
     Attributes:
         run: the state afterwards.
-        tokens: [B C] int32, of each row first those that are kept.
-        logps: [B C] float32, log-probabilities of the draws; after those of the tokens that are
-            kept comes that of a stop id.
-        lengths: [B] int32, how many of each row's tokens are kept.
-        scores: the model's, [B C] and [B C K]; None where they were not asked for.
+        tokens: [B C] int32, the kept tokens of each row, padded with zeros.
+        logps: [B C] float32, log-probabilities of the samples: those of the kept tokens, then that
+            of a stop id.
+        lengths: [B] int32, number of kept tokens in each row.
+        scores: the model's scores, [B C] and [B C K]; None if not requested.
     """
 
     run: DecodeState
@@ -174,9 +174,9 @@ def prefill(
     tokens: Tokens,
     lengths: Lengths | None = None,
 ) -> RWKV7State:
-    """Reads the first `lengths` tokens of each row; computes no logits.
+    """Reads the first `lengths` tokens of each row without computing logits.
 
-    Without lengths all tokens are read, and the program has no mask to apply at every token.
+    Without lengths all tokens are read, which saves the mask.
     """
     outputs: Any = model.apply(
         {"params": params}, tokens, state, lengths, method="hidden"
@@ -192,7 +192,7 @@ def prefill_rows(
     *,
     chunk: int,
 ) -> RWKV7State:
-    """Reads rows of any lengths, `chunk` tokens at a time; an empty row does not change."""
+    """Reads rows of any lengths, `chunk` tokens at a time; an empty row keeps its state."""
     for first, width in chunk_widths(max(map(len, rows)), chunk):
         tokens, lengths = cut_chunk(rows, first, width)
         state = prefill(model, params, state, tokens=tokens, lengths=lengths)
@@ -215,25 +215,24 @@ def decode(
     alternatives: int = 0,
     scored: Bool[Array, ""] | bool = False,
 ) -> Decoded:
-    """Reads known tokens, then generates up to `limits`, in one program on the device.
+    """Reads known tokens, then generates up to `limits` tokens, in one program on the device.
 
-    It ends early when every row has stopped. A row that stops, or is at its limit, keeps the state
-    and the logits it had: neither the token that stopped it nor any later one is read.
+    Ends early once every row has stopped. A row that stops or reaches its limit keeps its state and
+    logits: neither the token that stopped it nor any later one is read.
 
     Args:
-        model: static.
+        model: the model (static).
         params: the weights, from `split_params`.
-        run: the state to continue.
-        known: a token for each row before those that are generated.
-        keys: [B], one for each row; token number t uses the key folded with t.
-        options: how to sample.
-        limits: tokens that each row generates, at most `capacity`.
-        capacity: width of the returned tokens, static.
-        alternatives: most probable ids beside each token in the model's scores (K), static; with 0
-            there are no scores.
-        scored: whether this call fills them in.
+        run: the state to continue from.
+        known: one token per row to read before generating.
+        keys: [B] random keys; token t uses its row's key folded with t.
+        options: sampling options.
+        limits: maximum number of new tokens of each row, at most `capacity`.
+        capacity: width of the returned tokens (static).
+        alternatives: number of most probable ids in the model's scores of each token, K (static); 0
+            for no scores.
+        scored: whether this call computes the scores.
     """
-    # The batch's size is known when the program is traced; only `limits` are not.
     batch = run.logits.shape[0]
 
     def unfinished(loop):
@@ -264,7 +263,7 @@ def decode(
             scores = jax.lax.cond(scored & ~is_known, score, lambda same: same, scores)
         following = Decoded(
             run=run,
-            # For known tokens this is the last column, which stays zero.
+            # For known tokens the index is -1, the last column, which is written with zeros.
             tokens=done.tokens.at[:, index].set(jnp.where(live, read, 0)),
             logps=done.logps.at[:, index].set(jnp.where(is_known, 0, logps)),
             lengths=done.lengths + live.astype(jnp.int32),
@@ -272,7 +271,7 @@ def decode(
         )
         return following, index + 1
 
-    # Known tokens are read by the same loop's body as sampled ones: another would be compiled too.
+    # Known tokens use the same loop body as sampled ones, so that it is compiled only once.
     first = jnp.where(jnp.any(known.live), -1, 0)
     nothing = Decoded(
         run=run._replace(state=split_state(run.state)),
@@ -300,13 +299,13 @@ def _no_scores(
 
 
 class Decoder:
-    """The model, weights, keys and sampling options that stay the same while a batch decodes.
+    """The model, weights, keys and sampling options, which are constant while a batch decodes.
 
-    They are not fields of `DecodeState`: a compiled loop returns everything it carries, so the
-    weights would be copied.
+    They are not fields of `DecodeState`, because a compiled loop returns everything that it
+    carries and would copy the weights.
 
     Attributes:
-        block: tokens that one call of `decode` generates at most.
+        block: maximum number of tokens that one call of `decode` generates.
     """
 
     def __init__(
@@ -318,14 +317,14 @@ class Decoder:
         options: sampling.SamplingParams,
         block: int,
     ):
-        """Binds what every program of one call needs, and splits the weights by layers.
+        """Stores the arguments and splits the weights by layer.
 
         Args:
-            model: static.
+            model: the model.
             params: the weights.
             keys: [B] typed random keys.
-            options: how to sample.
-            block: tokens that one call of `decode` generates at most.
+            options: sampling options.
+            block: maximum number of tokens that one call of `decode` generates.
         """
         self.block = block
         self._model = model
@@ -341,10 +340,10 @@ class Decoder:
         *,
         chunk: int = _NARROWEST,
     ) -> DecodeState:
-        """Reads known tokens, `chunk` at a time; an empty row does not change.
+        """Reads known tokens, `chunk` at a time; an empty row keeps its state and logits.
 
-        The head runs for each row's last token alone: logits of a whole chunk would be the largest
-        array here.
+        The head runs only for each row's last token, because the logits of a whole chunk would be
+        the largest array.
         """
         lengths = np.array([len(row) for row in rows], np.int32)
         state = prefill_rows(
@@ -354,13 +353,13 @@ class Decoder:
             [row[:-1] for row in rows],
             chunk=chunk,
         )
-        # An empty row gets a token too, which `live` keeps it from reading.
+        # An empty row gets a dummy token, which `live` masks.
         last_tokens = np.array([row[-1] if row else 0 for row in rows], np.int32)
         known = KnownTokens(last_tokens, lengths > 0)
         return self._decode(run._replace(state=state), known, limit=0).run
 
     def decode(self, run: DecodeState, *, limit: int) -> Decoded:
-        """Generates up to `limit` tokens, at most a block, as the function `decode` does."""
+        """Generates up to `limit` tokens, at most a block; see the function `decode`."""
         batch = run.logits.shape[0]
         none = KnownTokens(np.zeros(batch, np.int32), np.zeros(batch, bool))
         return self._decode(run, none, limit=limit)
@@ -374,13 +373,13 @@ class Decoder:
             keys=self._keys,
             options=self._options,
             limits=np.full(run.logits.shape[0], limit, np.int32),
-            # A power of two, so that few widths are ever compiled.
+            # A power of two, so that only few widths are compiled.
             capacity=power_of_two(max(self.block, _SMALLEST_BLOCK)),
         )
 
 
 def chunk_widths(total: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Yields where each chunk of `total` tokens begins and the width of the program it needs."""
+    """Yields the start of each chunk of `total` tokens and the width of its program."""
     for first in range(0, total, chunk):
         yield first, min(chunk, max(_NARROWEST, power_of_two(total - first)))
 
@@ -388,7 +387,7 @@ def chunk_widths(total: int, chunk: int) -> Iterator[tuple[int, int]]:
 def cut_chunk(
     rows: Sequence[Sequence[int]], first: int, width: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
-    """Cuts the tokens from `first` on out of each row, and returns how many of them each has."""
+    """Returns the tokens from `first` on of each row, padded to `width`, and their number."""
     tokens = np.zeros((len(rows), width), np.int32)
     lengths = np.zeros(len(rows), np.int32)
     for index, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The public `generate`: prompts and a state in; new tokens, their text and the new state out."""
+"""The public function `generate`: takes prompts and a state, returns new tokens, text and state."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -38,25 +38,25 @@ from rwkv7_jax.text.detokenizer import Vocabulary, check_stop_strings
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Result of `generate`, one entry for each row.
+    """The result of `generate`; every field has one entry per row.
 
-    `state` has read the prompt and exactly `tokens`: neither the token that ended the row nor a
-    stop string. So a further turn continues with `generate(model, params, turn, out.state)`, and an
-    answer that ended at its length with `generate(..., [], out.state, logits=out.logits)`.
+    `state` has read the prompt and exactly `tokens`, neither a stop id nor a stop string. Continue
+    with another turn by `generate(model, params, turn, out.state)`. Resume an answer that ended at
+    its length limit by `generate(..., [], out.state, logits=out.logits)`.
 
     Attributes:
-        tokens: new ids. Where a stop string begins inside a token, the ids that spell the rest of
-            it stand in that token's place, so the text is always what the tokens spell.
+        tokens: new ids. If a stop string begins inside a token, ids for the part before it replace
+            that token, so that the tokens decode to the text.
         finished: "stop" (a stop id or a stop string) or "length".
-        state: memory after the last of `tokens`.
-        logits: for the token that would come next.
+        state: the state after the last of `tokens`.
+        logits: logits of the next token.
         texts: the text of `tokens`, with U+FFFD for bytes that are not UTF-8; None without a
             tokenizer.
         ended: "stop_id", "stop_string" or "length".
-        stop_tokens: the stop id that ended the row; None where none did.
-        drawn: every id that was drawn: `tokens` and the stop id, or in place of what a stop string
-            cut off the ids up to the one that completed it.
-        logps: the log-probability of each of `drawn` when it was drawn; 0 of greedy ones.
+        stop_tokens: the stop id that ended the row; None if none did.
+        drawn: every sampled id: `tokens` and the stop id, or all ids up to the one that completed a
+            stop string.
+        logps: the log-probability of each id in `drawn` when it was sampled; 0 if greedy.
     """
 
     tokens: list[list[int]]
@@ -95,45 +95,45 @@ def generate(
     logits: Array | None = None,
     prefill_chunk: int = 256,
 ) -> Generation:
-    """Continues every prompt until a stop id, a stop string or the length; rows are independent.
+    """Continues each prompt up to a stop id, a stop string or the length limit.
 
-    Penalties come first and count new tokens only, then softmax, `top_p`, `top_k` and last
-    `temperature`: the order of RWKV's official package (see `sampling`). The same key gives the
-    same tokens. Programs are compiled for each batch, width of the prompt's chunks and power of two
-    above `tokens`; everything else is traced.
+    Rows are independent, and the same key gives the same tokens. Sampling applies, in the order of
+    RWKV's official package (see `sampling`): penalties, which count only new tokens; softmax;
+    `top_p`; `top_k`; `temperature`. Programs are compiled per batch size, prompt chunk width and
+    power of two above `tokens`; all other arguments are traced.
 
     Args:
-        model: static.
+        model: the model (static).
         params: the weights.
-        prompts: a list of ids, or a list of such lists, of any lengths; arrays too. Begin a text
-            with [0] where there is nothing else to begin with.
-        state: memory to start from, of one sequence (every row starts from it) or of one for each
-            row; None is a model that has read nothing. It is not changed.
-        tokens: new ids of a row at most; 0 only reads the prompts.
-        key: one random key, folded with the row's number, or one key for each row. Not needed at
+        prompts: a list or array of ids, or a list of them, of any lengths. Use [0] to begin a text
+            from nothing.
+        state: the state to start from, either one for all rows or one per row; None for the zero
+            state. It is not modified.
+        tokens: maximum number of new tokens per row; 0 only prefills.
+        key: one random key, which is folded with the row's index, or one key per row. Not needed at
             temperature 0.
-        temperature: 0 takes the most probable token.
+        temperature: sampling temperature; 0 is greedy.
         top_p: probability mass to keep.
-        top_k: tokens to keep; 0 for no limit.
-        presence_penalty: subtracted from the logit of ids that were generated.
-        frequency_penalty: subtracted once more for every time they were generated.
+        top_k: number of tokens to keep; 0 for no limit.
+        presence_penalty: subtracted from the logit of each id that was generated.
+        frequency_penalty: subtracted again for every time that the id was generated.
         penalty_decay: factor on those counts at every token.
         penalty_exempt: ids that are not counted; officially `sampling.exempt_ids(tokenizer)`.
         banned: ids that are never generated.
-        stop_ids: ids that end a row; they are not part of it.
-        stop_strings: strings that end a row, wherever tokens begin and end; not part of the row.
-        tokenizer: needed for text: `encode` and `token_bytes` are used.
-        on_text: called with a piece of text and its row as soon as it is certain; the pieces of a
-            row make up its text.
-        should_stop: asked every few tokens whether all rows end now, as they would if `tokens` were
-            that few.
-        logits: of an earlier run, together with its state; then prompts may be empty, and `[]` is
-            one for each row of the state.
-        prefill_chunk: tokens of a prompt that are read at once.
+        stop_ids: ids that end a row and are not part of it.
+        stop_strings: stop sequences that end a row and are not part of it; they may span tokens.
+        tokenizer: required for text; `encode` and `token_bytes` are used.
+        on_text: called with each piece of text and its row once it is certain; the pieces of a row
+            join to its text.
+        should_stop: called every few tokens; if it returns true, all rows end as at the length
+            limit.
+        logits: the logits of an earlier run, passed with its state. Prompts may then be empty, and
+            `[]` is an empty prompt for every row of the state.
+        prefill_chunk: number of prompt tokens read at once.
 
     Raises:
-        ValueError: an argument out of its range, or weights or a state that give no finite logits.
-        TypeError: ids that are not integers, or an argument of the wrong kind.
+        ValueError: an argument is out of range, or the logits are not finite.
+        TypeError: ids are not integers, or an argument has the wrong type.
     """
     with prefix_errors("generate"):
         check_model(model)
@@ -151,8 +151,8 @@ def generate(
         )
         if any(map(is_traced, jax.tree.leaves((params, state, logits, key)))):
             raise TypeError(
-                "it must be called outside of jit, vmap and grad, because it reads tokens on the "
-                "host; inside, `lax.scan` over `model.apply` decodes."
+                "it must be called outside jit, vmap and grad, because it reads tokens on the "
+                "host; inside them, decode with `lax.scan` over `model.apply`."
             )
         check_count(tokens, 0, "`tokens`")
         check_count(prefill_chunk, 1, "`prefill_chunk`")
@@ -162,14 +162,14 @@ def generate(
         rows = _check_prompts(
             prompts, model.config.vocab_size, allow_empty=logits is not None
         )
-        # No prompt at all goes for every row of the state that is continued.
+        # `[]` is an empty prompt for every row of the state.
         if not len(prompts):
             rows *= max(1, getattr(state, "batch", 1))
-        # Greedy decoding draws nothing, so it needs no key.
+        # Greedy decoding needs no key.
         samples = tokens > 0 and options.temperature > 0
         keys = _row_keys(key, len(rows), needed=bool(samples))
         start = _start(model, state, logits, batch=len(rows))
-        # Last: the other arguments tell more about a call that mixed them up.
+        # Checked last: if arguments were mixed up, the errors of the others say more.
         check_params(params, model.config)
         check_placed(params, "`params`")
     # Before the first program runs: see `commit_like`.
@@ -177,7 +177,6 @@ def generate(
     watched = bool(stop_strings or on_text or should_stop)
     block = min(WATCHED_BLOCK, tokens) if watched else tokens
     decoder = Decoder(model, params, keys=keys, options=options, block=block)
-    # The same call reads the prompts here and, after a stop string, the tokens that a row keeps.
     start = decoder.read(start, rows, chunk=prefill_chunk)
     row_texts = [RowText(tokenizer, stop_strings) for _ in rows]
     run = decode_with_stop_strings(
@@ -188,7 +187,7 @@ def generate(
         on_text=on_text or (lambda piece, row: None),
         should_stop=should_stop or (lambda: False),
     )
-    # Of type `Ending` each: every row has ended now.
+    # Every row has ended, so each entry is an `Ending`.
     ended: list[Any] = [row.ended for row in row_texts]
     return Generation(
         tokens=[row.tokens for row in row_texts],
@@ -204,11 +203,11 @@ def generate(
 
 
 def check_text_options(tokenizer: Any, stop_strings: Any, on_text: Any = None) -> None:
-    """Checks the options of `generate` that are about text.
+    """Checks the text options of `generate`.
 
     Raises:
-        TypeError: an option of the wrong kind.
-        ValueError: an empty stop string, or no tokenizer for what needs one.
+        TypeError: an option has the wrong type.
+        ValueError: a stop string is empty, or an option needs a tokenizer and there is none.
     """
     check_stop_strings(stop_strings)
     if on_text is not None:
@@ -225,7 +224,7 @@ def check_text_options(tokenizer: Any, stop_strings: Any, on_text: Any = None) -
 def _check_prompts(
     prompts: Any, vocab_size: int, *, allow_empty: bool
 ) -> list[list[int]]:
-    """Returns the prompts as a list of rows."""
+    """Checks the prompts and returns them as a list of rows."""
     is_list = isinstance(prompts, Sequence | np.ndarray | jax.Array)
     if isinstance(prompts, str | bytes) or not is_list:
         kind = type(prompts).__name__
@@ -247,20 +246,20 @@ def _check_prompts(
 
 
 def _is_row(ids: Any) -> bool:
-    """Tells whether the first of the prompts is a prompt, and not an id."""
+    """Returns whether the first entry of the prompts is a prompt rather than an id."""
     return isinstance(ids, Sequence) or np.ndim(ids) > 0
 
 
 def _row_keys(key: Array | None, batch: int, *, needed: bool) -> Array:
-    """Returns one typed key for each row."""
+    """Returns one typed key per row."""
     if key is None:
         if needed:
             raise ValueError("`key` must be given unless `temperature` is 0; got None.")
-        # It is never drawn with, but the compiled loop has the argument.
+        # A dummy: the compiled loop takes keys even if it does not use them.
         key = jax.random.key(0)
     key = typed_key(key)
     if key.ndim == 0:
-        # By the row's number, so that a row does not depend on how many others there are.
+        # Folded with the row's index, so that a row does not depend on the batch size.
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
     if key.shape != (batch,):
         raise ValueError(f"`key` must be one key or {batch}; got shape {key.shape}.")
@@ -274,16 +273,16 @@ def _start(
     *,
     batch: int,
 ) -> DecodeState:
-    """Makes the state of every row before its prompt."""
+    """Builds the decode state of every row before its prompt."""
     config = model.config
     if state is None:
         state = init_state(config)
-    # Whatever is no state is refused by `check_state`, so its batch does not matter here.
+    # `check_state` rejects anything that is not a state.
     one_for_all = getattr(state, "batch", batch) == 1
     check_state(state, 1 if one_for_all else batch, config)
     if one_for_all:
         state = repeat(state, batch)
-    # As the model returns them: a loop's carry must keep its types.
+    # The dtypes that the model returns, because a loop's carry must keep its types.
     state = state.replace(
         att_shift=state.att_shift.astype(config.dtype),
         ffn_shift=state.ffn_shift.astype(config.dtype),
@@ -300,8 +299,8 @@ def _start(
 def commit_like(arrays: Any, fresh: Any) -> Any:
     """Commits `fresh` to the device of the first committed array, to avoid a second compilation.
 
-    Outputs of a program with a committed input are committed. A program that was compiled for
-    uncommitted arrays would be compiled once more for them.
+    The outputs of a program with a committed input are committed, and a program that was compiled
+    for uncommitted arrays would be compiled again for them.
     """
     for array in jax.tree.leaves(arrays):
         committed = getattr(array, "committed", False)

@@ -24,20 +24,21 @@ def prefill_state(
     *,
     chunk: int = 1024,
 ) -> RWKV7State:
-    """Reads a prompt of any length from the zero state, in chunks; computes no logits.
+    """Prefills a prompt of any length from the zero state, in chunks, without computing logits.
 
     Args:
-        model: static.
-        params: its weights.
-        tokens: ids; none at all give the zero state.
-        chunk: tokens that are read at once.
+        model: the model.
+        params: the weights.
+        tokens: token ids; an empty prompt gives the zero state.
+        chunk: number of tokens read at once.
 
     Returns:
-        The state after the prompt (batch 1).
+        The state after the prompt, with batch size 1.
 
     Raises:
-        TypeError: ids that are not integers, or an argument of the wrong kind.
-        ValueError: ids outside the vocabulary, weights of another model, or chunks below 1.
+        TypeError: ids are not integers, or an argument has the wrong type.
+        ValueError: ids are outside the vocabulary, the weights do not fit the model, or `chunk` is
+            below 1.
     """
     with prefix_errors("prefill_state"):
         check_model(model)
@@ -46,7 +47,7 @@ def prefill_state(
         check_count(chunk, 1, "`chunk`")
         tokens = check_ids(tokens, model.config.vocab_size, "`tokens`")
     state = init_state(model.config)
-    # At most two programs are compiled: one for full chunks and one for the rest.
+    # Compiles at most two programs: one for full chunks, one for the rest.
     for first in range(0, len(tokens), chunk):
         part = tokens[None, first : first + chunk]
         state = prefill(model, params, state, tokens=part)

@@ -1,4 +1,4 @@
-"""The host's side of decoding: blocks of tokens become text, and stop strings cut rows."""
+"""The host side of decoding: detokenizes blocks of tokens and cuts rows at stop strings."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -20,8 +20,8 @@ from rwkv7_jax.text.detokenizer import (
     whole_tokens,
 )
 
-# Tokens between two looks of the host, where text is streamed or stop strings are searched. More
-# would cost tokens that a stop string cuts off again, fewer cost waiting.
+# Tokens per block when text is streamed or stop strings are searched. Larger blocks waste tokens
+# after a stop string; smaller ones make the host wait more often.
 WATCHED_BLOCK = 8
 
 OnText = Callable[[str, int], object]
@@ -30,21 +30,21 @@ Ending = Literal["stop_id", "stop_string", "length"]
 
 
 class RowText:
-    """One row as the host sees it.
+    """One row on the host.
 
     Attributes:
-        tokens: ids that are kept.
-        text: the part of their text that is certain.
+        tokens: the kept ids.
+        text: their text, as far as it is certain.
         ended: how the row ended; None while it runs.
-        stop_token: the stop id that ended the row; None where none did.
-        settled: leading tokens that the model generated and that no stop string can cut any more.
-        drawn: every id that was drawn: `tokens` and the stop id, or in place of what a stop string
-            cut off the ids up to the one that completed it.
-        logps: the log-probability of each of them.
+        stop_token: the stop id that ended the row; None if none did.
+        settled: number of leading generated tokens that no stop string can cut any more.
+        drawn: every sampled id: the kept ids and the stop id, or all ids up to the one that
+            completed a stop string.
+        logps: the log-probability of each id in `drawn`.
     """
 
     def __init__(self, tokenizer: Vocabulary | None, stop_strings: Sequence[str]):
-        """Starts without tokens; without a tokenizer there is no text and no stop string."""
+        """Starts without tokens; without a tokenizer there are no text and no stop strings."""
         self.tokens: list[int] = []
         self.text = ""
         self.ended: Ending | None = None
@@ -56,14 +56,14 @@ class RowText:
         self._detokenizer = StreamingDetokenizer(stop_strings)
 
     def append(self, tokens: Sequence[int], logps: Sequence[float] = ()) -> str:
-        """Keeps new tokens up to a stop string; returns the text that became certain.
+        """Appends new tokens up to a stop string; returns the text that became certain.
 
         Args:
             tokens: new ids.
-            logps: their log-probabilities, if anybody will ask for them.
+            logps: their log-probabilities; empty if not needed.
         """
         if self._tokenizer is None:
-            # No text, so no stop string can reach back into these tokens.
+            # Without text no stop string can cut these tokens.
             self.tokens.extend(tokens)
             self._note(tokens, logps)
             self.settled = len(self.tokens)
@@ -74,15 +74,15 @@ class RowText:
             piece += self._detokenizer.push(self._tokenizer.token_bytes(token))
             if self._detokenizer.stopped:
                 break
-        # As they were drawn, before a part of them is spelled with other ids.
+        # Recorded before a stop string replaces a partly cut token by other ids.
         self._note(self.tokens[len(self.drawn) :], logps)
         self.settled, left = whole_tokens(
             self.tokens, self._detokenizer.pending_bytes, self._tokenizer
         )
         if self._detokenizer.stopped:
             self.ended = "stop_string"
-            # The stop string began inside a token: other ids spell the bytes in front of it. Where
-            # the vocabulary has none, the text alone has these bytes.
+            # If the stop string begins inside a token, other ids replace the bytes before it. If
+            # the vocabulary cannot encode them, only the text has these bytes.
             rest = self._tokenizer.token_bytes(self.tokens[self.settled])[:left]
             self.tokens[self.settled :] = spell(rest, self._tokenizer)
         self.text += piece
@@ -98,8 +98,8 @@ class RowText:
         """Ends the row; returns the text that was held back.
 
         Args:
-            ending: how.
-            stop_token: the stop id that was drawn.
+            ending: how the row ended.
+            stop_token: the stop id that was sampled, if any.
             logp: its log-probability.
         """
         self.ended = ending
@@ -114,14 +114,14 @@ class RowText:
 def before_stop_string(
     tokens: Sequence[int], tokenizer: Vocabulary, stop_strings: Sequence[str]
 ) -> list[int] | None:
-    """Returns the ids that `generate` keeps of ids that it drew; None where no stop string is."""
+    """Returns the ids that `generate` keeps before a stop string; None without a stop string."""
     row = RowText(tokenizer, stop_strings)
     row.append(tokens)
     return row.tokens if row.ended else None
 
 
 class _Snapshot(NamedTuple):
-    """A run at the beginning of a block, and the tokens generated before it."""
+    """The decode state at the start of a block, and the number of tokens generated before it."""
 
     done: int
     run: DecodeState
@@ -136,17 +136,17 @@ def decode_with_stop_strings(
     on_text: OnText,
     should_stop: Callable[[], bool],
 ) -> DecodeState:
-    """Decodes until all rows have ended; `rows` take their tokens, text and endings.
+    """Decodes until all rows have ended; stores their tokens, text and endings in `rows`.
 
-    Snapshots of earlier blocks are kept while a stop string may still cut into them.
+    Keeps snapshots of earlier blocks as long as a stop string may still cut into them.
 
     Args:
-        decoder: the model and its choices.
-        run: where to start.
-        rows: one for each row of the batch, fresh.
-        total: tokens a row at most.
-        on_text: called with every piece of certain text and its row.
-        should_stop: asked before each block whether all rows end there.
+        decoder: the model, weights and sampling options.
+        run: the state to start from.
+        rows: one new `RowText` per row of the batch.
+        total: maximum number of tokens per row.
+        on_text: called with each piece of certain text and its row.
+        should_stop: called before each block; if it returns true, all rows end there.
 
     Raises:
         ValueError: the model's logits are not finite.
@@ -164,7 +164,7 @@ def decode_with_stop_strings(
             run = _cut_rows(decoder, run, snapshots, rows=rows, cut=cut)
         settled = min((row.settled for row in rows if not row.ended), default=done)
         snapshots = _still_needed(snapshots, settled)
-    # The text that was held back in case a stop string would follow.
+    # Emits the text that was held back as a possible stop string.
     for index, row in enumerate(rows):
         if not row.ended:
             _emit(on_text, row.end("length"), index)
@@ -172,7 +172,7 @@ def decode_with_stop_strings(
 
 
 def _still_needed(snapshots: list[_Snapshot], settled: int) -> list[_Snapshot]:
-    """Drops snapshots older than the last one that lies within the `settled` tokens."""
+    """Drops the snapshots before the last one that is within the `settled` tokens."""
     newest = 0
     for index, snapshot in enumerate(snapshots):
         if snapshot.done <= settled:
@@ -186,28 +186,28 @@ def _emit(on_text: OnText, piece: str, row: int) -> None:
 
 
 def _append(rows: list[RowText], decoded: Decoded, *, on_text: OnText) -> np.ndarray:
-    """Gives the rows their new tokens; returns which of them a stop string has ended."""
+    """Appends the new tokens to the rows; returns a mask of the rows that a stop string ended."""
     run = decoded.run
-    # One transfer: each waits for the device.
+    # One transfer, because each transfer waits for the device.
     tokens, logps, lengths, status, stop_tokens = to_host(
         (decoded.tokens, decoded.logps, decoded.lengths, run.status, run.stop_tokens)
     )
     cut = np.zeros(len(rows), bool)
     for index, row in enumerate(rows):
         if row.ended:
-            # It has stopped on the device too, so nothing of it is new.
+            # It has stopped on the device too, so it has no new tokens.
             continue
         if status[index] == BROKEN:
             raise ValueError(
-                f"generate: `params` and `state` must give finite logits; "
-                f"row {index} got others after new token {len(row.tokens) + lengths[index]}."
+                f"generate: `params` and `state` must give finite logits; row {index} "
+                f"got non-finite ones after new token {len(row.tokens) + lengths[index]}."
             )
         count = lengths[index]
         piece = row.append(
             tokens[index, :count].tolist(), logps[index, :count].tolist()
         )
         _emit(on_text, piece, index)
-        # A stop string in these tokens comes before the stop id that ended them on the device.
+        # A stop string in these tokens comes before a stop id that ended them on the device.
         cut[index] = row.ended is not None
         if status[index] == STOPPED and not cut[index]:
             ending = row.end(
@@ -225,9 +225,9 @@ def _cut_rows(
     rows: list[RowText],
     cut: np.ndarray,
 ) -> DecodeState:
-    """Stops the rows in `cut` after exactly the tokens that they keep.
+    """Stops the rows in `cut` exactly after their kept tokens.
 
-    A state cannot be rolled back, so these rows read their last tokens again from a snapshot.
+    A state cannot be rolled back, so these rows reread their last tokens from a snapshot.
     """
     settled = min(row.settled for row, is_cut in zip(rows, cut, strict=True) if is_cut)
     before = _still_needed(snapshots, settled)[0]

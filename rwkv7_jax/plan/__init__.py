@@ -1,6 +1,6 @@
-"""Plans: the step of a run, compiled ahead of time for chips that are not here.
+"""Compiles the step of a run ahead of time for chips that this machine does not have.
 
-`python -m rwkv7_jax.plan` is the program; docs/cloud.md explains it.
+The program is `python -m rwkv7_jax.plan`; docs/cloud.md explains it.
 """
 
 from rwkv7_jax.plan.chips import Target, find_target

@@ -1,4 +1,4 @@
-"""The largest arrays of a compiled program in the memory of one device."""
+"""Lists the largest arrays of a compiled program in the memory of one device."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from rwkv7_jax.plan import hlo
 
 _COUNT = 10
 
-# Their results are other instructions' arrays, or parts of them.
+# Operations whose results are arrays of other instructions, or parts of them.
 _NO_ARRAY = {
     "tuple",
     "get-tuple-element",
@@ -14,24 +14,25 @@ _NO_ARRAY = {
     "while",
     "conditional",
     "call",
-    # The first half of a copy names its source; the second half is the copy.
+    # An asynchronous copy allocates its result in its "copy-done".
     "copy-start",
     "optimization-barrier",
 }
 
 
 def largest_arrays(program: hlo.Program) -> list[dict[str, Any]]:
-    """Lists the largest arguments and results, those that lie where an operand lay left out.
+    """Lists the largest arguments and results, without results that reuse an operand's memory.
 
-    Not all of them exist at the same time. Arrays of one shape are one row.
+    Not all of them are live at the same time. Arrays of one shape share a row.
 
     Returns:
-        Rows of `gib` of one of them, `shape`, `count` of different ones, and `what` the first is.
+        Rows with `gib` (of one array), `shape`, `count` (distinct arrays) and `what` (origin of the
+        first).
     """
     rows: dict[str, dict[str, Any]] = {}
     for visit in hlo.walk(program):
         one = visit.instruction
-        # The parameters of a loop are its caller's arrays.
+        # The parameters of a called computation are its caller's arrays.
         is_callers = one.operation == "parameter" and not visit.is_first
         if (
             visit.is_fused
@@ -56,8 +57,8 @@ def largest_arrays(program: hlo.Program) -> list[dict[str, Any]]:
 
 
 def _describe(one: hlo.Instruction) -> str:
-    """Says where an array comes from: an argument's name, or the model's operation."""
+    """Names the origin of an array: an argument, or an operation of the model."""
     if one.operation == "parameter":
         return f"argument {one.op_name}"
-    # The beginning is the same of all: the step, its gradient, the model.
+    # All names share a prefix: the step, its gradient, the model.
     return one.op_name.split(")/", 1)[-1][-90:] or one.operation

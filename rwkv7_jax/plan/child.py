@@ -1,4 +1,4 @@
-"""The process that compiles: a compiler may hold its machine's lock, hang, or be killed."""
+"""The subprocess that compiles, because a compiler may hold a machine-wide lock, hang or crash."""
 
 import importlib.metadata
 import json
@@ -22,7 +22,7 @@ from rwkv7_jax.training.costs import tree_bytes
 
 _GIB = 2**30
 
-# What compilers say of programs that need more than there is, in GiB.
+# How compilers report the GiB of a program that does not fit.
 _USED = re.compile(r"Used ([\d.]+)G of|temporaries \(([\d.]+)G\)")
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin")
@@ -31,7 +31,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin")
 def main() -> None:
     """Reads a request from stdin, compiles its step and prints the answer as JSON."""
     request = json.load(sys.stdin)
-    # Whatever the libraries print must not come between.
+    # Output of the libraries must not mix with the answer.
     answer = sys.stdout
     sys.stdout = sys.stderr
     target = find_target(request["topology"])
@@ -45,9 +45,8 @@ def main() -> None:
 
 
 def compile_step(step: Step, target: Target) -> dict[str, Any]:
-    """Compiles a step and describes the result; see docs/cloud.md for the names."""
+    """Compiles a step and describes the result; docs/cloud.md explains the keys."""
     began = time.monotonic()
-    # For the platform that the step is made for.
     with step.on_target():
         need = step.mode.memory_estimate(step.mesh)
     devices = step.devices
@@ -62,7 +61,7 @@ def compile_step(step: Step, target: Target) -> dict[str, Any]:
     try:
         compiled = step.compile(target.platform)
     except Exception as error:
-        # The memory of this machine says nothing about a chip's.
+        # If this machine runs out of memory, that says nothing about the chip.
         if is_out_of_host_memory(error) or not is_out_of_memory(error):
             raise
         return found | _refused(error, step) | _ending(began)
@@ -84,7 +83,7 @@ def compile_step(step: Step, target: Target) -> dict[str, Any]:
 
 
 def _expected_wire_gb(step: Step) -> float | None:
-    """Computes what the layout makes travel; None where a step reads two models."""
+    """Computes the GB that a device sends by the layout; None if a step reads two models."""
     mode = step.mode
     if mode.gradients_of is None:
         return None
@@ -108,7 +107,7 @@ def _gib(count: int | float) -> float:
 
 
 def _refused(error: Exception, step: Step) -> dict[str, Any]:
-    """Describes a step that the compiler refuses: its peak is what it says, or a lower bound."""
+    """Describes a step that the compiler rejects; the peak is the compiler's or a lower bound."""
     arguments = sharding.bytes_on_a_device(step.arguments)
     text = first_line(error, limit=None)
     used = _USED.search(text)

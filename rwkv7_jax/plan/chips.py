@@ -1,4 +1,4 @@
-"""The chips that a step can be planned for, by JAX's names and by Google's."""
+"""The chips that a step can be planned for, by JAX's and Google's names."""
 
 import dataclasses
 import functools
@@ -19,12 +19,12 @@ class _Generation:
     """A generation of TPUs.
 
     Attributes:
-        limit: GiB that a program may use of a device, as the compiler says.
-        axes: of a topology.
-        devices: of JAX, on a chip.
-        counts_cores: whether Google's names count cores, two of a chip, rather than chips.
-        on_one_host: the most chips that one machine has.
-        slices: shapes of Google's slices, by their chips.
+        limit: GiB of a device that a program may use, by the compiler.
+        axes: number of axes of a topology.
+        devices: JAX devices per chip.
+        counts_cores: whether Google's names count cores, two per chip, instead of chips.
+        on_one_host: most chips of one host.
+        slices: shapes of Google's slices, by number of chips.
     """
 
     limit: float
@@ -57,7 +57,7 @@ _CUBES = {
     512: "8x8x8",
 }
 
-# Limits are libtpu's (0.0.42.1), from its refusals of a program that needs more.
+# The limits come from libtpu's (0.0.42.1) error for a program that needs more.
 _GENERATIONS = {
     "v4": _Generation(15.25, 3, 2, True, 4, _CUBES),
     "v5e": _Generation(15.75, 2, 1, False, 8, _FLAT),
@@ -69,18 +69,18 @@ _GENERATIONS = {
 # Other names of the same generations.
 _FORMER = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v7x": "tpu7x"}
 
-# The GPUs of which one can be planned for, and their bytes as their driver says.
+# The GPUs, and their bytes as the driver reports them. A plan is for one GPU.
 _GPUS = {
     "h100": (gpu.Device("NVIDIA H100 80GB HBM3", 90, 132, 232448), 81559 * 2**20),
     "h200": (gpu.Device("NVIDIA H200", 90, 132, 232448), 143771 * 2**20),
     "a100": (gpu.Device("NVIDIA A100-SXM4-80GB", 80, 108, 166912), 81920 * 2**20),
 }
 
-# The share of a GPU's memory that JAX takes where this variable says nothing else.
+# This variable sets the fraction of a GPU's memory that JAX takes, and this is its default.
 _SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _DEFAULT_SHARE = 0.75
 
-# Python reads no number of thousands of digits.
+# At most nine digits: `int` rejects numbers with thousands of digits.
 _TOPOLOGY = re.compile(r"(\w+?):(\d{1,9}(?:x\d{1,9})+)((?:,\w+=\d{1,9}(?:x\d{1,9})*)*)")
 
 _SLICE = re.compile(r"(\w+?)-(\d{1,9})")
@@ -91,13 +91,13 @@ class Target:
     """Chips to compile for.
 
     Attributes:
-        name: as messages call it.
-        platform: by the name that lowering uses, "tpu" or "cuda".
-        compiler: the package that has the compiler.
-        kind: of TPU, or of GPU.
-        shape: chips along each axis; "" of a GPU.
-        host: chips of one machine along each axis; None for JAX's default.
-        slices: of a TPU, that a data centre's network joins.
+        name: name in messages.
+        platform: lowering platform, "tpu" or "cuda".
+        compiler: package with the compiler.
+        kind: kind of TPU or GPU.
+        shape: chips along each axis; "" for a GPU.
+        host: chips of one host along each axis; None for JAX's default.
+        slices: TPU slices, joined by the data centre's network.
     """
 
     name: str
@@ -122,10 +122,10 @@ class Target:
         return _GPUS[self.kind][1] * share / _GIB
 
     def devices(self) -> list[Any]:
-        """Describes the devices; they are not there.
+        """Returns descriptions of the devices, which this machine does not need to have.
 
         Raises:
-            RuntimeError: the compiler cannot be had, or knows no such chips.
+            RuntimeError: the compiler is unavailable or does not know the chips.
         """
         if self.platform == "cuda":
             device, memory = _GPUS[self.kind]
@@ -149,15 +149,15 @@ def _product(shape: str) -> int:
 
 
 def find_target(name: str) -> Target:
-    """Finds the chips that a name stands for.
+    """Finds the chips with a name.
 
     Args:
-        name: JAX's name of a topology, such as "v5e:2x4", with ",slices=2" for slices and
-            ",host=2x4" for the chips of a machine; Google's of a slice, such as "v5p-128"; or
-            "h100", "h200", "a100" for one GPU.
+        name: a JAX topology such as "v5e:2x4", optionally with ",slices=2" for slices and
+            ",host=2x4" for the chips of a host; a Google slice such as "v5p-128"; or "h100",
+            "h200" or "a100" for one GPU.
 
     Raises:
-        ValueError: no such chips.
+        ValueError: the name is unknown.
     """
     text = name.lower().strip()
     if text in _GPUS:
@@ -178,7 +178,7 @@ def _kind(name: str, kind: str) -> str:
     kind = _FORMER.get(kind, kind)
     if kind not in _GENERATIONS:
         raise ValueError(
-            f"`--topology` must be of {', '.join(_GENERATIONS)}; got {name!r}."
+            f"`--topology` must be a TPU of {', '.join(_GENERATIONS)}; got {name!r}."
         )
     return kind
 
@@ -200,7 +200,7 @@ def _of_topology(name: str, found: re.Match) -> Target:
     slices = choices.get("slices", "1")
     if unknown or not slices.isdecimal() or int(slices) < 1:
         raise ValueError(
-            "`--topology` must have no choices but slices=N and host=AxB after a comma; got "
+            "`--topology` must have only the options slices=N and host=AxB after a comma; got "
             f"{name!r}."
         )
     host = None
@@ -223,7 +223,7 @@ def _of_slice(name: str, kind: str, count: str) -> Target:
             f"`--topology` must be one of {', '.join(known)}; got {name!r}."
         )
     shape = generation.slices[chips]
-    # Google rents up to eight chips of v5e and v6e as one machine; JAX's default is four.
+    # Google offers up to eight chips of v5e and v6e as one host; JAX's default is four.
     host = None
     if chips <= generation.on_one_host:
         host = tuple(map(int, shape.split("x")))

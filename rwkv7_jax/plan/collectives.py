@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, and the bytes that a chip sends for them."""
+"""Counts the collectives of a compiled program and the bytes that a device sends for them."""
 
 import collections
 import dataclasses
@@ -16,15 +16,15 @@ KINDS = (
     "collective-permute",
 )
 
-# A TPU's reduce-scatter may be a fusion of this name, of an all-reduce and the part of its result
-# that a device keeps. No device sends more than for the part.
+# On a TPU, a reduce-scatter may be a fusion with this name: an all-reduce and a slice of its
+# result. A device sends no more than for the slice.
 _FUSED_SCATTER = "all-reduce-scatter"
 
-# A TPU's program repeats a collective in each fusion that it overlaps with: a chain. Its channel
-# tells nothing: different collectives of a `shard_map` have the same one.
+# A TPU program repeats a collective in each fusion that it overlaps with; the repetitions share a
+# chain id. The channel id is no key: different collectives of a `shard_map` share it.
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 
-# Groups in the three ways in which programs write them.
+# The three notations of replica groups.
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
@@ -36,11 +36,11 @@ class Collective:
     """The collectives of one kind and group size in a step.
 
     Attributes:
-        kind: of `KINDS`.
+        kind: one of `KINDS`.
         group: devices that take part in each.
-        count: how often one runs.
-        bytes: of their results on one device.
-        wire_bytes: that one device sends by the best known algorithm.
+        count: number of executions.
+        bytes: bytes of their results on one device.
+        wire_bytes: bytes that one device sends with the best known algorithm.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class Collective:
     wire_bytes: float
 
     def table_row(self) -> dict[str, Any]:
-        """Returns its numbers for a table, in GB."""
+        """Returns a row of a table, in GB."""
         return {
             "kind": self.kind,
             "group": self.group,
@@ -64,7 +64,7 @@ def wire_bytes(kind: str, group: int, result: int) -> float:
     """Computes the bytes that one device sends for a collective.
 
     Args:
-        kind: of `KINDS`.
+        kind: one of `KINDS`.
         group: devices that take part.
         result: bytes of the result on one device.
     """
@@ -75,14 +75,14 @@ def wire_bytes(kind: str, group: int, result: int) -> float:
     share = (group - 1) / group
     if kind == "all-reduce":
         return 2 * share * result
-    # The result is one part of what all devices have had.
+    # Each device has `group` times the bytes of the result.
     if kind == "reduce-scatter":
         return share * group * result
     return share * result
 
 
 def _group_size(rest: str, devices: int) -> int:
-    """Reads how many devices take part; all where no group is named."""
+    """Returns the number of devices that take part; all devices if no group is named."""
     found = _LISTED.search(rest)
     if found:
         return found[1].count(",") + 1
@@ -98,14 +98,14 @@ def _group_size(rest: str, devices: int) -> int:
 
 
 def _kind_of(operation: str) -> str | None:
-    """Returns the kind of an operation; None of others, and of the second half of one."""
+    """Returns the kind of a collective, also from its "-start"; None for anything else."""
     kind = operation.removesuffix("-start")
     return kind if kind in KINDS else None
 
 
 def _result_shape(one: hlo.Instruction) -> str:
-    """Returns the shape of what a collective gives."""
-    # The first half of one that runs in the background gives its operands, then its results.
+    """Returns the shape of a collective's result."""
+    # The "-start" of an asynchronous collective returns its operands, then its results.
     is_pair = one.operation.endswith("-start") and one.operation != "all-reduce-start"
     return _second(one.shape) if is_pair and one.shape.startswith("(") else one.shape
 
@@ -127,8 +127,8 @@ def find_collectives(program: hlo.Program, *, devices: int) -> list[Collective]:
     """Counts the collectives that one device takes part in during a step.
 
     Args:
-        program: compiled.
-        devices: of the program.
+        program: the compiled program.
+        devices: number of devices of the program.
     """
     totals: dict[tuple[str, int], list[int]] = collections.defaultdict(lambda: [0, 0])
     seen = set()

@@ -1,16 +1,16 @@
 """The bytes that a step should send, by the layout of its weights alone.
 
-A matrix in shards is gathered when its block runs, in the forward pass and again in the backward
-pass. The head's is gathered once; so are those of the first block, which is outside of the scan
-over layers, where a compiler may merge the two (that of CPUs does, a TPU's gathers them again).
-Where weights are trained, each device gets the gradient of its own shard by one reduce-scatter, and
-shards that several groups of devices hold are averaged by an all-reduce. Of the embedding, only
-rows are sent. Start states and their gradients are replicated, but for those of heads that several
-devices share.
-
-Devices that share heads have their own matrices and states, and sum what a block's two halves add
-to the residual stream: in the forward pass, in the backward pass, and the first half again where a
-block is computed again.
+* A sharded matrix is all-gathered when its block runs, in the forward pass and again in the
+  backward pass.
+* The matrix of the head is gathered once. So are those of the first block, which is outside the
+  scan over layers: a compiler may merge the two gathers (the CPU's does, the TPU's does not).
+* Only rows of the embedding are sent.
+* If weights are trained, one reduce-scatter gives each device the gradient of its shard. An
+  all-reduce averages shards that several groups of devices hold.
+* Start states and their gradients are replicated, except for heads that are sharded.
+* With sharded heads (`tensor`), devices hold separate parts of matrices and states. They sum the
+  outputs of time mix and of channel mix in the forward pass, in the backward pass, and time mix
+  once more if a block is recomputed.
 """
 
 import math
@@ -36,12 +36,12 @@ def expected_wire_bytes(
     """Computes the bytes that one device sends in a step.
 
     Args:
-        weights: of the model, described.
-        sizes: of the mesh's axes, by name.
-        trained: parameters with gradients, described: the weights themselves or a start state.
-        dtype: of activations, in which wider weights are gathered.
-        tokens: that one device reads in a step.
-        recomputed: whether the backward pass computes each block again.
+        weights: abstract weights of the model.
+        sizes: sizes of the mesh axes, by name.
+        trained: abstract parameters with gradients: the weights themselves or a start state.
+        dtype: dtype of activations, in which wider weights are gathered.
+        tokens: tokens that one device reads in a step.
+        recomputed: whether the backward pass recomputes each block.
     """
     parts = sizes.get(FSDP, 1)
     devices = math.prod(sizes.values())
@@ -64,7 +64,7 @@ def expected_wire_bytes(
         if in_shards and not name.startswith("emb/"):
             total += wire_bytes("reduce-scatter", parts, gathered // parts)
         cut = math.prod(sizes[axis] for axis in axes)
-        # A sum is taken in the dtype of the weights; only what is gathered or scattered is cast.
+        # An all-reduce uses the dtype of the weights; only gathers and scatters cast.
         own = leaf.size * leaf.dtype.itemsize
         total += wire_bytes("all-reduce", devices // cut, own // cut)
     if not is_trained:
@@ -77,7 +77,7 @@ def expected_wire_bytes(
 
 
 def _axes_that_cut(name: str, leaf: Any, sizes: Mapping[str, int]) -> set[str]:
-    """Returns the mesh axes along which a leaf lies in parts."""
+    """Returns the mesh axes along which a leaf is sharded."""
     found: set[str] = set()
     for entry in spec(name, leaf.shape, sizes):
         found.update(axes_of(entry))
@@ -87,19 +87,19 @@ def _axes_that_cut(name: str, leaf: Any, sizes: Mapping[str, int]) -> set[str]:
 def _summed_bytes(
     weights: Any, sizes: Mapping[str, int], rows: int, recomputed: bool
 ) -> float:
-    """Computes the bytes that devices send which share heads.
+    """Computes the bytes that a device sends because heads are sharded.
 
     Args:
-        weights: of the model.
-        sizes: of the mesh's axes, by name.
+        weights: abstract weights of the model.
+        sizes: sizes of the mesh axes, by name.
         rows: bytes of the activations of a device's tokens.
-        recomputed: whether the backward pass computes each block again.
+        recomputed: whether the backward pass recomputes each block.
     """
     heads = sizes.get(TENSOR, 1)
     layers = 1
     if "layers" in weights:
         layers += weights["layers"]["att"]["w0"].shape[0]
     sums = layers * (5 if recomputed else 4)
-    # The gradient that comes back from the head, of which each device has some tokens.
+    # Each device computes the head's gradient for some of the tokens.
     given_back = wire_bytes("all-gather", heads, rows)
     return sums * wire_bytes("all-reduce", heads, rows) + given_back

@@ -1,7 +1,6 @@
-"""Compiled programs as text: their instructions, and how often each runs.
+"""Parses the text of compiled programs: their instructions, and how often each runs.
 
-The text is the only place that tells which collectives a compiler has made of a program. Counting
-them has traps, each of which is named where it is avoided.
+Only the text shows the collectives that a compiler inserts.
 """
 
 import dataclasses
@@ -10,12 +9,12 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Bits of a number, by HLO's name of its type. Others, such as f8e4m3fn, end in their bits' count.
+# Bits of HLO types whose name does not give them, as f8e4m3fn does.
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
 
-# An array and its layout, which names the memory where that is not the device's main one.
+# An array and its layout, which names the memory space unless it is the device's main memory.
 _PLACED = re.compile(r"\b([a-z][a-z0-9]*\[[\d,]*\])(\{[^}]*\})?")
 
 _ELSEWHERE = re.compile(r"S\([1-9]\d*\)")
@@ -42,9 +41,9 @@ class Instruction:
     """One instruction.
 
     Attributes:
-        name: of its result.
-        shape: of its result, with layouts; of several, in parentheses.
-        operation: such as "all-gather".
+        name: name of its result.
+        shape: shape of its result, with layouts; a tuple in parentheses.
+        operation: opcode, such as "all-gather".
         rest: operands and attributes.
     """
 
@@ -55,22 +54,22 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """The bytes of its result."""
+        """The bytes of the result."""
         return shape_bytes(self.shape)
 
     @property
     def op_name(self) -> str:
-        """The operation of the model that it comes from."""
+        """The operation of the model that the instruction comes from."""
         found = _OP_NAME.search(self.rest)
         return found[1].replace("\\'", "'") if found else ""
 
     @property
     def is_in_place(self) -> bool:
-        """Whether its result lies where an operand lay."""
+        """Whether the result reuses the memory of an operand."""
         return _IN_PLACE in self.rest
 
     def arrays(self) -> list[tuple[str, int]]:
-        """Returns shape and bytes of each result that lies in the device's main memory."""
+        """Returns shape and bytes of each result in the device's main memory."""
         found = []
         for shape, layout in _PLACED.findall(self.shape):
             if not _ELSEWHERE.search(layout):
@@ -84,7 +83,7 @@ class Program:
 
     Attributes:
         computations: instructions by the name of their computation.
-        entry: name of the first computation.
+        entry: name of the entry computation.
     """
 
     computations: dict[str, list[Instruction]]
@@ -92,7 +91,7 @@ class Program:
 
 
 def shape_bytes(shape: str) -> int:
-    """Computes the bytes of a shape, or of several."""
+    """Computes the bytes of all arrays in a shape."""
     total = 0
     for kind, sizes in _ARRAY.findall(shape):
         bits = _BITS.get(kind)
@@ -104,10 +103,10 @@ def shape_bytes(shape: str) -> int:
 
 
 def parse(text: str) -> Program:
-    """Reads a compiled program.
+    """Parses a compiled program.
 
     Raises:
-        ValueError: it has no entry, as where a compiler's output has changed.
+        ValueError: the text has no entry computation; the format may have changed.
     """
     computations: dict[str, list[Instruction]] = {}
     entry = ""
@@ -123,16 +122,16 @@ def parse(text: str) -> Program:
         if found:
             current.append(Instruction(*found.groups()))
     if not entry:
-        raise ValueError("The compiled program's text has no entry.")
+        raise ValueError("The text of the compiled program has no entry computation.")
     return Program(computations, entry)
 
 
 def _trips(program: Program, rest: str, condition: str) -> int:
-    """Returns how often a loop runs."""
+    """Returns the number of iterations of a loop."""
     found = _TRIPS.search(rest)
     if found:
         return int(found[1])
-    # The counter is compared with a constant, here or in what is called from here.
+    # The condition compares the counter with a constant, perhaps in a called computation.
     numbers = []
     names = [condition]
     while names:
@@ -144,14 +143,14 @@ def _trips(program: Program, rest: str, condition: str) -> int:
 
 
 class Visit(NamedTuple):
-    """An instruction where it runs.
+    """An instruction in the context in which it runs.
 
     Attributes:
-        instruction: itself.
-        computation: name of the one that it is in.
-        times: how often it runs.
-        is_fused: whether it is inside a fusion, where only results that leave it take memory.
-        is_first: whether it is in the program's first computation.
+        instruction: the instruction.
+        computation: name of its computation.
+        times: number of executions.
+        is_fused: whether it is inside a fusion, in which only the outputs take memory.
+        is_first: whether it is in the entry computation.
     """
 
     instruction: Instruction
@@ -179,6 +178,6 @@ def walk(program: Program) -> Iterator[Visit]:
             elif "calls" in called:
                 is_fusion = fused or one.operation == "fusion"
                 pending.append((called["calls"], times, is_fusion))
-            # Of a reduction this is its operator, which is no array's.
+            # Other instructions, such as reductions, apply an operator to scalars.
             elif one.operation == "call" and "to_apply" in called:
                 pending.append((called["to_apply"], times, fused))

@@ -1,4 +1,4 @@
-"""What is planned: a run's settings, the sizes of its model and the chips."""
+"""The input of a plan: a run's settings, the shapes of its model and the chips."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from rwkv7_jax.plan.compiler import compile_elsewhere
 from rwkv7_jax.runs.settings import Settings, as_config, read_settings
 from rwkv7_jax.runs.settled_settings import AUTO
 
-# Of frozen weights, as published files hold them, and of activations on an accelerator.
+# The dtype of frozen weights in published files, and of activations on an accelerator.
 _DTYPE = "bfloat16"
 
 
@@ -20,10 +20,10 @@ class Job:
     """A step to compile.
 
     Attributes:
-        settings: of the run.
-        config: of its model.
-        dtype: of frozen weights.
-        target: chips.
+        settings: settings of the run.
+        config: config of its model.
+        dtype: dtype of frozen weights.
+        target: chips to compile for.
     """
 
     settings: Settings
@@ -32,14 +32,14 @@ class Job:
     target: Target
 
     def compile(self, *, timeout: int) -> dict[str, Any]:
-        """Compiles the step; returns the plan, fit for JSON.
+        """Compiles the step; returns the plan, for JSON.
 
         Args:
-            timeout: seconds until the compiler is given up.
+            timeout: seconds after which the compilation is killed.
 
         Raises:
-            NoCompiler: it gives no answer.
-            CompilerFailure: it fails, and not for want of memory.
+            NoCompiler: the compiler is unavailable or times out.
+            CompilerFailure: the compiler fails for a reason other than memory.
         """
         request = {
             "topology": self.target.name,
@@ -59,16 +59,17 @@ class Job:
         return plan | found
 
     def search(self, *, timeout: int) -> dict[str, Any]:
-        """Doubles the rows while they fit; returns the last plan that does, or the first of all.
-
-        Its `search` lists all plans that were made.
+        """Doubles the rows while they fit.
 
         Args:
-            timeout: seconds until a compilation is given up.
+            timeout: seconds after which a compilation is killed.
+
+        Returns:
+            The last plan that fits, or the first plan if none does. Its `search` lists all plans.
 
         Raises:
-            NoCompiler: there is no answer for one of them.
-            CompilerFailure: the compiler fails for one of them.
+            NoCompiler: the compiler is unavailable or times out.
+            CompilerFailure: the compiler fails for a reason other than memory.
         """
         tried = []
         best: dict[str, Any] | None = None
@@ -89,12 +90,12 @@ class Job:
 
 
 def make_job(topology: str, values: Mapping[str, Any], preset: str | None) -> Job:
-    """Makes a job of what a user names.
+    """Makes a job from a user's choices.
 
     Args:
-        topology: a name of chips.
-        values: the settings of the run, as a config file has them.
-        preset: published size of the model; None where the settings say which it is.
+        topology: name of the chips; see `find_target`.
+        values: settings of the run, as in a config file.
+        preset: published size of the model; None to take the model of the settings.
 
     Raises:
         ValueError: one of them cannot be planned.
@@ -106,14 +107,14 @@ def make_job(topology: str, values: Mapping[str, Any], preset: str | None) -> Jo
 
 
 def _settled(settings: Settings) -> Settings:
-    """Returns the settings with the dtype that a run on an accelerator settles."""
+    """Returns the settings with the dtype that a run on an accelerator resolves to."""
     if settings.model.get("dtype") != AUTO:
         return settings
     return dataclasses.replace(settings, model={**settings.model, "dtype": _DTYPE})
 
 
 def _model_of(settings: Settings, preset: str | None) -> tuple[RWKV7Config, str]:
-    """Finds the model's sizes, and the dtype of its weights where they are frozen."""
+    """Returns the model's config, and the dtype of its weights if they are frozen."""
     choices = dict(settings.model)
     choices.pop("weights", None)
     if preset is not None:
@@ -124,7 +125,7 @@ def _model_of(settings: Settings, preset: str | None) -> tuple[RWKV7Config, str]
         return dataclasses.replace(config, **choices), dtype
     if not choices:
         raise ValueError(
-            "`--preset` must name a published size where neither `config.init` nor `config.model` "
-            "says which model is planned."
+            "`--preset` must name a published size if neither `config.init` nor `config.model` "
+            "is set; got none."
         )
     return RWKV7Config(**choices), _DTYPE

@@ -1,4 +1,4 @@
-"""The step of a run, described: the run's own mode, optimizer and step, without any numbers."""
+"""The abstract step of a run: the run's mode, optimizer and step function, on shapes only."""
 
 import contextlib
 import dataclasses
@@ -22,24 +22,24 @@ from rwkv7_jax.runs.modes.stack import state_sources
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.train_step import TrainState
 
-# What a plan reads in the place of the run's data: rows of ids that any vocabulary has.
+# Data of a plan in place of the run's data: ids that every vocabulary has.
 _DATA = "task:mapping"
 _VOCABULARY = "ids"
 
-# A rate that stands for the one that a run finds: rates change no shape.
+# A placeholder for a learning rate that the run searches for: it affects no shape.
 _RATE = 1.0
 
 
 class Step(NamedTuple):
-    """A run's step, ready to be compiled.
+    """A run's step, ready to compile.
 
     Attributes:
-        mode: of the run.
+        mode: mode of the run.
         program: the jitted function.
-        arguments: of it, described, with the devices that they are on.
-        state: of training, one of them.
-        mesh: of the devices that share the step; None for a single one.
-        device: one of them.
+        arguments: its abstract arguments, with their shardings.
+        state: the abstract training state, one of the arguments.
+        mesh: mesh of the devices that share the step; None for a single device.
+        device: one of the devices.
     """
 
     mode: TrainingMode
@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes of the mesh's axes, by name."""
+        """The sizes of the mesh axes, by name."""
         return dict(sharding.sizes_of(self.mesh))
 
     @property
@@ -60,7 +60,7 @@ class Step(NamedTuple):
         return [self.device] if self.mesh is None else list(self.mesh.devices.flat)
 
     def on_target(self) -> contextlib.AbstractContextManager:
-        """Tells the kernels, which choose by it, what a program is made for in the block."""
+        """Sets the devices for which the kernels pick their implementation in a with block."""
         if self.mesh is not None:
             return sharding.use_mesh(self.mesh)
         alone = Mesh(np.array([self.device]), ("alone",))
@@ -70,9 +70,9 @@ class Step(NamedTuple):
         """Compiles the step for its devices.
 
         Args:
-            platform: as lowering calls it.
+            platform: lowering platform.
         """
-        # With a mesh, the step itself says so.
+        # With a mesh, the step itself sets it.
         alone = self.on_target() if self.mesh is None else contextlib.nullcontext()
         with alone:
             traced = self.program.trace(*self.arguments)
@@ -85,13 +85,13 @@ def describe_step(
     """Describes a run's step.
 
     Args:
-        settings: of the run.
-        config: of its model.
-        dtype: of frozen weights.
-        devices: which the step is made for; they need not be there.
+        settings: settings of the run.
+        config: config of its model.
+        dtype: dtype of frozen weights.
+        devices: devices to compile for; this machine need not have them.
 
     Raises:
-        ValueError: settings that a run cannot work with.
+        ValueError: a run rejects the settings.
     """
     mesh = make_mesh_of(settings, devices)
     with _without_numbers(settings, config, dtype) as mode:
@@ -100,7 +100,7 @@ def describe_step(
         state = jax.eval_shape(
             lambda params: mode.train_state(params, tx), mode.abstract_params
         )
-        # Its frozen arrays are described as well: the step places them on the mesh.
+        # Its frozen arrays are abstract too; the step places them on the mesh.
         step = mode.update_step(tx, mesh)
     state = sharding.abstract_shards(mesh, _as_jax_holds(state))
     rows = sharding.abstract_rows(mesh, _as_jax_holds(batch))
@@ -122,7 +122,7 @@ def describe_step(
 
 
 def _as_jax_holds(tree: Any) -> Any:
-    """Describes the arrays of a tree with the dtypes that they have once they are JAX's."""
+    """Describes the arrays of a tree with the dtypes that they have as JAX arrays."""
 
     def describe(leaf: Any) -> jax.ShapeDtypeStruct:
         kind = jax.dtypes.canonicalize_dtype(leaf.dtype)
@@ -133,7 +133,7 @@ def _as_jax_holds(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_numbers(settings: Settings, config: RWKV7Config, dtype: str):
-    """Makes the mode of a run around shapes, with rows of a task in place of its data."""
+    """Makes the mode of a run on abstract weights, with a synthetic task as its data."""
     kind = mode_class(settings)
     settings = _with_any_data(settings, config)
     base = None
@@ -148,8 +148,8 @@ def describe_weights(config: RWKV7Config, dtype: str, form: str | None) -> Any:
     """Describes frozen weights.
 
     Args:
-        config: of the model.
-        dtype: of floats.
+        config: config of the model.
+        dtype: dtype of floats.
         form: "int8", or None for floats.
     """
     model = RWKV7(config)
@@ -164,9 +164,9 @@ def describe_weights(config: RWKV7Config, dtype: str, form: str | None) -> Any:
 
 
 def _with_any_data(settings: Settings, config: RWKV7Config) -> Settings:
-    """Returns the settings with a task in place of all data.
+    """Returns the settings with a synthetic task in place of all data.
 
-    A start state is read all the same: an upscaled one has other arrays.
+    A start state is still read: an upscaled one has further arrays.
     """
     states = settings.tuning.states
     if states is not None:
@@ -179,7 +179,7 @@ def _with_any_data(settings: Settings, config: RWKV7Config) -> Settings:
         )
     return dataclasses.replace(
         settings,
-        # Weights that are trained are float32 whatever the checkpoint holds.
+        # Trained weights are float32, independent of the checkpoint.
         init=None if is_new else "the planned model",
         model=dataclasses.asdict(config) if is_new else settings.model,
         optimizer=optimizer,

@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Formats a plan as text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -44,7 +44,7 @@ def _temporary(plan: Mapping[str, Any]) -> str:
 def _buffers(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
-    lines = ["arrays      the largest; not all exist at the same time"]
+    lines = ["arrays      the largest; not all are live at the same time"]
     for row in rows:
         count = f"x{row['count']}"
         lines.append(
@@ -56,8 +56,8 @@ def _buffers(rows: list[dict[str, Any]]) -> list[str]:
 def _collectives(plan: Mapping[str, Any]) -> list[str]:
     rows = plan["collectives"]
     if not rows:
-        return [] if plan["wire_gb"] is None else ["wire        nothing travels"]
-    line = f"wire        {plan['wire_gb']:.2f} GB a step from each device"
+        return [] if plan["wire_gb"] is None else ["wire        no collectives"]
+    line = f"wire        {plan['wire_gb']:.2f} GB per step sent by each device"
     if plan["expected_wire_gb"] is not None:
         line += f"; {plan['expected_wire_gb']:.2f} by the layout alone"
     lines = [line]

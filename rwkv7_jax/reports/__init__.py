@@ -1,4 +1,4 @@
-"""What people read after a run: metrics files, the report, plots. Reads files; never trains."""
+"""Metrics files, the report and plots of a run. Reads files; never trains."""
 
 from rwkv7_jax.reports.html_report import report_page, write_report
 from rwkv7_jax.reports.metric_writers import MetricFiles

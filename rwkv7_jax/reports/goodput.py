@@ -1,7 +1,8 @@
-"""The goodput of a run: the share of its time that made steps which count.
+"""The goodput of a run: the fraction of its wall time spent on steps that were kept.
 
-The time runs from the first start to the last event, with everything between two processes. Steps
-that a killed process made and the next one repeated are in no row, so that their time is lost.
+The wall time runs from the first start to the last event and includes the time between two
+processes. Steps that a killed process made and the next one repeated appear in no row, so their
+time counts as lost.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,26 +10,26 @@ from typing import Any
 
 from rwkv7_jax.json_files import number_of
 
-# Columns of the metrics: seconds since the line before.
+# Columns of the metrics: seconds since the previous line.
 STEPS = "step_seconds"
 PAUSES = "paused_seconds"
 
-# Seconds since the process began; a smaller number than the one before is another process's.
+# Cumulative seconds of a process. A value below the previous one comes from a new process.
 COMPILING = "compile_seconds"
 
 
 def goodput(
     rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
 ) -> str:
-    """Describes how the time of a run was spent; "" where its files do not tell.
+    """Describes how the time of a run was spent; "" if its files do not have that information.
 
     Args:
         rows: metrics by step.
-        events: in the order in which they happened, with the seconds of a clock as `time`.
+        events: events in chronological order; `time` is in seconds.
     """
     times = _numbers(events, "time")
     steps = _numbers(rows, STEPS)
-    # The last event may be a start: how long that process has worked since, nothing tells.
+    # If the last event is a start, the end of that process is unknown.
     is_over = bool(events) and events[-1].get("event") not in ("start", "resume")
     if not (steps and is_over and len(times) == len(events) > 1):
         return ""
@@ -55,7 +56,7 @@ def _numbers(rows: Iterable[Mapping[str, Any]], name: str) -> list[float]:
 
 
 def _sum_of_rises(values: Iterable[float]) -> float:
-    """Adds up a number that grows, and begins at 0 again in each process."""
+    """Adds up the increases of a counter that restarts at 0 in each process."""
     total = 0.0
     before = 0.0
     for value in values:

@@ -1,7 +1,7 @@
-"""The report of a run: one HTML file that needs no other file.
+"""The report of a run: one self-contained HTML file.
 
-It depends on the files of the run directory only: `settings.json`, `metrics.jsonl`, `samples.jsonl`
-(a prompt and its text per line), `events.jsonl` (start, resume, skipped, stopped, finished),
+It reads only files of the run directory: `settings.json`, `metrics.jsonl`, `samples.jsonl` (one
+prompt and its text per line), `events.jsonl` (start, resume, skipped, stopped, finished),
 `rate_search.json`, `system.json` and PNG files. A section whose file is missing is left out.
 """
 
@@ -22,8 +22,8 @@ from rwkv7_jax.reports.metric_writers import JSONL, merged, read_steps
 from rwkv7_jax.reports.svg_charts import Mark, Points, line_chart
 from rwkv7_jax.reports.system_info import lines
 
-# Charts with several metrics: title, pattern of their names, whether y is logarithmic. Every other
-# metric gets a chart of its own.
+# Charts of several metrics: title, pattern of their names, whether y is logarithmic. Every other
+# metric gets a separate chart.
 _SHARED_CHARTS = (
     ("loss (nats per token)", r"(^|/)(loss_nats|loss)$", False),
     ("bits per byte", log_name("", "bits_per_byte") + "$", False),
@@ -33,17 +33,15 @@ _SHARED_CHARTS = (
 
 _NO_CHART = ("step", "seconds", STEPS, PAUSES)
 
-# Events that change how a curve has to be read.
+# Events that explain a change in a curve.
 _MARKED = ("resume", "skipped", "stopped")
 
-_KEY = (
-    "Upright lines: dashed where the run was resumed, red where updates were skipped."
-)
+_KEY = "Vertical lines: dashed where the run resumed, red where updates were skipped."
 
-# A run that is resumed again and again must not make the page too large for a browser.
+# Many resumptions must not make the page too large for a browser.
 _EVENTS_SHOWN = 200
 
-# What reading a record raises whose entries are of other kinds than those that were written.
+# Errors from a record whose entries do not have the expected types.
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 _STYLE = """
@@ -93,14 +91,14 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, flo
     for row in rows:
         for name, value in row.items():
             number = number_of(value)
-            # Text is skipped; NaN is a number here, so that a diverged run has its column.
+            # NaN counts as a number, so a diverged run keeps its column.
             if name not in _NO_CHART and number is not None:
                 columns.setdefault(name, []).append((row["step"], number))
     return columns
 
 
 def _numbers(columns: Mapping[str, Points]) -> str:
-    """Makes a table with the first, last, least and greatest number of each metric."""
+    """Makes a table with the first, last, least and largest number of each metric."""
     rows = []
     for name, points in columns.items():
         values = [y for _, y in points]
@@ -119,8 +117,8 @@ def _charts(columns: Mapping[str, Points], marks: Sequence[Mark]) -> str:
     charts = []
     for title, pattern, log in _SHARED_CHARTS:
         names = [name for name in left if re.search(pattern, name)]
+        # `pop`: a metric appears once, in the first chart whose pattern it matches.
         shared = {name: left.pop(name) for name in names}
-        # `pop` above: a metric is drawn once, in the first chart whose pattern it fits.
         charts.append(line_chart(title, shared, marks=marks, log=log))
     for name, points in left.items():
         charts.append(line_chart(name, {name: points}, marks=marks))
@@ -132,7 +130,7 @@ def _charts(columns: Mapping[str, Points], marks: Sequence[Mark]) -> str:
 
 
 def _event_marks(events: Sequence[Mapping[str, Any]]) -> list[Mark]:
-    """Makes marks of the events that change how a curve has to be read."""
+    """Makes marks for the events that explain a change in a curve."""
     marks = []
     for event in events:
         kind = event.get("event")
@@ -147,19 +145,18 @@ def _event_table(events: Sequence[Mapping[str, Any]]) -> str:
     for event in events[-_EVENTS_SHOWN:]:
         rows.append((event["step"], event.get("event", ""), event.get("detail") or ""))
     hidden = len(events) - len(rows)
-    note = f'<p class="note">{hidden} earlier ones are not shown.</p>' if hidden else ""
+    note = f'<p class="note">{hidden} earlier events hidden.</p>' if hidden else ""
     return note + _table(rows, head=("step", "event", "detail"))
 
 
 def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lists the sample text by step, the newest first and open."""
+    """Lists the samples by step, the newest first and expanded."""
     by_step: dict[int, list[str]] = {}
     for row in rows:
         prompt = _text(row.get("prompt", ""))
         text = _text(row.get("text", ""))
         block = f'<pre class="sample"><b>{prompt}</b>{text}</pre>'
         by_step.setdefault(row["step"], []).append(block)
-    # Only the newest is open, so that a long run's page begins with what the model writes now.
     newest = max(by_step, default=0)
     parts = []
     for step in sorted(by_step, reverse=True):
@@ -172,7 +169,7 @@ def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _rate_search(record: Mapping[str, Any] | None, start: str) -> str:
-    """Draws what a search for the learning rate measured, and says what it chose."""
+    """Draws the measurements of a learning rate search, and reports its choice."""
     states = (record or {}).get("states")
     if not isinstance(states, Mapping):
         return ""
@@ -180,18 +177,18 @@ def _rate_search(record: Mapping[str, Any] | None, start: str) -> str:
         return "\n".join(
             _search_of(name, search, start) for name, search in states.items()
         )
-    # Damaged, or of another version: the other sections do not depend on it.
+    # A record that is damaged or of another version costs only this section.
     except _DAMAGE:
         return ""
 
 
 def _search_of(name: str, search: Mapping[str, Any], start: str) -> str:
-    """Shows the search of one state: the choice, all numbers and the curve.
+    """Shows the search for one state: the choice, all numbers and the curve.
 
     Args:
-        name: of the state; "" of a run's only one.
-        search: what was found for it.
-        start: `config.start`, what the state is tuned from; "" for no state.
+        name: name of the state; "" for a run's only state.
+        search: record of its search.
+        start: `config.start`, the state that tuning starts from; "" for none.
     """
     untuned = "the state of config.start" if start else "no state"
     before = untuned if start else "without a state"
@@ -213,7 +210,7 @@ def _search_of(name: str, search: Mapping[str, Any], start: str) -> str:
     chosen = search["rate"]
     choice = f"no rate is better than {untuned}" if chosen is None else f"{chosen:g}"
     edge = f", the {search['edge']} that was tried" if search["edge"] else ""
-    # Records of earlier versions have neither a reason nor the nearly equal rates.
+    # Records of earlier versions lack `why` and `near`.
     why = f": {search['why']}" if search.get("why") else ""
     near = search.get("near", ())
     equal = ""
@@ -228,10 +225,10 @@ def _shown_number(value: Any) -> str:
 
 
 def _system(info: Mapping[str, Any] | None) -> str:
-    """Lists the machine and its packages."""
+    """Lists the devices, the machine and the package versions."""
     try:
         listed = _text("\n".join(lines(info))) if info else ""
-    # Damaged, as above.
+    # As in `_rate_search`.
     except _DAMAGE:
         return ""
     return f"<pre>{listed}</pre>" if listed else ""
@@ -244,7 +241,7 @@ def _pictures(folder: Path) -> str:
         if not path.is_file():
             continue
         data = path.read_bytes()
-        # A file that a killed process left half written would be a broken picture.
+        # A killed process may have left an incomplete file.
         if not data.startswith(b"\x89PNG"):
             continue
         name = _text(path.name)
@@ -257,7 +254,7 @@ def _pictures(folder: Path) -> str:
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields settings as `group.name` and value."""
+    """Yields settings as pairs of `group.name` and value."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from _flatten(value, f"{prefix}{name}.")
@@ -281,7 +278,7 @@ def _subtitle(
 
 
 def report_page(folder: str | Path) -> str:
-    """Returns the report as HTML; the same files always give the same page.
+    """Returns the report as HTML; equal files give equal pages.
 
     Args:
         folder: the run directory.
@@ -292,10 +289,10 @@ def report_page(folder: str | Path) -> str:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(
-            f"report_page: `folder` must be a run's folder; got {str(folder)!r}."
+            f"report_page: `folder` must be a run directory; got {str(folder)!r}."
         )
     settings = read_object(folder / "settings.json")
-    # Any of the files may be missing or damaged: the report is for runs that failed as well.
+    # Any file may be missing or damaged: the report is also for runs that failed.
     info = read_object(folder / "system.json")
     search = read_object(folder / "rate_search.json")
     start = str((settings or {}).get("start") or "")
@@ -337,6 +334,6 @@ def write_report(folder: str | Path) -> Path:
     page = report_page(folder)
     path = Path(folder) / "report.html"
     with atomic_write(path) as file:
-        # Sample text may hold half a surrogate pair, which UTF-8 cannot encode.
+        # A sample may hold an unpaired surrogate, which UTF-8 cannot encode.
         file.write(page.encode("utf-8", "replace"))
     return path

@@ -1,4 +1,4 @@
-"""The metrics of a run, step by step, in files and trackers."""
+"""Writes the metrics of a run to files and trackers."""
 
 import csv
 import functools
@@ -18,16 +18,16 @@ CSV = "metrics.csv"
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a log that have a step; none where the file is missing."""
+    """Reads the lines of a log that have a step; none if the file is missing."""
     return [row for row in read_log(path) if _has_step(row)]
 
 
 def merged(rows: Iterable[Mapping[str, Any]]) -> list[dict]:
-    """Returns one row per step, in the order of steps; of two values the later one counts."""
+    """Returns one row per step, in order of steps; a later value replaces an earlier one."""
     by_step: dict[int, dict] = {}
     for row in rows:
         step = row["step"]
-        # A step has one row of training and may have one of its evaluation.
+        # Training and evaluation write separate rows of the same step.
         by_step[step] = {**by_step.get(step, {}), **row}
     return [by_step[step] for step in sorted(by_step)]
 
@@ -35,16 +35,16 @@ def merged(rows: Iterable[Mapping[str, Any]]) -> list[dict]:
 class MetricFiles:
     """`metrics.jsonl` and `metrics.csv` of one run, and the trackers that the settings name.
 
-    Both files hold every number. Each write appends to them, so that a killed process leaves what
-    it had measured. A name that the CSV file does not have yet adds a column to it.
+    Both files hold every number. Each write appends to them, so a killed process leaves its
+    metrics behind. A new name adds a column to the CSV file.
     """
 
     def __init__(self, folder: str | Path, *, also: Iterable[str] = ()):
-        """Opens the files of the directory, with what earlier processes wrote.
+        """Opens the files of the directory and keeps the rows of earlier processes.
 
         Args:
-            folder: the run directory; it is made where it does not exist.
-            also: names of `TRACKERS`.
+            folder: the run directory; created if missing.
+            also: trackers, each one of `TRACKERS`.
 
         Raises:
             ValueError: a tracker is unknown.
@@ -55,7 +55,7 @@ class MetricFiles:
         self._rows = read_steps(self._jsonl)
         self._columns = _column_names(self._rows)
         if self._jsonl.exists():
-            # Without an unfinished last line, to which the next write would be glued.
+            # Drops an unfinished last line, which the next write would extend.
             self._rewrite()
         self._openers = [_tracker_opener(name) for name in also]
         self._trackers: list[Tracker] = []
@@ -71,10 +71,10 @@ class MetricFiles:
         append_line(self._jsonl, json.dumps(row))
         new_columns = [name for name in row if name not in self._columns]
         if new_columns:
-            # The header is the file's first line: a new column means writing all of it again.
+            # A new column changes the header, so the whole file is rewritten.
             columns = [*self._columns, *new_columns]
             self._write_csv(columns)
-            # Only now: later rows are appended below the header that is there.
+            # Only after the write: later rows must match the header on disk.
             self._columns = columns
         else:
             append_line(self._folder / CSV, _csv_text(self._columns, [row]))
@@ -82,9 +82,9 @@ class MetricFiles:
 
     def _track(self, step: int, numbers: Mapping[str, Any]) -> None:
         if not self._trackers:
-            # Opened at the first write: only now is it known which step a resumed run starts at.
+            # The step at which a resumed run starts is known only at the first write.
             self._trackers = [open_at(self._folder, step) for open_at in self._openers]
-        # Trackers take numbers alone; the files take everything.
+        # Trackers take only numbers; the files take everything.
         numeric = {}
         for name, value in numbers.items():
             if isinstance(value, int | float):
@@ -93,22 +93,22 @@ class MetricFiles:
             tracker.write(step, numeric)
 
     def rows(self) -> list[dict]:
-        """Returns one row per step, in order, those of earlier processes included."""
+        """Returns one row per step, in order, including rows of earlier processes."""
         return merged(self._rows)
 
     def truncate_after(self, step: int) -> None:
-        """Drops the rows of later steps, as a run that was restored at `step` repeats them.
+        """Drops the rows of later steps, which a run restored at `step` repeats.
 
         TensorBoard hides its old points from the next written step on. Weights & Biases keeps the
-        first numbers of a step and ignores the second ones.
+        first numbers of a step and ignores later ones.
 
         Args:
-            step: the last one to keep; -1 keeps none.
+            step: last step to keep; -1 keeps none.
         """
         self._rows = [row for row in self._rows if row["step"] <= step]
         self._columns = _column_names(self._rows)
         self._rewrite()
-        # Trackers are opened again at the restored step, which hides their later points.
+        # Reopening the trackers at the restored step hides their later points.
         self.close()
 
     def _rewrite(self) -> None:
@@ -121,36 +121,36 @@ class MetricFiles:
         header = dict(zip(columns, columns, strict=True))
         text = _csv_text(columns, [header, *self._rows])
         with atomic_write(self._folder / CSV) as file:
-            # A damaged line may hold half a surrogate pair, which UTF-8 cannot encode.
+            # A damaged line may hold an unpaired surrogate, which UTF-8 cannot encode.
             file.write(f"{text}\n".encode("utf-8", "replace"))
 
     def close(self) -> None:
-        """Sends everything to the trackers; another write opens them again."""
+        """Flushes and closes the trackers; another write reopens them."""
         for tracker in self._trackers:
             tracker.close()
         self._trackers = []
 
 
 def _csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Returns lines of a CSV file, without the end of the last one."""
+    """Returns lines of a CSV file, without the last line break."""
     text = io.StringIO(newline="")
     csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
     return text.getvalue().removesuffix("\n")
 
 
 def _has_step(row: Mapping[str, Any]) -> bool:
-    """Tells whether a line of a log has a step; a line of junk may have anything under its name."""
+    """Tells whether a line of a log has a valid step; a damaged line may hold anything there."""
     step = row.get("step")
-    # True and False are integers, too; one that no float can hold has no place in a chart.
+    # bool is a subclass of int; an integer too large for a float cannot be drawn.
     is_integer = isinstance(step, int) and not isinstance(step, bool)
     return is_integer and number_of(step) is not None
 
 
 def _column_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Returns every name, in the order in which they appear; the step comes first."""
+    """Returns all names in order of appearance; the step comes first."""
     names = {"step": None}
     for row in rows:
-        # A dict and not a set: it keeps the order.
+        # A dict keeps the order; a set does not.
         names |= dict.fromkeys(row)
     return list(names)
 
@@ -160,7 +160,7 @@ class _TensorBoard:
 
     def __init__(self, package: Any, folder: Path, first_step: int):
         where = str(folder / "tensorboard")
-        # The purge hides what a run that was resumed had written of later steps.
+        # The purge hides the later steps that a resumed run wrote before.
         self._writer = package.SummaryWriter(where, purge_step=first_step or None)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -174,7 +174,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A run of Weights & Biases, which a resumed process continues by the id in `wandb.id`."""
+    """A Weights & Biases run, which a resumed process continues by the id in `wandb.id`."""
 
     def __init__(self, package: Any, folder: Path, first_step: int):
         id_file = folder / "wandb.id"
@@ -195,24 +195,24 @@ class _WandB:
         self._run.finish()
 
 
-# A service that gets the metrics in addition to the files.
+# A service that receives the metrics in addition to the files.
 Tracker = _TensorBoard | _WandB
 
-# By the name in the settings, which is also the extra's: the package, and the class that uses it.
+# Package and class of each tracker, by its name in the settings, which is also its extra.
 _TRACKERS = {"tensorboard": ("tensorboardX", _TensorBoard), "wandb": ("wandb", _WandB)}
 
 TRACKERS = tuple(_TRACKERS)
 
 
 def _tracker_opener(name: str) -> Callable[[Path, int], Tracker]:
-    """Imports a tracker's package; returns what opens it, from the directory and first step."""
+    """Imports a tracker's package; returns a function of directory and first step to open it."""
     if name not in _TRACKERS:
         raise ValueError(
-            f"MetricFiles: `also` must be of {', '.join(TRACKERS)}; got {name!r}."
+            f"MetricFiles: `also` must name only {', '.join(TRACKERS)}; got {name!r}."
         )
     module, tracker = _TRACKERS[name]
     try:
-        # Now, so that a missing package ends a run before anything is compiled.
+        # A missing package must end the run before anything compiles.
         package = importlib.import_module(module)
     except ImportError:
         raise ImportError(

@@ -24,16 +24,16 @@ _COLOURS = (
     "#1d1d1d",
 )
 
-# Points of a line by name.
+# The points of each line, by name.
 Lines = Mapping[str, Sequence[tuple[float, float]]]
 
-# Longer lines are thin and have no markers.
+# Lines with more points are thin and have no markers.
 _MARKERS = 40
 
-# Points of a smoothed line.
+# Most points of a smoothed line.
 _PIECES = 32
 
-# Added to singular values: a logarithmic axis has no place for 0.
+# Added to singular values: a logarithmic axis cannot show 0.
 _TINY = 1e-9
 
 
@@ -46,7 +46,7 @@ def _figure(
     columns: int, *, height: float = 3.4, width: float = 4.6
 ) -> tuple[Any, Any]:
     """Makes a figure that needs no display, and its axes in one row."""
-    # Optional and slow to import, here and below.
+    # matplotlib is optional and slow to import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -62,7 +62,6 @@ def _figure(
 def _save(figure: Any, path: str | Path, *, legend: bool = False) -> None:
     if legend:
         figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
-    # What was there stays until the picture is complete.
     with atomic_write(Path(path)) as file:
         figure.savefig(file, dpi=130, format=Path(path).suffix[1:] or None)
 
@@ -71,7 +70,7 @@ def curves(path: str | Path, lines: Lines, *, x: str, y: str) -> None:
     """Draws named lines as a PNG file.
 
     Args:
-        path: of the PNG file.
+        path: path of the PNG file.
         lines: points of each line.
         x: label of the x axis.
         y: label of the y axis.
@@ -96,7 +95,7 @@ def curves(path: str | Path, lines: Lines, *, x: str, y: str) -> None:
 # Named points by group.
 Points = Mapping[str, Sequence[tuple[float, float, str]]]
 
-# Where a point's name may stand: its alignment, and its distance from the point.
+# Candidate positions of a point's name: alignment, and offset from the point.
 _PLACES = (
     ("left", (4, 4)),
     ("left", (4, -9)),
@@ -114,14 +113,14 @@ _PLACES = (
 def scatter(
     path: str | Path, groups: Points, *, x: str, y: str, front: bool = False
 ) -> None:
-    """Draws named points, coloured by group, with a logarithmic x axis where all x are above 1.
+    """Draws named points, coloured by group; the x axis is logarithmic if all x are above 1.
 
     Args:
-        path: of the PNG file.
+        path: path of the PNG file.
         groups: (x, y, name) of the points of each group.
         x: label of the x axis.
         y: label of the y axis.
-        front: also draw the line of the points that no other one beats at smaller x.
+        front: whether to draw the Pareto front, too.
     """
     figure, (axis,) = _figure(1, height=4.2, width=6.4)
     for colour, (group, points) in zip(_COLOURS, groups.items(), strict=False):
@@ -152,8 +151,7 @@ def scatter(
 
 
 def _label(axis: Any, groups: Points) -> None:
-    """Writes each point's name next to it, where it covers least of other names and points."""
-    # Optional: matplotlib is an extra.
+    """Writes each point's name next to it, where it overlaps the fewest names and points."""
     from matplotlib.transforms import Bbox
 
     middles = [point[:2] for points in groups.values() for point in points]
@@ -175,25 +173,27 @@ def _label(axis: Any, groups: Points) -> None:
                 sum(_place(text, *at).overlaps(other) for other in taken)
                 for at in _PLACES
             ]
-            # The first of equals: nearest to the point.
+            # Of equal positions the first, which is closest to the point.
             best = covered.index(min(covered))
             taken.append(_place(text, *_PLACES[best]))
 
 
 def _place(text: Any, side: str, shift: tuple[int, int]) -> Any:
-    """Moves a name to a place next to its point; returns the box that it covers."""
+    """Moves a name to a position next to its point; returns its bounding box."""
     text.set_horizontalalignment(side)
     text.set_position(shift)
     return text.get_window_extent()
 
 
 def front_of(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float]]:
-    """Returns the points whose y no point at a smaller or equal x reaches, by x."""
+    """Returns the Pareto front by x: the points whose y no point at a smaller or equal x reaches.
+
+    A last point extends it to the largest x.
+    """
     front: list[tuple[float, float]] = []
     for x, y, _ in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or y > front[-1][1]:
             front.append((x, y))
-    # To the right end, so that the line says what more bytes would have to beat.
     return [*front, (max(point[0] for point in points), front[-1][1])]
 
 
@@ -203,7 +203,7 @@ def by_position(
     """Draws bits per byte by position in the text, one bar for each range and name.
 
     Args:
-        path: of the PNG file.
+        path: path of the PNG file.
         scores: (first, end, bits per byte) of the ranges, by name; all have the same ranges.
     """
     figure, (axis,) = _figure(1)
@@ -231,13 +231,13 @@ def states(
     """Draws the norm of each head of two states, and the singular values of each layer.
 
     Args:
-        path: of the PNG file.
+        path: path of the PNG file.
         before: singular values, largest first, of a typical state of the base.
         after: singular values of the tuned start state.
     """
     figure, axes = _figure(3)
     norms = [np.sqrt(np.square(values).sum(-1)) for values in (before, after)]
-    # One scale for both, so that the colours can be compared.
+    # One scale makes the colours of both comparable.
     top = max(float(norm.max()) for norm in norms) or 1.0
     names = ("typical state of the base", "tuned start state")
     image = None
@@ -265,8 +265,8 @@ def diagnosis(path: str | Path, measured: Diagnosis) -> None:
     """Draws how much of a tuned state is still read, the loss by position, and spectra.
 
     Args:
-        path: of the PNG file.
-        measured: from `state_diagnosis.diagnose`.
+        path: path of the PNG file.
+        measured: the result of `state_diagnosis.diagnose`.
     """
     figure, (fading, losses, spectra) = _figure(3)
     for (name, memory), style in zip(
@@ -286,7 +286,7 @@ def diagnosis(path: str | Path, measured: Diagnosis) -> None:
         losses.plot(positions, nats[positions], color=colour, alpha=0.25, lw=0.8)
         losses.plot(*_smoothed(positions, nats[positions]), color=colour, label=name)
     losses.set(title="loss by position", xlabel="position", ylabel="nats per token")
-    # An empty state has only zeros, and the axis needs a range above zero.
+    # An empty state has only zeros, but the axis needs a positive range.
     top = (
         max(float(memory.spectrum.max()) for memory in measured.memories.values())
         or 1.0
@@ -305,7 +305,7 @@ def diagnosis(path: str | Path, measured: Diagnosis) -> None:
 def _draw_memory(
     fading: Any, spectra: Any, name: str, memory: MemoryStatistics, style: str
 ):
-    """Draws the lines of one memory; layers go from dark to light, and two of them are named."""
+    """Draws the lines of one memory: layers from dark to light; the legend names two of them."""
     from matplotlib import colormaps
 
     fading.plot(memory.fading, style, color="black", lw=2, label=f"{name}, all layers")
@@ -320,7 +320,7 @@ def _draw_memory(
 
 
 def _smoothed(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the means of neighbouring points, at most `_PIECES` of them."""
+    """Averages neighbouring points; returns at most `_PIECES` points."""
     parts = np.array_split(np.arange(len(x)), min(_PIECES, len(x)))
     means_x = np.array([x[part].mean() for part in parts])
     means_y = np.array([y[part].mean() for part in parts])

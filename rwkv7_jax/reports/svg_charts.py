@@ -1,4 +1,4 @@
-"""Line charts as SVG text, which needs no package and no display."""
+"""Line charts as SVG text, without further packages or a display."""
 
 import html
 import math
@@ -19,23 +19,23 @@ _RIGHT = 12
 _TOP = 26
 _BOTTOM = 30
 
-# Longer lines are drawn as the means of this many pieces, over the range that each piece spans.
+# A longer line is drawn as the means of at most this many pieces, over a band with their ranges.
 PIECES = 300
 
-# Shorter lines get a dot at every point.
+# Lines with at most this many points get a dot at every point.
 _DOTS = 40
 
-# Larger numbers have no place in a picture: their logarithms and ranges would overflow.
+# Larger numbers are not drawn: ranges would overflow.
 _MOST = 1e100
 
 
 class Mark(NamedTuple):
-    """A vertical line where something happened.
+    """A vertical line that marks an event.
 
     Attributes:
-        x: its place on the x axis.
+        x: position on the x axis.
         kind: CSS class, such as "resume".
-        text: shown under the pointer.
+        text: tooltip.
     """
 
     x: Number
@@ -44,26 +44,26 @@ class Mark(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """The ranges that are shown; `y` is a logarithm to base ten if `log`."""
+    """The visible ranges; `y` is a base-10 logarithm if `log`."""
 
     x: tuple[float, float]
     y: tuple[float, float]
     log: bool
 
     def to_svg_x(self, x: Number) -> float:
-        """Converts an x of the data to one of the picture."""
+        """Converts an x of the data to SVG coordinates."""
         share = (x - self.x[0]) / (self.x[1] - self.x[0])
         return _LEFT + share * (WIDTH - _LEFT - _RIGHT)
 
     def to_svg(self, x: float, y: float) -> tuple[float, float]:
-        """Converts a point of the data to one of the picture, whose y axis points down."""
+        """Converts a point of the data to SVG coordinates, in which y points down."""
         height = math.log10(y) if self.log else y
         share = (height - self.y[0]) / (self.y[1] - self.y[0])
         return self.to_svg_x(x), _TOP + (1 - share) * (HEIGHT - _TOP - _BOTTOM)
 
 
 class _Piece(NamedTuple):
-    """Neighbouring points of a line, drawn as one."""
+    """Neighbouring points of a line, drawn as one point."""
 
     x: float
     mean: float
@@ -72,10 +72,10 @@ class _Piece(NamedTuple):
 
 
 def _drawable(points: Points, log: bool) -> list[tuple[float, float]]:
-    """Returns the points that have a place in the picture."""
+    """Returns the points that can be drawn."""
     kept = []
     for x, y in points:
-        # NaN is no number in a range.
+        # Comparisons with NaN are false.
         is_inside = abs(x) <= _MOST and abs(y) <= _MOST
         if is_inside and (y >= 1 / _MOST or not log):
             kept.append((float(x), float(y)))
@@ -86,30 +86,30 @@ def _padded_range(values: Sequence[float]) -> tuple[float, float]:
     """Returns the range of the values with a margin; it is never empty."""
     low = min(values)
     high = max(values)
-    # A line of equal values still gets a range, and a line of zeros one of 1.
+    # Equal values still get a range; zeros get a range of 1.
     margin = 0.04 * (high - low) or 0.5 * abs(high) or 0.5
     return low - margin, high + margin
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Returns about `count` round numbers between `low` and `high`."""
-    # The step that exactly `count` ticks would need, before it is rounded up to a round number.
+    # The exact step for `count` ticks, which is then rounded up to a round number.
     wanted = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(wanted))
     step = 10 * power
     for factor in (1, 2, 2.5, 5):
-        # The tolerance keeps a step that is exact but for rounding.
+        # The tolerance accepts a step that is exact up to rounding.
         if factor * power >= wanted * 0.999:
             step = factor * power
             break
-    # Counted in whole steps: adding the step again and again would add up its rounding.
+    # Multiples of the step: repeated addition would accumulate rounding errors.
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]
 
 
 def short(value: float) -> str:
-    """Formats a number of an axis: 0.0006, 1.5, 12k, 3M."""
+    """Formats a tick label: 0.0006, 1.5, 12k, 3M."""
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         # Numbers below 10,000 are short enough as they are.
         if max(unit, 1e4) <= abs(value) < 1e3 * unit:
@@ -118,8 +118,8 @@ def short(value: float) -> str:
 
 
 def _pieces(points: list[tuple[float, float]]) -> list[_Piece]:
-    """Joins neighbouring points to at most `PIECES` pieces."""
-    # Points in each piece, rounded up, so that there are never more than `PIECES`.
+    """Joins neighbouring points into at most `PIECES` pieces."""
+    # Rounded up, so that there are at most `PIECES`.
     size = math.ceil(len(points) / PIECES)
     pieces = []
     for start in range(0, len(points), size):
@@ -134,11 +134,11 @@ def _path(frame: _Frame, points: Points) -> str:
 
 
 def _line(frame: _Frame, points: list[tuple[float, float]], colour: str) -> str:
-    """Draws one curve, and a band with the range of what was averaged."""
+    """Draws one curve, and a band with the range of the averaged points."""
     pieces = _pieces(points)
     parts = []
     if len(points) > len(pieces):
-        # Along the upper edge, and back along the lower one.
+        # Along the upper edge, then back along the lower one.
         band = [(piece.x, piece.most) for piece in pieces]
         band += [(piece.x, piece.least) for piece in reversed(pieces)]
         parts.append(
@@ -157,7 +157,7 @@ def _line(frame: _Frame, points: list[tuple[float, float]], colour: str) -> str:
 
 
 def _axes(frame: _Frame) -> str:
-    """Draws the grid, its numbers and the two axes."""
+    """Draws the grid, the tick labels and the two axes."""
     bottom = HEIGHT - _BOTTOM
     parts = []
     for tick in ticks(*frame.y, 4):
@@ -190,7 +190,7 @@ def _marks(frame: _Frame, marks: Sequence[Mark]) -> str:
 
 
 def _legend(names: Sequence[str]) -> str:
-    """Writes the names at the right end of the title's line, the first outermost."""
+    """Writes the names at the right end of the title's line, from right to left."""
     right = WIDTH - _RIGHT
     parts = []
     for index, name in enumerate(names):
@@ -199,7 +199,7 @@ def _legend(names: Sequence[str]) -> str:
             f'<text x="{right}" y="16" text-anchor="end" style="fill:{colour}">'
             f"{html.escape(name)}</text>"
         )
-        # SVG cannot measure text: about 7 units a character, and a gap.
+        # SVG cannot measure text: allow 7 units per character, and a gap.
         right -= 7 * len(name) + 14
     return "".join(parts)
 
@@ -211,12 +211,12 @@ def line_chart(
     marks: Sequence[Mark] = (),
     log: bool = False,
 ) -> str:
-    """Draws named lines as an SVG element; returns "" where no point has a place.
+    """Draws named lines as an SVG element; returns "" if no point can be drawn.
 
     Args:
-        title: above the chart.
-        lines: points (x, y) by name, in order of x; those that are not finite are left out.
-        marks: events, as vertical lines; the chart is not widened for them.
+        title: title of the chart.
+        lines: points (x, y) by name, in order of x; non-finite points are left out.
+        marks: events, as vertical lines; they do not widen the chart.
         log: whether the y axis is logarithmic; values that are not positive are left out.
     """
     shown = {}
@@ -229,7 +229,7 @@ def line_chart(
     every_x = [x for points in shown.values() for x, _ in points]
     every_y = [y for points in shown.values() for _, y in points]
     if log:
-        # The margin has to be one of the picture, so it is taken of the logarithms.
+        # The margin is a fraction of the logarithmic range.
         every_y = [math.log10(y) for y in every_y]
     frame = _Frame(_padded_range(every_x), _padded_range(every_y), log)
     curves = []

@@ -1,4 +1,4 @@
-"""The machine that a number was measured on: devices, versions, memory."""
+"""Describes the machine of a measurement: devices, versions, memory."""
 
 import importlib.metadata
 import os
@@ -14,11 +14,11 @@ PACKAGES = ("rwkv7_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 
 
 class Peak(NamedTuple):
-    """The most memory that was in use at one time.
+    """The peak memory use.
 
     Attributes:
-        bytes: how much.
-        of: "device", or "process" where the device does not tell.
+        bytes: number of bytes.
+        of: "device", or "process" if the device does not report its memory.
     """
 
     bytes: int
@@ -42,7 +42,7 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
 
 
 def _memory() -> int | None:
-    """Returns the bytes of the machine's memory, or None where the system does not tell."""
+    """Returns the bytes of the machine's memory; None if the system does not report them."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -50,8 +50,8 @@ def _memory() -> int | None:
 
 
 def _devices() -> list[dict[str, Any]]:
-    """Returns each kind of device, and how many of it there are."""
-    # Only local devices tell their memory; those of other processes are taken to be alike.
+    """Returns each kind of device, with its count."""
+    # Only local devices report their memory; those of other processes are assumed equal.
     limits = {}
     for device in jax.local_devices():
         # `memory_stats` is None on CPUs.
@@ -72,7 +72,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def system() -> dict[str, Any]:
-    """Describes where a result comes from; fit for JSON."""
+    """Describes the machine, its devices and the package versions, for JSON."""
     return {
         "platform": platform.platform(),
         "machine": platform.machine(),
@@ -95,7 +95,7 @@ def _gib(count: int | None) -> str:
 
 
 def lines(info: Mapping[str, Any]) -> list[str]:
-    """Formats what `system` returns as lines to print; missing entries are left out."""
+    """Formats the result of `system` as lines; missing entries are left out."""
     packages = dict(info.get("versions") or {})
     python = packages.pop("python", "?")
     cores = info.get("cores", "?")
@@ -114,12 +114,12 @@ def lines(info: Mapping[str, Any]) -> list[str]:
 
 
 def peak_memory(device: Any = None) -> Peak:
-    """Returns the peak memory of a device, or of this process where the device does not tell.
+    """Returns the peak memory of a device, or of this process if the device does not report it.
 
-    The peak of the process includes pages of files that it has mapped.
+    The peak of the process includes mapped pages of files.
 
     Args:
-        device: of JAX; None for the first local one.
+        device: JAX device; None for the first local one.
     """
     stats = (device or jax.local_devices()[0]).memory_stats() or {}
     if "peak_bytes_in_use" in stats:

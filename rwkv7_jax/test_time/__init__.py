@@ -1,8 +1,8 @@
-"""Start states from rewards or from a teacher.
+"""Tunes start states at test time, from rewards or from a teacher.
 
-Every method is a source of batches (`StateBatchSource`), which the tuning loop of this room and
-train.py's mode both use. The functions `grpo` and `expert_iteration` are imported from the modules
-of the same names: as attributes of this package they would hide these.
+Every method is a source of batches (`StateBatchSource`), which both `TuningLoop` and train.py use.
+Import the functions `grpo` and `expert_iteration` from their modules: as attributes of this package
+they would hide the modules of the same names.
 """
 
 from rwkv7_jax.test_time.completion_cache import CompletionCache

@@ -1,4 +1,4 @@
-"""Teacher completions on disk, keyed by prompt and sampling options."""
+"""A cache of teacher completions on disk, keyed by prompt and sampling options."""
 
 import json
 import os
@@ -19,7 +19,8 @@ def _entry(record: Any) -> tuple[str, list[Ids]]:
     fields = check_object(record)
     if set(fields) != {"key", "prompt", "completions"}:
         raise ValueError(
-            f"an entry has key, prompt and completions; got {', '.join(fields) or 'none'}."
+            "an entry must have the fields key, prompt and completions; got "
+            f"{', '.join(fields) or 'none'}."
         )
     if not isinstance(fields["key"], str):
         raise ValueError(f"`key` must be a string; got {fields['key']!r:.60}.")
@@ -33,14 +34,14 @@ def _entry(record: Any) -> tuple[str, list[Ids]]:
 
 
 class CompletionCache:
-    """Completions on disk, found by a key; each line is complete before the next prompt is drawn.
+    """A file of completions by key; each line is complete before the next prompt is sampled.
 
-    They are kept as they were drawn, before a verifier or a vote, so that neither a kill nor a
-    verifier that fails loses any.
+    The file holds completions before a verifier or a vote filters them, so neither a kill nor a
+    failing verifier loses any.
     """
 
     def __init__(self, path: str | Path):
-        """Reads the file, if there is one; a last line that breaks off is removed with a warning.
+        """Reads the file, if it exists; removes an incomplete last line with a warning.
 
         Raises:
             ValueError: the folder does not exist, or a line is not an entry.
@@ -49,7 +50,7 @@ class CompletionCache:
             self.path = local_path(path, "`path`")
         if not self.path.parent.is_dir():
             raise ValueError(f"CompletionCache: the folder of `{path}` does not exist.")
-        # A folder that cannot be written to is noticed before the first completion is drawn.
+        # A read-only folder must fail before the first completion is sampled.
         self.path.touch()
         self._completions: dict[str, list[Ids]] = {}
         entries = read_jsonl(self.path, _entry, drop_torn_end=True, allow_nan=True)
@@ -57,7 +58,7 @@ class CompletionCache:
         self._end_last_line()
 
     def _end_last_line(self) -> None:
-        """Makes the file end with a line feed, so that the next entry gets a line of its own."""
+        """Makes the file end with a line feed, so that the next entry starts a new line."""
         text = self.path.read_bytes()
         if not text or text.endswith(b"\n"):
             return
@@ -65,14 +66,14 @@ class CompletionCache:
         try:
             parse_json(text[start:])
         except ValueError:
-            # A killed writer left half an entry; its completions will be drawn again.
+            # A killed writer left an incomplete entry; its completions are sampled again.
             os.truncate(self.path, start)
             return
         with self.path.open("ab") as file:
             file.write(b"\n")
 
     def get(self, key: str) -> list[Ids] | None:
-        """Returns the completions of `key`; None where there are none."""
+        """Returns the completions of `key`; None if there are none."""
         return self._completions.get(key)
 
     def put(
@@ -81,7 +82,7 @@ class CompletionCache:
         prompt: Sequence[int],
         completions: Sequence[Ids],
     ) -> None:
-        """Appends completions; they are on disk when it returns."""
+        """Appends completions; they are on disk when the method returns."""
         entry = {
             "key": key,
             "prompt": list(prompt),
@@ -89,7 +90,7 @@ class CompletionCache:
         }
         with self.path.open("ab") as file:
             file.write(json.dumps(entry).encode() + b"\n")
-            # Completions of a large teacher are expensive: they must survive a power cut.
+            # Completions of a large teacher are expensive, so they must survive a power failure.
             file.flush()
             os.fsync(file.fileno())
         self._completions[key] = list(completions)

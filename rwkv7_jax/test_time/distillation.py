@@ -1,4 +1,4 @@
-"""Distillation of collected completions into a start state."""
+"""Distils collected completions into a start state."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ from rwkv7_jax.tuning.state_tuning import default_leaves
 
 
 class TraceBatches(StateBatchSource):
-    """Batches of given traces, every trace once an epoch; they do not depend on the state."""
+    """Batches of fixed traces, each once per epoch, independent of the state."""
 
     def __init__(
         self,
@@ -42,15 +42,15 @@ class TraceBatches(StateBatchSource):
         """Sets the traces and their order.
 
         Args:
-            traces: at least one, in a fixed order.
+            traces: at least one trace, in a fixed order.
             batch_size: rows of a batch.
-            length: inputs of a row; None takes the longest trace's.
-            seed: of the traces' order.
+            length: inputs of a row; None takes that of the longest trace.
+            seed: seed of the order of the traces.
 
         Raises:
-            TypeError: an argument of the wrong kind.
-            ValueError: no traces, or none that counts; a number out of its range; a trace that does
-                not fit.
+            TypeError: an argument has the wrong type.
+            ValueError: there are no traces, all have weight 0, a number is out of range, or a trace
+                is longer than `length`.
         """
         super().__init__()
         with prefix_errors("TraceBatches"):
@@ -58,20 +58,19 @@ class TraceBatches(StateBatchSource):
             check_count(batch_size, 1, "`batch_size`")
             check_count(seed, 0, "`seed`")
             longest = longest_trace(traces)
-            # 0 stands for the default in settings.
+            # In settings, 0 means the default.
             if length and check_count(length, 0, "`length`") < longest:
                 raise ValueError(
                     f"`length` must be at least {longest}, the longest trace; got {length}."
                 )
         self._traces = traces
         self._batch_size = batch_size
-        # One length for all batches, so that one program is compiled.
+        # One length for all batches needs only one program.
         self._length = length or longest
         self._seed = seed
 
     def batch(self, state: RWKV7State, step: int) -> Batch:
-        """Makes the batch of a step, a function of the step and the seed alone."""
-        # The teacher has written everything before, so nothing here depends on the student.
+        """Makes the batch of a step, as a function of the step and the seed."""
         del state
         return trace_batch(
             self._traces,
@@ -98,25 +97,26 @@ def distill(
     statistics: Callable[[Any, Any], Any] | None = None,
     on_step: OnStep | None = None,
 ) -> Result:
-    """Tunes a start state on the traces; the weights never move.
+    """Tunes a start state on traces; the weights stay frozen.
 
     Args:
         model: the student.
         params: its weights.
-        traces: at least one.
-        steps: updates.
+        traces: at least one trace.
+        steps: number of updates.
         batch_size: rows of an update.
-        length: inputs of a row; None takes the longest trace's.
-        seed: of the traces' order.
-        state: where to start (batch 1); None is zeros. Of an upscaled state the memory is tuned.
-        loss: of `test_time.losses`; None is `distillation_loss(model, params)`.
-        learning_rate: of Adam with b2 = 0.99.
-        tx: another optimizer.
-        statistics: `state_statistics` where `tx` decorrelates, of the tuned leaves.
+        length: inputs of a row; None takes that of the longest trace.
+        seed: seed of the order of the traces.
+        state: initial state (batch 1); None for zeros. For an upscaled state, the memory is tuned.
+        loss: a loss of `test_time.losses`; None for `distillation_loss(model, params)`.
+        learning_rate: learning rate of Adam with b2 = 0.99.
+        tx: an optimizer in place of that Adam.
+        statistics: `state_statistics` of the tuned leaves, if `tx` decorrelates.
         on_step: called with a step's numbers and the state.
 
     Raises:
-        ValueError: no traces, ids outside the vocabulary, or a trace longer than `length`.
+        ValueError: there are no traces, an id is outside the vocabulary, or a trace is longer than
+            `length`.
     """
     with prefix_errors("distill"):
         check_model(model)
@@ -129,7 +129,6 @@ def distill(
             length=length,
             seed=seed,
         )
-        # Without a teacher in the loss: its completions are all that is left of it here.
         if loss is None:
             loss = distillation_loss(model, params, leaves=default_leaves(state))
         loop = start_tuning(

@@ -1,4 +1,4 @@
-"""Expert iteration: a start state imitates those of its own completions that earn a reward."""
+"""Expert iteration: a start state learns from those of its own completions that earn a reward."""
 
 import dataclasses
 import math
@@ -41,13 +41,15 @@ from rwkv7_jax.tuning.state_tuning import default_leaves
 
 
 class ExpertBatches(RewardedBatches):
-    """Batches of the model's own completions, weighted by what a reward function says of them.
+    """Batches of the model's own completions, weighted by a reward function.
 
-    Every `updates` steps a round draws completions from the current state. With `replay` the
-    batches of a round come from all completions that were kept so far, each text once. Without it
-    every batch of a round is what that round drew, in the order of the draws; it then depends on
-    the key, the step and the state alone, so with `updates` 1 an interrupted run goes on with the
-    same batches. train.py uses that form, `expert_iteration` the other one by default.
+    Every `updates` steps, a round samples completions from the current state. With `replay` the
+    batches of a round come from all completions kept so far, without duplicates.
+    `expert_iteration` uses this form by default.
+
+    Without `replay`, every batch of a round consists of all completions of that round in order. It
+    depends only on the key, the step and the state, so with `updates` 1 an interrupted run resumes
+    with the same batches. train.py uses this form.
 
     `metrics` has the mean `reward` of the last round and, with `replay`, the number `kept`.
     """
@@ -64,18 +66,18 @@ class ExpertBatches(RewardedBatches):
         updates: int = 1,
         batch_size: int = 32,
     ):
-        """Sets the draws and which completions count.
+        """Sets how completions are sampled and weighted.
 
         Args:
-            sampler: draws the completions.
-            prompts_at: the prompts of a round.
-            reward: `(prompt, completion) -> number`; the completion holds its stop id.
+            sampler: samples the completions.
+            prompts_at: returns the prompts of a round.
+            reward: `(prompt, completion) -> number`; the completion includes its stop id.
             key: one random key; round n uses the key folded with n.
-            keep_reward: the reward from which a completion counts, with weight 1. None takes the
-                reward itself as the weight, which then must not be negative.
-            replay: whether completions of earlier rounds are used again.
-            updates: batches of a round.
-            batch_size: rows of a batch with `replay`; without it all rows of the round.
+            keep_reward: least reward of a completion that counts, with weight 1. None uses the
+                reward as the weight; it must not be negative then.
+            replay: whether batches include completions of earlier rounds.
+            updates: batches per round.
+            batch_size: rows of a batch with `replay`; without it, all rows of the round.
         """
         with prefix_errors("ExpertBatches"):
             super().__init__(sampler, prompts_at, reward, key)
@@ -83,7 +85,7 @@ class ExpertBatches(RewardedBatches):
             check_count(batch_size, 1, "`batch_size`")
             if replay and sampler.share.count > 1:
                 raise ValueError(
-                    "`replay` must be False where several processes share the prompts."
+                    "`replay` must be False if several processes share the prompts; got True."
                 )
             if keep_reward is not None:
                 check_number(keep_reward, -math.inf, math.inf, "`keep_reward`")
@@ -98,22 +100,21 @@ class ExpertBatches(RewardedBatches):
 
     @property
     def traces(self) -> list[Trace]:
-        """The completions that were kept, with `replay`."""
+        """The kept completions, with `replay`."""
         return list(self._kept.values())
 
     def batch(self, state: RWKV7State, step: int) -> Batch | None:
-        """Makes the batch of a step; None where no completion has earned anything.
+        """Makes the batch of a step; None if no completion has a weight.
 
         Raises:
-            ValueError: a reward that is not a finite number or, where it is the weight, negative;
-                or a step inside a round that this source did not begin.
+            ValueError: a reward is not a finite number; or it is the weight and is negative; or the
+                step belongs to a round that this source did not begin.
         """
         round_number, index = divmod(step, self._updates)
-        # Completions are drawn only here, so later batches of a round come from an older state.
+        # Only the first batch of a round is sampled from the current state.
         if index == 0:
             self._begin_round(state, round_number)
         elif round_number != self._round:
-            # Its completions came from a state that is gone.
             raise ValueError(
                 f"expert_iteration: step {step} must follow the first step of its round, "
                 f"{round_number * self._updates}."
@@ -121,19 +122,18 @@ class ExpertBatches(RewardedBatches):
         if not self._replay:
             return self._round_batch
         if not self._kept:
-            # No completion of any round so far was good enough.
             return None
         return trace_batch(
             self.traces,
             index,
             batch_size=self._batch_size,
             length=self._length,
-            # Another order in each round; `index` is the step within it.
+            # A different order for each round.
             seed=round_number,
         )
 
     def _begin_round(self, state: RWKV7State, round_number: int) -> None:
-        """Draws the completions of a round and weighs them."""
+        """Samples the completions of a round and weights them."""
         prompts = self._prompts_at(round_number)
         drawn = self._sampler.draw(state, prompts, self._key_at(round_number))
         self.budget += drawn.budget
@@ -141,10 +141,9 @@ class ExpertBatches(RewardedBatches):
             drawn,
             self._reward,
             name="expert_iteration: `reward`",
-            # A negative weight would push the state away from a completion without any bound.
+            # With a negative weight, the loss would have no lower bound.
             least=0.0 if self._keep_reward is None else None,
         ).rewards
-        # A reward in steps, such as 0 or 1, needs no threshold; a smooth one does.
         if self._keep_reward is None:
             weights = rewards
         else:
@@ -159,11 +158,11 @@ class ExpertBatches(RewardedBatches):
             self._round_batch = _weighted_rows(drawn, weights, first)
 
     def _keep(self, drawn: Rollouts, weights: np.ndarray) -> None:
-        """Adds the completions with a weight to those of earlier rounds, each text once."""
-        # Never shorter than before: rows of earlier rounds must fit, and a new length compiles.
+        """Adds the completions with a weight to those of earlier rounds, without duplicates."""
+        # Rows of earlier rounds must fit, and a new length compiles another program.
         self._length = max(self._length, drawn.mask.shape[1])
         for row in np.flatnonzero(weights):
-            # A text that is drawn often would otherwise crowd out the rest.
+            # Duplicates of a frequent completion would crowd out the rest.
             pair = (drawn.prompts[row], drawn.completions[row])
             self._kept[pair] = Trace(
                 *pair, weight=float(weights[row]), source="student"
@@ -171,17 +170,17 @@ class ExpertBatches(RewardedBatches):
 
 
 def _weighted_rows(drawn: Rollouts, weights: np.ndarray, first: int) -> Batch | None:
-    """Makes a batch of all rows that were drawn here; None where no row of the step has a weight.
+    """Makes a batch of all rows of this process; None if no row of the step has a weight.
 
     Args:
         drawn: rows of this process.
-        weights: of all rows of the step.
-        first: the number of the first row among them.
+        weights: weights of all rows of the step.
+        first: index of this process's first row among them.
     """
     if not weights.any():
         # The mask would sum to 0.
         return None
-    # Rows of weight 0 stay in, so that every step has the same shape.
+    # Rows of weight 0 stay, so that every step has the same shape.
     return completion_rows(
         drawn.prompts,
         drawn.completions,
@@ -210,43 +209,43 @@ def expert_iteration(
     stop_reward: float = 0.97,
     on_step: OnStep | None = None,
 ) -> Result:
-    """Tunes a start state on those of its own completions that the reward approves.
+    """Tunes a start state on those of its own completions that earn a reward.
 
-    Round n draws from the current state, keeps the completions whose reward is at least
-    `keep_reward`, each text once, and makes `updates` updates on all that were kept so far. It ends
-    early when the greedy completions of the held-out prompts, or else a round's own completions,
-    earn `stop_reward`.
+    Each round samples from the current state, keeps the completions whose reward is at least
+    `keep_reward`, without duplicates, and makes `updates` updates on all completions kept so far.
+    Tuning ends early when the mean reward reaches `stop_reward`: that of the greedy completions of
+    the held-out prompts or, without such prompts, that of a round's completions.
 
     Args:
-        sampler: draws the completions.
-        prompts_at: the prompts of a round.
-        reward: `(prompt, completion) -> number`; the completion holds its stop id.
+        sampler: samples the completions.
+        prompts_at: returns the prompts of a round.
+        reward: `(prompt, completion) -> number`; the completion includes its stop id.
         key: one random key.
-        state: where to start (batch 1); None is zeros. Of an upscaled state the memory is tuned.
-        rounds: at most.
-        updates: of each round.
-        keep_reward: what a completion must earn to be kept, then with weight 1. None keeps
-            everything above 0 with the reward as its weight; no reward may be negative then.
-        replay: False learns in each round from its own completions only, all of them in one batch,
-            as train.py does.
+        state: initial state (batch 1); None for zeros. For an upscaled state, the memory is tuned.
+        rounds: most rounds.
+        updates: updates per round.
+        keep_reward: least reward of a completion that is kept, with weight 1. None keeps every
+            completion above 0 with the reward as its weight; no reward may be negative then.
+        replay: False makes each round learn only from its own completions, all in one batch, as
+            train.py does.
         batch_size: rows of an update with `replay`.
-        loss: of `test_time.losses`; None is `distillation_loss` of the sampler's model, the cross
-            entropy alone.
-        learning_rate: of Adam with b2 = 0.99.
-        tx: another optimizer.
-        statistics: `state_statistics` where `tx` decorrelates, of the tuned leaves.
+        loss: a loss of `test_time.losses`; None for `distillation_loss` of the sampler's model, as
+            cross entropy only.
+        learning_rate: learning rate of Adam with b2 = 0.99.
+        tx: an optimizer in place of that Adam.
+        statistics: `state_statistics` of the tuned leaves, if `tx` decorrelates.
         held_out: prompts that no update sees.
-        stop_reward: mean reward that is enough.
+        stop_reward: mean reward that ends tuning.
         on_step: called with a round's numbers and the state.
 
     Returns:
-        A history of `step` (the round), `reward`, `kept` (so far, with `replay`), the last update's
-        metrics, and `held_out`; a last entry may hold nothing else. The result's traces are those
-        that were kept.
+        The result. Its history has `step` (the round), `reward`, `kept` (so far, with `replay`),
+        the last update's metrics, and `held_out`; a last entry may have only `held_out` besides
+        `step`. Its traces are the kept completions.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: an argument out of its range, or a reward that is not a finite number.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or a reward is not a finite number.
     """
     with prefix_errors("expert_iteration"):
         check_count(rounds, 0, "`rounds`")
@@ -273,10 +272,10 @@ def expert_iteration(
             learning_rate=learning_rate,
             on_step=on_step,
         )
-        # A round is long, so every one of them is evaluated.
+        # A round is long, so each is evaluated.
         target = reward_target(
             sampler, reward, held_out, every=1, stop_reward=stop_reward
         )
     result = loop.run(source, rounds, updates=updates, target=target)
-    # The loop knows batches alone; the source has the traces.
+    # The loop knows only batches; the source has the traces.
     return dataclasses.replace(result, traces=source.traces)

@@ -1,9 +1,8 @@
-"""Group-relative policy gradients on a start state; the weights never move.
+"""Group-relative policy optimization (GRPO) of a start state; the weights stay frozen.
 
-The parts serve other loops too: `PolicyBatches` makes the batch of a step, and
-`losses.policy_loss` is a loss for `training.make_train_step`. The other ways to tune a small model
-at test time are `teacher.collect_traces` with `distillation.distill`, and
-`expert_iteration.expert_iteration`.
+The parts also fit other loops: `PolicyBatches` makes the batch of a step, and `losses.policy_loss`
+is a loss for `training.make_train_step`. The other methods of test-time tuning are
+`teacher.collect_traces` with `distillation.distill`, and `expert_iteration.expert_iteration`.
 """
 
 import dataclasses
@@ -56,15 +55,20 @@ from rwkv7_jax.tuning.state_tuning import default_leaves
 class PolicyBatches(RewardedBatches):
     """Batches of the model's own completions with their group-relative advantages.
 
-    A batch depends on the key, the step and the state alone, so an interrupted run goes on with the
-    same draws. It serves as many updates as `several_updates` allows: then it has the
-    log-probabilities that its tokens had when they were drawn.
+    A batch depends only on the key, the step and the state, so an interrupted run resumes with the
+    same completions. With `several_updates` a batch holds the log-probabilities of its tokens under
+    the state that sampled them, and serves more than one update.
 
-    `metrics` has the mean `reward`; `updated`, 0 where a step has no batch; `uniform_groups`, the
-    share of prompts whose completions all earned the same; `completion_tokens`, the mean length of
-    a completion; and `cut_completions`, the share of those that ended at the limit of tokens. With
-    `importance_cap` also `importance_mean` and `importance_max` of the ratios before they are
-    capped, and `importance_capped`, the share that was.
+    `metrics` has these numbers:
+
+    * `reward`: mean reward.
+    * `updated`: 0 if the step has no batch, otherwise 1.
+    * `uniform_groups`: fraction of prompts whose completions all earned the same reward.
+    * `completion_tokens`: mean length of a completion.
+    * `cut_completions`: fraction of completions that ended at the token limit.
+    * `importance_mean`, `importance_max`: with `importance_cap`, the mean and the largest ratio
+      before the cap.
+    * `importance_capped`: with `importance_cap`, the fraction of ratios above the cap.
     """
 
     def __init__(
@@ -81,29 +85,29 @@ class PolicyBatches(RewardedBatches):
         importance_cap: float | None = None,
         trainer: RWKV7 | None = None,
     ):
-        """Sets the draws and their rewards.
+        """Sets how completions are sampled and rewarded.
 
         Args:
-            sampler: draws the completions, at least 2 for each prompt.
-            prompts_at: the prompts of a step.
-            reward: `(prompt, completion) -> number`; the completion holds its stop id.
+            sampler: samples the completions, at least 2 per prompt.
+            prompts_at: returns the prompts of a step.
+            reward: `(prompt, completion) -> number`; the completion includes its stop id.
             key: one random key; step n uses the key folded with n.
-            anchor_at: unlabelled text of a step, ids [B T+1], for the loss's anchor term.
+            anchor_at: returns the unlabelled text of a step, ids [B T+1], for the anchor term.
             rule: how rewards become advantages.
-            redraws: how many times at most the completions of prompts whose groups are uniform
-                are drawn again, which costs as many tokens as the first draw (DAPO's dynamic
-                sampling, arXiv 2503.14476, with the same prompts).
-            several_updates: whether batches have `old_logp`, for more updates than one of each.
-            importance_cap: highest weight of a token by the ratio of its probability in training to
-                that in sampling (truncated importance sampling); None weighs no token.
-            trainer: the model that is trained, where that of `sampler` is another one, such as one
-                that computes in bfloat16; the weights are the same.
+            redraws: most times that uniform groups are sampled again. Each time costs as many
+                tokens as the first (DAPO's dynamic sampling, arXiv 2503.14476, with the same
+                prompts).
+            several_updates: whether batches have `old_logp`, for more than one update per batch.
+            importance_cap: largest weight of a token in truncated importance sampling: the ratio of
+                its probability in training to that in sampling. None for no such weights.
+            trainer: the trained model, if that of `sampler` differs, for instance in dtype; the
+                weights are the same.
 
         Raises:
-            ValueError: groups of less than 2, in which nothing can be better than the rest, or a
-                cap that is not above 0.
+            TypeError: an argument has the wrong type.
+            ValueError: groups have fewer than 2 completions, or a number is out of range.
 
-        Source: ratios capped from above, IMPALA, arXiv 1802.01561 section 4.1, of each token alone.
+        Source: ratios with a cap, IMPALA, arXiv 1802.01561 section 4.1; here per token.
         """
         with prefix_errors("PolicyBatches"):
             super().__init__(sampler, prompts_at, reward, key)
@@ -127,7 +131,7 @@ class PolicyBatches(RewardedBatches):
         self._trainer = sampler.model if trainer is None else trainer
 
     def batch(self, state: RWKV7State, step: int) -> Batch | None:
-        """Draws the batch of a step from `state`; None where every group is uniform."""
+        """Samples the batch of a step from `state`; None if every group is uniform."""
         made, drawn, found = self._draw_and_judge(state, step)
         self.budget += made.budget
         self.metrics = {
@@ -138,16 +142,16 @@ class PolicyBatches(RewardedBatches):
             "cut_completions": float(found.cut.mean()),
         }
         if made.uniform:
-            # All advantages are 0. An update with them would still move the state by momentum.
+            # All advantages are 0, but an update would still apply momentum.
             return None
         batch = self._with_ratios(made.batch, drawn, state)
         if self._anchor_at is None:
             return batch
-        # Other text at each step: with a fixed one the state would learn to keep that text alone.
+        # Different text at each step: fixed text would anchor the state to that text only.
         return batch.replace(anchor=self._anchor_at(step))
 
     def _with_ratios(self, batch: Batch, drawn: Rollouts, state: RWKV7State) -> Batch:
-        """Adds what older draws, or draws of another distribution, need."""
+        """Adds the log-probabilities and importance weights that the batch needs."""
         if not self._several_updates and self._importance_cap is None:
             return batch
         old_logp = drawn_logps(
@@ -158,11 +162,11 @@ class PolicyBatches(RewardedBatches):
             self._sampler.temperature,
         )
         old_logp = np.where(drawn.mask > 0, to_host(old_logp), 0)
-        # The trainer has read all rows once more.
+        # The trainer's forward pass over all rows.
         self.budget += TokenBudget(rollout_tokens=gradient_tokens(batch))
         if self._importance_cap is not None:
             assert drawn.logps is not None
-            # In float64, in which no ratio of probabilities of float32 overflows.
+            # In float64, ratios of float32 probabilities do not overflow.
             ratios = np.exp(np.float64(old_logp) - drawn.logps)
             self._measure_ratios(ratios, drawn)
             weights = np.minimum(ratios, self._importance_cap)
@@ -172,7 +176,7 @@ class PolicyBatches(RewardedBatches):
         return batch
 
     def _measure_ratios(self, ratios: np.ndarray, drawn: Rollouts) -> None:
-        """Adds to the metrics what the ratios of all drawn tokens are."""
+        """Adds statistics of the ratios of all sampled tokens to the metrics."""
         rows = self._sampler.own_rows(drawn)
         cap = self._importance_cap
 
@@ -190,7 +194,7 @@ class PolicyBatches(RewardedBatches):
     def _draw_and_judge(
         self, state: RWKV7State, step: int
     ) -> tuple[PolicyBatch, Rollouts, Judgement]:
-        """Draws completions, and those of uniform groups again as often as that is allowed."""
+        """Samples completions, and uniform groups again up to `redraws` times."""
         group = self._sampler.group
         prompts = self._prompts_at(step)
         key = self._key_at(step)
@@ -199,7 +203,7 @@ class PolicyBatches(RewardedBatches):
         for attempt in range(1, self._redraws + 1):
             if not made.uniform_groups.any():
                 break
-            # All prompts are drawn again: fewer would be another program.
+            # All prompts are sampled again: fewer would need another program.
             again = self._sampler.draw(state, prompts, jax.random.fold_in(key, attempt))
             own = made.uniform_groups[drawn.first :][: len(drawn.completions) // group]
             drawn = replace_groups(drawn, again, own, group=group)
@@ -241,47 +245,49 @@ def grpo(
     stop_reward: float = 0.97,
     on_step: OnStep | None = None,
 ) -> Result:
-    """Tunes a start state by group-relative policy gradients until its completions earn enough.
+    """Tunes a start state by group-relative policy optimization (GRPO).
 
-    Step n draws a group of completions of every prompt of `prompts_at(n)` with the key folded with
-    n, from the current state, and makes `updates` updates; it depends on the key, n and that state
-    alone. A step whose groups are all uniform makes none. Tuning ends early when `stop_reward` is
-    reached: by the greedy completions of the held-out prompts, evaluated every `evaluate_every`
-    steps and before the first update; without such prompts by the mean reward of the last
-    `evaluate_every` steps.
+    Step n samples a group of completions for every prompt of `prompts_at(n)` from the current
+    state, with the key folded with n, and makes `updates` updates. A step whose groups are all
+    uniform makes none. A step depends only on the key, n and the current state.
+
+    Tuning ends early when the mean reward reaches `stop_reward`. With held-out prompts, that is the
+    reward of their greedy completions, evaluated before the first update and every
+    `evaluate_every` steps. Without them, it is the mean over the last `evaluate_every` steps.
 
     Args:
-        sampler: draws the completions, at least 2 for each prompt.
-        prompts_at: the prompts of a step; as many each time, or programs are compiled again.
-        reward: `(prompt, completion) -> number`; the completion holds its stop id.
+        sampler: samples the completions, at least 2 per prompt.
+        prompts_at: returns the prompts of a step; a different number compiles new programs.
+        reward: `(prompt, completion) -> number`; the completion includes its stop id.
         key: one random key.
-        state: where to start (batch 1); None is zeros. Of an upscaled state the memory is tuned.
-        steps: at most.
-        updates: of each step's completions (num_iterations). From the second one on the ratio of
-            probabilities counts, with the loss's bounds.
-        loss: of `policy_loss`, at the sampler's temperature; None is that with its defaults. The
-            model that it was made of is trained. The sampler's may be another one with the same
-            weights: of another dtype or implementation.
-        learning_rate: of Adam with b2 = 0.99.
-        tx: another optimizer.
-        statistics: `state_statistics` where `tx` decorrelates, of the tuned leaves.
-        anchor_at: unlabelled text of a step, ids [B T+1], if the loss has an anchor.
+        state: initial state (batch 1); None for zeros. For an upscaled state, the memory is tuned.
+        steps: most steps.
+        updates: updates with each step's completions (num_iterations). From the second one on, the
+            loss uses the clipped ratio of probabilities.
+        loss: a loss of `policy_loss` at the sampler's temperature; None for its defaults. The
+            loss's model is trained. The sampler's model may differ in dtype or implementation but
+            has the same weights.
+        learning_rate: learning rate of Adam with b2 = 0.99.
+        tx: an optimizer in place of that Adam.
+        statistics: `state_statistics` of the tuned leaves, if `tx` decorrelates.
+        anchor_at: returns the unlabelled text of a step, ids [B T+1], if the loss has an anchor.
         rule: how rewards become advantages.
-        redraws: how many times at most uniform groups are drawn again; see `PolicyBatches`.
-        importance_cap: highest weight of a token; see `PolicyBatches`.
+        redraws: most times that uniform groups are sampled again; see `PolicyBatches`.
+        importance_cap: largest weight of a token; see `PolicyBatches`.
         held_out: prompts that no update sees.
-        evaluate_every: steps.
-        stop_reward: mean reward that is enough.
+        evaluate_every: steps between evaluations.
+        stop_reward: mean reward that ends tuning.
         on_step: called with a step's numbers and the state.
 
     Returns:
-        A history of `step`, `reward` and `updated` (0 or 1), with the update's metrics, and
-        `held_out` where the state was evaluated; a last entry may hold nothing else.
+        The result. Its history has `step`, `reward` and `updated` (0 or 1), the update's metrics,
+        and `held_out` if the state was evaluated; a last entry may have only `held_out` besides
+        `step`.
 
     Raises:
-        TypeError: an argument of the wrong kind, such as a loss that `policy_loss` did not make.
-        ValueError: an argument out of its range, a loss for another temperature, or a reward that
-            is not a finite number.
+        TypeError: an argument has the wrong type, such as a loss that `policy_loss` did not make.
+        ValueError: an argument is out of range, the loss has another temperature, or a reward is
+            not a finite number.
     """
     with prefix_errors("grpo"):
         check_count(steps, 0, "`steps`")
@@ -296,7 +302,6 @@ def grpo(
                 leaves=default_leaves(state),
             )
         model = _trained_model(loss, sampler, has_anchor=anchor_at is not None)
-        # The step's random numbers come from the key alone, so evaluations do not shift them.
         source = PolicyBatches(
             sampler,
             prompts_at,
@@ -329,21 +334,21 @@ def grpo(
 
 
 def _trained_model(loss: Loss, sampler: RolloutSampler, *, has_anchor: bool) -> RWKV7:
-    """Returns the model of a policy loss, which must fit the draws and the anchor's text."""
+    """Returns the model of a policy loss and checks that the loss fits the sampler and anchor."""
     policy = getattr(loss, "func", None)
     if not isinstance(policy, PolicyLoss):
         raise TypeError(
             f"`loss` must be made by policy_loss; got {type(policy or loss).__name__}."
         )
-    # Else log p would be that of another distribution than the one that was drawn from.
+    # At another temperature, log p would not be that of the sampled distribution.
     if not np.array_equal(policy.temperature, sampler.temperature):
         raise ValueError(
             f"`loss` must have the temperature of `sampler`, {sampler.temperature}; "
             f"got {policy.temperature}."
         )
-    # A weight without text has no effect, and text without a weight costs time for nothing.
+    # A weight without text has no effect, and text without a weight wastes time.
     if bool(policy.anchor) != has_anchor:
         raise ValueError(
-            "`anchor_at` and the weight `anchor` of `loss` go together; got one of them."
+            "`anchor_at` and the weight `anchor` of `loss` must be given together; got only one."
         )
     return policy.model

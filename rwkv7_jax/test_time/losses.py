@@ -1,7 +1,7 @@
-"""Losses of the start state alone: imitation of a teacher, and policy gradients.
+"""Losses of the start state: imitation of a teacher, and policy gradients.
 
-Both read completions: batches of `tokens` [B T+1] and `mask` [B T], above 0 where the target was
-drawn. The weights are frozen; the state has batch 1 and every row starts from it.
+Both take batches of completions: `tokens` [B T+1] and `mask` [B T], which is above 0 for sampled
+targets. The weights are frozen; the state has batch 1 and every row starts from it.
 """
 
 import dataclasses
@@ -52,13 +52,13 @@ Scalar = Float[Array, ""]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _DistillationLoss(StartStateLoss):
-    """The loss that `distillation_loss` makes, called with the frozen arrays in front.
+    """The loss of `distillation_loss`, with the frozen arrays as its first arguments.
 
-    Weights are arguments: jit would compile closed-over arrays in as constants.
+    The arrays are arguments because jit compiles closed-over arrays in as constants.
 
     Attributes:
-        teacher: the shell around the teacher's weights, if there is one.
-        imitation: weight of the completions' cross entropy.
+        teacher: the teacher's network, or None.
+        imitation: weight of the cross entropy of completions.
         kl: weight of KL(teacher || student).
     """
 
@@ -86,7 +86,6 @@ class _DistillationLoss(StartStateLoss):
             teacher_x = hidden_states_from(
                 self.teacher, teacher_params, teacher_state, jnp.asarray(batch.inputs)
             )
-            # Frozen like the student's weights; only the student's state is differentiated.
             teacher_x = jax.lax.stop_gradient(teacher_x)
             teacher_head = teacher_params["head"]["weight"]
             value, metrics = self._cross_entropy_and_divergence(
@@ -142,27 +141,30 @@ def distillation_loss(
     leaves: tuple[str, ...] = ("wkv",),
     anchor: float = 0.0,
 ) -> Loss:
-    """Makes `imitation` x cross entropy of completions + `kl` x KL(teacher || student).
+    """Makes the loss `imitation` x cross entropy of completions + `kl` x KL(teacher || student).
 
-    Both terms are means over the tokens of completions, each with its trace's weight; the second
-    one needs a teacher. The teacher reads the same rows as the student, after `teacher_state`.
+    Both terms are means over the tokens of completions, weighted by the weights of their traces.
+    The second term needs a teacher, which reads the same rows as the student, from
+    `teacher_state`.
+
     Metrics: `loss_nats` is the cross entropy, `kl_nats` the divergence; `anchor_nats`, `state_max`
     and `state_rms` as in `state_tuning.state_loss`.
 
     Args:
         model: the student.
         params: its weights.
-        teacher: a model with the same vocabulary; None learns from the completions alone.
+        teacher: a model with the same vocabulary; None for the cross entropy only.
         teacher_params: its weights.
-        teacher_state: where the teacher's rows start (batch 1); None is zeros.
-        imitation: weight of the completions' cross entropy.
+        teacher_state: start state of the teacher (batch 1); None for zeros.
+        imitation: weight of the cross entropy of completions.
         kl: weight of the divergence.
-        leaves: the trainable parameters, of `state_tuning.LEAVES`.
+        leaves: the trainable leaves, from `state_tuning.LEAVES`.
         anchor: weight of KL(base || tuned) on `batch.anchor`, unlabelled tokens [B T+1].
 
     Raises:
-        ValueError: vocabularies differ, a teacher without weights or weights without a teacher, an
-            unknown leaf, a negative weight.
+        TypeError: an argument has the wrong type.
+        ValueError: the vocabularies differ, only one of `teacher` and `teacher_params` is given, a
+            leaf is unknown, or a weight is negative.
     """
     with prefix_errors("distillation_loss"):
         check_model(model)
@@ -189,34 +191,35 @@ def _check_teacher(
     teacher_params: Params | None,
     teacher_state: RWKV7State | None,
 ) -> RWKV7State | None:
-    """Checks the teacher; returns the state it starts from, None where there is no teacher."""
+    """Checks the teacher; returns its start state, or None without a teacher."""
     if (teacher is None) != (teacher_params is None):
         missing = "teacher" if teacher is None else "teacher_params"
         raise ValueError(
-            f"`teacher` and `teacher_params` go together; `{missing}` is None."
+            f"`teacher` and `teacher_params` must be given together; `{missing}` is None."
         )
     if teacher is None:
         if teacher_state is not None:
-            raise ValueError("`teacher_state` needs a `teacher`; got None.")
+            raise ValueError("`teacher_state` must be None without a `teacher`.")
         return None
     check_model(teacher, "`teacher`")
     ours = model.config.vocab_size
     theirs = teacher.config.vocab_size
     if ours != theirs:
-        raise ValueError(f"`teacher` must have the student's {ours} ids; got {theirs}.")
+        raise ValueError(
+            f"`teacher` must have the student's vocabulary size, {ours}; got {theirs}."
+        )
     check_params(teacher_params, teacher.config, "`teacher_params`")
     return _start_state(teacher_state, teacher, "teacher_state")
 
 
 def _start_state(state: RWKV7State | None, model: RWKV7, argument: str) -> RWKV7State:
-    """Checks a start state of the argument's name; None becomes zeros."""
+    """Checks the start state in `argument`; None becomes zeros."""
     if state is None:
         return init_state(model.config)
     try:
-        # Batch 1: every row starts from it.
         check_state(state, 1, model.config)
     except (TypeError, ValueError) as error:
-        # The check speaks of `state`; the message says which argument that is.
+        # The message of the check names `state`, not the argument.
         raise type(error)(f"`{argument}`: {error}") from None
     return state
 
@@ -228,22 +231,22 @@ def context_distillation(
     *,
     leaves: tuple[str, ...] = ("wkv",),
 ) -> Loss:
-    """Makes KL(the model after `context` || the model from its start state).
+    """Makes the loss KL(the model after `context` || the model from its start state).
 
-    So a prompt becomes a state. A long prompt is read once:
-    `context = generate(model, params, ids, tokens=0).state`. Rows are any text that may follow it,
-    best text that the model itself writes there:
-    `collect_traces(model, params, prompts, state=context, ...)`.
+    It compresses a long prompt into a start state. The prompt is read once:
+    `context = generate(model, params, ids, tokens=0).state`. Rows may be any text that can follow
+    the prompt; the model's own continuations are best:
+    `collect_traces(sampler, prompts, state=context, ...)`.
 
     Args:
         model: teacher and student.
         params: its weights.
         context: the state after the prompt (batch 1).
-        leaves: the trainable parameters, of `state_tuning.LEAVES`.
+        leaves: the trainable leaves, from `state_tuning.LEAVES`.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: weights or a context of another model, or an unknown leaf.
+        TypeError: an argument has the wrong type.
+        ValueError: the weights or the context do not fit the model, or a leaf is unknown.
     """
     with prefix_errors("context_distillation"):
         check_model(model)
@@ -261,7 +264,7 @@ def context_distillation(
 
 
 def _log_bounds(epsilon_low: float, epsilon_high: float) -> tuple[float, float]:
-    """Returns the bounds of a ratio in the logarithm, in which no ratio can overflow."""
+    """Returns the clipping bounds of the log-ratio, which cannot overflow."""
     check_number(epsilon_low, 0, 1, "`epsilon_low`")
     check_number(epsilon_high, 0, math.inf, "`epsilon_high`")
     low = -math.inf if epsilon_low == 1 else math.log1p(-epsilon_low)
@@ -273,13 +276,13 @@ def _clipped_ratio(
     advantages: Float[Array, "B 1"],
     bounds: tuple[float, float],
 ) -> tuple[PerToken, PerToken]:
-    """Bounds ratios from the side on which more would be earned; tells which were bounded."""
+    """Clips ratios on the side that would increase the objective; returns which were clipped."""
     low, high = bounds
-    # Not by a minimum, which at the bound itself would halve the gradient.
+    # `jnp.minimum` would halve the gradient exactly at the bound.
     is_clipped = jnp.where(advantages > 0, log_ratio > high, log_ratio < low)
     bound = jnp.where(advantages > 0, high, low)
     ratio = jnp.exp(jnp.where(is_clipped, bound, log_ratio))
-    # Without an advantage there is no gradient that a bound could stop.
+    # With an advantage of 0 there is no gradient to clip.
     return ratio, (is_clipped & (advantages != 0)).astype(jnp.float32)
 
 
@@ -294,11 +297,11 @@ def drawn_logps(
     """Computes the log-probability of each target as `policy_loss` does.
 
     Args:
-        model: static.
+        model: the network.
         params: its weights.
-        state: where every row starts (batch 1).
-        tokens: of the rows.
-        temperature: at which they were drawn.
+        state: start state of every row (batch 1).
+        tokens: tokens of the rows.
+        temperature: sampling temperature.
     """
     tokens = jnp.asarray(tokens)
     hidden = hidden_states_from(model, params, state, tokens[:, :-1])
@@ -310,12 +313,12 @@ def drawn_logps(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PolicyLoss(StartStateLoss):
-    """The loss that `policy_loss` makes, called with the frozen arrays in front.
+    """The loss of `policy_loss`, with the frozen arrays as its first arguments.
 
     Attributes:
-        temperature: at which the rows were drawn.
+        temperature: sampling temperature of the rows.
         kl: weight of the divergence.
-        bounds: of the logarithm of a ratio.
+        bounds: clipping bounds of the log-ratio.
     """
 
     temperature: Number
@@ -345,21 +348,21 @@ class PolicyLoss(StartStateLoss):
     def _policy_and_divergence(
         self, params: Params, reference: RWKV7State, state: RWKV7State, batch: Batch
     ) -> tuple[Scalar, Metrics]:
-        """Computes the terms that all rows of completions have."""
+        """Computes the policy term and the divergence of the completions."""
         inputs = jnp.asarray(batch.inputs)
         x = hidden_states_from(self.model, params, state, inputs)
-        # Measured even where it has no weight: how far the state has moved is the first thing to
-        # look at when rewards fall. It has no backward pass then.
+        # A divergence without weight is only a metric, without a backward pass. It shows how far
+        # the state has moved when rewards fall.
         reference_x = hidden_states_from(self.model, params, reference, inputs)
         weights = target_shares(batch, self.model.config.vocab_size)
-        # One number for each row, for all of its tokens.
+        # One advantage per row, for all of its tokens.
         advantages = jnp.asarray(batch.advantages, jnp.float32)[:, None]
         policy = weights * advantages
         if batch.importance is not None:
             policy = policy * jnp.asarray(batch.importance, jnp.float32)
         has_ratio = batch.old_logp is not None
         terms = TermWeights(
-            # How much a token weighs depends on its own ratio: that term comes afterwards.
+            # With ratios, the policy term is computed below.
             nats=None if has_ratio else policy,
             kl=self.kl * weights if self.kl else None,
         )
@@ -400,35 +403,37 @@ def policy_loss(
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.2,
 ) -> Loss:
-    """Makes `-advantage x log p` of the drawn tokens + `kl` x KL(tuned || reference).
+    """Makes the loss `-advantage x log p` of sampled tokens + `kl` x KL(tuned || reference).
 
-    A batch also holds `advantages` [B]. Where its rows were drawn from the very state that is
-    differentiated, there is no ratio and nothing to clip. Where they are older, `old_logp` [B T]
-    has the log-probabilities of that time, and in place of log p stands the ratio p / p_old, up to
-    1 + `epsilon_high` where the advantage is positive and down to 1 - `epsilon_low` where it is
-    negative. `importance` [B T], if it is there, weighs each token.
+    A batch also holds `advantages` [B]. Rows sampled from the current state need no ratio. For rows
+    sampled from an older state, `old_logp` [B T] has their log-probabilities under that state, and
+    the ratio p / p_old replaces log p. It is clipped at 1 + `epsilon_high` for a positive
+    advantage and at 1 - `epsilon_low` for a negative one. An optional `importance` [B T] weights
+    each token.
 
-    Both terms are means over all drawn tokens of the batch, not over each row's: every token then
-    weighs the same however long its row is, and pieces of a batch add up to the full batch. The
-    divergence is exact, over the full vocabulary, at every drawn position, and measured whatever
-    its weight is. Metrics: `loss_nats` is the mean -log p, `policy_loss` the first term,
-    `entropy_nats` the mean entropy of the draws; `kl_nats`, `anchor_nats`, `state_max`,
-    `state_rms`; with `old_logp` also `clipped`, the share of tokens whose gradient is 0 because of
-    the bounds.
+    Both terms are means over all sampled tokens of the batch, not over rows: every token has the
+    same weight whatever the length of its row, and microbatches add up to the full batch. The
+    divergence is exact, over the full vocabulary, at every sampled position. It is computed even if
+    its weight is 0.
+
+    Metrics: `loss_nats` is the mean -log p, `policy_loss` the first term, `entropy_nats` the mean
+    entropy of the sampled distributions; `kl_nats`, `anchor_nats`, `state_max`, `state_rms`; with
+    `old_logp` also `clipped`, the fraction of tokens whose gradient is 0 because of clipping.
 
     Args:
         model: the student.
         params: its weights.
-        temperature: at which the rows were drawn, above 0.
+        temperature: sampling temperature of the rows, above 0.
         kl: weight of the divergence.
-        reference: a start state (batch 1); None is zeros, the model without tuning.
-        leaves: the trainable parameters, of `state_tuning.LEAVES`.
+        reference: a start state (batch 1); None for zeros, the model without tuning.
+        leaves: the trainable leaves, from `state_tuning.LEAVES`.
         anchor: weight of KL(base || tuned) on `batch.anchor`, unlabelled tokens [B T+1].
-        epsilon_low: how far below 1 a ratio counts, at most 1.
-        epsilon_high: how far above 1.
+        epsilon_low: largest distance of a ratio below 1, at most 1.
+        epsilon_high: largest distance of a ratio above 1.
 
     Raises:
-        ValueError: an unknown leaf, a negative weight or bound, or a temperature of 0.
+        TypeError: an argument has the wrong type.
+        ValueError: a leaf is unknown, a weight or bound is out of range, or the temperature is 0.
 
     Source: PPO's objective, arXiv 1707.06347 equation 7; two bounds, DAPO, arXiv 2503.14476
     equation 10.

@@ -1,4 +1,4 @@
-"""The prompts of a step that one of several processes answers and judges."""
+"""Divides the prompts of a step among processes, which complete and judge them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,17 +13,17 @@ def _call_alone(make: Callable[[], Any]) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class PromptShare:
-    """Divides the prompts of a step among processes; a single process has them all.
+    """This process's part of the prompts of a step; a single process has all of them.
 
-    All completions of a prompt are of one process, which judges them.
+    One process judges all completions of a prompt.
 
     Attributes:
-        index: of this process, from 0.
-        count: of the processes.
-        drawn_together: whether all processes draw all completions in common programs, as they must
-            where the weights lie in shards over them. Otherwise each draws its own.
-        gather: calls a function in every process and returns in all of them what each call
-            returned, fit for JSON, in the processes' order; an error in one is raised in all.
+        index: index of this process, from 0.
+        count: number of processes.
+        drawn_together: whether all processes sample all completions in common programs, as sharded
+            weights require. Otherwise each process samples its own.
+        gather: calls a function in every process and returns the JSON-compatible results of all
+            calls, in the order of the processes; an error in one process is raised in all.
     """
 
     index: int = 0
@@ -32,25 +32,25 @@ class PromptShare:
     gather: Callable[[Callable[[], Any]], list[Any]] = _call_alone
 
     def judged(self, prompts: int) -> slice:
-        """Returns which of a number of prompts this process judges."""
+        """Returns the slice of `prompts` prompts that this process judges."""
         first = self.index * prompts // self.count
         return slice(first, (self.index + 1) * prompts // self.count)
 
     def drawn(self, prompts: int) -> slice:
-        """Returns which of a number of prompts this process draws completions of."""
+        """Returns the slice of `prompts` prompts that this process samples completions for."""
         return slice(0, prompts) if self.drawn_together else self.judged(prompts)
 
     def join(self, make: Callable[[], list[Any]]) -> list[Any]:
-        """Joins the lists that all processes make of their prompts."""
+        """Concatenates the lists that all processes make for their prompts."""
         joined = []
         for part in self.gather(make):
             joined += part
         return joined
 
     def join_rows(self, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """Joins the rows of the arrays of numbers that all processes make; float64."""
+        """Concatenates the rows of the arrays of all processes, as float64."""
         return np.array(self.join(lambda: make().tolist()), np.float64)
 
 
-# Of a single process.
+# The share of a single process.
 ALONE = PromptShare()

@@ -1,4 +1,4 @@
-"""Questions whose answers can be checked: of synthetic tasks, or of a file."""
+"""Questions with verifiable answers, from synthetic tasks or from files."""
 
 import functools
 import importlib
@@ -38,14 +38,16 @@ _SHOWN_CHARACTERS = 60
 def read_questions(
     path: str | Path, tokenizer: Tokenizer
 ) -> list[tuple[list[int], str]]:
-    """Reads the prompts of a .jsonl file as ids, with their answers; "" where a line has none.
+    """Reads the prompts of a .jsonl file as ids, with their answers; "" for a line without one.
 
-    A line is a "prompt", which is read as it stands, or a question or a chat in a form that tuning
-    reads (see `data.records.record.parse_question`). Its prompt is the text in the chat template up
-    to the beginning of the answer, with the ids that tuning gives it.
+    A line holds a "prompt", which is taken verbatim, or a question or a chat in a format that
+    tuning reads (see `data.records.record.parse_question`). Then the prompt is the text in the chat
+    template up to the answer, with the same ids as in tuning.
 
     Raises:
-        ValueError: a line without a question, as `file:line: reason`.
+        TypeError: an argument has the wrong type.
+        ValueError: the file has no question, or a line is not one; the message then begins with
+            `file:line`.
     """
     return [
         (question.prompt, question.answer) for question in _read_hashed(path, tokenizer)
@@ -56,9 +58,9 @@ class _Question(NamedTuple):
     """A line of a file of questions.
 
     Attributes:
-        prompt: its ids.
-        answer: the known one; "" where there is none.
-        content_hash: of the document that tuning on text reads in the line.
+        prompt: ids of the prompt.
+        answer: the reference answer; "" if there is none.
+        content_hash: hash of the document that tuning on text reads from the line.
     """
 
     prompt: list[int]
@@ -67,13 +69,13 @@ class _Question(NamedTuple):
 
 
 def _read_hashed(path: str | Path, tokenizer: Tokenizer) -> list[_Question]:
-    """Reads the lines of a file as `read_questions` does, with their hashes."""
+    """Reads a file like `read_questions`, with the hashes of its lines."""
     with prefix_errors("read_questions"):
         path = local_path(path, "`path`")
         _check_tokenizer(tokenizer)
     questions = list(read_jsonl(path, functools.partial(_parse_question, tokenizer)))
     if not questions:
-        raise ValueError(f"read_questions: `{path}` must hold a question; got none.")
+        raise ValueError(f"read_questions: `{path}` must hold at least one question.")
     return questions
 
 
@@ -93,18 +95,18 @@ def _parse_question(tokenizer: Tokenizer, record: Any) -> _Question:
 
 
 def _content_hash(record: Any, question: AskedQuestion) -> int:
-    """Hashes a line as tuning on text hashes it; a line that it does not read, by its prompt."""
+    """Hashes a line like tuning on text does; by its prompt if tuning cannot read the line."""
     try:
         document = parse_record(record)
     except ValueError:
-        # A question without an answer, or one whose answer is a number.
+        # Tuning on text rejects a question whose answer is missing or is a number.
         segments = [Segment(part.encode()) for part in question.parts]
         document = Document(tuple(segments))
     return document.content_hash()
 
 
 class QuestionSet:
-    """Prompts by step, and the reward of a completion: 1 for the known answer, else 0."""
+    """Prompts by step, and the reward of a completion: 1 for the reference answer, else 0."""
 
     def __init__(
         self,
@@ -119,23 +121,23 @@ class QuestionSet:
         """Reads the questions of files, or prepares those of a task.
 
         Args:
-            path: "task:name", or a .jsonl file of questions with their answers (see
-                `read_questions`); several with commas.
-            tokenizer: of the model's vocabulary.
-            seed: of tasks, and of the order in which a file's questions are trained on.
-            held_out: share of a file's questions that are used for evaluation only. They are those
-                that `data.token_stream` holds out of the same file; equal prompts stay together. At
-                least one prompt is held out and one is trained on; a file of one prompt serves both
-                parts.
-            verifier: which answer a completion of a file's question gives, of
-                `verifiers.VERIFIERS`; None where another reward judges and the answers do not
-                count.
-            evaluation: held-out questions in place of those of `path`, all of them; as `path`.
-                What is held out of `path` is not trained on either.
+            path: "task:name", or .jsonl files of questions with their answers (see
+                `read_questions`), separated by commas.
+            tokenizer: the model's tokenizer.
+            seed: seed of tasks, and of the training order of a file's questions.
+            held_out: fraction of a file's questions used only for evaluation. They are the ones
+                that `data.token_stream` holds out of the same file; equal prompts stay together.
+                At least one prompt is held out and at least one is trained on; the prompt of a file
+                with a single one serves both purposes.
+            verifier: how the answer is extracted from a completion of a file's question, one of
+                `verifiers.VERIFIERS`. None if another reward judges and answers are ignored.
+            evaluation: questions for evaluation in place of those held out of `path`, in the same
+                format. Questions held out of `path` are still not trained on.
 
         Raises:
-            ValueError: a bad file, a prompt with several answers, a share that leaves nothing to
-                train on or to measure, a task without questions, or an unknown verifier.
+            TypeError: an argument has the wrong type.
+            ValueError: a file is invalid, a prompt has several answers, the fraction leaves nothing
+                to train on or to evaluate, the task has no questions, or the verifier is unknown.
         """
         with prefix_errors("QuestionSet"):
             check_instance(path, str, "`path`")
@@ -153,7 +155,7 @@ class QuestionSet:
                 self._evaluation = parse_source(evaluation, "`evaluation`")
             if isinstance(self._evaluation, TaskSource) != self._is_task:
                 raise ValueError(
-                    "`evaluation` must be a task where `path` is one, and else a file; got "
+                    "`evaluation` must be a task if `path` is a task, and otherwise a file; got "
                     f"{evaluation!r} and {path!r}."
                 )
         self._tokenizer = tokenizer
@@ -167,9 +169,9 @@ class QuestionSet:
             part = "held_out" if held_out == 0 else "train"
             if held_out == 1 or (held_out == 0 and evaluation is None):
                 raise ValueError(
-                    f"QuestionSet: `{path}` has no question in its part {part!r}, of a share "
-                    f"{held_out:g} held out: take another share, or 0 and other questions for "
-                    "evaluation."
+                    f"QuestionSet: `{path}` has no question in its part {part!r} if a fraction of "
+                    f"{held_out:g} is held out: take another fraction, or 0 and other questions "
+                    "for evaluation."
                 )
             self._split(self._read(self._source), held_out)
         if isinstance(self._evaluation, TextSource) and evaluation is not None:
@@ -181,11 +183,11 @@ class QuestionSet:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end a completion: token 0 of a task, of text what the vocabulary has."""
+        """The ids that end a completion: 0 for a task, the tokenizer's stop ids for text."""
         return (0,) if self._is_task else self._tokenizer.stop_ids
 
     def _read(self, source: TextSource) -> list[_Question]:
-        """Reads the questions of files, and keeps their answers."""
+        """Reads the questions of files and stores their answers."""
         if not source.paths:
             raise ValueError(
                 "QuestionSet: `path` must name a file of questions; got ''."
@@ -199,37 +201,37 @@ class QuestionSet:
                 if self._answers_count and before != answer:
                     text = self._tokenizer.decode(question.prompt)
                     raise ValueError(
-                        f"QuestionSet: `{path}` must have one answer to a prompt; "
+                        f"QuestionSet: `{path}` must have one answer per prompt; "
                         f"{_shown(text)} has {_shown(before)} and {_shown(answer)}."
                     )
         return questions
 
     def _split(self, questions: list[_Question], held_out: float) -> None:
-        """Divides a file's questions into held-out ones and, in the seed's order, the others."""
+        """Splits a file's questions into held-out ones and training ones, in the seed's order."""
         measured = _held_out_prompts(questions, held_out)
         self._held_out = [list(prompt) for prompt in measured]
         order = np.random.default_rng(self._seed).permutation(len(questions))
         prompts = [questions[index].prompt for index in order]
         excluded = set(measured)
-        # A file of one prompt serves both parts.
+        # A single prompt serves both purposes.
         self._training = [
             one for one in prompts if tuple(one) not in excluded
         ] or prompts
 
     def _evaluate_on(self, questions: list[_Question]) -> None:
-        """Takes other held-out questions; none of them is trained on."""
+        """Replaces the held-out questions and removes them from the training questions."""
         measured = dict.fromkeys(tuple(question.prompt) for question in questions)
-        # Each once: the most probable answer to a prompt is always the same.
+        # Each prompt once: its greedy answer is always the same.
         self._held_out = [list(prompt) for prompt in measured]
         kept = [one for one in self._training if tuple(one) not in measured]
         if not kept:
             raise ValueError(
-                "QuestionSet: `evaluation` must leave a question to train on; all are in both."
+                "QuestionSet: `evaluation` must leave a question to train on; it has all of them."
             )
         left_out = len(self._training) - len(kept)
         if left_out:
             warnings.warn(
-                f"{left_out:,} questions are not trained on: `evaluation` has them as well",
+                f"{left_out:,} questions are not trained on because `evaluation` has them too",
                 stacklevel=3,
             )
         self._training = kept
@@ -241,13 +243,13 @@ class QuestionSet:
         *,
         held_out: bool = False,
     ) -> list[list[int]]:
-        """Returns `count` prompts of a step, a pure function of the arguments and the seed.
+        """Returns `count` prompts of a step, as a pure function of the arguments and the seed.
 
-        Of a file, held-out prompts are at most as many as there are: each comes once.
+        There may be fewer held-out prompts of a file, because each comes only once.
 
         Raises:
-            TypeError: numbers that are not integers.
-            ValueError: a negative step, or no prompts.
+            TypeError: a number is not an integer.
+            ValueError: `step` is negative, or `count` is below 1.
         """
         with prefix_errors("QuestionSet.prompts"):
             check_count(step, 0, "`step`")
@@ -266,66 +268,64 @@ class QuestionSet:
             seed=self._seed,
             held_out=held_out,
         )
-        # A task makes its questions as they are needed, so `reward` learns the answers here.
+        # A task generates its questions on demand; `reward` needs their answers.
         for prompt, answer in zip(prompts, answers, strict=True):
             self._answers[tuple(prompt)] = answer
         return prompts
 
     def describe(self, measured: int) -> str:
-        """Names the numbers of questions, of which `measured` are measured in an evaluation."""
+        """Describes the numbers of questions, `measured` of which an evaluation uses."""
         if self._is_task:
-            return f"made as it goes, {measured:,} measured"
+            return f"generated on demand, {measured:,} evaluated"
         return (
             f"{len(self._training):,} questions, and {len(self._held_out):,} held out, of which "
-            f"{measured:,} are measured"
+            f"{measured:,} are evaluated"
         )
 
     @property
     def can_be_answered(self) -> bool:
-        """Whether the verifier finds the answer of any question that is trained on."""
+        """Whether the verifier finds the answer of at least one training question."""
         if self._is_task:
             return True
         return any(self.has_answer(tuple(prompt)) for prompt in self._training)
 
     @property
     def every_prompt(self) -> list[Prompt]:
-        """The prompts of all files, each once, in their order there; of a task those drawn."""
+        """The distinct prompts of all files in file order; for a task, those generated so far."""
         return list(self._answers)
 
     @property
     def training_prompts(self) -> set[Prompt]:
-        """The prompts of files that are trained on."""
+        """The training prompts of files."""
         return {tuple(prompt) for prompt in self._training}
 
     def has_answer(self, prompt: Prompt) -> bool:
-        """Tells whether the verifier finds the known answer of a question."""
+        """Tells whether the verifier finds the reference answer of a question."""
         return self._verifier(str(self._answers[prompt])) is not None
 
     def reward(self, prompt: Ids, completion: Ids) -> float:
-        """Returns 1.0 if the completion gives the known answer, else 0.0.
+        """Returns 1.0 if the completion gives the reference answer, else 0.0.
 
-        What gives an answer is the verifier's rule for text, without the thoughts of a chat's
-        answer. A task's answer is all of the
-        completion: an answer that goes on, such as 123 for 12, is another answer.
+        For text, the verifier extracts the answer, after the thoughts of a chat are removed. For a
+        task, the whole completion is the answer: 123 does not count for 12.
         """
         answer = self._answers[tuple(prompt)]
         ends = self.stop_ids
-        # An end of text only ends it, and spells nothing.
         ids = [token for token in completion if token not in ends]
         if not isinstance(answer, str):
             return float(ids == list(answer))
         decode = self._tokenizer.decode
         said = without_thoughts(decode(list(prompt)), decode(ids))
         given = self._verifier(said)
-        # A line without an answer has nothing that could be given.
+        # The answer of a line without one is None, too.
         return float(given is not None and given == self._verifier(answer))
 
     def given_answer(self, completion: Ids) -> str | tuple[int, ...] | None:
-        """Returns the answer that a completion gives, for a vote; None if it gives none."""
+        """Returns the answer of a completion, for a vote; None if it has none."""
         ids = [token for token in completion if token not in self.stop_ids]
         if self._is_task:
             return tuple(ids)
-        # What follows thoughts: of a prompt that ends inside them the completion has their end.
+        # If the prompt ends inside the thoughts, the completion has only their end.
         *_, said = self._tokenizer.decode(ids).rpartition(THOUGHT_END.strip())
         return self._verifier(said)
 
@@ -333,13 +333,13 @@ class QuestionSet:
 def _held_out_prompts(
     questions: list[_Question], share: float
 ) -> list[tuple[int, ...]]:
-    """Returns the different prompts that a share holds out, in the order of their hashes.
+    """Returns the distinct held-out prompts, in the order of their hashes.
 
-    That order is the same for every seed, and has nothing to do with the order of a file.
+    The order depends neither on the seed nor on the order of the file.
     """
     if not share:
         return []
-    # By prompts and not by lines: what is measured must not be trained on.
+    # Split by prompts, not by lines: an evaluated prompt must not be trained on.
     hashes: dict[tuple[int, ...], int] = {}
     for question in questions:
         prompt = tuple(question.prompt)
@@ -347,14 +347,14 @@ def _held_out_prompts(
         hashes[prompt] = min(hashes.get(prompt, content_hash), content_hash)
     threshold = held_out_threshold(share)
     below = sum(content_hash < threshold for content_hash in hashes.values())
-    # Of few questions a share may hold out none or all: a larger or a smaller one then counts.
+    # With few questions the fraction may select none or all; keep at least one in each part.
     most = max(len(hashes) - 1, 1)
     count = min(max(below, 1), most)
     return sorted(hashes, key=hashes.__getitem__)[:count]
 
 
 def _shown(text: Any) -> str:
-    """Returns a text as a message shows it: on one line, and cut where it is long."""
+    """Formats a value for a message, on one line and truncated."""
     shown = repr(text)
     return (
         shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
@@ -362,11 +362,11 @@ def _shown(text: Any) -> str:
 
 
 def find_verifier(name: str) -> RewardFunction:
-    """Imports the function that "module:function" names.
+    """Imports the function named by "module:function".
 
     Raises:
-        ValueError: no such module or function, or a module that cannot be imported; the message
-            has the line of the module's file where it failed.
+        ValueError: the module or the function does not exist, or the import fails; the message has
+            the file and line of the failure.
     """
     with prefix_errors("find_verifier"):
         check_instance(name, str, "`name`")
@@ -377,7 +377,7 @@ def find_verifier(name: str) -> RewardFunction:
     )
     try:
         imported = importlib.import_module(module)
-    # Whatever a module of the user's does when it is imported.
+    # A user's module may raise anything when it is imported.
     except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{must}: {_place_of(error)}{reason}.") from None
@@ -389,15 +389,15 @@ def find_verifier(name: str) -> RewardFunction:
 
 
 def _place_of(error: BaseException) -> str:
-    """Names the line of a module where its import failed, and the kind of the error.
+    """Returns the file and line at which an import failed, and the type of the error.
 
-    "" where the module itself was not found.
+    "" if the module itself was not found.
     """
     kind = type(error).__name__
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {kind}: "
     for frame in traceback.extract_tb(error.__traceback__):
-        # Ours, then those of the import system.
+        # Skip the frames of this module and of the import system.
         if frame.filename == __file__ or "importlib" in frame.filename:
             continue
         return f"{frame.filename}, line {frame.lineno}: {kind}: "

@@ -1,4 +1,4 @@
-"""Rollouts with their rewards and advantages: the batches of the policy loss."""
+"""Makes batches of the policy loss from rollouts, with rewards and advantages."""
 
 import dataclasses
 from typing import NamedTuple
@@ -26,8 +26,8 @@ class PolicyBatch(NamedTuple):
     """A batch for `policy_loss`, with its rewards and its cost.
 
     Attributes:
-        batch: with tokens, mask and advantages.
-        rewards: [P K], of prompts and their completions, those of all processes.
+        batch: tokens, mask and advantages.
+        rewards: [P K], by prompt and completion, of all processes.
         budget: tokens of the rollouts.
     """
 
@@ -37,12 +37,12 @@ class PolicyBatch(NamedTuple):
 
     @property
     def uniform_groups(self) -> np.ndarray:
-        """Of each prompt, whether all of its completions earned the same, [P] bool."""
+        """Whether all completions of a prompt earned the same reward, [P] bool."""
         return np.ptp(self.rewards, axis=1) == 0
 
     @property
     def uniform(self) -> bool:
-        """Whether all completions of every prompt earned the same: there is nothing to learn."""
+        """Whether all groups are uniform, so that there is nothing to learn."""
         return bool(self.uniform_groups.all())
 
 
@@ -54,18 +54,18 @@ def make_policy_batch(
     rule: AdvantageRule | None = None,
     tokens: int | None = None,
 ) -> PolicyBatch:
-    """Rewards rollouts and makes a batch of `policy_loss` of them.
+    """Evaluates the rewards of rollouts and makes a batch for `policy_loss`.
 
     Args:
         drawn: groups of completions.
-        reward: of a prompt and a completion.
-        group: completions of each prompt.
-        rule: how rewards become advantages, and over what the loss is a mean.
-        tokens: most tokens of a completion, which the rule's average "constant" needs.
+        reward: `(prompt, completion) -> number`.
+        group: completions per prompt.
+        rule: how rewards become advantages, and how the loss averages tokens.
+        tokens: token limit of a completion; the average "constant" needs it.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: groups that do not divide the completions, or a reward that is not a finite
+        TypeError: an argument has the wrong type.
+        ValueError: `group` does not divide the number of completions, or a reward is not a finite
             number.
     """
     with prefix_errors("make_policy_batch"):
@@ -99,19 +99,18 @@ def weigh(
     rule: AdvantageRule,
     tokens: int | None,
 ) -> PolicyBatch:
-    """Makes a batch of `policy_loss` of the rollouts of this process.
+    """Makes a batch for `policy_loss` from the rollouts of this process.
 
     Args:
         drawn: groups of completions.
-        rewards: of each completion of the step, those of other processes included.
-        lengths: their drawn tokens.
-        group: completions of each prompt.
-        rule: how rewards become advantages, and over what the loss is a mean.
-        tokens: most tokens of a completion.
+        rewards: rewards of all completions of the step, including other processes.
+        lengths: numbers of their sampled tokens.
+        group: completions per prompt.
+        rule: how rewards become advantages, and how the loss averages tokens.
+        tokens: token limit of a completion.
     """
     rewards = rewards.reshape(-1, group)
     mask, factor = _average(drawn, lengths, rule, tokens)
-    # Back to one number for each row.
     of_rows = factor * advantages(rewards, rule).reshape(-1)
     first = drawn.first * group
     own = of_rows[first : first + len(drawn.completions)]
@@ -122,9 +121,9 @@ def weigh(
 def _average(
     drawn: Rollouts, lengths: np.ndarray, rule: AdvantageRule, tokens: int | None
 ) -> tuple[np.ndarray, float]:
-    """Returns the mask and the factor on advantages that turn the loss's mean into the rule's.
+    """Returns a mask, and a factor for advantages, that make the loss's mean that of the rule.
 
-    The loss is a mean over the mask, whose weights need not be 1.
+    The loss is a weighted mean with the mask as weights, which need not be 1.
     """
     if rule.average == "row":
         counts = drawn.mask.sum(axis=1, keepdims=True)
@@ -138,16 +137,16 @@ def _average(
 def replace_groups(
     drawn: Rollouts, again: Rollouts, chosen: np.ndarray, *, group: int
 ) -> Rollouts:
-    """Takes the chosen groups from a second draw of the same prompts.
+    """Replaces the chosen groups by those of second rollouts.
 
     Args:
-        drawn: the first draw.
-        again: the second one, of the same prompts and lengths.
-        chosen: of each prompt, [P] bool.
-        group: completions of each prompt.
+        drawn: the first rollouts.
+        again: the second rollouts, with the same prompts and lengths.
+        chosen: whether to replace the group of each prompt, [P] bool.
+        group: completions per prompt.
 
     Returns:
-        Both draws' costs, since all tokens were drawn.
+        The combined rollouts, with the budget of both.
     """
     rows = np.repeat(chosen, group)
     completions = []

@@ -1,4 +1,4 @@
-"""Groups of completions that a model draws from its own start state."""
+"""Samples groups of completions from a start state."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ from rwkv7_jax.test_time.traces import Ids, TokenBudget, completion_rows
 from rwkv7_jax.test_time.tuning_loop import RewardTarget, StateBatchSource
 from rwkv7_jax.text.detokenizer import Vocabulary
 
-# Row lengths are rounded up to a multiple of this, so that few widths are ever compiled.
+# Row lengths are rounded up to a multiple of this, to compile few programs.
 _LENGTH_MULTIPLE = 16
 
 PromptsAt = Callable[[int], Sequence[Sequence[int]]]
@@ -46,16 +46,16 @@ class Rollouts:
     """Groups of completions: row `p * group + k` is completion k of prompt p.
 
     Attributes:
-        tokens: prompt, completion, zeros: inputs and, one later, targets ([B T+1]).
-        mask: [B T], 1 where the target was drawn.
-        prompts: one for each row.
-        completions: one for each row, every id that was drawn.
-        budget: each prompt read once, and every drawn token.
-        judged: the completions as rewards see them, without the stop string that ended them and
-            what came with it; by default as they were drawn.
-        logps: [B T], the log-probability of each drawn target when it was drawn, 0 elsewhere; None
-            where it was not recorded.
-        first: the number of the first prompt, where other processes draw those before it.
+        tokens: prompt, completion and zeros, as inputs and shifted targets ([B T+1]).
+        mask: [B T], 1 for sampled targets.
+        prompts: prompt of each row.
+        completions: all sampled ids of each row.
+        budget: tokens: each prompt once, and all sampled tokens.
+        judged: the completions as rewards see them: without the stop string that ended them and
+            anything after it. By default the completions.
+        logps: [B T], log-probability of each sampled target at sampling time, 0 elsewhere; None if
+            not recorded.
+        first: index of the first prompt, if other processes sample those before it.
     """
 
     tokens: Int[np.ndarray, "B inputs_and_target"]
@@ -68,18 +68,18 @@ class Rollouts:
     first: int = 0
 
     def __post_init__(self):
-        """Fills in what rewards see where it is not given."""
+        """Sets the default of `judged`."""
         if not self.judged:
             object.__setattr__(self, "judged", self.completions)
 
 
 class Judgement(NamedTuple):
-    """Rewards and lengths of the completions of a step, those of all processes together.
+    """Rewards and lengths of the completions of a step, of all processes.
 
     Attributes:
-        rewards: of each row, [B] float64.
-        lengths: drawn tokens of each row, [B].
-        cut: of each row, whether it ended because it had the most tokens allowed, [B] bool.
+        rewards: reward of each row, [B] float64.
+        lengths: number of sampled tokens of each row, [B].
+        cut: whether a row ended at the token limit, [B] bool.
     """
 
     rewards: np.ndarray
@@ -91,19 +91,19 @@ def _row_length(rows: list[list[int]], tokens: int, length: int | None) -> int:
     """Returns the number of inputs of a row."""
     # The last token of a row is a target only.
     least = max(map(len, rows)) + tokens - 1
-    # Even completions that end early are padded to it: otherwise each step would compile anew.
+    # Completions that end early are padded to it; otherwise each step could compile a new program.
     if length is None:
         return -(-least // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
     if length < least:
         raise ValueError(
-            f"`length` must be at least {least}, the longest prompt and `tokens` less one; "
+            f"`length` must be at least {least}, the longest prompt plus `tokens` minus one; "
             f"got {length}."
         )
     return length
 
 
 def _at_targets(drawn: Rollouts, logps: list[list[float]]) -> np.ndarray:
-    """Lays numbers of drawn ids out as the targets of their rows."""
+    """Arranges the log-probabilities of sampled ids at the target positions of their rows."""
     at_targets = np.zeros(drawn.mask.shape, np.float32)
     for row, values in enumerate(logps):
         # The target of position t is token t + 1.
@@ -113,7 +113,7 @@ def _at_targets(drawn: Rollouts, logps: list[list[float]]) -> np.ndarray:
 
 
 def _some_row_keys(key: Array, first: int, stop: int) -> Array:
-    """Returns the keys of some of the rows, those that `generate` gives them among all rows."""
+    """Returns the keys of the rows from `first` to `stop`, as `generate` on all rows makes them."""
     if key.ndim:
         return key[first:stop]
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
@@ -122,20 +122,20 @@ def _some_row_keys(key: Array, first: int, stop: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSampler:
-    """A model with the options by which its completions are drawn.
+    """A model with sampling options.
 
     Attributes:
-        model: the shell around `params`.
+        model: the network.
         params: its weights.
-        group: completions of each prompt (K).
-        tokens: ids drawn for a row at most, at least 1.
-        temperature: of the sampling; 0 is greedy.
+        group: completions per prompt (K).
+        tokens: most sampled ids per row, at least 1.
+        temperature: sampling temperature; 0 is greedy.
         stop_ids: ids that end a row.
-        length: inputs of a row (T); None takes the next multiple of 16 that holds all rows, even
-            those that are drawn to their full length.
-        stop_strings: strings that end a row, as in `generate`; rewards do not see them.
-        tokenizer: needed with `stop_strings`.
-        share: of the prompts of a step, those that this process answers.
+        length: inputs of a row (T); None takes the next multiple of 16 that fits every row at its
+            full length.
+        stop_strings: stop sequences, as in `generate`; rewards do not see them.
+        tokenizer: required with `stop_strings`.
+        share: this process's part of the prompts of a step.
     """
 
     model: RWKV7
@@ -150,11 +150,11 @@ class RolloutSampler:
     share: PromptShare = ALONE
 
     def __post_init__(self):
-        """Checks the settings.
+        """Checks the options.
 
         Raises:
-            TypeError: an argument of the wrong kind.
-            ValueError: weights of another model, or a number out of its range.
+            TypeError: an argument has the wrong type.
+            ValueError: the weights do not fit the model, or a number is out of range.
         """
         with prefix_errors("RolloutSampler"):
             check_model(self.model)
@@ -176,21 +176,21 @@ class RolloutSampler:
         prompts: Sequence[Sequence[int]],
         key: Array | None,
     ) -> Rollouts:
-        """Draws `group` completions of every prompt of this process's, which is read once.
+        """Samples `group` completions for every prompt of this process; prefills each prompt once.
 
-        The same key gives the same completions: those of `generate` for every prompt repeated
-        `group` times. Programs depend on the number of prompts, `group`, `length` and powers of two
-        above the longest prompt and `tokens`.
+        Equal keys give equal completions: those of `generate` with every prompt repeated `group`
+        times. Compiled programs depend on the number of prompts, `group`, `length`, and the powers
+        of two above the longest prompt and above `tokens`.
 
         Args:
-            state: where every row starts (batch 1); None is a model that has read nothing.
-            prompts: lists of ids, none empty; those of all processes.
-            key: one random key, folded with the row's number, or one key for each row; not needed
+            state: start state of every row (batch 1); None for the zero state.
+            prompts: non-empty lists of ids, of all processes.
+            key: one random key, which is folded with the row index, or one key per row; not needed
                 at temperature 0.
 
         Raises:
-            TypeError: ids that are not integers, or no random key.
-            ValueError: an argument out of its range, or rows that do not fit.
+            TypeError: an id is not an integer, or the key is not a random key.
+            ValueError: an argument is out of range, or a row does not fit.
         """
         with prefix_errors("RolloutSampler.draw"):
             if state is not None:
@@ -205,19 +205,19 @@ class RolloutSampler:
                 )
         part = self.share.drawn(len(rows))
         if part != slice(0, len(rows)):
-            # A completion is the same whichever process draws it.
+            # A completion does not depend on the process that samples it.
             if key is not None:
                 first = part.start * self.group
                 key = _some_row_keys(key, first, part.stop * self.group)
             rows = rows[part]
-        # Completions of one prompt are neighbours: `advantages` reshapes them to [P K].
+        # Completions of one prompt are adjacent: `advantages` reshapes them to [P K].
         repeats = np.repeat(np.arange(len(rows)), self.group)
         out = self._complete(state, rows, repeats, key)
-        # With what ended them: a student has to learn it, and a reward may look at the stop id.
+        # Including the stop id: a student has to learn it, and a reward may check it.
         completions: list[Ids] = [tuple(drawn) for drawn in out.drawn]
         repeated_prompts = [tuple(rows[row]) for row in repeats]
         batch = completion_rows(repeated_prompts, completions, length=length)
-        # Each prompt once, although its state continues `group` times.
+        # Each prompt is prefilled once, although its state continues `group` times.
         spent = sum(map(len, rows)) + sum(map(len, completions))
         drawn = Rollouts(
             tokens=np.asarray(batch.tokens),
@@ -238,13 +238,13 @@ class RolloutSampler:
         name: str,
         least: float | None = None,
     ) -> Judgement:
-        """Judges completions that `draw` returned; of several processes, each judges its own.
+        """Judges the completions of `draw`; each process judges its own and returns all.
 
         Args:
             drawn: groups of completions.
-            reward: of a prompt and a completion.
-            name: of the reward's argument, for messages.
-            least: the smallest reward that is allowed; None allows every finite one.
+            reward: `(prompt, completion) -> number`.
+            name: name of the reward's argument, for messages.
+            least: smallest allowed reward; None allows every finite reward.
 
         Raises:
             ValueError: as `evaluate_rewards`.
@@ -270,7 +270,7 @@ class RolloutSampler:
         return Judgement(rewards, lengths, cut > 0)
 
     def own_rows(self, drawn: Rollouts) -> slice:
-        """Returns which rows of what `draw` returned this process judges."""
+        """Returns the slice of the rows of `draw` that this process judges."""
         rows = len(drawn.completions)
         if not self.share.drawn_together:
             return slice(0, rows)
@@ -284,9 +284,9 @@ class RolloutSampler:
         repeats: np.ndarray,
         key: Array | None,
     ) -> Generation:
-        """Completes the prompts that `repeats` counts, each of which is read once."""
-        # The prompts are read once; then their states are repeated and continued without a prompt.
-        # Repeating the prompts instead would read each of them `group` times.
+        """Completes the prompts with the indices `repeats`; prefills each prompt once."""
+        # The states after the prompts are repeated and continue with empty prompts. Repeating the
+        # prompts instead would prefill each of them `group` times.
         read = generate(self.model, self.params, prompts, state, tokens=0)
         return generate(
             self.model,
@@ -299,7 +299,7 @@ class RolloutSampler:
             temperature=self.temperature,
             stop_ids=self.stop_ids,
             stop_strings=self.stop_strings,
-            # Without stop strings the text is not read, and making it costs time on the host.
+            # Without stop strings the text is not needed, and decoding it costs time on the host.
             tokenizer=self.tokenizer if self.stop_strings else None,
         )
 
@@ -309,13 +309,13 @@ class RolloutSampler:
             return completion
         assert self.tokenizer is not None
         has_stop_id = bool(completion) and completion[-1] in self.stop_ids
-        # A stop id is no text: it ends a row without completing a stop string.
+        # A stop id is not text and cannot complete a stop string.
         text = completion[:-1] if has_stop_id else completion
         kept = before_stop_string(text, self.tokenizer, self.stop_strings)
         return completion if kept is None else tuple(kept)
 
     def is_cut(self, completion: Ids) -> bool:
-        """Tells whether a completion ended because it had the most tokens allowed."""
+        """Tells whether a completion ended at the token limit."""
         is_full = len(completion) == self.tokens
         by_id = bool(completion) and completion[-1] in self.stop_ids
         return is_full and not by_id and self.judged(completion) == completion
@@ -326,23 +326,23 @@ class RolloutSampler:
         prompts: Sequence[Sequence[int]],
         reward: RewardFunction,
     ) -> tuple[Float[np.ndarray, " P"], TokenBudget]:
-        """Returns the reward of each prompt's greedy completion, and the tokens they cost.
+        """Returns the rewards of the prompts' greedy completions, and their tokens.
 
         Args:
-            state: where every row starts (batch 1).
+            state: start state of every row (batch 1); None for the zero state.
             prompts: lists of ids that no update sees.
-            reward: of a prompt and a completion.
+            reward: `(prompt, completion) -> number`.
 
         Raises:
-            TypeError: an argument of the wrong kind.
-            ValueError: as `draw`; or a reward that is not a finite number.
+            TypeError: an argument has the wrong type.
+            ValueError: as `draw`; or a reward is not a finite number.
         """
         with prefix_errors("RolloutSampler.greedy_rewards"):
             check_function(reward, "`reward`")
-        # Greedy: the noise of sampling would hide small improvements.
+        # Sampling noise would hide small improvements.
         greedy = dataclasses.replace(self, group=1, temperature=0, length=None)
         if len(prompts) < self.share.count:
-            # Some processes would have none: each answers all of these few.
+            # Some processes would have no prompt, so each completes all of them.
             greedy = dataclasses.replace(greedy, share=ALONE)
         drawn = greedy.draw(state, prompts, None)
         found = greedy.judge(
@@ -356,15 +356,15 @@ class RolloutSampler:
         prompts: Sequence[Sequence[int]],
         reward: RewardFunction,
     ) -> tuple[float, TokenBudget]:
-        """Returns the mean of `greedy_rewards`, and the tokens it cost.
+        """Returns the mean of `greedy_rewards`, and the tokens that it costs.
 
         Args:
-            state: where every row starts (batch 1).
+            state: start state of every row (batch 1); None for the zero state.
             prompts: lists of ids that no update sees.
-            reward: of a prompt and a completion.
+            reward: `(prompt, completion) -> number`.
 
         Raises:
-            TypeError: an argument of the wrong kind.
+            TypeError: an argument has the wrong type.
             ValueError: as `greedy_rewards`.
         """
         with prefix_errors("RolloutSampler.mean_reward"):
@@ -374,7 +374,7 @@ class RolloutSampler:
 
 
 class RewardedBatches(StateBatchSource):
-    """Batches of the completions that a sampler draws from the state and a reward judges."""
+    """Batches of rewarded completions, sampled from the current state."""
 
     def __init__(
         self,
@@ -383,17 +383,17 @@ class RewardedBatches(StateBatchSource):
         reward: RewardFunction,
         key: Array,
     ):
-        """Checks and keeps what every such source has.
+        """Checks and stores the arguments that all such sources share.
 
         Args:
-            sampler: draws the completions.
-            prompts_at: the prompts of a step.
-            reward: `(prompt, completion) -> number`; the completion holds its stop id.
+            sampler: samples the completions.
+            prompts_at: returns the prompts of a step.
+            reward: `(prompt, completion) -> number`; the completion includes its stop id.
             key: one random key.
 
         Raises:
-            TypeError: an argument of the wrong kind.
-            ValueError: several keys.
+            TypeError: an argument has the wrong type.
+            ValueError: there are several keys.
         """
         super().__init__()
         check_instance(sampler, RolloutSampler, "`sampler`")
@@ -405,8 +405,8 @@ class RewardedBatches(StateBatchSource):
         self._key = check_key(key)
 
     def _key_at(self, number: int) -> Array:
-        """Returns the key of a step, or of a round, by its number."""
-        # Folded with the number, not split from the last key: a resumed run does not have that one.
+        """Returns the key of a step or a round."""
+        # Folding needs no earlier key, which a resumed run would not have.
         return jax.random.fold_in(self._key, number)
 
 
@@ -418,18 +418,18 @@ def reward_target(
     every: int,
     stop_reward: float,
 ) -> RewardTarget:
-    """Makes the target of a loop on rewards.
+    """Makes the reward target of a tuning loop.
 
     Args:
-        sampler: draws the completions.
-        reward: of a prompt and a completion.
-        held_out: prompts that no update sees; the loop's own rewards count where there are none.
-        every: steps between two evaluations, or of the moving average.
-        stop_reward: mean reward that is enough.
+        sampler: samples the completions.
+        reward: `(prompt, completion) -> number`.
+        held_out: prompts that no update sees; without any, the rewards in training count.
+        every: steps between evaluations, or steps of the moving average.
+        stop_reward: mean reward that ends tuning.
 
     Raises:
-        TypeError: prompts or numbers of the wrong kind.
-        ValueError: prompts or numbers out of their range.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
     if not len(held_out):
         return RewardTarget(None, every, stop_reward)

@@ -1,4 +1,4 @@
-"""Collection of completions from a teacher model, filtered by a verifier or a majority vote."""
+"""Collects completions from a teacher, filtered by a verifier or a majority vote."""
 
 import collections
 import dataclasses
@@ -31,10 +31,10 @@ from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.traces import Ids, TokenBudget, Trace
 
-# From a completion to its answer, which is compared with the other answers.
+# Maps a completion to its answer, which a vote compares with other answers.
 Extract = Callable[[Ids], Hashable]
 
-# From the student's prompt to the teacher's.
+# Maps the student's prompt to the teacher's.
 Template = Callable[[Ids], Sequence[int]]
 
 
@@ -53,43 +53,44 @@ def collect_traces(
     at_once: int = 8,
     on_progress: Callable[[int, int], Any] | None = None,
 ) -> tuple[list[Trace], TokenBudget]:
-    """Lets the teacher complete prompts; keeps the completions that a verifier or a vote approves.
+    """Samples completions from the teacher and keeps those that a verifier or a vote approves.
 
-    The teacher reads each prompt once. A prompt's completions depend on the key, on its own ids and
-    on how often it came before, not on its neighbours; so with `cache` a run that was killed goes
-    on where it stopped and ends with the same traces and the same budget. Of several processes, as
-    `teacher.share` says, each answers some of the prompts, and all have all traces; the cache of
-    the first one counts.
+    The completions of a prompt depend on the key, its ids and the number of its earlier
+    occurrences, not on other prompts. So with `cache` a killed run resumes, and ends with the same
+    traces and the same budget. With several processes (`teacher.share`), each completes some of the
+    prompts and returns all traces; only the cache of the first process is used.
 
     Args:
-        teacher: the larger model, or the student itself, and how it draws `group` completions of
-            each prompt. What ended a completion is part of it, for the student has to learn that;
-            a stop string is not part of what is judged.
+        teacher: the larger model, or the student itself, with its sampling options; `group` is the
+            number of completions per prompt. Completions include the stop id or stop string, which
+            the student has to learn; judging excludes a stop string.
         prompts: lists of ids as the student sees them.
         key: one random key.
-        state: where the teacher starts (batch 1).
-        template: from a prompt to what the teacher reads in its place: an instruction, a hint, a
-            demand to think aloud. The traces keep the student's prompt.
-        verify: `(prompt, completion) -> number` of the student's prompt; above 0 keeps the
-            completion, and is its weight (a bool counts as 0 or 1).
-        vote: `(extract, margin)`, instead of `verify`: of each prompt's completions those are kept
-            whose `extract(completion)` is the most frequent answer, if it leads the second by at
-            least `margin`, a share of the group, and by one. An answer of None does not vote.
+        state: start state of the teacher (batch 1); None for the zero state.
+        template: maps a prompt to the prompt that the teacher reads, for instance with an
+            instruction, a hint or a request to think step by step. The traces keep the student's
+            prompt.
+        verify: `(prompt, completion) -> number`, with the student's prompt. A number above 0 keeps
+            the completion and is its weight (a bool counts as 0 or 1).
+        vote: `(extract, margin)`, instead of `verify`. Keeps the completions of a prompt whose
+            `extract(completion)` is the most frequent answer, if it leads the second one by at
+            least one vote and by at least `margin`, a fraction of the group. An answer of None does
+            not count.
         source: the teacher's name in the traces.
-        cache: a file to which completions are appended before they are judged, and from which
-            those of the same teacher, state, prompt, key and options are taken.
+        cache: a file of completions before judging. New ones are appended; those with the same
+            teacher, state, prompt, key and options are reused.
         teacher_hash: identifies the teacher's weights in the cache, such as `model_hash` of
-            `checkpoints`; needed with `cache`.
-        at_once: prompts in one batch.
-        on_progress: called with the number of prompts done and of all.
+            `checkpoints`; required with `cache`.
+        at_once: prompts per batch.
+        on_progress: called with the number of finished prompts and the number of all.
 
     Returns:
-        The traces in the prompts' order, and the tokens they cost.
+        The traces in the order of the prompts, and the tokens that they cost.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: an argument out of its range, or a verifier or a vote that raised or gave no
-            number; completions in the cache stay there.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or the verifier or the vote raised or did not
+            return a number; the cache keeps the completions.
     """
     with prefix_errors("collect_traces"):
         check_instance(teacher, RolloutSampler, "`teacher`")
@@ -104,7 +105,6 @@ def collect_traces(
         if cache is not None and teacher_hash is None:
             raise ValueError("`teacher_hash` must be given with `cache`; got None.")
         questions = _questions(prompts, teacher.model.config.vocab_size, template)
-    # Outside the block of checks: an error in the work should name where it happened.
     answers = _TeacherAnswers(teacher, state, key, rows=min(at_once, len(questions)))
     if cache is not None and teacher_hash is not None:
         answers.use_cache(CompletionCache(cache), teacher_hash)
@@ -115,11 +115,10 @@ def collect_traces(
         answered = answers.complete(part)
         weighed = _weigh(teacher, judge, part, answered)
         for question, completions, weights in zip(part, answered, weighed, strict=True):
-            # The same for completions from the cache: the budget says what the traces have cost,
-            # in this run or in an earlier one.
+            # Cached completions count too: the budget is the cost of the traces over all runs.
             spent += len(question.teacher_prompt) + sum(map(len, completions))
             traces += _kept(question, completions, weights, source)
-        # After the batch is in the cache, so a callback that raises loses nothing.
+        # The batch is in the cache already, so a callback that raises loses nothing.
         if on_progress:
             on_progress(first + len(part), len(questions))
     return traces, TokenBudget(guide_tokens=spent)
@@ -131,7 +130,7 @@ def _weigh(
     questions: list["_Question"],
     answers: list[list[Ids]],
 ) -> list[list[float]]:
-    """Judges the completions of questions; of several processes, each those of its own."""
+    """Judges the completions; each process judges its own and returns all weights."""
     own = sampler.share.judged(len(questions))
 
     def weigh_own() -> list[list[float]]:
@@ -146,13 +145,13 @@ def _weigh(
 
 @dataclasses.dataclass(frozen=True)
 class _Question:
-    """A prompt among others.
+    """A prompt with its template applied.
 
     Attributes:
-        index: its place.
-        prompt: as the student sees it.
-        teacher_prompt: what the teacher reads in its place.
-        identity: a digest of both and of how often they came before.
+        index: index of the prompt.
+        prompt: the prompt that the student sees.
+        teacher_prompt: the prompt that the teacher reads.
+        identity: digest of both and of the number of their earlier occurrences.
     """
 
     index: int
@@ -161,7 +160,7 @@ class _Question:
     identity: str
 
 
-# From a question and its completions to the weight of each of them; 0 drops one.
+# Maps a question and its completions to a weight for each completion; 0 drops it.
 _Judge = Callable[[_Question, list[Ids]], list[float]]
 
 
@@ -189,8 +188,8 @@ def _questions(
     questions: list[_Question] = []
     times_seen: collections.Counter[str] = collections.Counter()
     for index, (row, teacher_row) in enumerate(zip(rows, teacher_rows, strict=True)):
-        # A prompt that comes twice has to be answered anew, so its count is part of its identity.
-        # Its place is not: other prompts may be added before it.
+        # A repeated prompt needs new completions, so its count is part of its identity. Its index
+        # is not: prompts may be inserted before it.
         text = json.dumps((row, teacher_row))
         identity = _digest(text, str(times_seen[text]))
         times_seen[text] += 1
@@ -201,7 +200,7 @@ def _questions(
 def _fill(template: Template, index: int, row: list[int]) -> Sequence[int]:
     try:
         return template(tuple(row))
-    except Exception as error:  # Of the user's function, so of any type.
+    except Exception as error:  # A user's function may raise anything.
         kind = type(error).__name__
         raise ValueError(
             f"`template` of prompt {index} raised {kind}: {error}"
@@ -212,13 +211,13 @@ def _digest(*parts: str | bytes) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
-        # With the length, so that two parts cannot be divided in another way.
+        # The length makes the borders between parts unambiguous.
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()
 
 
 class _TeacherAnswers:
-    """The teacher's completions of questions, drawn or taken from a cache."""
+    """The teacher's completions of questions, sampled or taken from a cache."""
 
     def __init__(
         self,
@@ -228,20 +227,20 @@ class _TeacherAnswers:
         *,
         rows: int,
     ):
-        """Draws every completion anew until `use_cache` is called.
+        """Sets the teacher; without `use_cache`, every completion is sampled.
 
         Args:
-            sampler: the teacher and its options.
-            state: where it starts.
+            sampler: the teacher and its sampling options.
+            state: start state of the teacher.
             key: one random key.
-            rows: questions of a batch.
+            rows: questions per batch.
         """
         self._sampler = sampler
-        # What it draws is divided already.
+        # `_draw` divides the questions among processes, so the sampler must not.
         self._drawing = dataclasses.replace(sampler, share=ALONE)
         self._state = state
         self._key = key
-        # Of several processes that draw apart, the most that one of them draws at a time.
+        # If processes sample separately, the most questions of one process.
         self._rows = rows
         if not sampler.share.drawn_together:
             self._rows = -(-rows // sampler.share.count)
@@ -249,10 +248,10 @@ class _TeacherAnswers:
         self._stamp = ""
 
     def use_cache(self, cache: CompletionCache, teacher_hash: str) -> None:
-        """Takes completions from a cache where it has them, and adds new ones to it."""
+        """Makes a cache the source of known completions and the target of new ones."""
         self._cache = cache
-        # Everything that completions depend on besides their question. Caches on disk have it in
-        # their keys, so it must stay as it is.
+        # Everything that completions depend on besides their question. It is part of the keys of
+        # existing caches, so it must not change.
         options = {
             "samples": self._sampler.group,
             "tokens": self._sampler.tokens,
@@ -271,9 +270,8 @@ class _TeacherAnswers:
         )
 
     def complete(self, questions: list[_Question]) -> list[list[Ids]]:
-        """Returns the completions of each question; new ones are in the cache before that."""
+        """Returns the completions of each question, after new ones are in the cache."""
         keys = [_digest(self._stamp, question.identity) for question in questions]
-        # Two questions never have the same key.
         answers = self._cached(keys)
         missing: dict[str, _Question] = {}
         for key, question in zip(keys, questions, strict=True):
@@ -289,7 +287,7 @@ class _TeacherAnswers:
         return [answers[key] for key in keys]
 
     def _cached(self, keys: list[str]) -> dict[str, list[Ids]]:
-        """Returns the completions that the cache of the first process has."""
+        """Returns the completions in the cache of the first process."""
         cache = self._cache
         if cache is None:
             return {}
@@ -302,12 +300,12 @@ class _TeacherAnswers:
                     found[key] = completions
             return found
 
-        # Only the first process's file is in the run's folder, and all must draw the same ones.
+        # Only the first process writes to the run directory, and all must miss the same keys.
         first, *_ = self._sampler.share.gather(find)
         return {key: list(map(tuple, answers)) for key, answers in first.items()}
 
     def _draw(self, questions: list[_Question]) -> list[list[Ids]]:
-        """Draws completions; each question has keys of its own, whatever its neighbours are."""
+        """Samples completions with keys that depend on each question only."""
         share = self._sampler.share
         own = questions[share.drawn(len(questions))]
         if share.drawn_together:
@@ -316,11 +314,11 @@ class _TeacherAnswers:
         return [list(map(tuple, completions)) for completions in drawn]
 
     def _draw_own(self, questions: list[_Question]) -> list[list[Ids]]:
-        """Draws completions in this process, or in programs of all processes."""
+        """Samples completions in this process, or in programs of all processes."""
         samples = self._sampler.group
-        # Filled with the last question, so that one compiled program serves every batch.
+        # Padded with the last question, so that one compiled program serves every batch.
         filled = [*questions, *[questions[-1]] * (self._rows - len(questions))]
-        # From a question's identity, not from its place: then neighbours do not matter.
+        # Keys come from the identity, not the index, so other questions do not matter.
         numbers = [int(question.identity[:8], 16) for question in filled]
         fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
         question_keys = fold(self._key, jnp.asarray(numbers, jnp.uint32))
@@ -338,9 +336,9 @@ class _TeacherAnswers:
 
 
 def _make_judge(verify: RewardFunction | None, vote: Any) -> _Judge:
-    """Checks a verifier or a vote and makes a judge of it; without both it keeps everything."""
+    """Checks a verifier or a vote and makes a judge; without either, it keeps everything."""
     if verify is not None and vote is not None:
-        raise ValueError("`verify` and `vote` exclude each other; got both.")
+        raise ValueError("`verify` and `vote` are mutually exclusive; got both.")
     if verify is not None:
         check_function(verify, "`verify`")
         return functools.partial(_verified, verify)
@@ -358,7 +356,7 @@ def _make_judge(verify: RewardFunction | None, vote: Any) -> _Judge:
 def _verified(
     verify: RewardFunction, question: _Question, completions: list[Ids]
 ) -> list[float]:
-    """Returns what a verifier says of each completion, at least 0."""
+    """Returns the verifier's number for each completion, at least 0."""
     return evaluate_rewards(
         verify,
         [question.prompt] * len(completions),
@@ -375,13 +373,12 @@ def _voted(
 ) -> list[float]:
     """Returns 1 for completions with the most frequent answer if it leads by enough, else 0."""
     answers = [_answer(extract, question, completion) for completion in completions]
-    # None is an answer that could not be read; it must not win.
+    # None means that no answer was found; it must not win.
     votes = collections.Counter(answer for answer in answers if answer is not None)
     ranking = votes.most_common(2)
     if not ranking:
         return [0.0] * len(completions)
     best, most = ranking[0]
-    # A single answer leads by all of its votes.
     second = ranking[1][1] if len(ranking) > 1 else 0
     lead = most - second
     enough = lead > 0 and lead / len(completions) >= margin
@@ -391,7 +388,7 @@ def _voted(
 def _answer(extract: Extract, question: _Question, completion: Ids) -> Hashable:
     try:
         answer = extract(completion)
-        # Votes are counted in a dict, where an answer such as a list would raise later.
+        # `Counter` needs hashable answers; a list must raise here, where the prompt is known.
         hash(answer)
     except Exception as error:
         raise ValueError(

@@ -1,7 +1,6 @@
-"""Traces: completions to learn from, their files, their batches and the tokens they cost.
+"""Traces (completions to learn from): their files, their batches and their cost in tokens.
 
-A completion is every id that was drawn, with the id that ended it: a student has to learn where to
-stop.
+A completion includes its stop id, because a student has to learn where to stop.
 """
 
 import dataclasses
@@ -32,21 +31,21 @@ from rwkv7_jax.local_paths import local_path
 
 Ids = tuple[int, ...]
 
-# Ids that fit into int32; which vocabulary they are of is not known here.
+# Ids must fit into int32; the vocabulary is unknown here.
 _ANY_ID = 2**31
 
 
-# The fields check themselves and take more than they become, so they are documentation here.
+# `__post_init__` checks the fields and accepts more types than the annotations.
 @typing.no_type_check
 @dataclasses.dataclass(frozen=True)
 class Trace:
     """A completion to learn from.
 
     Attributes:
-        prompt: ids as the student sees them.
-        completion: ids after it, with the one that ended it.
-        weight: how much each of them counts; at least 0.
-        source: the name of the model that wrote it.
+        prompt: ids that the student sees.
+        completion: ids of the completion, including the stop id.
+        weight: weight of each of these ids in the loss; at least 0.
+        source: name of the model that wrote it.
     """
 
     prompt: Ids
@@ -58,15 +57,15 @@ class Trace:
         """Checks the fields; ids become tuples of int.
 
         Raises:
-            TypeError: a field of the wrong kind.
-            ValueError: no ids, a negative id, or a weight out of its range.
+            TypeError: a field has the wrong type.
+            ValueError: there are no ids, an id is negative, or the weight is out of range.
         """
-        # The dataclass is frozen, so that traces can be keys of sets and dicts.
+        # The dataclass is frozen, so traces can be members of sets and keys of dicts.
         object.__setattr__(self, "prompt", check_trace_ids(self.prompt, "prompt"))
         object.__setattr__(
             self, "completion", check_trace_ids(self.completion, "completion")
         )
-        # True would become weight 1 without a word.
+        # True must not silently become weight 1.
         if type(self.weight) is bool or not isinstance(
             self.weight, int | float | np.number
         ):
@@ -83,18 +82,18 @@ class Trace:
 
     @property
     def inputs(self) -> int:
-        """Inputs of a row that holds the trace; the last id is a target only."""
+        """The number of inputs of the trace's row; the last id is only a target."""
         return len(self.prompt) + len(self.completion) - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenBudget:
-    """Tokens that a piece of work cost; budgets add up.
+    """Numbers of processed tokens, which add up.
 
     Attributes:
-        guide_tokens: read or drawn by a teacher; result files have this name.
-        rollout_tokens: read or drawn by the student.
-        gradient_tokens: inputs of the rows that a gradient went through, padding not counted.
+        guide_tokens: tokens read or sampled by a teacher; result files use this name.
+        rollout_tokens: tokens read or sampled by the student.
+        gradient_tokens: inputs with a backward pass, without padding.
     """
 
     guide_tokens: int = 0
@@ -123,12 +122,12 @@ def check_trace_ids(values: Any, name: str) -> Ids:
         raise TypeError(
             f"Trace: `{name}` must be a list of ids; got {type(values).__name__}."
         )
-    # Not by truth: that of an array of several ids is undefined.
+    # The truth value of an array of several ids is undefined.
     if not len(values):
-        raise ValueError(f"Trace: `{name}` must hold an id; got 0.")
+        raise ValueError(f"Trace: `{name}` must hold at least one id; got none.")
     ids = []
     for value in values:
-        # A bool is an int in Python, but `true` in a file is a mistake.
+        # bool is a subclass of int, but `true` in a file is a mistake.
         is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not is_integer or not 0 <= value < _ANY_ID:
             raise ValueError(
@@ -139,10 +138,10 @@ def check_trace_ids(values: Any, name: str) -> Ids:
 
 
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
-    """Writes traces to a file, one JSON object a line; a file in the way is replaced at once.
+    """Writes traces to a file, one JSON object per line; atomically replaces an existing file.
 
     Raises:
-        TypeError: something else than traces.
+        TypeError: `traces` holds something other than a `Trace`.
         ValueError: the file's folder does not exist.
     """
     with prefix_errors("write_traces"):
@@ -158,7 +157,7 @@ def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
 def read_traces(path: str | Path) -> list[Trace]:
     """Reads the traces of a file; `weight` and `source` may be missing.
 
-    A last line that breaks off, as a killed writer leaves it, is dropped with a warning.
+    An incomplete last line, as a killed writer leaves it, is dropped with a warning.
 
     Raises:
         ValueError: a line is not a trace; the message begins with `file:line`.
@@ -172,12 +171,13 @@ def _trace(record: Any) -> Trace:
     names = [field.name for field in dataclasses.fields(Trace)]
     for name in check_object(record):
         if name not in names:
-            raise ValueError(f"unknown field {name!r}; a trace has {', '.join(names)}.")
+            raise ValueError(
+                f"a trace must have only the fields {', '.join(names)}; got {name!r}."
+            )
     for name in ("prompt", "completion"):
         if name not in record:
-            raise ValueError(f"`{name}` is missing.")
+            raise ValueError(f"a trace must have the field {name!r}.")
     try:
-        # The constructor checks the kinds and ranges.
         return Trace(**record)
     except TypeError as error:
         raise ValueError(str(error)) from None
@@ -190,39 +190,39 @@ def completion_rows(
     length: int,
     weights: Sequence[float | int] | None = None,
 ) -> Batch:
-    """Makes rows of a prompt, its completion and zeros; the mask is the weight of the completion.
+    """Makes rows of a prompt, its completion and zeros, with the weight on completion targets.
 
     Args:
-        prompts: none empty.
-        completions: one for each prompt.
+        prompts: non-empty prompts.
+        completions: one completion per prompt.
         length: inputs of a row (T).
-        weights: one for each row; 1 by default.
+        weights: one weight per row; 1 by default.
 
     Returns:
         A batch of tokens [B T+1] int32 and mask [B T] float32.
 
     Raises:
-        TypeError: ids that are not integers, or weights that are no numbers.
-        ValueError: no rows, an empty prompt, other numbers of completions or weights, a weight out
-            of its range, or a row that does not fit.
+        TypeError: an id is not an integer, or a weight is not a number.
+        ValueError: there are no rows, a prompt is empty, the numbers of completions or weights
+            differ from that of prompts, a weight is out of range, or a row does not fit.
     """
     with prefix_errors("completion_rows"):
         check_count(length, 1, "`length`")
         _check_rows(prompts, completions, length, weights)
-    # One token more than inputs: the last one is only a target.
+    # One token more than inputs, because the last one is only a target.
     tokens = np.zeros((len(prompts), length + 1), np.int32)
     mask = np.zeros((len(prompts), length), np.float32)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         start = len(prompt)
         end = start + len(completion)
         tokens[row, :end] = [*prompt, *completion]
-        # The target of position t is token t + 1, so the mask begins one place earlier.
+        # The target of position t is token t + 1, so the mask begins one position earlier.
         mask[row, start - 1 : end - 1] = 1.0 if weights is None else weights[row]
     return Batch(tokens=tokens, mask=mask)
 
 
 def _check_rows(prompts: Any, completions: Any, length: int, weights: Any) -> None:
-    """Raises unless prompts, completions and weights are rows of a length."""
+    """Raises unless prompts, completions and weights match and fit into rows of `length`."""
     rows = check_prompts(prompts, _ANY_ID)
     columns = {"completions": completions}
     if weights is not None:
@@ -230,10 +230,12 @@ def _check_rows(prompts: Any, completions: Any, length: int, weights: Any) -> No
     for name, values in columns.items():
         if isinstance(values, str) or not hasattr(values, "__len__"):
             kind = type(values).__name__
-            raise TypeError(f"`{name}` must be one for each prompt; got {kind}.")
+            raise TypeError(
+                f"`{name}` must be a list with one entry per prompt; got {kind}."
+            )
         if len(values) != len(rows):
             raise ValueError(
-                f"`{name}` must be one for each of {len(rows)} prompts; got {len(values)}."
+                f"`{name}` must have one entry for each of {len(rows)} prompts; got {len(values)}."
             )
     for row, (prompt, completion) in enumerate(zip(rows, completions, strict=True)):
         written = len(check_ids(completion, _ANY_ID, f"`completions` row {row}"))
@@ -249,26 +251,28 @@ def _check_rows(prompts: Any, completions: Any, length: int, weights: Any) -> No
 
 
 def check_traces(traces: Any) -> None:
-    """Checks that there are traces, and that one of them counts.
+    """Checks that there are traces, and that at least one has a weight.
 
     Raises:
-        TypeError: no sequence, or something else in it.
-        ValueError: there are none, or all have weight 0: there would be nothing to learn.
+        TypeError: `traces` is not a sequence of traces.
+        ValueError: there are no traces, or all have weight 0.
     """
     if isinstance(traces, str | bytes) or not isinstance(traces, Sequence):
         raise TypeError(
             f"`traces` must be a list of traces; got {type(traces).__name__}."
         )
     if not traces:
-        raise ValueError("`traces` must hold a trace; got 0.")
+        raise ValueError("`traces` must hold at least one trace; got none.")
     for trace in traces:
         check_instance(trace, Trace, "`traces`")
     if not any(trace.weight for trace in traces):
-        raise ValueError("`traces` must hold one of a weight above 0; all have 0.")
+        raise ValueError(
+            "`traces` must hold a trace with a weight above 0; all have 0."
+        )
 
 
 def check_trace_tokens(traces: Sequence[Trace], vocab_size: int) -> None:
-    """Checks traces, and that their ids are inside the vocabulary.
+    """Checks traces, and that their ids are in the vocabulary.
 
     Raises:
         TypeError: as `check_traces`.
@@ -280,18 +284,18 @@ def check_trace_tokens(traces: Sequence[Trace], vocab_size: int) -> None:
 
 
 def longest_trace(traces: Sequence[Trace]) -> int:
-    """Returns the inputs of the longest trace, the smallest `length` that holds them all.
+    """Returns the inputs of the longest trace: the smallest `length` that fits all traces.
 
     Raises:
-        TypeError: something else than traces.
-        ValueError: there are none, or none that counts.
+        TypeError: `traces` is not a sequence of traces.
+        ValueError: there are no traces, or all have weight 0.
     """
     with prefix_errors("longest_trace"):
         check_traces(traces)
     return max(trace.inputs for trace in traces)
 
 
-# Steps of an epoch follow each other, so few orders are in use at the same time.
+# Steps are consecutive, so few orders are in use at the same time.
 @functools.lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
@@ -305,23 +309,23 @@ def trace_batch(
     length: int,
     seed: int = 0,
 ) -> Batch:
-    """Makes the batch of one step; its mask is each trace's weight at its completion.
+    """Makes the batch of one step; its mask is each trace's weight on its completion.
 
-    Every trace comes once before any comes again, in an order drawn from the seed and the epoch.
-    Ids are not compared with a vocabulary: a training loop does so once.
+    Every trace comes once per epoch, in an order that depends on the seed and the epoch. Ids are
+    not checked against a vocabulary: a training loop checks them once.
 
     Args:
-        traces: in a fixed order.
-        step: from 0.
+        traces: traces in a fixed order.
+        step: index of the step, from 0.
         batch_size: rows (B).
-        length: inputs of a row (T); shorter rows are filled with zeros that do not count.
-        seed: of the order.
+        length: inputs of a row (T); shorter rows are padded with zeros that do not count.
+        seed: seed of the order.
 
     Returns:
         A batch of tokens [B T+1] int32 and mask [B T].
 
     Raises:
-        ValueError: no traces, or one that does not fit.
+        ValueError: there are no traces, or a trace is longer than `length`.
     """
     with prefix_errors("trace_batch"):
         check_count(step, 0, "`step`")
@@ -329,8 +333,8 @@ def trace_batch(
         check_count(length, 1, "`length`")
         check_count(seed, 0, "`seed`")
         if not traces:
-            raise ValueError("`traces` must hold a trace; got 0.")
-        # Places of an endless sequence of epochs, so that any step can be made without the others.
+            raise ValueError("`traces` must hold at least one trace; got none.")
+        # Indices into an endless sequence of epochs, so that no step depends on earlier ones.
         rows: list[Trace] = []
         for sample in range(step * batch_size, (step + 1) * batch_size):
             epoch, position = divmod(sample, len(traces))
@@ -350,10 +354,9 @@ def trace_batch(
 
 
 def gradient_tokens(batch: Batch) -> int:
-    """Counts the inputs up to the last target of each row that counts: what a gradient costs."""
+    """Counts the inputs with a gradient: those up to the last target of each row that counts."""
     with prefix_errors("gradient_tokens"):
         batch = Batch.of(batch, "mask")
-    # Tokens after the last target do not reach the loss, so they need not be computed.
     counted = np.asarray(batch.mask) > 0
     last = counted.shape[1] - np.argmax(counted[:, ::-1], axis=1)
     return int(np.sum(np.where(counted.any(1), last, 0)))

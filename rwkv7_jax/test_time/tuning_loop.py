@@ -1,4 +1,4 @@
-"""The loop that tunes a start state on the batches of a source, and when it stops."""
+"""The loop that tunes a start state on the batches of a source, with early stopping."""
 
 import abc
 import dataclasses
@@ -25,22 +25,22 @@ from rwkv7_jax.test_time.traces import TokenBudget, Trace, gradient_tokens
 from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
-# One line of a history: metrics by name.
+# One entry of a history: metrics by name.
 Entry = dict[str, float | int]
 
 OnStep = Callable[[Entry, RWKV7State], Any]
 
 
 class StateBatchSource(abc.ABC):
-    """The batches of one tuning method; `TuningLoop` and train.py both ask it for them.
+    """The batches of one tuning method, for `TuningLoop` and train.py.
 
     Attributes:
-        budget: tokens that making the batches has cost so far.
-        metrics: numbers about the batch that was made last.
+        budget: tokens spent on making batches so far.
+        metrics: numbers about the last batch.
     """
 
     def __init__(self):
-        """Starts with nothing spent."""
+        """Starts with an empty budget."""
         self.budget = TokenBudget()
         self.metrics: Entry = {}
 
@@ -49,24 +49,24 @@ class StateBatchSource(abc.ABC):
         """Makes the batch of a step.
 
         Args:
-            state: the start state as it is before the update (batch 1).
-            step: the number of the update, from 0.
+            state: the start state before the update (batch 1).
+            step: index of the update, from 0.
 
         Returns:
-            The batch, or None where the step has nothing to learn from. Then no update must be
-            made: with a batch of zero weights the optimizer would still move by old momentum.
+            The batch, or None if the step has nothing to learn from. The caller must then skip the
+            update: even a batch with zero weights would apply momentum.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A tuned state and how it came about.
+    """A tuned state with its history.
 
     Attributes:
         state: the tuned start state (batch 1).
-        history: numbers by name, one entry for each step or round.
-        budget: tokens that it cost.
-        traces: the completions it learned from, where those were its own.
+        history: metrics by name, one entry per step or round.
+        budget: tokens that tuning cost.
+        traces: the completions that expert iteration kept.
     """
 
     state: RWKV7State
@@ -76,11 +76,11 @@ class Result:
 
 
 class TuningLoop:
-    """A start state with its optimizer, its history and what the updates have cost.
+    """A start state with its optimizer, its history and the cost of its updates.
 
     Attributes:
-        history: one entry for each step.
-        budget: tokens of the updates and of evaluations so far; a source counts its own.
+        history: one entry per step.
+        budget: tokens of updates and evaluations so far; the source counts its own.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class TuningLoop:
         train: TrainState,
         on_step: OnStep | None = None,
     ):
-        """Starts before the first update.
+        """Sets the step function and the training state.
 
         Args:
             step: `(train, batch) -> (train, metrics)`.
@@ -119,27 +119,26 @@ class TuningLoop:
         """Tunes on the source's batches.
 
         Args:
-            source: where the batches come from.
-            steps: entries of the history at most.
-            updates: batches that each of them covers.
+            source: source of the batches.
+            steps: most steps, each with an entry in the history.
+            updates: batches per step.
             repeats: updates with each batch.
-            target: what ends the loop early.
+            target: ends the loop early.
         """
-        # With a target one step more: the state after the last update is evaluated, too.
+        # A target needs one more iteration, to evaluate the state after the last update.
         for step in range(steps + (target is not None)):
             entry: Entry = {"step": step}
             if target is not None and target.reached(self, entry, last=step == steps):
                 break
-            # Sources count updates, the history counts rounds.
+            # Sources count batches, the history counts steps.
             first = step * updates
             for number in range(first, first + updates):
                 batch = source.batch(self.state, number)
-                # First, so that the entry of a step without an update has them too.
+                # A step without an update has these metrics too.
                 entry |= source.metrics
                 if batch is not None:
                     entry |= self.update(batch, repeats)
             self.record(entry)
-        # The draws are in the source's budget, the updates and evaluations in this one.
         return Result(self.state, self.history, self.budget + source.budget)
 
     def update(self, batch: Batch, repeats: int = 1) -> Entry:
@@ -148,11 +147,11 @@ class TuningLoop:
         for _ in range(repeats):
             self._train, metrics = self._step(self._train, batch)
         spent = gradient_tokens(batch)
-        # The anchor's rows have no padding: all their inputs count.
+        # The rows of the anchor have no padding: all their inputs count.
         if batch.anchor is not None:
             spent += batch.anchor[:, 1:].size
         self.budget += TokenBudget(gradient_tokens=repeats * spent)
-        # One transfer for all of them.
+        # One transfer from the device for all metrics.
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
     def record(self, entry: Entry) -> None:
@@ -163,7 +162,7 @@ class TuningLoop:
 
 
 class RewardTarget:
-    """The mean reward that is enough: held-out, or a moving average where nothing is held out."""
+    """The mean reward that ends tuning: on held-out prompts, or a moving average without them."""
 
     def __init__(
         self,
@@ -174,14 +173,13 @@ class RewardTarget:
         """Sets the target.
 
         Args:
-            evaluate: returns a state's held-out reward and what it cost; None where nothing is held
-                out.
-            every: steps between two evaluations, or of the moving average.
-            reward: the mean reward that is enough; infinity never is.
+            evaluate: returns a state's held-out reward and its cost; None without held-out prompts.
+            every: steps between evaluations, or steps of the moving average.
+            reward: mean reward that ends tuning; infinity for never.
 
         Raises:
-            TypeError: an argument of the wrong kind.
-            ValueError: no steps, or NaN.
+            TypeError: an argument has the wrong type.
+            ValueError: `every` is below 1, or `reward` is NaN.
         """
         with prefix_errors("RewardTarget"):
             check_count(every, 1, "`evaluate_every`")
@@ -192,12 +190,12 @@ class RewardTarget:
         self._reward = reward
 
     def reached(self, loop: TuningLoop, entry: Entry, *, last: bool) -> bool:
-        """Returns whether the loop ends before a step; the last evaluation is an entry of its own.
+        """Returns whether the loop ends before a step; the last evaluation gets its own entry.
 
         Args:
-            loop: whose state is evaluated.
-            entry: of the step; gets `held_out` where the state is evaluated before it.
-            last: whether all steps have been made.
+            loop: the loop whose state is evaluated.
+            entry: entry of the step; receives `held_out` if the state is evaluated.
+            last: whether all steps are done.
         """
         if self._evaluate is None:
             # One step's mean reward is noisy, so only a full window counts.
@@ -209,7 +207,6 @@ class RewardTarget:
         if last or entry["step"] % self._every == 0:
             entry["held_out"], cost = self._evaluate(loop.state)
             loop.budget += cost
-        # Without an evaluation at this step there is nothing to compare.
         if last or entry.get("held_out", -np.inf) >= self._reward:
             loop.record(entry)
             return True
@@ -226,22 +223,22 @@ def start_tuning(
     learning_rate: float,
     on_step: OnStep | None,
 ) -> TuningLoop:
-    """Makes the loop of a start state, before its first update.
+    """Makes the tuning loop of a start state.
 
     Args:
         model: the student.
-        loss: of the start state.
-        state: where to start (batch 1), zeros by default; it is tuned in float32.
-        tx: the optimizer. None is Adam with a short second-moment memory (b2 = 0.99), because a
-            state takes large steps and few of them.
-        statistics: as of `make_train_step`.
-        learning_rate: of that Adam.
+        loss: loss of the start state.
+        state: initial state (batch 1); None for zeros. It is tuned in float32.
+        tx: the optimizer; None for Adam with b2 = 0.99. Its short second-moment memory fits the
+            few, large steps of a start state, whose scale is not known in advance.
+        statistics: as in `make_train_step`.
+        learning_rate: learning rate of that Adam.
         on_step: called with every entry and the state.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: the state is of another model, or of more than one sequence, or a rate is out of
-            range.
+        TypeError: an argument has the wrong type.
+        ValueError: the state does not fit the model or has more than one sequence, or the rate is
+            out of range.
     """
     with prefix_errors("start_tuning"):
         check_model(model)
@@ -250,17 +247,15 @@ def start_tuning(
         check_number(learning_rate, 0, math.inf, "`learning_rate`")
         if on_step is not None:
             check_function(on_step, "`on_step`")
-    # In bfloat16 small updates would round to nothing.
+    # In bfloat16, small updates would be rounded away.
     start = state.replace(
         att_shift=jnp.asarray(state.att_shift, jnp.float32),
         ffn_shift=jnp.asarray(state.ffn_shift, jnp.float32),
     )
     if tx is None:
-        # A start state has no good scale in advance, so the size of its updates must adapt quickly.
         tx = optax.adam(learning_rate, b2=0.99)
-    # The optimizer is checked by both.
     with prefix_errors("start_tuning"):
         train = TrainState.create(start, tx)
-        # A state is small, and whoever is told of a step may keep it.
+        # Without donation, `on_step` may keep the state, which is small.
         step = make_train_step(loss, tx, statistics=statistics, donate=False)
     return TuningLoop(step, train, on_step)

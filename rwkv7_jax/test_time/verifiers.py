@@ -1,8 +1,8 @@
-"""Verifiers of answers: which answer a completion gives, in one spelling.
+"""Verifiers, which extract a normalised answer from text.
 
-A verifier maps text to its answer, or to None where it gives none. The expected answer goes through
-the same function, so that "#### 1,200" and "1200.0" are one number. A question counts as answered
-only if both sides give an answer and the two are equal.
+A verifier maps text to its answer, or to None if it has none. The reference answer goes through the
+same function, so "#### 1,200" and "1200.0" are equal. A completion is correct only if both have an
+answer and the answers are equal.
 """
 
 import re
@@ -11,21 +11,21 @@ from decimal import Decimal, InvalidOperation
 
 Verifier = Callable[[str], str | None]
 
-# A number with a sign, thousands separated by commas, decimals.
+# A number with an optional sign, commas between thousands, and decimals.
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 
-# What GSM8K's answers put before the final number.
+# The mark before the final number in GSM8K's answers.
 _HASHES = "####"
 
-# A letter of a choice that stands alone: "B", "(B)", "B." or "B)".
+# A separate letter of a choice: "B", "(B)", "B." or "B)".
 _LETTER = re.compile(r"(?<![A-Za-z])\(?([A-Z])(?:[).:]|(?![A-Za-z]))")
 
-# Words that come before the letter in an answer's sentence.
+# Words before the letter in an answer's sentence.
 _ANSWER = re.compile(r"answer(?: is|:)?\s*", re.IGNORECASE)
 
 
 def exact(text: str) -> str | None:
-    """Returns all of the text, without blanks at its ends; None if nothing else is there."""
+    """Returns the whole text, stripped of surrounding whitespace; None if nothing is left."""
     return text.strip() or None
 
 
@@ -43,7 +43,7 @@ def last_number(text: str) -> str | None:
 
 
 def letter(text: str) -> str | None:
-    """Returns the letter of a choice: after "answer is" if that is written, else the first one."""
+    """Returns the letter of a choice: the first one after the last "answer", or the first one."""
     said = list(_ANSWER.finditer(text))
     start = said[-1].end() if said else 0
     match = _LETTER.search(text, start) or _LETTER.search(text)
@@ -51,12 +51,12 @@ def letter(text: str) -> str | None:
 
 
 def _plain_number(text: str) -> str | None:
-    """Writes a number without separators, a plus sign or zeros that say nothing."""
+    """Normalises a number: without separators, plus sign or redundant zeros."""
     try:
         number = Decimal(text.replace(",", ""))
     except InvalidOperation:
         return None
-    # "normalize" alone would write 1200 as 1.2E+3, and keeps the sign of a zero.
+    # `normalize` writes 1200 as 1.2E+3 and keeps the sign of a zero.
     return format(number.normalize() + 0, "f")
 
 

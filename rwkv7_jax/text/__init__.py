@@ -1,7 +1,4 @@
-"""Strings and bytes to token ids and back, at once or as a stream.
-
-Of other rooms, this one imports only `checks`.
-"""
+"""Tokenizers, detokenizers and chat templates."""
 
 from rwkv7_jax.text.chat_template import THINK_MODES, Message, write_conversation
 from rwkv7_jax.text.detokenizer import (

@@ -1,6 +1,6 @@
-"""Answers in RWKV-7's chat template, read as they come: thought, words, and calls of functions.
+"""A streaming parser for answers in RWKV-7's chat template: thoughts, words and function calls.
 
-The inverse of how `chat_template` writes what an assistant says.
+The inverse of how `chat_template` writes assistant turns.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ _THOUGHT_MARK = THOUGHT_END.strip()
 
 
 class ToolCall(NamedTuple):
-    """A call of a function.
+    """A function call.
 
     Attributes:
-        name: of the function.
-        arguments: by their names, as JSON.
+        name: name of the function.
+        arguments: arguments by name, as JSON.
     """
 
     name: str
@@ -31,12 +31,12 @@ class ToolCall(NamedTuple):
 
 
 class AnswerParts(NamedTuple):
-    """What an answer, or the next piece of one, consists of.
+    """The parts of an answer, or of the next piece of one.
 
     Attributes:
-        thought: without blanks at its ends.
-        words: outside of thoughts and calls.
-        calls: of functions.
+        thought: thoughts, without surrounding whitespace.
+        words: text outside thoughts and calls.
+        calls: function calls.
     """
 
     thought: str = ""
@@ -45,48 +45,48 @@ class AnswerParts(NamedTuple):
 
 
 class AnswerReader:
-    """A reader that takes an answer's text as it comes, and returns parts that are certain.
+    """An incremental parser that returns the parts of an answer as soon as they are certain.
 
-    The parts together do not depend on how the text was cut. A thought comes first, begins with
-    `THOUGHT_BEGIN` and may be cut, also inside the mark that ends it; the words begin after it. A
-    block of JSON that holds nothing but valid calls is these calls, and any other is words.
+    The joined parts do not depend on how the text is split into pieces. A thought starts with
+    `THOUGHT_BEGIN` and precedes the words; it may be truncated, even inside its end mark. A JSON
+    block that holds only valid calls is parsed as calls; any other block is words.
 
     Attributes:
-        calls_read: how many calls were returned.
+        calls_read: number of calls returned so far.
     """
 
     def __init__(self, tools: Sequence[str] = (), *, parallel: bool = True):
         """Starts before the answer's first character.
 
         Args:
-            tools: functions that may be called, as `chat_template.tool_text` writes them.
-            parallel: whether an answer may have several calls; else a block with a second one is
-                words.
+            tools: the available functions, as `chat_template.tool_text` writes them.
+            parallel: whether an answer may have several calls; if not, a block with a second call
+                is words.
         """
         self.calls_read = 0
         self._functions = frozenset(parse_json(tool)["name"] for tool in tools)
         self._parallel = parallel
-        # Not certain.
+        # The text that is not certain yet.
         self._rest = ""
         self._read = self._read_beginning
         self._thought = _Trimmed()
-        # The space between the speaker and the words is not the client's; other blanks are.
+        # The one space after the speaker's colon is dropped; other leading whitespace is kept.
         self._words = _Trimmed(begun=True)
 
     def push(self, text: str) -> AnswerParts:
-        """Adds text and returns what it makes certain."""
+        """Adds text and returns the parts that it makes certain."""
         self._rest += text
         return self._advance(final=False)
 
     def close(self) -> AnswerParts:
-        """Returns the rest, when no more text will come."""
+        """Ends the answer and returns the rest."""
         parts = self._advance(final=True)
-        # The template has a line break between words and a call.
+        # The template puts a line break between words and a call.
         blanks = "" if self.calls_read else self._words.held
         return parts._replace(words=parts.words + blanks)
 
     def _advance(self, *, final: bool) -> AnswerParts:
-        """Reads on until nothing more is certain."""
+        """Parses until nothing more is certain."""
         parts = AnswerParts()
         read = None
         while read != self._read:
@@ -95,13 +95,13 @@ class AnswerReader:
         return parts
 
     def _read_beginning(self, *, final: bool) -> AnswerParts:
-        """Reads the mark of a thought, or finds that there is none."""
+        """Parses the begin mark of a thought, or determines that there is none."""
         text = self._rest.lstrip()
         if THOUGHT_BEGIN.startswith(text) and not final:
             return AnswerParts()
         if text.startswith(THOUGHT_BEGIN):
             self._rest = text.removeprefix(THOUGHT_BEGIN).removeprefix(">")
-            # A thought after a thought is on a line of its own.
+            # A second thought starts on a new line.
             self._thought.push("\n")
             self._read = self._read_thought
         else:
@@ -110,7 +110,7 @@ class AnswerReader:
         return AnswerParts()
 
     def _read_thought(self, *, final: bool) -> AnswerParts:
-        """Reads up to the mark that ends a thought; the beginning of one is held back."""
+        """Parses up to the end mark of a thought; holds back a possible beginning of the mark."""
         del final
         text, mark, rest = self._rest.partition(_THOUGHT_MARK)
         if mark:
@@ -122,7 +122,7 @@ class AnswerReader:
         return AnswerParts(self._thought.push(text))
 
     def _read_words(self, *, final: bool) -> AnswerParts:
-        """Reads words and blocks of calls; a block that is not complete is held back."""
+        """Parses words and blocks of calls; holds back an incomplete block."""
         words = ""
         calls: list[ToolCall] = []
         while self._functions:
@@ -144,7 +144,7 @@ class AnswerReader:
         return AnswerParts(words=words, calls=tuple(calls))
 
     def _certain_words(self, *, final: bool) -> tuple[str, str]:
-        """Splits the unread text before the first possible beginning of a block of calls."""
+        """Splits the unread text before the first possible begin mark of a block of calls."""
         if final or not self._functions:
             return self._rest, ""
         text, mark, after = self._rest.partition(CALL_BEGIN)
@@ -153,7 +153,7 @@ class AnswerReader:
         return _split_before_mark(text, CALL_BEGIN)
 
     def _calls(self, block: str) -> tuple[ToolCall, ...]:
-        """Reads a block of JSON; none where it is no list of valid calls, nor one of them."""
+        """Parses a JSON block; empty unless it is a valid call or a list of valid calls."""
         try:
             value = parse_json(block)
             entries = value if isinstance(value, list) else [value]
@@ -165,21 +165,21 @@ class AnswerReader:
         return tuple(calls)
 
     def _call(self, entry: Any) -> ToolCall:
-        """Reads the call of a function that may be called.
+        """Parses a call of an available function.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is not such a call.
         """
         if not isinstance(entry, dict) or not entry.keys() <= {"name", "arguments"}:
-            raise ValueError("no call")
+            raise ValueError("not a call")
         name = entry.get("name")
         arguments = entry.get("arguments", {})
         if not isinstance(name, str) or name not in self._functions:
-            raise ValueError("no function that may be called")
+            raise ValueError("not an available function")
         if not isinstance(arguments, dict):
-            raise ValueError("no arguments by their names")
+            raise ValueError("arguments not by name")
         text = compact_json(arguments)
-        # An escape can be half of a surrogate pair, which is no text.
+        # Raises if an escape is a lone surrogate, which has no UTF-8.
         text.encode()
         return ToolCall(name, text)
 
@@ -187,7 +187,7 @@ class AnswerReader:
 def read_answer(
     text: str, tools: Sequence[str] = (), *, parallel: bool = True
 ) -> AnswerParts:
-    """Reads a complete answer, which begins after the speaker's colon; see `AnswerReader`."""
+    """Parses a complete answer, which begins after the speaker's colon; see `AnswerReader`."""
     reader = AnswerReader(tools, parallel=parallel)
     first = reader.push(text)
     last = reader.close()
@@ -195,7 +195,7 @@ def read_answer(
 
 
 def _joined(first: AnswerParts, second: AnswerParts) -> AnswerParts:
-    """Joins the parts of two pieces that follow each other."""
+    """Joins the parts of two consecutive pieces."""
     return AnswerParts(
         first.thought + second.thought,
         first.words + second.words,
@@ -204,19 +204,19 @@ def _joined(first: AnswerParts, second: AnswerParts) -> AnswerParts:
 
 
 class _Trimmed:
-    """A text that comes in pieces; blanks at its end are held until something follows them.
+    """A text in pieces; trailing whitespace is held back until something follows it.
 
     Attributes:
-        held: blanks that may be the end.
+        held: whitespace that may be trailing.
     """
 
     def __init__(self, *, begun: bool = False):
-        """Starts with nothing; blanks at the beginning are dropped unless it has begun."""
+        """Starts empty; leading whitespace is dropped unless the text has already begun."""
         self.held = ""
         self._begun = begun
 
     def push(self, text: str) -> str:
-        """Adds text and returns it without the blanks that may turn out to be the end."""
+        """Adds text and returns it without whitespace that may be trailing."""
         whole = self.held + text
         if not self._begun:
             whole = whole.lstrip()
@@ -227,7 +227,7 @@ class _Trimmed:
 
 
 def _split_before_mark(text: str, mark: str) -> tuple[str, str]:
-    """Splits a text before the longest end of it with which a mark may begin."""
+    """Splits a text before its longest suffix that is a prefix of the mark."""
     for size in range(min(len(mark) - 1, len(text)), 0, -1):
         if text.endswith(mark[:size]):
             return text[:-size], text[-size:]

@@ -1,4 +1,4 @@
-"""RWKV-7's chat templates: how a conversation is written as one text.
+"""RWKV-7's chat template, which formats a conversation as one text.
 
     System: ...
 
@@ -6,8 +6,8 @@
 
     Assistant: ...
 
-Turns end at a blank line. The tables and texts below are all that the templates are made of; tuning
-data, `rwkv7 generate --chat` and the Jinja template of exported folders are written from them.
+Turns end at a blank line. The constants below define the template. Tuning data,
+`rwkv7 generate --chat` and the Jinja template of exported folders are all written from them.
 
 Source: BlinkDL/RWKV-LM@524481d RWKV-v7/RWKV7-G1x-templates.txt.
 """
@@ -23,23 +23,23 @@ SPEAKERS = {
     "system": "System",
     "user": "User",
     "assistant": "Assistant",
-    # What a function gave is told by the user.
+    # The user turn also carries function outputs.
     "tool": "User",
 }
 
 TURN_END = "\n\n"
 
-# A system turn with functions that may be called, one on a line; an own text comes before.
+# The available functions in the system turn, one per line, after the system message.
 TOOLS_BEGIN = "Tools:\n[\n"
 TOOLS_BETWEEN = ",\n"
 TOOLS_END = "\n]\nReturn only a JSON function call."
 
-# An answer that calls a function, and what the function gave.
+# A function call in an answer, and the output of the function.
 CALL_BEGIN = "```json"
 CALL_END = "\n```"
 OUTPUT_BEGIN = "Function output:\n"
 
-# Thoughts come first in an answer.
+# Thoughts precede the words of an answer.
 THOUGHT_BEGIN = "<think"
 THOUGHT_END = "\n</think>\n"
 
@@ -48,9 +48,9 @@ class ThinkMode(NamedTuple):
     """How long a model thinks before it answers.
 
     Attributes:
-        suffix: ends the question.
-        opening: begins the answer, after its speaker; the model goes on from there.
-        filler: comes between the opening and an answer without thoughts; None where an answer must
+        suffix: appended to the question.
+        opening: given beginning of the answer, after its speaker; the model continues from there.
+        filler: text between the opening and an answer without thoughts; None if an answer must
             have thoughts.
     """
 
@@ -61,7 +61,7 @@ class ThinkMode(NamedTuple):
 
 THINK_MODES = {
     "off": ThinkMode("", "", ""),
-    # The thoughts are empty: quick, and often as good.
+    # Empty thoughts: fast, and often as good.
     "fast": ThinkMode("", " <think>\n</think", ">\n"),
     "free": ThinkMode("", " <think", None),
     "short": ThinkMode(" (think a bit)", " <think", None),
@@ -74,10 +74,10 @@ class Message(NamedTuple):
     """One turn of a conversation.
 
     Attributes:
-        role: one of `SPEAKERS`.
-        content: its words.
-        thought: of the assistant, before the words; None, or empty, where there is none.
-        calls: of the assistant, after the words: function calls as JSON.
+        role: a key of `SPEAKERS`.
+        content: the words.
+        thought: the assistant's thoughts, before the words; None or empty if there are none.
+        calls: the assistant's function calls as JSON, after the words.
     """
 
     role: str
@@ -87,11 +87,11 @@ class Message(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A stretch of a conversation's text.
+    """A part of a conversation's text.
 
     Attributes:
-        text: as the model reads it.
-        is_answer: whether the model writes it; else it is only read.
+        text: the text of the part.
+        is_answer: whether the model writes it (a target) or only reads it.
     """
 
     text: str
@@ -99,18 +99,18 @@ class Part(NamedTuple):
 
 
 def turn_start(role: str) -> str:
-    """Returns what a turn begins with; its words follow after a space."""
+    """Returns the beginning of a turn; its words follow after a space."""
     return f"{SPEAKERS[role]}:"
 
 
-# A model that has answered goes on with the user's next message: generation ends before it.
+# After its answer a model would continue with the next user turn, so generation stops here.
 CHAT_STOP = TURN_END + turn_start("user")
 
 
 def clean_message(text: str) -> str:
-    """Removes what would end a turn from inside a message: blank lines, and blanks at its ends.
+    """Removes blank lines, which would end a turn, and surrounding whitespace from a message.
 
-    Tuning data and the messages of a chat both go through here: a model must be asked in the form
+    Tuning data and chat messages both pass through here, so that a model is prompted in the form
     that it was trained on.
     """
     text = text.replace("\r\n", "\n")
@@ -118,18 +118,18 @@ def clean_message(text: str) -> str:
 
 
 def _without_blank_lines(blanks: re.Match[str]) -> str:
-    """Shortens a run of blanks to its last line break and what follows, if it has two."""
-    # Not a pattern such as \s*\n\s*\n: it takes time with the square of a run.
+    """Shortens whitespace with two line breaks to the last one and what follows it."""
+    # A pattern such as \s*\n\s*\n would take quadratic time in the length of the run.
     run = blanks[0]
     return run[run.rindex("\n") :] if run.count("\n") > 1 else run
 
 
 def compact_json(value: Any) -> str:
-    """Writes JSON on one line without blanks, as the templates have it.
+    """Writes JSON on one line without spaces, as in the template.
 
     Raises:
-        ValueError: it is nested too deeply, or has a number that JSON does not have, such as NaN;
-            the message is the reason alone.
+        ValueError: the value is nested too deeply, or has a number such as NaN that JSON lacks; the
+            message is only the reason.
     """
     try:
         return json.dumps(
@@ -140,10 +140,10 @@ def compact_json(value: Any) -> str:
 
 
 def _described(entry: Any) -> Mapping[str, Any] | None:
-    """Returns what a tool or a call says of its function; None where that has no name."""
+    """Returns the function of a tool or a call as an object; None if it has no name."""
     if not isinstance(entry, Mapping):
         return None
-    # OpenAI's interface has it under a name; a null says that it stands here.
+    # OpenAI's API nests it under "function"; otherwise, or if that is null, it is the entry itself.
     function = entry.get("function")
     function = entry if function is None else function
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -152,14 +152,14 @@ def _described(entry: Any) -> Mapping[str, Any] | None:
 
 
 def tool_text(tool: Any) -> str:
-    """Writes a function that may be called, as JSON of its name, description and arguments.
+    """Writes an available function as JSON with its name, description and arguments.
 
     Args:
-        tool: these three, or a function as OpenAI's interface describes it, whose `parameters` are
-            a JSON schema.
+        tool: an object with these three, or a function in OpenAI's format, whose `parameters` are a
+            JSON schema.
 
     Raises:
-        ValueError: a function without a name, or whose arguments are no object.
+        ValueError: the function has no name, or its arguments are not an object.
     """
     function = _described(tool)
     if function is None:
@@ -183,13 +183,13 @@ def tool_text(tool: Any) -> str:
 
 
 def call_text(call: Any) -> str:
-    """Writes a call of a function as JSON of its name and arguments.
+    """Writes a function call as JSON with its name and arguments.
 
     Args:
-        call: these two, or a call as OpenAI's interface has it. Arguments may be JSON already.
+        call: an object with these two, or a call in OpenAI's format. Arguments may be JSON text.
 
     Raises:
-        ValueError: a call without a name, or whose arguments are no JSON.
+        ValueError: the call has no name, or its arguments are not JSON.
     """
     function = _described(call)
     if function is None:
@@ -199,14 +199,13 @@ def call_text(call: Any) -> str:
         arguments = {}
     if isinstance(arguments, str):
         try:
-            # Written, too: Python reads numbers that JSON does not have, such as NaN.
+            # `compact_json` rejects numbers such as NaN, which Python's parser accepts.
             compact_json(parse_json(arguments))
         except ValueError:
             raise ValueError(
                 f'the arguments of "{function["name"]}" must be JSON; got {arguments!r:.80}'
             ) from None
-        # Between what JSON consists of there may be blank lines; inside of its strings there are
-        # none.
+        # Blank lines may only occur between JSON tokens, never inside strings.
         arguments = clean_message(arguments)
     else:
         arguments = compact_json(arguments)
@@ -215,10 +214,10 @@ def call_text(call: Any) -> str:
 
 
 def think_mode(name: Any) -> ThinkMode:
-    """Returns the think mode of that name.
+    """Returns the think mode with that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the name is unknown.
     """
     if not isinstance(name, str) or name not in THINK_MODES:
         raise ValueError(
@@ -230,12 +229,12 @@ def think_mode(name: Any) -> ThinkMode:
 def answer_opening(
     think: str, tools: Sequence[str] = (), answer: str | None = None
 ) -> str:
-    """Returns the given beginning of an answer, after its speaker; the model goes on from there.
+    """Returns the given beginning of an answer, after its speaker; the model continues from there.
 
     Args:
-        think: one of `THINK_MODES`.
-        tools: functions one of which an answer that does not think must call.
-        answer: a known answer, which may begin otherwise; None for one that is asked for.
+        think: a key of `THINK_MODES`.
+        tools: functions, one of which an answer without thoughts must call.
+        answer: a known answer, which may begin differently; None to ask for one.
     """
     opening = think_mode(think).opening
     if not opening and tools:
@@ -253,19 +252,19 @@ def write_conversation(
 ) -> list[Part]:
     """Writes a conversation in RWKV-7's template.
 
-    All that precedes an answer is one part, so that a prompt has the ids in tuning that it has in
-    generation. The suffix of a think mode ends questions whose answer thinks.
+    Everything before an answer is one part, so that a prompt has the same token ids in tuning and
+    in generation. The think mode's suffix is appended only to questions whose answer has thoughts.
 
     Args:
-        messages: in their order.
-        think: one of `THINK_MODES`.
-        tools: functions that may be called, as `tool_text` writes them.
-        must_call: whether an answer that does not think is given the beginning of a call; else
-            the model chooses between words and a call.
-        ask: ends with the beginning of a further answer, which the model goes on with.
+        messages: the messages in order.
+        think: a key of `THINK_MODES`.
+        tools: the available functions, as `tool_text` writes them.
+        must_call: whether an answer without thoughts is given the beginning of a call; if not, the
+            model chooses between words and a call.
+        ask: whether to end with the beginning of another answer, for the model to continue.
 
     Raises:
-        ValueError: an unknown think mode.
+        ValueError: the think mode is unknown.
     """
     mode = think_mode(think)
     turns = _with_tools(messages, tools)
@@ -297,17 +296,19 @@ def write_conversation(
 
 
 def thinks(message: Message) -> bool:
-    """Tells whether a message begins with thoughts."""
+    """Returns whether a message begins with thoughts."""
     return bool(message.thought) or message.content.startswith(THOUGHT_BEGIN)
 
 
 def without_thoughts(prompt: str, completion: str) -> str:
-    """Removes the thoughts from the answer to a prompt of the template.
+    """Removes the thoughts from the answer to a prompt in the template.
+
+    Returns "" if the thoughts do not end, and the whole completion if the prompt does not end with
+    the beginning of an answer.
 
     Args:
-        prompt: which may end inside the thoughts, as `answer_opening` begins them.
-        completion: of a model; "" is left of one that ends before its thoughts do, and all of the
-            completion of a prompt that does not end with an answer's beginning.
+        prompt: the prompt, which may end inside the thoughts, as `answer_opening` begins them.
+        completion: the model's completion.
     """
     _, speaker, opening = prompt.rpartition(turn_start("assistant"))
     answer = opening + completion
@@ -318,25 +319,25 @@ def without_thoughts(prompt: str, completion: str) -> str:
 
 
 def _with_tools(messages: Sequence[Message], tools: Sequence[str]) -> list[Message]:
-    """Puts the functions into the first turn, which is the system's."""
+    """Adds the functions to the system turn, which comes first."""
     turns = list(messages)
     if not tools:
         return turns
     text = TOOLS_BEGIN + TOOLS_BETWEEN.join(tools) + TOOLS_END
     if turns and turns[0].role == "system":
         first = turns.pop(0)
-        # An empty text before the functions leaves no empty line.
+        # An empty system message leaves no empty line before the functions.
         text = f"{first.content}\n{text}".lstrip()
     return [Message("system", text), *turns]
 
 
 def _words(message: Message) -> str:
-    """Writes the text of a turn that the model reads."""
+    """Writes the text of a turn that the model only reads."""
     return (OUTPUT_BEGIN if message.role == "tool" else "") + message.content
 
 
 def _answer(message: Message, mode: ThinkMode) -> str:
-    """Writes what the model says in a turn, from the space after its name."""
+    """Writes the text of an assistant turn, from the space after the colon."""
     answer = " "
     if message.thought:
         answer += f"{THOUGHT_BEGIN}>\n{message.thought}{THOUGHT_END}"
@@ -349,7 +350,7 @@ def _answer(message: Message, mode: ThinkMode) -> str:
             calls = f"[{','.join(message.calls)}]"
         answer += "\n" if message.content else ""
         answer += f"{CALL_BEGIN}\n{calls}{CALL_END}"
-    # Without words after a thought there would be a blank line, which ends a turn.
+    # A thought without words would leave a blank line, which ends a turn.
     return answer.rstrip("\n")
 
 
@@ -363,17 +364,17 @@ def chat_prompt(
     """Returns the prompt that asks for an answer to one message.
 
     Args:
-        message: bytes that need not be UTF-8; `clean_message` says what is removed.
-        system: what the system says before; empty for nothing.
-        think: one of `THINK_MODES`.
-        tools: functions that may be called, as `tool_text` writes them.
+        message: the user message, cleaned by `clean_message`; need not be UTF-8.
+        system: the system message; empty for none.
+        think: a key of `THINK_MODES`.
+        tools: the available functions, as `tool_text` writes them.
 
     Raises:
-        ValueError: an unknown think mode.
+        ValueError: the think mode is unknown.
     """
     messages = []
     for role, text in (("system", system), ("user", message)):
-        # Surrogates stand for bytes that are not UTF-8, and are no blanks.
+        # Surrogates stand for bytes that are not UTF-8; they are not whitespace.
         content = clean_message(text.decode("utf-8", "surrogateescape"))
         if content or role == "user":
             messages.append(Message(role, content))
@@ -382,23 +383,23 @@ def chat_prompt(
 
 
 def read_tools(text: str | bytes) -> tuple[str, ...]:
-    """Reads a JSON list of functions, as templates write them.
+    """Reads a JSON list of functions and writes each as the template does.
 
     Raises:
-        ValueError: no such list; the message is the reason alone.
+        ValueError: it is not such a list; the message is only the reason.
     """
     try:
         tools = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"no JSON: {error}") from None
+        raise ValueError(f"not JSON: {error}") from None
     return tool_texts(tools)
 
 
 def tool_texts(tools: Any) -> tuple[str, ...]:
-    """Writes a list of functions that may be called; see `tool_text`.
+    """Writes a list of available functions; see `tool_text`.
 
     Raises:
-        ValueError: no list, or something else in it; the message is the reason alone.
+        ValueError: it is not a list of functions; the message is only the reason.
     """
     if not isinstance(tools, list):
         raise ValueError(f"must be a list of functions; got {type(tools).__name__}")

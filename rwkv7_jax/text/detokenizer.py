@@ -1,4 +1,4 @@
-"""Text from the bytes of tokens: only complete characters, up to the first stop string."""
+"""Streaming detokenization into complete characters, up to the first stop string."""
 
 import codecs
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Vocabulary(Protocol):
-    """The part of a tokenizer that turning ids into text needs."""
+    """The part of a tokenizer that detokenization needs."""
 
     def encode(self, text: str | bytes) -> list[int]:
         """Encodes a text."""
@@ -19,14 +19,14 @@ class Vocabulary(Protocol):
 
 
 class StreamingDetokenizer:
-    """A decoder that takes bytes as they come and returns text as soon as it is certain.
+    """An incremental decoder that returns text as soon as it is certain.
 
-    An incomplete character and the beginning of a possible stop string are held back. The result
-    does not depend on how the bytes were cut: the stop string that is complete first counts, and
-    the longer one of two that end together. Bytes that are not UTF-8 become U+FFFD.
+    An incomplete character and a possible beginning of a stop string are held back. The result does
+    not depend on how the bytes are split: the stop string that ends first wins, and of two that end
+    together the longer one. Bytes that are not UTF-8 become U+FFFD.
 
     Attributes:
-        stopped: a stop string was found; the text ends before it.
+        stopped: whether a stop string was found; the text ends before it.
 
     Raises:
         TypeError, ValueError: see `check_stop_strings`.
@@ -35,22 +35,22 @@ class StreamingDetokenizer:
     def __init__(self, stop_strings: Sequence[str] = ()):
         check_stop_strings(stop_strings)
         self._stops = tuple(map(_stop_bytes, stop_strings))
-        # Incremental: it holds an unfinished character back until its last byte comes.
+        # Holds back an incomplete character until its last byte arrives.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._pending = b""
         self.stopped = False
 
     @property
     def pending_bytes(self) -> int:
-        """The number of bytes that are not text so far.
+        """The number of bytes that have not been returned as text.
 
-        They may become a stop string or, once stopped, are the stop string and what follows it.
+        They may become a stop string. Once stopped, they are the stop string and what follows it.
         """
         return len(self._pending)
 
     def push(self, data: bytes) -> str:
         """Adds bytes and returns the text that they make certain; empty once stopped."""
-        # Also after a stop: `pending_bytes` counts what follows the stop string.
+        # Also after a stop, because `pending_bytes` counts what follows the stop string.
         self._pending += data
         if self.stopped:
             return ""
@@ -61,7 +61,7 @@ class StreamingDetokenizer:
         return self._release(len(self._pending) - self._possible_stop(), final=False)
 
     def close(self) -> str:
-        """Returns the rest of the text, when no more bytes will come."""
+        """Ends the input and returns the rest of the text."""
         if self.stopped:
             return ""
         return self._release(len(self._pending), final=True)
@@ -72,7 +72,7 @@ class StreamingDetokenizer:
         return self._decoder.decode(text, final)
 
     def _find_stop(self) -> int | None:
-        """Finds where the stop string begins that ends first, the longer one of two."""
+        """Finds the beginning of the stop string that ends first; the longest in a tie."""
         ends = []
         for stop in self._stops:
             begin = self._pending.find(stop)
@@ -80,13 +80,13 @@ class StreamingDetokenizer:
                 ends.append((begin + len(stop), begin))
         if not ends:
             return None
-        # The smallest end first; of equal ends the smallest begin, which is the longer string.
+        # The smallest end; in a tie the smallest beginning, which is the longest string.
         _, begin = min(ends)
         return begin
 
     def _possible_stop(self) -> int:
-        """Measures the longest end of the pending bytes with which a stop string begins."""
-        # One byte less than a full stop string, which `_find_stop` would have found.
+        """Returns the size of the longest pending suffix that is a prefix of a stop string."""
+        # At most one byte less than a stop string: `_find_stop` would have found a complete one.
         longest = max(map(len, self._stops), default=1) - 1
         for size in range(min(longest, len(self._pending)), 0, -1):
             end = self._pending[-size:]
@@ -103,23 +103,23 @@ def whole_tokens(
     """Counts the tokens that stay complete when the last `drop` bytes are removed.
 
     Args:
-        tokens: ids of at least `drop` bytes.
-        drop: bytes to remove from the end.
+        tokens: ids with at least `drop` bytes in total.
+        drop: number of bytes to remove from the end.
         vocabulary: the tokenizer.
 
     Returns:
-        The number of complete tokens, and of bytes that stay of the next one.
+        The number of complete tokens, and the number of bytes kept of the next token.
     """
     count = len(tokens)
     while drop > 0:
-        # From the end, token by token: the last one is split if it has more bytes.
+        # Token by token from the end; the last token removed may be split.
         count -= 1
         drop -= len(vocabulary.token_bytes(tokens[count]))
     return count, -drop
 
 
 def spell(text: str | bytes, vocabulary: Vocabulary) -> list[int]:
-    """Returns the ids that spell a text and nothing else; none where the vocabulary cannot."""
+    """Returns the ids that decode to exactly a text; empty if the vocabulary cannot encode it."""
     data = text.encode() if isinstance(text, str) else text
     try:
         ids = vocabulary.encode(text)
@@ -130,11 +130,11 @@ def spell(text: str | bytes, vocabulary: Vocabulary) -> list[int]:
 
 
 def check_stop_strings(stop_strings: Sequence[str]) -> None:
-    """Checks that these are strings that can stop a text.
+    """Checks a list of stop strings.
 
     Raises:
-        TypeError: one string instead of a list, or something else in it.
-        ValueError: an empty string, or one with half a surrogate pair, which has no UTF-8.
+        TypeError: it is not a list of strings.
+        ValueError: a string is empty, or has a lone surrogate, which has no UTF-8.
     """
     is_list = isinstance(stop_strings, Iterable) and not isinstance(stop_strings, str)
     if not is_list or not all(isinstance(stop, str) for stop in stop_strings):
@@ -156,6 +156,7 @@ def check_stop_strings(stop_strings: Sequence[str]) -> None:
 def _stop_bytes(stop: str) -> bytes:
     """Returns the bytes of a stop string.
 
-    Lone surrogates that stand for bytes, as in a command line that is no UTF-8, are these bytes.
+    Lone surrogates that stand for bytes, as in a command line that is not UTF-8, become these
+    bytes.
     """
     return stop.encode("utf-8", "surrogateescape")

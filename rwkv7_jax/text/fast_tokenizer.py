@@ -1,9 +1,9 @@
-"""Vocabularies as `tokenizer.json`, the file of the `tokenizers` package and of transformers.
+"""Vocabularies as `tokenizer.json`, the format of the `tokenizers` package and of transformers.
 
-The package has no model that takes the longest entry at every place: WordPiece does, but looks at
-all of the rest of a text for each token, in a time that grows with the square of its length. Here
-a regular expression, the tree of all entries, cuts a text into entries; the model gives their ids.
-Source: huggingface/tokenizers docs/source-doc-builder (the file's parts).
+The package has no efficient greedy longest-match model: WordPiece is one, but takes quadratic time,
+because it scans the rest of the text for each token. Here a regular expression, the trie of all
+entries, splits a text into entries, and a WordLevel model maps them to ids.
+Source: huggingface/tokenizers docs/source-doc-builder (the parts of the file).
 """
 
 import re
@@ -13,26 +13,27 @@ from typing import Any
 from rwkv7_jax.text.tokenizer import END_OF_TEXT
 from rwkv7_jax.text.vocabulary_entries import END_OF_TEXT_NAME
 
-# Characters that mean something in a regular expression, and in a list of characters in it.
+# Special characters in a regular expression, and in a character class.
 _SPECIAL = re.compile(r"[\\.^$|?*+(){}\[\]]")
 
 _SPECIAL_IN_LIST = re.compile(r"[\\^\[\]&~-]")
 
-# The name of a token that the model has no id for, so that it raises instead of taking another.
+# An unknown-token name that has no id, so that the model raises on unknown text.
 _UNKNOWN = "<|no entry|>"
 
-# Characters to the nodes after them; the empty string marks the end of an entry.
+# A trie: characters to child nodes; the empty string marks the end of an entry.
 _Tree = dict[str, Any]
 
 
 def fast_tokenizer(entries: Mapping[int, bytes]) -> dict[str, Any]:
     """Returns the content of the `tokenizer.json` of a vocabulary.
 
-    It encodes every text as `Tokenizer` does. In `tokenizers` alone the end of text's name in a
-    text becomes its id; `tokenizer_config` tells transformers that it should not.
+    It encodes every text like `Tokenizer`, with one exception: the package `tokenizers` by itself
+    encodes the name of the end-of-text token in a text as its id. `tokenizer_config` prevents this
+    in transformers.
 
     Args:
-        entries: the bytes of every id that has some.
+        entries: the bytes of every id that has any.
     """
     characters = byte_characters()
     names = {}
@@ -73,12 +74,12 @@ def tokenizer_config(end_of_text: str | None) -> dict[str, Any]:
     """Returns the content of the `tokenizer_config.json` next to a `tokenizer.json`.
 
     Args:
-        end_of_text: the name of the token that ends a text; None where there is none.
+        end_of_text: name of the end-of-text token; None if there is none.
     """
     table: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        # The end of text's name in a text is text, as it is for `Tokenizer`.
+        # The name of the end-of-text token in a text is plain text, as for `Tokenizer`.
         "split_special_tokens": True,
         "model_input_names": ["input_ids", "attention_mask"],
     }
@@ -102,7 +103,7 @@ def _added_token(number: int, name: str) -> dict[str, Any]:
 
 
 def _byte_level(*, add_prefix_space: bool) -> dict[str, Any]:
-    """Describes the step between bytes and the characters that stand for them."""
+    """Describes the conversion between bytes and the characters that stand for them."""
     return {
         "type": "ByteLevel",
         "add_prefix_space": add_prefix_space,
@@ -112,7 +113,7 @@ def _byte_level(*, add_prefix_space: bool) -> dict[str, Any]:
 
 
 def byte_characters() -> dict[int, str]:
-    """Returns the character that stands for each byte: itself where it can be seen.
+    """Returns the character that stands for each byte: the byte's own if it is visible.
 
     Source: openai/gpt-2 src/encoder.py, `bytes_to_unicode`.
     """
@@ -131,11 +132,11 @@ def bytes_of_characters() -> dict[str, int]:
 
 
 def longest_entry_pattern(entries: Iterable[str]) -> str:
-    """Returns a regular expression that matches the longest entry at a place.
+    """Returns a regular expression that matches the longest entry at a position.
 
-    Its size is that of the tree of the entries. At most one branch of each node fits a text, so
-    that matching takes a time that does not depend on the number of entries; where the text leaves
-    the tree it goes back to the last node that ends an entry.
+    Its size is that of the trie of the entries. At most one branch of each node matches, so the
+    time of a match does not depend on the number of entries. Where the text leaves the trie, the
+    match backtracks to the last node that ends an entry.
     """
     tree: _Tree = {}
     for entry in entries:
@@ -147,18 +148,18 @@ def longest_entry_pattern(entries: Iterable[str]) -> str:
 
 
 def _pattern_below(node: _Tree) -> str:
-    """Returns the pattern of what may follow a node."""
+    """Returns the pattern of the subtree below a node."""
     branches = list(_branches(node))
     if not branches:
         return ""
     if "" in node:
-        # What follows is optional, and taken where it can be.
+        # The rest is optional and matched greedily.
         return f"(?:{'|'.join(branches)})?"
     return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
 
 
 def _branches(node: _Tree) -> Iterator[str]:
-    """Yields the patterns of a node's branches; the characters that end there are one list."""
+    """Yields the patterns of a node's branches; its leaves share one character class."""
     leaves = []
     for character, following in node.items():
         if character == "":

@@ -1,8 +1,8 @@
-"""The entries of a vocabulary that takes the longest one at every place, from `tokenizer.json`.
+"""Reader of the entries of a greedy longest-match vocabulary from a `tokenizer.json`.
 
-Such a file needs no package but this one. Two kinds are known: ours (see `fast_tokenizer`), and
-that of the RWKV project's own folders, WordPiece whose pieces are not marked.
-Source: aabbdev/rwkv-publisher@67f4b55 src/rwkv_publisher/encoding.py (what those folders hold).
+Such a file can be used without the package `tokenizers`. Two kinds are recognised: ours (see
+`fast_tokenizer`), and that of the RWKV project's own folders, WordPiece without a subword prefix.
+Source: aabbdev/rwkv-publisher@67f4b55 src/rwkv_publisher/encoding.py (contents of those folders).
 """
 
 from collections.abc import Mapping
@@ -17,21 +17,21 @@ from rwkv7_jax.text.fast_tokenizer import (
 from rwkv7_jax.text.tokenizer import END_OF_TEXT
 from rwkv7_jax.text.vocabulary_entries import built_in_vocabulary
 
-# Characters that WordPiece must take at once: it takes a longer text for an unknown word.
+# The required word length limit of WordPiece, which maps longer words to the unknown token.
 _LONGEST_TEXT = 2**31 - 1
 
 
 def longest_entries(
     content: bytes, end_of_text: str | None = None
 ) -> dict[int, bytes] | None:
-    """Returns the bytes of every id that has some, for `Tokenizer`.
+    """Returns the bytes of every id that has any, for `Tokenizer`.
 
     Args:
-        content: of the file.
-        end_of_text: the token that ends a text; None where it is not named.
+        content: content of the file.
+        end_of_text: the end-of-text token; None if it is not named.
 
     Returns:
-        None where the file is of another kind, or damaged.
+        None if the file is of another kind or damaged.
     """
     try:
         table = parse_json(content)
@@ -43,7 +43,7 @@ def longest_entries(
     if table.get("normalizer") is not None or not are_ids:
         return None
     special = _special_tokens(table.get("added_tokens") or [])
-    # `Tokenizer` has one special token, 0, and has it where 0 is no entry.
+    # `Tokenizer` has one special token, 0, exactly if 0 is not an entry.
     if special is None or end_of_text not in (None, *special):
         return None
     for name in special:
@@ -51,7 +51,7 @@ def longest_entries(
     entries = _spelled(names)
     if not entries or (END_OF_TEXT in entries) == bool(special):
         return None
-    return entries if _takes_longest(table, entries) else None
+    return entries if _is_longest_match(table, entries) else None
 
 
 def _as_dict(value: Any) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _as_dict(value: Any) -> dict[str, Any]:
 
 
 def _special_tokens(added: Any) -> list[str] | None:
-    """Returns the name of the special token 0, if there is one; None where others were added."""
+    """Returns the name of the special token 0, if there is one; None if there are other tokens."""
     names = []
     for token in map(_as_dict, added if isinstance(added, list) else [None]):
         if token.get("id") != END_OF_TEXT or token.get("special") is not True:
@@ -69,7 +69,7 @@ def _special_tokens(added: Any) -> list[str] | None:
 
 
 def _spelled(names: Mapping[str, int]) -> dict[int, bytes]:
-    """Returns what names spell, by ascending ids; those of other characters fill unused ids."""
+    """Returns the bytes of names by ascending id; drops names of other characters as unused ids."""
     bytes_of = bytes_of_characters()
     entries = {}
     for name, number in sorted(names.items(), key=lambda item: item[1]):
@@ -78,8 +78,8 @@ def _spelled(names: Mapping[str, int]) -> dict[int, bytes]:
     return entries
 
 
-def _takes_longest(table: Mapping[str, Any], entries: Mapping[int, bytes]) -> bool:
-    """Tells whether a file takes the longest entry at every place of a text."""
+def _is_longest_match(table: Mapping[str, Any], entries: Mapping[int, bytes]) -> bool:
+    """Returns whether a file encodes by greedy longest match."""
     model = table["model"]
     before = table.get("pre_tokenizer")
     if model.get("type") == "WordPiece":
@@ -99,15 +99,15 @@ def _takes_longest(table: Mapping[str, Any], entries: Mapping[int, bytes]) -> bo
 
 
 def _is_byte_level(step: Any) -> bool:
-    """Tells whether a step writes a text's bytes as characters, and does nothing else."""
+    """Returns whether a step only writes a text's bytes as characters."""
     step = _as_dict(step)
     is_plain = step.get("add_prefix_space") is False and step.get("use_regex") is False
     return is_plain and step.get("type") == "ByteLevel"
 
 
 def _is_pattern_of(pattern: Any, entries: Mapping[int, bytes]) -> bool:
-    """Tells whether a regular expression matches the longest entry, as ours does."""
-    # Making World's expression takes a second; those of single bytes are short.
+    """Returns whether a regular expression is the one of `longest_entry_pattern`."""
+    # Not compared for built-in vocabularies: building World's expression takes a second.
     if built_in_vocabulary(entries) is not None:
         return isinstance(pattern, str)
     characters = byte_characters()

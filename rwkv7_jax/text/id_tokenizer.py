@@ -1,4 +1,4 @@
-"""Ids written as numbers, for models whose ids are no text."""
+"""A tokenizer of ids written as numbers, for models whose ids do not stand for text."""
 
 import functools
 import re
@@ -13,41 +13,41 @@ _MOST_IDS = 2**31 - 1
 
 _SEPARATORS = re.compile(rb"[\s,]+")
 
-# Longer numbers are no ids, and cost time.
+# Longer numbers cannot be ids and would cost time.
 _MOST_DIGITS = 10
 
 
 class IdTokenizer(Tokenizer):
-    """A vocabulary of numbers: `3, 1 4` are the ids 3, 1 and 4, and are written as `3 1 4 `.
+    """A vocabulary of numbers: `3, 1 4` encodes to the ids 3, 1 and 4, which decode to `3 1 4 `.
 
-    Every id counts, 0 too: none ends a text.
+    No id ends a text, not even 0.
     """
 
     def __init__(self, vocab_size: int = _MOST_IDS):
-        """Takes the number of ids of the model; without a model it is not known."""
+        """Sets the vocabulary size; the default is for when there is no model."""
         super().__init__({}, vocab_size=vocab_size, name="ids")
         self.end_of_text = None
 
     @functools.cached_property
     def digest(self) -> str:
-        """The digest of the way of writing: it is the same for all sizes."""
+        """The digest of the format, which is the same for all sizes."""
         return text_digest(self.name)
 
     @property
     def largest_id(self) -> int:
-        """0: every model has ids that fit."""
+        """0, so that it fits every model."""
         return 0
 
     def encode(self, text: str | bytes) -> list[int]:
-        """Reads ids with blanks or commas between them.
+        """Encodes ids separated by whitespace or commas.
 
         Raises:
-            TypeError: neither str nor bytes.
-            ValueError: something else than an id of the model.
+            TypeError: `text` is neither str nor bytes.
+            ValueError: `text` holds something other than ids of the model.
         """
         ids = []
         for number in _SEPARATORS.split(text_bytes(text)):
-            # Blanks and commas at the ends leave empty pieces.
+            # Leading and trailing separators leave empty pieces.
             if not number:
                 continue
             is_id = number.isdigit() and len(number) <= _MOST_DIGITS
@@ -55,13 +55,13 @@ class IdTokenizer(Tokenizer):
                 shown = number[:40].decode(errors="replace")
                 raise ValueError(
                     f"Tokenizer.encode: `text` must hold ids from 0 and below {self.vocab_size:,} "
-                    f"with blanks or commas between them; got {shown!r}."
+                    f"separated by spaces or commas; got {shown!r}."
                 )
             ids.append(int(number))
         return ids
 
     def encode_chunks(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
-        """Encodes all chunks joined; a number that a chunk cuts waits for the next one."""
+        """Encodes the joined chunks; a number split between two chunks waits for the second."""
         pending = b""
         for chunk in chunks:
             pending += chunk
@@ -73,28 +73,28 @@ class IdTokenizer(Tokenizer):
                 yield np.asarray(ids, self.dtype)
             pending = pending[last:]
             if len(pending) > _MOST_DIGITS:
-                # No id: refused now, since it would be looked through again with every chunk.
+                # Not an id: rejected now, because every further chunk would scan it again.
                 self.encode(pending)
         ids = self.encode(pending)
         if ids:
             yield np.asarray(ids, self.dtype)
 
     def token_bytes(self, token: int) -> bytes:
-        """Returns the number and a blank.
+        """Returns the number and a space.
 
         Raises:
-            TypeError: the id is no integer.
-            ValueError: outside the vocabulary.
+            TypeError: `token` is not an integer.
+            ValueError: `token` is outside the vocabulary.
         """
-        # The check is that of all vocabularies; without entries it returns no bytes.
+        # Only for its checks.
         super().token_bytes(token)
         return b"%d " % token
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Writes ids as numbers, a blank after each.
+        """Writes ids as numbers, each followed by a space.
 
         Raises:
-            TypeError: no list of integers.
-            ValueError: an id outside the vocabulary.
+            TypeError: `ids` is not a list of integers.
+            ValueError: an id is outside the vocabulary.
         """
         return b"".join([self.token_bytes(number) for number in as_integers(ids)])

@@ -1,14 +1,13 @@
-"""The chat template in Jinja, for folders that `transformers` opens: `chat_template.jinja`.
+"""The chat template in Jinja, for the `chat_template.jinja` of folders that `transformers` opens.
 
-Its texts are those of `chat_template`, and the two say the same of every conversation. Writers of
-folders take `chat_template_jinja()`.
+Its constants come from `chat_template`, and both format every conversation identically.
 """
 
 import json
 
 from rwkv7_jax.text import chat_template as chat
 
-# A text in capitals between two dollar signs is filled in from `chat_template`.
+# Names in capitals between dollar signs are replaced by the constants of `chat_template`.
 _SOURCE = """
 {%- set modes = $MODES$ -%}
 {%- set think = think if think is defined else (
@@ -128,9 +127,9 @@ _SOURCE = """
 def chat_template_jinja() -> str:
     """Writes the template for the Jinja of `transformers`.
 
-    Besides `messages`, `tools` and `add_generation_prompt` it reads `think`, a name of
-    `chat_template.THINK_MODES`; without it `enable_thinking` means "free" or "fast", and where that
-    is not given either a model is asked without thoughts.
+    Besides `messages`, `tools` and `add_generation_prompt` it reads `think`, a key of
+    `chat_template.THINK_MODES`. Without `think`, `enable_thinking` selects "free" or, if false,
+    "fast". Without both, the mode is "off".
     """
     modes = {name: mode._asdict() for name, mode in chat.THINK_MODES.items()}
     texts = {

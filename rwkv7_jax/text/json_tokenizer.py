@@ -1,4 +1,4 @@
-"""Vocabularies of the `tokenizers` package, as `tokenizer.json` (extra `tokenizers`)."""
+"""Vocabularies from a `tokenizer.json`, through the package `tokenizers` (extra `tokenizers`)."""
 
 import contextlib
 import functools
@@ -18,48 +18,48 @@ from rwkv7_jax.text.tokenizer import Tokenizer, text_bytes, text_digest
 
 KIND = "tokenizer.json"
 
-# Next to `tokenizer.json` in the folders of models; names the token that ends a text.
+# Next to `tokenizer.json` in model folders; names the end-of-text token.
 _CONFIG_FILE = "tokenizer_config.json"
 
-# SentencePiece's sign for a blank.
+# SentencePiece's symbol for a space.
 _LOW_LINE = "\u2581"
 
-# Entries that are encoded and decoded again, to see that ids spell the text.
+# Number of entries that are checked to survive a round-trip.
 _PROBES = 200
 
 
 class JsonTokenizer(Tokenizer):
-    """A vocabulary that the `tokenizers` package encodes.
+    """A vocabulary that the package `tokenizers` encodes.
 
-    Special tokens are never encoded, whatever a text says, and spell nothing; other added tokens
-    spell themselves. A document is encoded at once: how such a tokenizer splits words may depend on
-    all of it. A dropout in the file is left out: equal texts have equal ids.
+    Special tokens are never encoded from text and decode to nothing; other added tokens decode to
+    themselves. A document is encoded as a whole, because its word splitting may depend on all of
+    it. BPE dropout in the file is disabled, so encoding is deterministic.
     """
 
     def __init__(self, backend: Any, *, name: str, end_of_text: str | None = None):
-        """Takes a tokenizer over.
+        """Wraps a tokenizer of the package.
 
         Args:
-            backend: a `tokenizers.Tokenizer`; it is changed.
-            name: for people.
-            end_of_text: the token that ends a text; None is token 0, where that is special.
+            backend: a `tokenizers.Tokenizer`, which is modified.
+            name: name for messages.
+            end_of_text: the end-of-text token; None selects token 0 if it is special.
 
         Raises:
-            ValueError: its decoder is of another kind, its ids do not spell the text, or the token
-                that ends a text is unknown.
+            ValueError: the decoder is of an unsupported kind, ids do not round-trip, or the
+                end-of-text token is unknown.
         """
-        # A file may say that long texts are cut, or short ones filled up.
+        # The file may configure truncation and padding.
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        # Of training: it draws how a text is split, so that equal texts would get other ids.
+        # BPE dropout, a training setting, would make encoding random.
         if getattr(backend.model, "dropout", None) is not None:
             backend.model.dropout = None
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         spell = _speller(json.loads(backend.to_str()), name)
         vocabulary = backend.get_vocab(with_added_tokens=True)
-        # SentencePiece's kind writes blanks as low lines; they come back as blanks.
+        # SentencePiece writes spaces as low lines, which decode to spaces.
         self._has_low_lines = spell is _with_byte_fallback
         entries: dict[int, bytes] = {}
         for token, number in vocabulary.items():
@@ -77,14 +77,14 @@ class JsonTokenizer(Tokenizer):
             self.end_of_text = vocabulary.get(end_of_text)
             if self.end_of_text is None:
                 raise ValueError(
-                    f"`{name}` must have the token {end_of_text!r}, which ends texts by the "
-                    f"{_CONFIG_FILE} next to it."
+                    f"`{name}` must have the end-of-text token {end_of_text!r} that the "
+                    f"{_CONFIG_FILE} next to it names."
                 )
         self._check_spelling()
 
     def _plain(self, token: str) -> bytes:
-        """Returns the bytes of an added token, which is found in a text as it is written."""
-        # Its letters may be characters that stand for bytes in other tokens.
+        """Returns the bytes of an added token, which is matched literally in a text."""
+        # Unlike in other tokens, its characters never stand for bytes.
         return (
             token.replace(_LOW_LINE, " ") if self._has_low_lines else token
         ).encode()
@@ -93,10 +93,10 @@ class JsonTokenizer(Tokenizer):
     def from_text(
         cls, content: bytes, *, name: str, end_of_text: str | None = None
     ) -> "JsonTokenizer":
-        """Reads the content of a `tokenizer.json`.
+        """Builds a vocabulary from the content of a `tokenizer.json`.
 
         Raises:
-            ValueError: the file is damaged, or of a kind that is not read.
+            ValueError: the file is damaged or of an unsupported kind.
             ImportError: the extra `tokenizers` is not installed.
         """
         try:
@@ -112,12 +112,12 @@ class JsonTokenizer(Tokenizer):
 
     @functools.cached_property
     def digest(self) -> str:
-        """The digest of what the file says, however it is formatted, and of the end of texts."""
+        """The digest of the file's content, regardless of formatting, and of the end-of-text id."""
         content = json.loads(self._backend.to_str())
         return text_digest(json.dumps([content, self.end_of_text], sort_keys=True))
 
     def end_token(self) -> str | None:
-        """Returns the token that ends texts; None where there is none."""
+        """Returns the end-of-text token; None if there is none."""
         if self.end_of_text is None:
             return None
         return self._backend.id_to_token(self.end_of_text)
@@ -127,11 +127,11 @@ class JsonTokenizer(Tokenizer):
         return self._backend.to_str()
 
     def encode(self, text: str | bytes) -> list[int]:
-        """Encodes a text as the package does, without special tokens.
+        """Encodes a text with the package, without special tokens.
 
         Raises:
-            TypeError: neither str nor bytes.
-            ValueError: bytes that are not UTF-8, or characters that no token spells.
+            TypeError: `text` is neither str nor bytes.
+            ValueError: `text` is not UTF-8, or has characters that no token covers.
         """
         try:
             decoded = text_bytes(text).decode()
@@ -140,8 +140,10 @@ class JsonTokenizer(Tokenizer):
                 f"Tokenizer.encode: `text` must be UTF-8 for {self.name}; it is not at byte "
                 f"{error.start}."
             ) from None
-        # A regular expression of the file may take too many steps for some texts.
-        with _package_errors(f"Tokenizer.encode: `text` is none for {self.name}"):
+        # A regular expression in the file may exceed its step limit on some texts.
+        with _package_errors(
+            f"Tokenizer.encode: `text` must be text that {self.name} can encode"
+        ):
             ids = self._backend.encode(decoded, add_special_tokens=False).ids
             normalizer = self._backend.normalizer
             if normalizer is not None:
@@ -150,11 +152,11 @@ class JsonTokenizer(Tokenizer):
         return ids
 
     def _check_spelled(self, ids: list[int], text: str) -> None:
-        """Raises if a token stands for something unknown, or a character was left out.
+        """Raises unless ids decode to the text: no unknown tokens, no dropped characters.
 
         Args:
-            ids: of the text.
-            text: as it is after the file's normalizer.
+            ids: ids of the text.
+            text: the text after the file's normalizer.
         """
         if self._has_low_lines:
             text = text.replace(_LOW_LINE, " ")
@@ -167,18 +169,18 @@ class JsonTokenizer(Tokenizer):
             place for place, (came, wanted) in enumerate(pairs) if came != wanted
         )
         raise ValueError(
-            f"Tokenizer.encode: `text` must be spelled by tokens of {self.name}; it is not at byte "
+            f"Tokenizer.encode: `text` must consist of tokens of {self.name}; it does not at byte "
             f"{position}, {expected[position : position + 16]!r}."
         )
 
     def encode_chunks(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
-        """Encodes all chunks joined; all of them are in memory."""
+        """Encodes the joined chunks, all of which are in memory at once."""
         ids = self.encode(b"".join(chunks))
         if ids:
             yield np.asarray(ids, self.dtype)
 
     def _check_spelling(self) -> None:
-        """Raises unless entries come back from their ids: each must stand for its bytes alone."""
+        """Raises unless entries survive a round-trip, so that each stands for its own bytes."""
         texts = [entry for entry in self._ids if is_text(entry)]
         for entry in texts[:: max(1, len(texts) // _PROBES)]:
             text = entry.decode()
@@ -187,20 +189,22 @@ class JsonTokenizer(Tokenizer):
             spelled = self.decode_bytes(ids)
             if spelled != entry:
                 raise ValueError(
-                    f"`{self.name}` must have tokens that spell the text; {text!r} comes "
+                    f"`{self.name}` must have tokens that round-trip; {text!r} comes "
                     f"back as {spelled.decode(errors='replace')!r}."
                 )
 
 
 @contextlib.contextmanager
 def _package_errors(sentence: str) -> Iterator[None]:
-    """Makes one sentence of what the package raises: bare `Exception`, or a panic, which is none.
+    """Turns the package's errors into one sentence.
+
+    The package raises bare `Exception`, or a panic, which is not a subclass of `Exception`.
 
     Args:
-        sentence: what it is about; the package's reason follows.
+        sentence: beginning of the message; the package's reason follows.
 
     Raises:
-        ValueError: the block raises such an error.
+        ValueError: the block raised such an error.
     """
     try:
         yield
@@ -213,13 +217,13 @@ def _package_errors(sentence: str) -> Iterator[None]:
 
 
 def end_token_beside(path: Path) -> str | None:
-    """Reads which token ends a text from the `tokenizer_config.json` next to a `tokenizer.json`.
+    """Reads the end-of-text token from the `tokenizer_config.json` next to a `tokenizer.json`.
 
     Returns:
-        None where there is no such file, or it names none.
+        None if there is no such file or it names no token.
 
     Raises:
-        ValueError: the file holds no JSON object.
+        ValueError: the file does not hold a JSON object.
     """
     config = path.with_name(_CONFIG_FILE)
     if not config.is_file():
@@ -228,17 +232,17 @@ def end_token_beside(path: Path) -> str | None:
         token = parse_json(config.read_bytes()).get("eos_token")
     except (ValueError, AttributeError):
         raise ValueError(f"`{config}` must hold a JSON object.") from None
-    # Older files describe the token by an object.
+    # Older files describe the token by a JSON object.
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
 
 
 def _speller(content: dict[str, Any], name: str) -> Any:
-    """Returns the function from a token to its bytes, by the decoder of a `tokenizer.json`.
+    """Returns the function from a token to its bytes, as given by the decoder in the file.
 
     Raises:
-        ValueError: a decoder of another kind.
+        ValueError: the decoder is of an unsupported kind.
     """
     decoder = content.get("decoder") or {}
     steps = decoder.get("decoders", [decoder])
@@ -254,14 +258,14 @@ def _speller(content: dict[str, Any], name: str) -> Any:
 
 
 def _byte_level(table: dict[str, int], token: str) -> bytes:
-    """Returns the bytes of a token whose characters stand for bytes; of any other, its UTF-8."""
+    """Returns the bytes that a token's characters stand for, or else the token's UTF-8."""
     if any(character not in table for character in token):
         return token.encode()
     return bytes([table[character] for character in token])
 
 
 def _with_byte_fallback(token: str) -> bytes:
-    """Returns the bytes of a token as SentencePiece has it: a low line for a blank, `<0x0A>`."""
+    """Returns the bytes of a SentencePiece token: a low line is a space, `<0x0A>` a byte."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         try:
             return bytes([int(token[3:5], 16)])

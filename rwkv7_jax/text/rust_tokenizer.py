@@ -1,4 +1,4 @@
-"""The package pyrwkv-tokenizer, where it is installed: the same ids of World, ten times as fast."""
+"""World encoding by the optional package pyrwkv-tokenizer: the same ids, ten times as fast."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,20 +6,19 @@ TextEncoder = Callable[[str], list[int]]
 
 
 def rust_encoder(ids: Mapping[bytes, int]) -> TextEncoder | None:
-    """Returns the package's `encode`; None where it is missing or has another vocabulary.
+    """Returns the package's `encode`; None if it is not installed or has another vocabulary.
 
-    Its `decode` is never called: an id outside its table ends in a panic, which is no `Exception`.
+    Its `decode` is never used: on an unknown id it panics, which is not an `Exception`.
 
     Args:
-        ids: of every entry.
+        ids: the id of every entry.
     """
-    # Optional: an extra.
     try:
         import pyrwkv_tokenizer
     except ImportError:
         return None
     tokenizer = pyrwkv_tokenizer.RWKVTokenizer()
-    # It lists the entries that are text, and one name in place of all the others: single bytes and
+    # It lists the entries that are text, and one name for all others, which are single bytes and
     # parts of characters.
     listed = {text.encode(): number for text, number in tokenizer.get_vocab().items()}
     ours = {entry: number for entry, number in ids.items() if is_text(entry)}
@@ -28,7 +27,7 @@ def rust_encoder(ids: Mapping[bytes, int]) -> TextEncoder | None:
 
 
 def is_text(entry: bytes) -> bool:
-    """Tells whether an entry is UTF-8: others are single bytes and parts of characters."""
+    """Returns whether an entry is UTF-8; the others are single bytes and parts of characters."""
     try:
         entry.decode()
     except UnicodeDecodeError:
@@ -37,7 +36,7 @@ def is_text(entry: bytes) -> bool:
 
 
 def text_before_cut(data: bytes) -> str:
-    """Decodes bytes up to the first that are not UTF-8, such as half a character at the end."""
+    """Decodes bytes up to the first that are not UTF-8, such as a truncated character."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: the World vocabulary, single bytes, and vocabularies like them."""
+"""Greedy longest-match tokenizers: the World vocabulary, byte vocabularies, and similar ones."""
 
 import copy
 import functools
@@ -23,38 +23,38 @@ _VOCABULARY_FILE = "rwkv_vocab_v20230424.txt"
 
 _SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
 
-# An entry is found by its first bytes: by the longest of these prefix sizes that it has. One table
-# of single first bytes would hold thousands of entries that begin with a space.
+# An entry is looked up by a prefix of the largest of these sizes that fits. A table of single first
+# bytes would have thousands of entries that begin with a space.
 _PREFIX_SIZES = (16, 8, 4, 1)
 
-# Bytes from which on a text is worth the 0.4 seconds that the Rust package takes to load.
+# The text size in bytes above which loading the Rust package, 0.4 seconds, pays off.
 _LONG_TEXT = 2**18
 
-# Bytes of World that are collected before they are encoded: files come in shorter chunks than the
-# Rust package is loaded for.
+# Bytes of text that World collects before encoding, because files come in chunks shorter than
+# `_LONG_TEXT`.
 _WORLD_BLOCK = 2**20
 
-# Ids below this fit into the 16 bits that RWKV's own token files have.
+# Ids below this fit into the 16 bits of RWKV's own token files.
 _SHORT_IDS = 2**16
 
-# Far more than any model's: a damaged file must not make tables of thousands of millions.
+# Far more than any model has; a damaged file must not cause tables of billions.
 _MOST_IDS = 2**24
 
-# For each prefix size, from a prefix to the lengths of the entries that begin with it.
+# For each prefix size, a map from prefixes to the lengths of the entries that begin with them.
 PrefixTables = list[tuple[int, dict[bytes, tuple[int, ...]]]]
 
 
 class Tokenizer:
-    """A vocabulary: `encode` takes the longest entry at every place, `decode` joins entries.
+    """A vocabulary that encodes by greedy longest match and decodes by joining entries.
 
-    World and the single bytes have an entry for every byte (id = byte + 1), so any bytes survive
-    encoding and decoding. Token 0 ends their texts: it is never encoded, and stands for no bytes.
+    World and `bytes` have an entry for every byte (id = byte + 1), so any bytes survive a
+    round-trip. Their token 0 is the end of text: it is never encoded and has no bytes.
 
     Attributes:
-        name: for people: that of a built-in vocabulary, or of the file that was read.
-        kind: the same of a built-in vocabulary; "file" or "tokenizer.json" of one that was read.
-        vocab_size: one more than the largest id; ids without an entry spell nothing.
-        end_of_text: the id that ends a text; None where there is none.
+        name: name of a built-in vocabulary, or path of the file.
+        kind: name of a built-in vocabulary; otherwise "file" or "tokenizer.json".
+        vocab_size: number of ids; ids without an entry have no bytes.
+        end_of_text: the end-of-text id; None if there is none.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class Tokenizer:
         name: str,
         kind: str | None = None,
     ):
-        """Makes a tokenizer of these entries; `world` and `bytes` make the usual ones.
+        """Builds a tokenizer from entries; `world` and `bytes` build the usual ones.
 
         Args:
-            entries: the bytes of each id. Where 0 is none of them, it ends texts.
-            vocab_size: one more than the largest id.
-            name: for people.
-            kind: None where the name says all.
+            entries: the bytes of each id. If 0 is not an entry, it is the end of text.
+            vocab_size: number of ids.
+            name: name for messages.
+            kind: kind of the vocabulary; None for a built-in one, whose kind is its name.
 
         Raises:
-            ValueError: more ids than any model has.
+            ValueError: an id is larger than any model's.
         """
         largest = max(entries, default=0)
         if largest >= _MOST_IDS:
@@ -85,7 +85,7 @@ class Tokenizer:
         self.kind = kind or name
         self._is_built_in = kind is None
         self.vocab_size = vocab_size
-        # The digest is of what the vocabulary describes; a model's table may be larger.
+        # The digest covers these ids; `with_vocab_size` may add unused ones.
         self._described = vocab_size
         spelled = {number: entry for number, entry in entries.items() if entry}
         self.end_of_text = None if END_OF_TEXT in spelled else END_OF_TEXT
@@ -94,7 +94,7 @@ class Tokenizer:
             self._entries[self.end_of_text] = b""
         self._ids = {entry: number for number, entry in spelled.items()}
         self._longest_entry = max(map(len, self._ids), default=1)
-        # Bytes alone need no tables: ids are the bytes, moved on by the id of byte 0.
+        # Byte vocabularies need no tables: an id is the byte plus the id of byte 0.
         self._first_byte = _id_of_first_byte(spelled)
         self._tables = _prefix_tables(self._ids) if self._first_byte is None else []
 
@@ -117,16 +117,16 @@ class Tokenizer:
     @classmethod
     @functools.cache
     def bytes256(cls) -> "Tokenizer":
-        """Makes the raw bytes: id = byte, 256 ids, none of which ends a text."""
+        """Builds the raw byte vocabulary: id = byte, 256 ids, no end of text."""
         entries = {byte: byte.to_bytes() for byte in range(256)}
         return cls(entries, vocab_size=256, name="bytes256")
 
     @classmethod
     def for_vocabulary(cls, vocab_size: int) -> "Tokenizer":
-        """Returns the tokenizer of a model with this many ids, where their number tells.
+        """Returns the built-in tokenizer for a model's vocabulary size.
 
         Raises:
-            TypeError: the size is no integer.
+            TypeError: `vocab_size` is not an integer.
             ValueError: no built-in vocabulary has that size.
         """
         if not hasattr(vocab_size, "__index__"):
@@ -147,7 +147,7 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end a generated text: `end_of_text`, where there is one."""
+        """The ids that stop generation: `end_of_text`, if there is one."""
         return () if self.end_of_text is None else (self.end_of_text,)
 
     @property
@@ -157,14 +157,14 @@ class Tokenizer:
 
     @functools.cached_property
     def digest(self) -> str:
-        """The digest of the content: equal where all texts have the same ids."""
+        """The digest of the entries; equal digests mean that all texts have equal ids."""
         entries = [self._entries.get(number, b"") for number in range(self._described)]
-        # Of the printed list and not of the bytes: the digest is in the checkpoints of older runs.
+        # The checkpoints of older runs hold the digest of the printed list, so it must stay.
         return text_digest(repr(entries))
 
     @property
     def identity(self) -> str:
-        """What cards and sidecars say: the name of a built-in vocabulary, else its digest."""
+        """What cards and sidecars store: a built-in vocabulary's name, else kind and digest."""
         return self.kind if self._is_built_in else f"{self.kind} {self.digest}"
 
     @property
@@ -173,23 +173,23 @@ class Tokenizer:
         return max(self._entries, default=0)
 
     def with_vocab_size(self, vocab_size: int) -> "Tokenizer":
-        """Returns the same vocabulary for a model's table; its further ids spell nothing."""
+        """Returns the same vocabulary with another number of ids; the additional ids are unused."""
         other = copy.copy(self)
         other.vocab_size = vocab_size
         return other
 
     def file_text(self) -> str:
-        """Writes the vocabulary as a file from which it can be read again."""
+        """Writes the vocabulary in the format of a vocabulary file."""
         spelled = {number: entry for number, entry in self._entries.items() if entry}
         return format_vocabulary(spelled)
 
     def encode(self, text: str | bytes) -> list[int]:
-        """Encodes a text, taking the longest entry at every place.
+        """Encodes a text by greedy longest match.
 
         Raises:
-            TypeError: neither str nor bytes.
-            ValueError: a str with half a surrogate pair, which has no UTF-8, or bytes with which no
-                entry begins.
+            TypeError: `text` is neither str nor bytes.
+            ValueError: `text` has a lone surrogate, which has no UTF-8, or bytes that no entry
+                covers.
         """
         data = text_bytes(text)
         ids, _ = self._encode_until(data, len(data))
@@ -202,12 +202,12 @@ class Tokenizer:
             numbers = np.frombuffer(data[:limit], np.uint8).astype(np.int64)
             return (numbers + self._first_byte).tolist(), limit
         ids, position = self._encode_start(data, limit)
-        # This loop is all that encoding costs: names are looked up outside of it.
+        # This loop dominates the cost of encoding, so attributes are looked up before it.
         id_of = self._ids.get
         tables = self._tables
         while position < limit:
             token = None
-            # Longer prefixes come first, so the first entry that fits is the longest one.
+            # Longer prefixes come first, so the first match is the longest.
             for size, table in tables:
                 for length in table.get(data[position : position + size], ()):
                     token = id_of(data[position : position + length])
@@ -220,19 +220,19 @@ class Tokenizer:
                 break
             if token is None:
                 raise ValueError(
-                    f"Tokenizer.encode: `text` must be spelled by entries of {self.name}; none "
+                    f"Tokenizer.encode: `text` must consist of entries of {self.name}; none "
                     f"begins at byte {position}, {data[position : position + 16]!r}."
                 )
         return ids, position
 
     def _encode_start(self, data: bytes, limit: int) -> tuple[list[int], int]:
-        """Encodes as much of a long text as the Rust package can; returns the ids and their end."""
+        """Encodes the start of a long text with the Rust package; returns the ids and their end."""
         if limit < _LONG_TEXT or self._text_encoder is None:
             return [], 0
         text = text_before_cut(data)
         ids = list(self._text_encoder(text))
         end = len(text.encode())
-        # Before a cut, entries of the bytes on its other side may be longer.
+        # Near a cut, the bytes after it may give a longer match.
         if end < len(data):
             limit = min(limit, end - self._longest_entry + 1)
         while ids and end - len(self._entries[ids[-1]]) >= limit:
@@ -241,7 +241,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _text_encoder(self) -> TextEncoder | None:
-        """The `encode` of the Rust package, for World where the package is installed."""
+        """The `encode` of the Rust package; None if it is not installed or this is not World."""
         return rust_encoder(self._ids) if self._is_world else None
 
     @property
@@ -249,11 +249,11 @@ class Tokenizer:
         return self._is_built_in and self.kind == "world"
 
     def encode_chunks(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
-        """Encodes all chunks joined, some ids at a time.
+        """Encodes the joined chunks and yields the ids in pieces.
 
-        In memory is one chunk at a time, of World a megabyte of them: see `_text_encoder`. A token
-        is certain once as many bytes as the longest entry has are known from its first byte on;
-        the others wait for the next chunk, with which they may become other tokens.
+        Holds one chunk in memory, or for World about a megabyte (see `_text_encoder`). A token is
+        certain once the bytes of the longest entry are known from its first byte on. The remaining
+        bytes wait for the next chunk.
         """
         pending = b""
         for chunk in joined_chunks(chunks, _WORLD_BLOCK if self._is_world else 0):
@@ -267,11 +267,11 @@ class Tokenizer:
             yield np.asarray(self.encode(pending), self.dtype)
 
     def token_bytes(self, token: int) -> bytes:
-        """Returns the bytes of one id; none for ids of the vocabulary that have no entry.
+        """Returns the bytes of one id; empty if the id has no entry.
 
         Raises:
-            TypeError: the id is no integer.
-            ValueError: outside the vocabulary.
+            TypeError: `token` is not an integer.
+            ValueError: `token` is outside the vocabulary.
         """
         try:
             token = operator.index(token)
@@ -290,8 +290,8 @@ class Tokenizer:
         """Joins the bytes of ids.
 
         Raises:
-            TypeError: no list of integers.
-            ValueError: an id without an entry; the message gives its position.
+            TypeError: `ids` is not a list of integers.
+            ValueError: an id has no entry; the message gives its position.
         """
         numbers = as_integers(ids)
         try:
@@ -308,26 +308,26 @@ class Tokenizer:
         """Decodes ids to text; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            TypeError: no list of integers.
-            ValueError: an id without an entry; the message gives its position.
+            TypeError: `ids` is not a list of integers.
+            ValueError: an id has no entry; the message gives its position.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    # The last name in the class: in all annotations above, `bytes` still is the built-in type.
+    # Defined last, so that `bytes` is the built-in type in all annotations above.
     @classmethod
     @functools.cache
     def bytes(cls) -> "Tokenizer":
-        """Makes the byte vocabulary: id = byte + 1, 257 ids; the first 257 ids of World."""
+        """Builds the byte vocabulary: id = byte + 1, 257 ids, the first 257 ids of World."""
         entries = {byte + 1: bytes([byte]) for byte in range(256)}
         return cls(entries, vocab_size=257, name="bytes")
 
 
 def text_bytes(text: str | bytes) -> bytes:
-    """Returns the UTF-8 of a text; bytes as they are.
+    """Returns the UTF-8 of a str; returns bytes unchanged.
 
     Raises:
-        TypeError: neither str nor bytes.
-        ValueError: a str with half a surrogate pair, which has no UTF-8.
+        TypeError: `text` is neither str nor bytes.
+        ValueError: `text` has a lone surrogate, which has no UTF-8.
     """
     if isinstance(text, str):
         try:
@@ -345,7 +345,7 @@ def text_bytes(text: str | bytes) -> bytes:
 
 
 def joined_chunks(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """Joins chunks until each has as many bytes at least; only the last one may be shorter."""
+    """Joins chunks into chunks of at least `size` bytes; only the last one may be shorter."""
     parts = []
     length = 0
     for chunk in chunks:
@@ -360,19 +360,19 @@ def joined_chunks(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
 
 
 def text_digest(text: str) -> str:
-    """Returns 32 hexadecimal digits that change with the text."""
+    """Returns a digest of a text as 32 hexadecimal digits."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _id_of_first_byte(entries: dict[int, bytes]) -> int | None:
-    """Returns the id of byte 0 where entries are the 256 single bytes in order; else None."""
+    """Returns the id of byte 0 if the entries are the 256 single bytes in order, else None."""
     first = min(entries, default=0)
     in_order = {first + byte: bytes([byte]) for byte in range(256)}
     return first if entries == in_order else None
 
 
 def as_integers(ids: Iterable[int]) -> list[int]:
-    """Returns ids as Python's integers: arrays of JAX, for one, are no keys of a dict."""
+    """Converts ids to Python integers, as JAX arrays cannot be dict keys."""
     is_list = isinstance(ids, Iterable) and getattr(ids, "shape", None) != ()
     if isinstance(ids, str | bytearray) or not is_list:
         raise TypeError(
@@ -391,7 +391,7 @@ def as_integers(ids: Iterable[int]) -> list[int]:
 
 
 def _prefix_tables(entries: Iterable[bytes]) -> PrefixTables:
-    """Sorts the lengths of entries, longest first, by the prefix by which they are found."""
+    """Groups the lengths of entries, longest first, by their lookup prefix."""
     lengths: dict[int, dict[bytes, set[int]]] = {size: {} for size in _PREFIX_SIZES}
     for entry in entries:
         size = next(size for size in _PREFIX_SIZES if len(entry) >= size)
@@ -400,7 +400,6 @@ def _prefix_tables(entries: Iterable[bytes]) -> PrefixTables:
     for size, by_prefix in lengths.items():
         table = {}
         for prefix, sizes in by_prefix.items():
-            # Longest first, so that the first entry found is the one to take.
             table[prefix] = tuple(sorted(sizes, reverse=True))
         tables.append((size, table))
     return tables

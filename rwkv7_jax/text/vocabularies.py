@@ -1,10 +1,11 @@
-"""Which vocabulary a model, a run or a file has: the one way in which it is named.
+"""Names of vocabularies, the same for models, runs and files.
 
-world, bytes, bytes256, ids   built in: World's; bytes with id = byte + 1 and 0 as the end of
-                              text; raw bytes without one; ids written as numbers
-FILE.json                     a `tokenizer.json` (extra `tokenizers` unless it takes the longest
-                              entry at every place)
-any other file                a vocabulary file in World's format, of any size
+world            the World vocabulary
+bytes            bytes with id = byte + 1 and 0 as the end of text
+bytes256         raw bytes without an end of text
+ids              ids written as numbers
+FILE.json        a `tokenizer.json` (extra `tokenizers` unless it is greedy longest match)
+any other file   a vocabulary file in World's format, of any size
 """
 
 import os
@@ -26,10 +27,10 @@ _BUILT_IN = {
 
 NAMES = (*_BUILT_IN, "ids")
 
-# The kind of a vocabulary that was read from a file in World's format.
+# The kind of a vocabulary from a file in World's format.
 FILE_KIND = "file"
 
-# The least ids of a model with a built-in vocabulary.
+# The smallest vocabulary size of a model for each built-in vocabulary.
 _LEAST_IDS = {"bytes256": 256, "bytes": 257, "world": WORLD_ENTRIES + 1}
 
 
@@ -39,16 +40,16 @@ def load_vocabulary(
     *,
     argument: str = "load_vocabulary: `name`",
 ) -> Tokenizer:
-    """Returns the vocabulary of that name.
+    """Returns the vocabulary with that name.
 
     Args:
         name: one of `NAMES`, or the path of a file.
-        vocab_size: ids of the model; None where there is no model.
-        argument: what named it, in backticks; messages begin with it.
+        vocab_size: vocabulary size of the model; None if there is no model.
+        argument: the argument that names the vocabulary, in backticks; messages begin with it.
 
     Raises:
-        ValueError: no such vocabulary, a damaged file, or one with larger ids than the model has.
-        ImportError: a `tokenizer.json` without the extra `tokenizers`.
+        ValueError: the vocabulary does not exist, is damaged, or has ids beyond the model's.
+        ImportError: a `tokenizer.json` needs the extra `tokenizers`.
     """
     text = os.fspath(name)
     if text == "ids":
@@ -63,29 +64,29 @@ def load_vocabulary(
 
 
 def for_model(tokenizer: Tokenizer, vocab_size: int, argument: str) -> Tokenizer:
-    """Returns a vocabulary for the table of a model.
+    """Returns a vocabulary with at least as many ids as a model.
 
     Args:
         tokenizer: the vocabulary.
-        vocab_size: ids of the model.
-        argument: what named it, in backticks; messages begin with it.
+        vocab_size: vocabulary size of the model.
+        argument: the argument that names the vocabulary, in backticks; messages begin with it.
 
     Raises:
-        ValueError: larger ids than the model has.
+        ValueError: the vocabulary has ids beyond the model's.
     """
     if tokenizer.largest_id >= vocab_size:
         raise ValueError(
             f"{argument} must have ids below the model's {vocab_size:,}; got {tokenizer.name}, "
             f"whose largest is {tokenizer.largest_id:,}."
         )
-    # World's table is a little larger than its entries; a model's may be a little smaller.
+    # World counts a few ids without entries, so a model may have slightly fewer ids.
     if tokenizer.vocab_size >= vocab_size:
         return tokenizer
     return tokenizer.with_vocab_size(vocab_size)
 
 
 def fitting(vocab_size: int) -> str:
-    """Lists the vocabularies that fit a model of this many ids, for a message."""
+    """Lists the vocabularies that fit a model of this vocabulary size, for a message."""
     names = [name for name, least in _LEAST_IDS.items() if least <= vocab_size]
     return ", ".join([*names, "ids, a vocabulary file or a tokenizer.json"])
 
@@ -94,7 +95,7 @@ def _read(path: Path, argument: str) -> Tokenizer:
     """Reads a vocabulary from a file."""
     if not path.is_file():
         raise ValueError(
-            f"{argument} must be {', '.join(NAMES)} or a file; got {str(path)!r}, which is none."
+            f"{argument} must be {', '.join(NAMES)} or an existing file; got {str(path)!r}."
         )
     try:
         if path.suffix == ".json":
@@ -110,9 +111,9 @@ def _read(path: Path, argument: str) -> Tokenizer:
 
 
 def _read_json(path: Path) -> Tokenizer:
-    """Reads a `tokenizer.json`; one that takes the longest entry at a place is a plain vocabulary.
+    """Reads a `tokenizer.json`; a greedy longest-match one becomes a plain vocabulary.
 
-    So a vocabulary that went into a folder comes out as it was.
+    A vocabulary that was saved into a folder is thus restored unchanged.
     """
     content = path.read_bytes()
     end_of_text = end_token_beside(path)
@@ -123,11 +124,11 @@ def _read_json(path: Path) -> Tokenizer:
 
 
 def vocabulary_of_entries(entries: Mapping[int, bytes], name: str) -> Tokenizer:
-    """Returns the built-in vocabulary that has these entries, or else makes one of them.
+    """Returns the built-in vocabulary with these entries, or else builds one from them.
 
     Args:
-        entries: the bytes of every id that has some; not empty.
-        name: for people and messages.
+        entries: the bytes of every id that has any; not empty.
+        name: name for messages.
     """
     built_in = built_in_vocabulary(entries)
     if built_in is not None:
@@ -137,22 +138,22 @@ def vocabulary_of_entries(entries: Mapping[int, bytes], name: str) -> Tokenizer:
 
 
 def vocabulary_of_text(text: str, name: str) -> Tokenizer:
-    """Makes the vocabulary of a file in World's format.
+    """Builds a vocabulary from the text of a file in World's format.
 
     Args:
-        text: of the file.
-        name: for people and messages.
+        text: text of the file.
+        name: name for messages.
 
     Raises:
-        ValueError: a damaged file, or one without entries.
+        ValueError: the file is damaged or has no entries.
     """
     try:
         entries = parse_vocabulary(text)
     except ValueError as error:
         raise ValueError(f"`{name}`: {error}") from None
     if not any(entries.values()):
-        raise ValueError(f"`{name}` has no entry.")
-    # World's own file is World, whatever it is called: caches and runs know it by that name.
+        raise ValueError(f"`{name}` has no entries.")
+    # World's own file becomes World, whatever its name, because caches and runs use that name.
     if len(entries) == WORLD_ENTRIES:
         world = Tokenizer.world()
         if format_vocabulary(entries) == world.file_text():

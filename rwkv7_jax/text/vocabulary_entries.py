@@ -1,30 +1,31 @@
-"""The entries of a vocabulary, for files that hold it next to a model."""
+"""The entries of a vocabulary, for files that store it with a model."""
 
 from collections.abc import Mapping
 
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-# Of World's vocabulary; its table has ids without one as well.
+# The number of entries in World; some of its ids have none.
 WORLD_ENTRIES = 65529
 
-# What files call the end of text, which has no bytes.
+# The name of the end-of-text token in files; it has no bytes.
 END_OF_TEXT_NAME = "<|endoftext|>"
 
 
 def fitting_vocabulary(
     tokenizer: Tokenizer | None, vocab_size: int
 ) -> Tokenizer | None:
-    """Returns the vocabulary of a model, which is that of its size if none is named.
+    """Returns the given vocabulary of a model, or else the built-in one of its size.
 
     Args:
-        tokenizer: the one that was named.
-        vocab_size: of the model. It may be larger than the vocabulary: models have unused ids.
+        tokenizer: the given vocabulary; None if there is none.
+        vocab_size: vocabulary size of the model; may exceed the vocabulary, as models have unused
+            ids.
 
     Returns:
-        None where none was named, and the size tells none.
+        None if no vocabulary is given and no built-in one has the size.
 
     Raises:
-        ValueError: an id of the vocabulary is no row of the model.
+        ValueError: the vocabulary has ids beyond the model's.
     """
     if tokenizer is None:
         try:
@@ -40,7 +41,7 @@ def fitting_vocabulary(
 
 
 def vocabulary_entries(tokenizer: Tokenizer, vocab_size: int) -> dict[int, bytes]:
-    """Returns the bytes of every id of a model that has some."""
+    """Returns the bytes of every id of a model that has any."""
     entries = {}
     for number in range(min(tokenizer.vocab_size, vocab_size)):
         token = tokenizer.token_bytes(number)
@@ -50,7 +51,7 @@ def vocabulary_entries(tokenizer: Tokenizer, vocab_size: int) -> dict[int, bytes
 
 
 def built_in_vocabulary(entries: Mapping[int, bytes]) -> Tokenizer | None:
-    """Returns the built-in vocabulary that has these entries and no others; None where none has."""
+    """Returns the built-in vocabulary with exactly these entries; None if there is none."""
     if len(entries) == 256:
         candidates = [Tokenizer.bytes256(), Tokenizer.bytes()]
     elif len(entries) == WORLD_ENTRIES:

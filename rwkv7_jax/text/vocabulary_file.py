@@ -3,10 +3,10 @@
 import ast
 from collections.abc import Mapping, Sequence
 
-# Digits of the largest id, with which the tables of models end long before.
+# Most digits of an id or a size; far above those of any model.
 _MOST_DIGITS = 10
 
-# What evaluating a damaged literal may raise.
+# The errors that a damaged literal may raise.
 _LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
 
@@ -16,20 +16,20 @@ def parse_vocabulary(text: str) -> dict[int, bytes]:
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_vocab_v20230424.txt (the format).
 
     Raises:
-        ValueError: a line is not an entry, its literal has another length than it says, or it
-            repeats an id or the bytes of another line.
+        ValueError: a line is not an entry, its byte count is wrong, or it repeats the id or the
+            bytes of another line.
     """
     numbers = []
     literals = []
     sizes = []
-    # Not `splitlines`: a literal may hold U+2028 or another character that ends a line there.
+    # Not `splitlines`, which would also split at U+2028 and others inside literals.
     lines = [line.rstrip("\r") for line in text.split("\n")]
     lines = [line for line in lines if line]
     for row, line in enumerate(lines, 1):
         number, _, rest = line.partition(" ")
         literal, _, size = rest.rpartition(" ")
         for digits in (number, size):
-            # Python reads no number of thousands of digits.
+            # Python cannot parse numbers with thousands of digits.
             if not digits.isdecimal() or len(digits) > _MOST_DIGITS:
                 raise _no_entry(row, line)
         numbers.append(int(number))
@@ -48,12 +48,10 @@ def parse_vocabulary(text: str) -> dict[int, bytes]:
                 f"parse_vocabulary: line {row} says {size} bytes; got {len(entry)}."
             )
         if number in entries:
-            raise ValueError(
-                f"parse_vocabulary: line {row} gives the id {number} a second time."
-            )
+            raise ValueError(f"parse_vocabulary: line {row} repeats the id {number}.")
         if entry and entry in rows_of_bytes:
             raise ValueError(
-                f"parse_vocabulary: line {row} spells what line {rows_of_bytes[entry]} spells."
+                f"parse_vocabulary: line {row} has the bytes of line {rows_of_bytes[entry]}."
             )
         entries[number] = entry
         rows_of_bytes[entry] = row
@@ -63,13 +61,13 @@ def parse_vocabulary(text: str) -> dict[int, bytes]:
 def _evaluate(literals: Sequence[str], lines: Sequence[str]) -> list[object]:
     """Evaluates the literals of all lines."""
     try:
-        # One literal for the entire list: a call for each of 65529 lines would take seconds.
+        # One literal for the whole list; 65529 separate calls would take seconds.
         values = ast.literal_eval("[" + ",".join(literals) + "]")
         if len(values) == len(literals):
             return values
     except _LITERAL_ERRORS:
         pass
-    # A line is damaged, or is a list itself: one by one they tell which.
+    # A line is damaged or holds several values; evaluating them one by one finds it.
     values = []
     for row, (literal, line) in enumerate(zip(literals, lines, strict=True), 1):
         try:
@@ -80,7 +78,7 @@ def _evaluate(literals: Sequence[str], lines: Sequence[str]) -> list[object]:
 
 
 def _as_bytes(value: object) -> bytes | None:
-    """Returns the bytes of a literal; None where it is no text, or half a surrogate pair."""
+    """Returns the bytes of a literal; None if it is not text or has a lone surrogate."""
     if isinstance(value, str):
         try:
             return value.encode()
@@ -90,11 +88,11 @@ def _as_bytes(value: object) -> bytes | None:
 
 
 def _no_entry(row: int, line: str) -> ValueError:
-    return ValueError(f"parse_vocabulary: line {row} is no entry: {line[:60]!r}.")
+    return ValueError(f"parse_vocabulary: line {row} is not an entry: {line[:60]!r}.")
 
 
 def format_vocabulary(entries: Mapping[int, bytes]) -> str:
-    """Writes entries as `parse_vocabulary` reads them, by ascending ids."""
+    """Writes entries in the format of `parse_vocabulary`, by ascending id."""
     lines = [
         f"{number} {entries[number]!r} {len(entries[number])}"
         for number in sorted(entries)

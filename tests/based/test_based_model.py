@@ -77,7 +77,7 @@ def x64():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_pieces_and_single_tokens_are_one_pass(x64, order):
+def test_pieces_and_single_tokens_match_one_pass(x64, order):
     run = compiled(order)
     ids = tokens()
     start = init_based_state(config_of(order), 2)
@@ -92,7 +92,7 @@ def test_pieces_and_single_tokens_are_one_pass(x64, order):
         np.testing.assert_allclose(one, two, rtol=1e-12, atol=1e-12)
 
 
-def test_a_masked_token_changes_nothing_bit_for_bit():
+def test_a_masked_token_changes_no_bit():
     run = compiled("all", "float32")
     ids = tokens()
     other = tokens(1)
@@ -111,7 +111,7 @@ def test_a_masked_token_changes_nothing_bit_for_bit():
     assert np.isfinite(logits).all()
 
 
-def test_a_row_that_is_filled_up_ends_as_a_shorter_one(x64):
+def test_a_padded_row_ends_like_a_shorter_one(x64):
     run = compiled("all")
     ids = tokens()
     start = init_based_state(config_of("all"), 2)
@@ -121,7 +121,7 @@ def test_a_row_that_is_filled_up_ends_as_a_shorter_one(x64):
         np.testing.assert_allclose(one, two, rtol=1e-12, atol=1e-12)
 
 
-def test_no_tokens_return_the_state():
+def test_without_tokens_the_state_is_returned():
     config = config_of("all", "float32")
     _, state = compiled("all", "float32")(tokens(), init_based_state(config, 2))
     logits, end = compiled("all", "float32")(np.zeros((2, 0), np.int32), state)
@@ -166,7 +166,7 @@ def test_the_published_order_has_a_window_after_each_linear_attention():
     assert layers.count("conv") == 22
 
 
-def test_the_published_window_is_half_of_its_setting_and_the_token():
+def test_the_published_window_is_half_its_setting_plus_the_token_itself():
     """FlashAttention's window (256 // 2, 0): from 128 tokens before the current one to itself."""
     assert BasedConfig.published().window == len(range(-128, 0 + 1))
 
@@ -201,7 +201,7 @@ WRONG_CONFIGS = {
 
 
 @pytest.mark.parametrize("name", WRONG_CONFIGS)
-def test_a_bad_config_is_one_sentence(unchecked, name):
+def test_a_bad_config_is_named_in_one_sentence(unchecked, name):
     change, sentence = WRONG_CONFIGS[name]
     with pytest.raises((TypeError, ValueError), match=f"^BasedConfig: {sentence}"):
         dataclasses.replace(config_of("all"), **change)
@@ -230,14 +230,14 @@ def _wrong_calls():
 @pytest.mark.parametrize(
     "name", ["an id", "flat ids", "rows", "layers", "dtype", "no state", "lengths"]
 )
-def test_a_bad_call_is_one_sentence(unchecked, name):
+def test_a_bad_call_is_named_in_one_sentence(unchecked, name):
     arguments, sentence = _wrong_calls()[name]
     model = Based(config_of("all", "float32"))
     with pytest.raises((TypeError, ValueError), match=f"^Based: {sentence}"):
         model.apply({"params": weights("all")}, *arguments)
 
 
-def test_weights_of_another_model_are_refused(unchecked):
+def test_weights_of_another_model_are_rejected(unchecked):
     config = config_of("all", "float32")
     other = dataclasses.replace(config, mlp_width=8)
     sentence = "^Based: `params` must be those of this model, with layer_0/mlp/up of"

@@ -48,14 +48,14 @@ def windowed_softmax(q, k, v, slots):
 
 # 150 tokens are three pieces of 64 for the small windows and one for the last.
 @pytest.mark.parametrize("slots", [1, 5, 70, 150])
-def test_a_window_sees_the_last_tokens_and_itself(slots):
+def test_a_window_covers_the_last_tokens_and_the_token_itself(slots):
     q, k, v = (draw(B, 150, H, N, seed=seed) for seed in range(3))
     y, _ = window(q, k, v, ring(slots), None)
     np.testing.assert_allclose(y, windowed_softmax(q, k, v, slots), atol=1e-12)
 
 
 @pytest.mark.parametrize("cuts", [(0, 7, 7, 80, 81, 82, 150), range(151)])
-def test_pieces_of_a_window_are_one_pass(cuts):
+def test_windowed_attention_in_pieces_matches_one_pass(cuts):
     q, k, v = (draw(B, 150, H, N, seed=seed) for seed in range(3))
     memory = ring(5)
     parts = []
@@ -68,7 +68,7 @@ def test_pieces_of_a_window_are_one_pass(cuts):
     jax.tree.map(np.testing.assert_array_equal, memory, wanted)
 
 
-def test_rows_of_different_lengths_go_on_where_they_end():
+def test_rows_of_different_lengths_continue_where_they_end():
     q, k, v = (draw(B, 90, H, N, seed=seed) for seed in range(3))
     lengths = np.array([3, 71])
     _, memory = window(q, k, v, ring(5), lengths)
@@ -99,7 +99,7 @@ def test_the_convolution_is_causal_and_each_channel_has_its_own_taps(taps):
     np.testing.assert_array_equal(memory.inputs, seen[:, 20:])
 
 
-def test_the_convolution_remembers_the_last_tokens_that_count():
+def test_the_convolution_state_holds_the_last_valid_tokens():
     x = draw(B, 20, WIDTH)
     before = draw(B, 3, WIDTH, seed=3)
     taps = draw(4, WIDTH)

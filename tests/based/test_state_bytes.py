@@ -28,7 +28,7 @@ def array_bytes(tree):
         ("conv", "linear", "window"),
     ],
 )
-def test_a_based_model_carries_what_the_formula_says(layers, dtype):
+def test_the_state_bytes_of_based_match_the_formula(layers, dtype):
     config = BasedConfig(
         vocab_size=20,
         width=12,
@@ -81,7 +81,7 @@ def own_rows(state):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dynamics", [None, "static", "decay", "delta"])
-def test_rwkv_carries_what_the_formula_says(dynamics, dtype):
+def test_the_state_bytes_of_rwkv7_match_the_formula(dynamics, dtype):
     config = rwkv.RWKV7Config(
         vocab_size=20, num_layers=2, width=16, head_size=8, dtype=dtype
     )
@@ -101,7 +101,7 @@ def test_rwkv_carries_what_the_formula_says(dynamics, dtype):
     assert found.matrix == found.total - array_bytes([end.att_shift, end.ffn_shift])
 
 
-def test_keys_that_are_not_there_yet_do_not_count():
+def test_state_bytes_count_only_the_keys_in_the_cache():
     config = BasedConfig(
         vocab_size=20, width=12, layers=("window", "attention"), window=8, context=99
     )
@@ -111,7 +111,7 @@ def test_keys_that_are_not_there_yet_do_not_count():
     assert state_bytes(config, 500).matrix == 2 * 12 * 4 * (8 + 99)
 
 
-def test_bad_input_is_one_sentence(unchecked):
+def test_bad_input_is_named_in_one_sentence(unchecked):
     config = BasedConfig(vocab_size=20, width=12, layers=("conv",))
     for arguments, sentence in (
         (({}, 3), "state_bytes: `config` must be a BasedConfig or an RWKV7Config"),

@@ -50,7 +50,7 @@ def largest(one, two):
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_products_of_features_are_the_weights_of_pairs(x64, size):
+def test_products_of_features_are_the_attention_weights(x64, size):
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.normal(size=(1, 4, 1, size)))
     k = jnp.asarray(rng.normal(size=(1, 6, 1, size)))
@@ -59,13 +59,13 @@ def test_products_of_features_are_the_weights_of_pairs(x64, size):
     assert largest(products, pair_weights(q, k)[:, 0]) < 1e-12
 
 
-def test_no_weight_is_below_a_half(x64):
+def test_every_attention_weight_is_at_least_a_half(x64):
     q, k, _ = map(jnp.asarray, inputs())
     assert pair_weights(3 * q, 3 * k).min() >= 0.5
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 16, 64])
-def test_any_chunk_is_the_definition(x64, chunk):
+def test_any_chunk_size_matches_the_definition(x64, chunk):
     q, k, v = inputs()
     y, end = attend(q, k, v, jnp.zeros(STATE), chunk=chunk)
     assert largest(y, quadratic(q, k, v)) < 1e-12
@@ -78,7 +78,7 @@ def test_any_chunk_is_the_definition(x64, chunk):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 16, 36, 37])
-def test_any_cut_is_one_pass(x64, cut):
+def test_any_cut_matches_one_pass(x64, cut):
     q, k, v = inputs()
     y, end = attend(q, k, v, past(), chunk=8)
     one, middle = attend(q[:, :cut], k[:, :cut], v[:, :cut], past(), chunk=8)
@@ -87,7 +87,7 @@ def test_any_cut_is_one_pass(x64, cut):
     assert largest(after, end) < 1e-12 * np.abs(end).max()
 
 
-def test_token_by_token_is_one_pass(x64):
+def test_token_by_token_matches_one_pass(x64):
     q, k, v = inputs()
     y, _ = attend(q, k, v, past(), chunk=16)
     state = past()
@@ -98,7 +98,7 @@ def test_token_by_token_is_one_pass(x64):
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 64])
-def test_gradients_of_any_chunk_are_those_of_the_definition(x64, chunk):
+def test_gradients_with_any_chunk_size_match_the_definition(x64, chunk):
     def loss(form):
         return jax.jit(jax.grad(lambda a: jnp.sum(jnp.sin(form(*a)))))
 
@@ -107,7 +107,7 @@ def test_gradients_of_any_chunk_are_those_of_the_definition(x64, chunk):
     assert largest(chunked(args), loss(quadratic_attention)(args)) < 1e-11
 
 
-def test_the_gradient_of_the_state_does_not_depend_on_the_chunk(x64):
+def test_the_gradient_of_the_state_does_not_depend_on_the_chunk_size(x64):
     q, k, v = map(jnp.asarray, inputs())
 
     def gradient(chunk):
@@ -138,7 +138,7 @@ def test_float32_is_close_to_float64_after_4096_tokens(scale):
 
 
 @pytest.mark.parametrize("chunk", [8, 64])
-def test_a_masked_token_changes_nothing_bit_for_bit(chunk):
+def test_a_masked_token_changes_no_bit(chunk):
     lengths = np.array([0, 21])
     state = past()
     found = []
@@ -156,7 +156,7 @@ def test_a_masked_token_changes_nothing_bit_for_bit(chunk):
     np.testing.assert_array_equal(end[0], state[0])
 
 
-def test_the_state_after_masked_tokens_is_that_of_a_shorter_row(x64):
+def test_the_state_after_masked_tokens_equals_that_of_a_shorter_row(x64):
     q, k, v = inputs()
     _, end = attend(q, k, v, past(), lengths=np.array([21, 37]), chunk=8)
     _, short = attend(q[:, :21], k[:, :21], v[:, :21], past(), chunk=8)
@@ -176,7 +176,7 @@ def test_a_row_without_tokens_has_finite_outputs_and_gradients():
         assert np.isfinite(leaf).all()
 
 
-def test_no_tokens_return_the_state():
+def test_without_tokens_the_state_is_returned():
     q, k, v = (np.float32(x[:, :0]) for x in inputs())
     state = past()
     y, end = attend(q, k, v, state)
@@ -210,7 +210,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_bad_input_is_one_sentence(unchecked, name):
+def test_bad_input_is_named_in_one_sentence(unchecked, name):
     change, sentence = WRONG[name]
     q, k, v = (np.float32(x) for x in inputs())
     arguments = {"q": q, "k": k, "v": v, "state": np.zeros(STATE, np.float32)}
@@ -219,7 +219,7 @@ def test_bad_input_is_one_sentence(unchecked, name):
         linear_attention(**arguments)
 
 
-def test_lists_are_read_as_arrays(unchecked):
+def test_lists_are_accepted_as_arrays(unchecked):
     q, k, v = (np.ones((1, 3, 1, size), np.float32) for size in (2, 2, 4))
     state = np.zeros((1, 1, feature_count(2), 5), np.float32)
     expected = linear_attention(q, k, v, state)

@@ -75,7 +75,7 @@ def test_an_unknown_suffix_is_identified_by_content(tmp_path, name):
     with pytest.raises(ValueError, match="is a Git LFS pointer"):
         load_model(tmp_path / name)
     (tmp_path / name).write_bytes(b"\x01\x02\x03")
-    with pytest.raises(ValueError, match="is no checkpoint: it begins neither as"):
+    with pytest.raises(ValueError, match="is not a checkpoint: it begins neither"):
         load_model(tmp_path / name)
 
 
@@ -209,7 +209,7 @@ def size(file) -> int:
         ("[]", "must hold a JSON object; got a list"),
         ("null", "must hold a JSON object; got a NoneType"),
         ("3", "must hold a JSON object; got a int"),
-        ('{"axes": "head, val', "is not JSON, or was cut"),
+        ('{"axes": "head, val', "is not JSON, or is truncated"),
         ("[" * 100_000, "is nested too deeply"),
         ('{"axes": ["head"]}', "`axes` of a state's sidecar must be a string"),
         (
@@ -217,7 +217,7 @@ def size(file) -> int:
             "`base_model` of a state's sidecar must be a string",
         ),
         ('{"previous": 3}', "must hold a table under 'previous'"),
-        ("\ud83d".encode("utf-8", "surrogatepass"), "is not JSON, or was cut"),
+        ("\ud83d".encode("utf-8", "surrogatepass"), "is not JSON, or is truncated"),
     ],
 )
 def test_a_sidecar_that_is_not_an_object_is_named(tmp_path, text, sentence):
@@ -286,7 +286,7 @@ def test_a_state_list_of_the_rwkv_package_loads_completely(tmp_path):
     torch.save(parts, tmp_path / "session.pth")
     assert differing(load_state(tmp_path / "session.pth", config=CONFIG), state) == []
     torch.save(parts[:-1], tmp_path / "short.pth")
-    with pytest.raises(ValueError, match="holds a list that is not a session's state"):
+    with pytest.raises(ValueError, match="holds a list that is not a session state"):
         load_state(tmp_path / "short.pth")
 
 

@@ -47,7 +47,7 @@ def test_safetensors_with_another_suffix_need_the_sidecar(tmp_path):
     save_state(tmp_path / "first.st", random_state())
     (tmp_path / "first.st").rename(tmp_path / "s.bin")
     with pytest.raises(
-        ValueError, match="only their suffix tells which way a head lies"
+        ValueError, match="without a suffix that gives the order of their axes"
     ):
         load_state(tmp_path / "s.bin")
     sidecar(tmp_path / "first.st").rename(sidecar(tmp_path / "s.bin"))

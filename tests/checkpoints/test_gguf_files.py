@@ -250,7 +250,7 @@ def test_values_that_do_not_fit_their_recorded_dtype_are_rejected(written, tmp_p
         written, tmp_path / "m.gguf", tensors={"output_norm.weight": (numbers, kind)}
     )
     with pytest.raises(
-        ValueError, match=r"numbers in ln_out\.weight that bfloat16 cannot hold"
+        ValueError, match=r"values in ln_out\.weight that bfloat16 cannot hold"
     ):
         load_model(tmp_path / "m.gguf")
 
@@ -356,7 +356,7 @@ def test_vocabularies_that_llama_cpp_encodes_differently_are_rejected(tmp_path):
     )
     words.decoder = tokenizers.decoders.ByteLevel()
     vocabulary = JsonTokenizer(words, name="words.json")
-    with pytest.raises(ValueError, match=r"must take the longest entry.*words\.json"):
+    with pytest.raises(ValueError, match=r"must use greedy longest match.*words\.json"):
         save_model(
             tmp_path / "m.gguf", random_params(CONFIG), CONFIG, tokenizer=vocabulary
         )

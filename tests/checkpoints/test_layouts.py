@@ -260,7 +260,7 @@ def test_an_ambiguous_layout_is_rejected(square, tmp_path, name, change):
     square = change(layouts.official(square, SQUARE))
     layouts.write_plain_safetensors(tmp_path / name, square)
     with pytest.raises(
-        ValueError, match="nothing in it says whether they lie"
+        ValueError, match="nothing in it says whether they are oriented"
     ) as caught:
         load_model(tmp_path / name)
     assert "\n" not in str(caught.value)

@@ -295,7 +295,7 @@ def test_a_malformed_safetensors_file_is_named(tmp_path, spoil):
     ("path", "sentence"),
     [
         ("none.pth", "does not exist"),
-        ("model.bin", "is no checkpoint"),
+        ("model.bin", "is not a checkpoint"),
         ("plain", "not a checkpoint"),
     ],
 )
@@ -329,7 +329,7 @@ def test_saving_mismatched_shapes_names_the_leaf(params, tmp_path, name, format)
 
 def test_float16_overflow_is_rejected(params, tmp_path):
     large = params | {"head": {"weight": params["head"]["weight"].at[3, 5].set(1e5)}}
-    sentence = "must be within 65504; got larger ones in head.weight"
+    sentence = "must be at most 65504 in magnitude; got larger values in head.weight"
     with pytest.raises(ValueError, match=sentence):
         save_model(tmp_path / "m.st", large, CONFIG)
     assert not (tmp_path / "m.st").exists()
@@ -349,7 +349,7 @@ def test_an_orbax_folder_with_a_mismatched_config_is_rejected(params, tmp_path):
 
 
 def test_an_hf_folder_cannot_hold_two_norm_epsilons(params, tmp_path):
-    with pytest.raises(ValueError, match="one `norm_eps` for all norms"):
+    with pytest.raises(ValueError, match="must be head_size times `norm_eps`"):
         save_model(tmp_path / "hf", params, CONFIG, format="hf")
 
 

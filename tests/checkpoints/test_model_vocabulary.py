@@ -82,10 +82,10 @@ def test_a_modified_or_missing_vocabulary_is_rejected(tmp_path):
 )
 def test_unsupported_vocabulary_files_are_rejected_by_name(tmp_path, name):
     (tmp_path / name).write_text("{}")
-    sentence = rf"{name}` holds a vocabulary that is read from a tokenizer\.json alone"
+    sentence = rf"{name}` holds a vocabulary in a format that cannot be read"
     with pytest.raises(ValueError, match=sentence) as caught:
         model_tokenizer(tmp_path, 65536, None, argument="`x`")
-    assert "names another" in str(caught.value)
+    assert "name another with" in str(caught.value)
     assert model_tokenizer(tmp_path, 65536, "world", argument="`x`").encode("a")
     # World's own file is what a model of its size has.
     (tmp_path / name).rename(tmp_path / "rwkv_vocab_v20230424.txt")
@@ -210,7 +210,7 @@ def test_an_unreadable_vocabulary_is_rejected_with_a_remedy(tmp_path):
     with pytest.raises((ValueError, ImportError)) as caught:
         model_tokenizer(tmp_path, 65536, argument="`x`")
     assert str(caught.value).endswith(
-        "; `--vocabulary` (`config.data.vocabulary`) names another."
+        "; name another with `--vocabulary` (`config.data.vocabulary`)."
     )
     named = model_tokenizer(tmp_path, 65536, "world", argument="`x`")
     assert named is Tokenizer.world()
@@ -219,7 +219,11 @@ def test_an_unreadable_vocabulary_is_rejected_with_a_remedy(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "tokens", "sentence"),
     [
-        ("gpt2", ["a"], r"vocabulary of the kind rwkv; got 'gpt2'; `--vocabulary`"),
+        (
+            "gpt2",
+            ["a"],
+            r"vocabulary of the kind rwkv; got 'gpt2'; name another with `--vocabulary`",
+        ),
         ("rwkv", ["a", "b"], r"a type for each token of its vocabulary; got 2 and 1; "),
         ("rwkv", [1], r"must have a text and a type for each token"),
     ],
@@ -252,5 +256,5 @@ def test_gguf_metadata_that_is_not_utf8_is_rejected(tmp_path):
     (tmp_path / "m.gguf").write_bytes(
         content.replace(b"\4\0\0\0\0\0\0\0rwkv", b"\4\0\0\0\0\0\0\0rw\xffv")
     )
-    with pytest.raises(ValueError, match=r"m\.gguf. is damaged: .* names another"):
+    with pytest.raises(ValueError, match=r"m\.gguf. is damaged: .* name another with"):
         kept_vocabulary(tmp_path / "m.gguf", 257)

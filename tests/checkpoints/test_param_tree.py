@@ -207,7 +207,7 @@ def test_integer_leaves_in_a_tree_are_rejected(params):
 
 def test_a_tree_with_an_extra_leaf_is_rejected(params):
     more = params | {"extra": {"weight": jnp.zeros(3)}}
-    with pytest.raises(ValueError, match="leaves alone; got extra/weight too"):
+    with pytest.raises(ValueError, match="only RWKV-7's leaves; got extra/weight too"):
         check_all_leaves(more, CONFIG)
 
 

@@ -71,7 +71,7 @@ def test_a_failed_write_leaves_only_the_old_file(tmp_path):
     write_pth(tmp_path / "a.pth", [("x", np.arange(7.0))])
     before = (tmp_path / "a.pth").read_bytes()
     with pytest.raises(
-        ValueError, match="`y` must have a dtype of PyTorch's; got complex64"
+        ValueError, match="`y` must have a dtype that PyTorch stores; got complex64"
     ):
         write_pth(
             tmp_path / "a.pth", [("x", np.ones(3)), ("y", np.ones(2, np.complex64))]
@@ -178,7 +178,9 @@ def test_an_unsupported_dtype_lists_the_supported_ones(tmp_path, dtype):
     torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
     tensors = {"x": torch.ones(2), "w": torch.ones(2).to(getattr(torch, dtype))}
     torch.save(tensors, tmp_path / "a.pth")
-    sentence = f"'w' of dtype {dtype}; float64, float32, float16, bfloat16, .* are read"
+    sentence = (
+        f"'w' of dtype {dtype}; save it in .*, float64, float32, float16, bfloat16, "
+    )
     with pytest.raises(ValueError, match=sentence):
         read_tensors(tmp_path / "a.pth")
 

@@ -99,11 +99,11 @@ REFUSED = {
     ),
     "LoRA of RWKV-PEFT": (
         toy("blocks.0.att.key.lora_A", "blocks.0.att.key.lora_B"),
-        "holds an adapter such as LoRA's .it has blocks.0.att.key.lora_A.",
+        "holds an adapter such as LoRA .it has blocks.0.att.key.lora_A.",
     ),
     "LoRA of PEFT": (
         toy("base_model.model.blocks.0.att.key.lora_A.weight"),
-        "holds an adapter such as LoRA's",
+        "holds an adapter such as LoRA",
     ),
     "LoRA next to its model": (
         lambda arrays: arrays | toy("blocks.0.att.key.lora_A")([]),
@@ -146,9 +146,9 @@ def test_other_architectures_are_rejected_by_name(arrays, tmp_path, kind, write)
 @pytest.mark.parametrize(
     ("names", "sentence"),
     [
-        (["zero_to_fp32.py", "latest"], "is a folder of DeepSpeed"),
-        (["mp_rank_00_model_states.pt"], "its zero_to_fp32.py joins"),
-        ([".metadata", "__0_0.distcp"], "is a distributed checkpoint of PyTorch: join"),
+        (["zero_to_fp32.py", "latest"], "is a DeepSpeed checkpoint"),
+        (["mp_rank_00_model_states.pt"], "with its zero_to_fp32.py"),
+        ([".metadata", "__0_0.distcp"], "is a PyTorch distributed checkpoint: merge"),
         (["notes.txt"], "is not a checkpoint: it holds neither"),
     ],
 )
@@ -216,7 +216,7 @@ def test_a_folder_with_several_checkpoints_is_ambiguous(arrays, tmp_path):
         (lambda data: data + bytes(12), "is a damaged file of rwkv.cpp"),
         (
             lambda data: data[:20] + struct.pack("<i", 8) + data[24:],
-            "quantised to Q5_1; take the FP32 or FP16 file",
+            "quantised to Q5_1; use the FP32 or FP16 file",
         ),
         (
             lambda data: data[:32] + struct.pack("<i", 2) + data[36:],

@@ -170,7 +170,7 @@ def test_what_is_dropped_leaves_no_trace(chat, text, same, start):
         ("/undo", "`/undo` must follow an answer, and drops the last 8 at most."),
         ("/save", "`/save` must name a file"),
         ("/save x.txt", "`/save` must end in .pth, .safetensors, .st, .state; got"),
-        ("/save m.pth", "`/save` must not write over `--model`"),
+        ("/save m.pth", "`/save` must not overwrite `--model`"),
         ("/save new.pth", "`/save` must follow an answer."),
     ],
 )
@@ -195,7 +195,7 @@ def test_a_file_that_cannot_be_written_does_not_end_the_chat(chat, folder):
         (["--model", "none.pth"], "`none.pth` does not exist"),
         (["--model", "none.pth", "--state", "gone.pth"], "`gone.pth` does not exist"),
         (["--save-state", "x.npz"], "`--save-state` must end in .pth"),
-        (["--save-state", "m.pth"], "`--save-state` must not write over `--model`"),
+        (["--save-state", "m.pth"], "`--save-state` must not overwrite `--model`"),
         (["--temperature", "-1"], "`--temperature` must be at least 0; got -1"),
         (["--stop", ""], "`--stop` must not be empty"),
         (["--vocabulary", "binary.txt"], "`--vocabulary` must spell the template"),

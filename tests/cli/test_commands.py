@@ -33,7 +33,7 @@ def test_convert_writes_the_other_format_and_says_what_it_was(model, tmp_path, c
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["full"], "`{}/full` holds other files, thesis.txt for one"),
+        (["full"], "`{}/full` holds other files, such as thesis.txt"),
         (["full", "--format", "hf"], "`{}/full` holds other files"),
         (["file.txt", "--format", "transformers"], "`{}/file.txt` is a file"),
         (["folder.pth"], "must name a file for .pth; `{}/folder.pth` is a folder"),
@@ -139,7 +139,7 @@ def test_an_interrupt_is_quiet_and_has_the_shells_exit_code(monkeypatch, capsys)
 
 def test_a_report_of_what_is_no_run_is_refused_and_nothing_is_written(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "must be a run directory" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

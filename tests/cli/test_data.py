@@ -66,7 +66,7 @@ def test_a_cache_without_its_suffix_is_no_source_of_another(file, tmp_path, caps
     cache = str(tmp_path / "c")
     main(["data", file, cache, "--vocabulary", "bytes", "--on-bad", "skip"])
     assert main(["data", cache, str(tmp_path / "d")]) == 2
-    assert "`SOURCE` must be text; got the ids of" in capsys.readouterr().err
+    assert "`SOURCE` must be text; got the token cache" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,11 @@ def test_a_cache_without_its_suffix_is_no_source_of_another(file, tmp_path, caps
     [
         (["{file}", "{folder}/out"], "x.jsonl:3: not one JSON object"),
         (["{file}"], "`OUT` must be given, or `--show`; got neither"),
-        (["nowhere", "{folder}/out"], "`nowhere` is no file, no folder"),
-        (["{folder}/x.bin", "{folder}/out"], "`SOURCE` must be text; got the ids of"),
+        (["nowhere", "{folder}/out"], "`nowhere` must be a file, a folder"),
+        (
+            ["{folder}/x.bin", "{folder}/out"],
+            "`SOURCE` must be text; got the token cache",
+        ),
         (["{folder}/x.bin", "--show", "1"], "x.bin` does not exist"),
         (["{file}", "--show", "0"], "`--show` must be at least 1; got 0"),
     ],

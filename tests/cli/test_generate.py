@@ -122,7 +122,7 @@ def test_a_chat_is_asked_in_the_published_templates(
         (["--tools", "bad.json"], "generate: `--tools` must come with `--chat`."),
         (
             ["--chat", "--tools", "bad.json"],
-            "generate: `--tools` must be a JSON list of functions; bad.json: no JSON: ",
+            "generate: `--tools` must be a JSON list of functions; bad.json: not JSON: ",
         ),
         (
             ["--chat", "--tools", "one.json"],

@@ -208,7 +208,7 @@ def test_a_mirror_proposes_the_state_that_the_teacher_would_have(run, folder, tm
         ),
         (
             "observe observer --model teacher.pth --prompt a --text none.txt",
-            "`none.txt` is no",
+            "`none.txt` must be a file",
         ),
         (
             "observe observer --model teacher.pth --prompt a --text text.txt --windows 1",
@@ -216,7 +216,7 @@ def test_a_mirror_proposes_the_state_that_the_teacher_would_have(run, folder, tm
         ),
         (
             "observe observer --model teacher.pth --prompt a --text short.txt --length 15",
-            "`--text` must have two windows of 15 tokens; got 21 tokens",
+            "`--text` must have at least two windows of 15 tokens; got 21 tokens",
         ),
         (
             "observe observer --model teacher.pth --prompt a --out s.npz",

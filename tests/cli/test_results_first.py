@@ -258,7 +258,9 @@ def test_an_id_without_an_entry_in_the_vocabulary_has_no_text_and_ends_nothing(
     words = "generate --model wide.pth --prompt a --tokens 3 --temperature 0".split()
     assert main(words) == 0
     shown, said = capsys.readouterr()
-    assert said == "note: 3 of the 3 ids spell nothing in world; the first is 65535.\n"
+    assert (
+        said == "note: 3 of the 3 ids decode to nothing in world; the first is 65535.\n"
+    )
     assert shown == "\n"
     assert main([*words, "--json"]) == 0
     assert capsys.readouterr().out.count("65535") >= 3

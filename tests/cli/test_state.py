@@ -78,7 +78,7 @@ def test_info_shows_sizes_norms_ranks_and_capacity(folder, capsys):
 
 def test_info_of_an_upscaled_state_shows_its_memory(folder, capsys):
     printed = run(capsys, "info", folder / "wide.safetensors")
-    assert "upscaled memory: static, 24 gaussian features a head" in printed
+    assert "upscaled memory: static, 24 gaussian features per head" in printed
     assert "upscaled rank" in printed
 
 
@@ -111,16 +111,19 @@ def test_an_upscaled_state_in_a_models_place_is_told_to_be_a_state(
     command, *options = words
     target = [str(tmp_path / "m.pth")] if command == "convert" else []
     assert main([command, str(folder / "wide.safetensors"), *target, *options]) == 2
-    assert "is a start state: in Python load_state reads it" in capsys.readouterr().err
+    assert (
+        "is a start state, not a model: read it with load_state"
+        in capsys.readouterr().err
+    )
 
 
 def test_info_says_whether_the_model_is_the_states_own(folder, capsys):
     model = folder / "base.pth"
-    assert f"{model} is it" in run(capsys, "info", folder / "a.pth", "--model", model)
+    assert f"{model} matches" in run(capsys, "info", folder / "a.pth", "--model", model)
     assert "the sizes fit" in run(
         capsys, "info", folder / "unnamed.pth", "--model", model
     )
-    assert f"{model} is another" in run(
+    assert f"{model} does not match" in run(
         capsys, "info", folder / "other.pth", "--model", model
     )
 
@@ -266,9 +269,9 @@ def test_doctor_prints_losses_heads_positions_and_advice(folder, capsys, tmp_pat
         "read rank",
     ):
         assert word in printed
-    assert "WKV state, 32 channels a head" in printed and "16-23" in printed
+    assert "WKV state, 32 channels per head" in printed and "16-23" in printed
     assert "wkv: below 10 % of the first read" in printed
-    assert "\n- " in printed or "Nothing to advise." in printed
+    assert "\n- " in printed or "No advice." in printed
     assert picture.stat().st_size > 10_000
 
 
@@ -282,13 +285,16 @@ def test_doctor_prints_losses_heads_positions_and_advice(folder, capsys, tmp_pat
         ),
         (
             "mix {a} {b} {out} --weights 1,x",
-            "`--weights` must be numbers with commas between them",
+            "`--weights` must be comma-separated numbers",
         ),
         (
             "mix {a} {b} {out} --weights 1",
-            "state mix: `--weights` must be one for each of 2 states; got 1",
+            "state mix: `--weights` must have one weight for each of 2 states; got 1",
         ),
-        ("mix {out} --weights 1", "state mix: needs at least one state"),
+        (
+            "mix {out} --weights 1",
+            "state mix: `STATE` and `OUT` must name at least one state",
+        ),
         (
             "mix {a} {wide} {out} --weights 1,1",
             "weighted_sum: `states[1]` must have an upscaled memory if",
@@ -304,7 +310,7 @@ def test_doctor_prints_losses_heads_positions_and_advice(folder, capsys, tmp_pat
         ("doctor {a} --model {base} --data task:none", "`name` must be one of copy"),
         (
             "doctor {a} --model {base} --data nowhere.txt",
-            "`nowhere.txt` is no file, no folder",
+            "`nowhere.txt` must be a file, a folder",
         ),
         (
             "doctor {a} --model {base} --data {text} --windows 0",
@@ -355,4 +361,4 @@ def test_weights_that_do_not_sum_to_one_say_so(
         main(["state", "mix", *files, "--weights", weights, str(tmp_path / "o.pth")])
         == 0
     )
-    assert f"the weights sum to {total}, not to 1" in capsys.readouterr().out
+    assert f"the weights sum to {total}, not 1" in capsys.readouterr().out

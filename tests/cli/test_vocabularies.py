@@ -223,7 +223,7 @@ def test_a_vocabulary_that_cannot_be_read_is_refused_before_anything_is_replaced
     for options in (hf, ["--format", "transformers"]):
         code, _, err = command("convert", target, target, *options)
         assert code == 2 and err.count("\n") == 1
-        assert "`--vocabulary` (`config.data.vocabulary`) names another" in err
+        assert "name another with `--vocabulary` (`config.data.vocabulary`)" in err
     after = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
     assert after == before
     # Weights alone need none, and another may be named.
@@ -242,7 +242,7 @@ def test_data_of_a_file_are_known_by_its_content(command, folder, tmp_path):
     code, out, _ = command(*show, "--vocabulary", "digits.txt")
     assert code == 0 and "\n[[2]]1#31,13\n" in out and "ends a document" not in out
     code, _, err = command(*show)
-    assert code == 2 and "`--vocabulary` must name the file that" in err
+    assert code == 2 and "`--vocabulary` must name the vocabulary file that" in err
     code, _, err = command(*show, "--vocabulary", "words.txt")
     assert code == 2 and "must be of the model's vocabulary, file " in err
     (tmp_path / "renamed.txt").write_text(DIGITS)
@@ -276,15 +276,15 @@ def test_data_of_numbers_may_have_large_ids(command, tmp_path):
         ),
         (
             "generate --model m12.pth --prompt abc --vocabulary digits.txt",
-            "must be spelled by entries of digits.txt; none begins at byte 0, b'abc'.",
+            "must consist of entries of digits.txt; none begins at byte 0, b'abc'.",
         ),
         (
             "generate --model m12.pth --prompt 12 --vocabulary ids",
-            "must hold ids from 0 and below 12 with blanks or commas between them; got",
+            "must hold ids from 0 and below 12 separated by spaces or commas; got",
         ),
         (
             "generate --model m12.pth --prompt= --vocabulary digits.txt",
-            "`--prompt` must hold a token; digits.txt has no end of text that a text",
+            "`--prompt` must hold a token, because digits.txt has no end of text",
         ),
         (
             "generate --model m12.pth --prompt 1 --vocabulary ids --stop-ids 12",
@@ -296,7 +296,7 @@ def test_data_of_numbers_may_have_large_ids(command, tmp_path):
         ),
         (
             "generate --model m12.pth --prompt 1 --vocabulary ids --chat",
-            "must hold ids from 0 and below 12 with blanks or commas between them; got",
+            "must hold ids from 0 and below 12 separated by spaces or commas; got",
         ),
         (
             "convert m12.pth n --vocabulary bytes",

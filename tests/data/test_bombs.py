@@ -32,20 +32,20 @@ def bomb(request, tmp_path):
 
 def test_a_decompression_bomb_is_rejected(bomb, monkeypatch):
     assert b"".join(TextFile(bomb).chunks()) == LINE
-    monkeypatch.setattr(compression, "_UNFOLDED_BYTES", 10_000)
-    with pytest.raises(ValueError, match=r"x\.txt\..*` unfolds to more than 250 times"):
+    monkeypatch.setattr(compression, "_MAX_EXPANDED_BYTES", 10_000)
+    with pytest.raises(ValueError, match=r"x\.txt\..*` expands to more than 250 times"):
         token_stream(bomb, Tokenizer.bytes())
 
 
 def test_a_highly_compressible_text_is_read(bomb, monkeypatch):
-    monkeypatch.setattr(compression, "_UNFOLDED_BYTES", 10_000)
-    monkeypatch.setattr(compression, "_UNFOLDED_TIMES", 10**6)
+    monkeypatch.setattr(compression, "_MAX_EXPANDED_BYTES", 10_000)
+    monkeypatch.setattr(compression, "_MAX_EXPANSION", 10**6)
     assert b"".join(TextFile(bomb).chunks()) == LINE
 
 
 def test_an_uncompressed_file_has_no_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(compression, "_UNFOLDED_BYTES", 0)
-    monkeypatch.setattr(compression, "_UNFOLDED_TIMES", 0)
+    monkeypatch.setattr(compression, "_MAX_EXPANDED_BYTES", 0)
+    monkeypatch.setattr(compression, "_MAX_EXPANSION", 0)
     (tmp_path / "x.txt").write_bytes(LINE)
     assert b"".join(TextFile(tmp_path / "x.txt").chunks()) == LINE
 

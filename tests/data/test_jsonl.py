@@ -331,7 +331,9 @@ ANSWERED = (
 @pytest.mark.parametrize("name", ["label", "kto_tag"])
 def test_undesired_answers_are_rejected_in_every_format(record, name):
     for value in (False, 0, 0.0, "False", "false", "FALSE", " 0"):
-        with pytest.raises(ValueError, match=f'"{name}" is .*: an answer that is not'):
+        with pytest.raises(
+            ValueError, match=f'"{name}" is .*, which marks an undesired'
+        ):
             parse_record({**record, name: value})
     for value in (True, 1, "True", "1", None, "", "positive", 3, [0]):
         assert marked({**record, name: value}) == marked(record)
@@ -369,11 +371,11 @@ def test_a_label_next_to_a_text_is_ignored():
         ({str(i): i for i in range(20)}, '"7", ...'),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
-            'holds a pair of preferences ("chosen" and "rejected")',
+            'holds a preference pair ("chosen" and "rejected")',
         ),
         (
             {"chosen": MESSAGES["messages"], "rejected": MESSAGES["messages"]},
-            'to learn the chosen one, name it "completion" after a "prompt", or "messages"',
+            'to learn the chosen answer, name it "completion" after a "prompt", or "messages"',
         ),
         ({"prompt": "b", **MESSAGES}, '"prompt" and "messages" in one object'),
         (
@@ -396,7 +398,7 @@ def test_a_label_next_to_a_text_is_ignored():
                     {"role": "assistant", "content": "b", "train": False},
                 ]
             },
-            'no answer of "messages" is learnt',
+            'no answer of "messages" is in the loss',
         ),
         (
             {

@@ -111,7 +111,7 @@ def test_several_sources_are_concatenated(folder, tmp_path):
 
 def test_an_empty_source_is_not_blamed_on_the_held_out_share(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"1")
-    with pytest.warns(UserWarning, match="1 files below .* were passed over"):
+    with pytest.warns(UserWarning, match="1 files below .* were ignored"):
         with pytest.raises(ValueError, match="holds no document"):
             token_stream(tmp_path, BYTES, split="train")
 
@@ -119,5 +119,5 @@ def test_an_empty_source_is_not_blamed_on_the_held_out_share(tmp_path):
 def test_unknown_and_empty_splits_are_rejected(folder):
     with pytest.raises(ValueError, match="`split` must be one of"):
         token_stream(folder, BYTES, split="test")
-    with pytest.raises(ValueError, match="has no document in its part 'held_out'"):
+    with pytest.raises(ValueError, match="has no document in its split 'held_out'"):
         token_stream(folder, BYTES, split="held_out", held_out=0.0)

@@ -22,7 +22,7 @@ def test_a_folder_is_read_in_path_order_with_one_document_per_text_file(tmp_path
 
 def test_a_source_that_does_not_exist_is_named():
     with pytest.raises(
-        ValueError, match="`nowhere` is no file, no folder and none of stdlib"
+        ValueError, match="`nowhere` must be a file, a folder or one of stdlib"
     ):
         texts("nowhere")
     with pytest.raises(

@@ -316,7 +316,7 @@ def test_only_the_first_byte_order_mark_of_any_encoding_is_removed(
 def test_a_bom_of_the_other_byte_order_is_rejected(tmp_path, encoding, other):
     path = tmp_path / "x.txt"
     path.write_bytes("\ufeffabc".encode(other))
-    reason = f"x.txt` is not {encoding}: its byte order mark is of the other order"
+    reason = f"x.txt` is not {encoding}: its byte order mark is of the other byte order"
     with pytest.raises(ValueError, match=reason):
         token_stream(path, BYTES, encoding=encoding)
     (document,) = documents(path, encoding="utf-16")
@@ -404,7 +404,7 @@ def test_a_folder_skips_clutter_with_one_warning(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"\x00\x01")
     with pytest.warns(
-        UserWarning, match=f"{len(clutter)} files below .* were passed over"
+        UserWarning, match=f"{len(clutter)} files below .* were ignored"
     ) as said:
         stream = token_stream(tmp_path, BYTES)
     assert len(said) == 1 and len(stream) == 5

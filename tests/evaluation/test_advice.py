@@ -62,7 +62,7 @@ def one_head(value):
         (changed(memories=one_head(4.9)), []),
         (
             changed(generic=dataclasses.replace(KEPT, tuned_nats=2.11)),
-            ["harder: 2.000.* anchor"],
+            ["risen: 2.000.* anchor"],
         ),
         (changed(generic=dataclasses.replace(KEPT, tuned_nats=2.09)), []),
         (

@@ -231,7 +231,11 @@ def test_a_folder_that_lacks_a_tasks_file_is_rejected(hard, tmp_path):
     ("names", "data", "sentence"),
     [
         (["gsm8kk"], {}, r"must name tasks .*; got 'gsm8kk'; the nearest is gsm8k"),
-        (["gsm8k"], {"gsm8k": ["none.jsonl"]}, r"there is no 'none.jsonl'"),
+        (
+            ["gsm8k"],
+            {"gsm8k": ["none.jsonl"]},
+            r"must name existing files; got 'none.jsonl'",
+        ),
         (
             ["gsm8k"],
             {"gsm8k": ["test.jsonl"] * 3},
@@ -242,7 +246,7 @@ def test_a_folder_that_lacks_a_tasks_file_is_rejected(hard, tmp_path):
         (
             ["gsm8k"],
             {"gsm8k": ["a.jsonl"]},
-            r"`config.task_data.gsm8k` must name files",
+            r"`config.task_data.gsm8k` must name existing files",
         ),
     ],
 )

@@ -229,7 +229,9 @@ def test_byte_counts_match_the_decoded_text(tmp_path, kind):
 
 
 def test_out_of_vocabulary_ids_are_rejected(params, batch):
-    with pytest.raises(ValueError, match="below the 256 of `tokenizer`; got 256"):
+    with pytest.raises(
+        ValueError, match="below the vocabulary size of `tokenizer`, 256; got 256"
+    ):
         score(MODEL, params, init_state(CONFIG), batch, Tokenizer.bytes256())
 
 

@@ -197,7 +197,10 @@ def test_a_state_of_another_model_is_rejected(model, params):
 def test_the_advice_warns_of_an_oversized_state(model, params, bare):
     huge, small = (scaled(bare[0], size) for size in (1000.0, 0.01))
     said = [diagnose(model, params, state, text()).advice for state in (huge, small)]
-    assert [any("times the norm" in line for line in lines) for lines in said] == [
+    assert [
+        any("that of a state made by reading" in line for line in lines)
+        for lines in said
+    ] == [
         True,
         False,
     ]

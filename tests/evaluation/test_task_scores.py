@@ -57,7 +57,7 @@ def test_the_paired_error_matches_repeated_experiments():
 
 
 def test_scores_of_different_questions_cannot_be_compared():
-    with pytest.raises(ValueError, match="must be of the same questions"):
+    with pytest.raises(ValueError, match="must have the same questions"):
         scores([1, 0]).difference(scores([1, 0], questions=("0", "2")))
 
 

@@ -65,7 +65,7 @@ def test_json_has_the_paired_difference_from_the_first_row():
 
 def test_rows_with_other_windows_have_no_difference():
     other = Ratio(np.ones(2), np.ones(2))
-    with pytest.raises(ValueError, match="must be of the same parts"):
+    with pytest.raises(ValueError, match="must have the same parts"):
         BASE.difference(dataclasses.replace(TUNED, by_window=other))
 
 

@@ -69,9 +69,7 @@ def derived_stop_tokens(out, key, options):
 
 @pytest.mark.parametrize("penalties", [(0.0, 0.0), (0.8, 1.5)])
 @pytest.mark.parametrize("temperature", [0, 0.6, 1.0, 1.7])
-def test_the_stop_ids_are_those_that_a_repeated_last_draw_gives(
-    params, temperature, penalties
-):
+def test_stop_ids_match_a_repeated_last_draw(params, temperature, penalties):
     choices = {
         "temperature": temperature,
         "presence_penalty": penalties[0],
@@ -94,7 +92,7 @@ def test_a_row_without_a_stop_id_ends_at_its_length(params):
     assert out.stop_tokens == [None] * 3
 
 
-def test_a_prompt_that_is_only_read_ends_at_its_length(params):
+def test_a_prompt_without_generated_tokens_ends_at_its_length(params):
     out = generate(MODEL, params, PROMPTS, tokens=0)
     assert out.ended == ["length"] * 3 and out.stop_tokens == [None] * 3
 
@@ -108,7 +106,7 @@ class Printable:
         return chr(33 + token % 90).encode()
 
 
-def test_a_stop_string_wins_over_a_stop_id_that_was_drawn_after_it(params):
+def test_a_stop_string_precedes_a_later_stop_id(params):
     choices = {"tokens": 12, "key": jax.random.key(3), "tokenizer": Printable()}
     free = generate(MODEL, params, PROMPTS[0], stop_ids=(), **choices)
     stop_string = free.texts[0][3:5]
@@ -127,7 +125,7 @@ def test_a_stop_string_wins_over_a_stop_id_that_was_drawn_after_it(params):
     assert out.tokens[0] == free.tokens[0][: free.texts[0].index(stop_string)]
 
 
-def test_the_same_stop_id_is_reported_whether_or_not_the_host_watches(params):
+def test_the_reported_stop_id_does_not_depend_on_streaming(params):
     choices = {"tokens": 12, "key": jax.random.key(5), "stop_ids": STOP_IDS}
     plain = generate(MODEL, params, PROMPTS, **choices)
     watched = generate(
@@ -158,7 +156,7 @@ def log_probabilities(params, prompt, drawn, temperature):
     return logp[np.arange(len(drawn)), drawn]
 
 
-def test_what_was_drawn_has_the_stop_id_and_the_log_probabilities_of_the_model(params):
+def test_drawn_tokens_include_the_stop_id_with_its_log_probability(params):
     out = generate(
         MODEL,
         params,
@@ -176,7 +174,7 @@ def test_what_was_drawn_has_the_stop_id_and_the_log_probabilities_of_the_model(p
         np.testing.assert_allclose(out.logps[row], expected, atol=2e-5)
 
 
-def test_what_was_drawn_ends_with_the_token_that_completes_a_stop_string(params):
+def test_drawn_tokens_end_with_the_token_that_completes_a_stop_string(params):
     tokenizer = Tokenizer.bytes()
     choices = {"tokens": 40, "key": jax.random.key(3), "stop_ids": ()}
     free = generate(MODEL, params, PROMPTS, **choices)

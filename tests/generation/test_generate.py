@@ -87,7 +87,7 @@ def test_greedy_generation_equals_a_plain_loop(params):
     assert_close(out.logits, logits)
 
 
-def test_a_batch_of_prompts_of_different_lengths_equals_one_by_one(params):
+def test_a_ragged_batch_of_prompts_matches_one_by_one(params):
     key = jax.random.key(7)
     together = run(params, PROMPTS, key=key, top_p=0.9, presence_penalty=0.5)
     for row, prompt in enumerate(PROMPTS):
@@ -97,7 +97,7 @@ def test_a_batch_of_prompts_of_different_lengths_equals_one_by_one(params):
         assert_close(alone.state, select(together.state, row))
 
 
-def test_penalties_and_bans_are_those_of_the_official_loop(params):
+def test_penalties_and_bans_match_the_official_loop(params):
     pytest.importorskip("torch", reason="the oracle extra is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -146,18 +146,18 @@ def test_the_same_key_gives_the_same_tokens_and_another_gives_others(params):
     assert first.tokens == again.tokens != other.tokens
 
 
-def test_inside_of_a_program_it_says_what_to_do(params):
+def test_generate_under_jit_raises_a_sentence_with_the_remedy(params):
     def logits(params):
         return run(params, PROMPTS[0], temperature=0).logits
 
     for transformed in (jax.jit(logits), jax.jacrev(logits)):
         with pytest.raises(
-            TypeError, match=r"^generate: it must be called outside of jit"
+            TypeError, match=r"^generate: it must be called outside jit"
         ):
             transformed(params)
 
 
-def test_a_conversation_in_turns_equals_one_read_through(params):
+def test_a_conversation_in_turns_matches_one_pass(params):
     out = run(params, PROMPTS, key=jax.random.key(5))
     turn = [[7, 8], [11], list(range(60, 74))]
     after = run(params, turn, out.state, tokens=0)
@@ -169,7 +169,7 @@ def test_a_conversation_in_turns_equals_one_read_through(params):
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS[0], PROMPTS])
-def test_an_answer_cut_at_its_length_goes_on_from_state_and_logits(params, prompts):
+def test_a_truncated_answer_continues_from_its_state_and_logits(params, prompts):
     whole = run(params, prompts, temperature=0, stop_ids=())
     first = run(params, prompts, temperature=0, stop_ids=(), tokens=5)
     rest = run(
@@ -194,7 +194,7 @@ def test_a_prompt_may_be_read_in_chunks_of_any_size(params):
         assert out.tokens == [[]] and out.finished == ["length"]
 
 
-def test_a_stop_id_ends_its_row_alone_and_is_not_read(params):
+def test_a_stop_id_ends_only_its_row_and_is_not_read(params):
     free = run(params, PROMPTS, key=jax.random.key(5))
     stop = free.tokens[0][4]
     out = run(params, PROMPTS, key=jax.random.key(5), stop_ids=[stop])
@@ -206,7 +206,7 @@ def test_a_stop_id_ends_its_row_alone_and_is_not_read(params):
 
 
 @pytest.mark.parametrize("first, last", [(0, 1), (2, 5), (6, 10), (9, 12)])
-def test_a_stop_string_is_found_across_tokens_and_blocks_and_the_state_is_before_it(
+def test_a_stop_string_may_span_tokens_and_the_state_precedes_it(
     params, text, first, last
 ):
     ids = text.tokens[0]
@@ -235,7 +235,7 @@ def _as_text(params, **choices):
     return run(params, PROMPTS[0], tokens=12, key=key, tokenizer=_Ascii(), **choices)
 
 
-def test_a_memory_that_rows_share_stays_shared_where_one_of_them_stops():
+def test_a_shared_memory_stays_shared_when_a_row_stops():
     state = repeat(empty_state(CONFIG, "static"), 3)
     start = decoding.DecodeState.create(state, jnp.zeros((3, CONFIG.vocab_size)))
     stopped = start.stop_rows(jnp.array([True, False, True]), start)
@@ -243,7 +243,7 @@ def test_a_memory_that_rows_share_stays_shared_where_one_of_them_stops():
     assert jax.tree.map(jnp.shape, stopped) == jax.tree.map(jnp.shape, start)
 
 
-def test_a_token_that_a_stop_string_cuts_is_replaced_by_the_bytes_before_the_stop_string(
+def test_a_token_cut_by_a_stop_string_is_replaced_by_its_remaining_bytes(
     params,
 ):
     banned = range(128)  # only tokens of two bytes
@@ -265,7 +265,7 @@ def test_a_token_that_a_stop_string_cuts_is_replaced_by_the_bytes_before_the_sto
     assert_close(out.state, state_after(params, PROMPTS[0] + out.tokens[0])[0])
 
 
-def test_rows_of_a_batch_stop_at_their_own_strings(params):
+def test_each_row_stops_at_its_own_stop_string(params):
     choices = {
         "tokens": 12,
         "key": jax.random.key(5),
@@ -305,7 +305,7 @@ def test_streamed_pieces_make_up_the_text(params, text):
     assert out.texts[0] == spelled.decode(errors="replace")
 
 
-def test_rows_that_are_told_to_stop_end_as_at_their_length(params):
+def test_an_interrupted_row_ends_like_one_at_its_length(params):
     pieces = []
     out = _as_text(
         params,
@@ -350,7 +350,7 @@ def held_bytes():
     return total
 
 
-def test_a_cpu_holds_the_weights_once(params):
+def test_a_cpu_keeps_one_copy_of_the_weights(params):
     expected = run(params, PROMPTS[0], temperature=0).tokens
     gc.collect()
     before = held_bytes()
@@ -380,7 +380,7 @@ def test_weights_bound_to_a_device_compile_each_program_once(params):
     assert [new - old for new, old in zip(after, before, strict=True)] == [1, 1]
 
 
-def test_the_state_given_is_repeated_for_every_row_and_left_alone(params):
+def test_a_given_state_is_repeated_for_every_row_and_not_modified(params):
     start, _ = state_after(params, [3, 4, 5])
     copy = jax.tree.map(np.array, start)
     out = run(params, PROMPTS, start, temperature=0)
@@ -390,7 +390,7 @@ def test_the_state_given_is_repeated_for_every_row_and_left_alone(params):
 
 
 @pytest.mark.parametrize("size", [-3e38, 3e38])
-def test_huge_penalties_end_in_tokens(params, size):
+def test_huge_penalties_still_give_tokens(params, size):
     out = run(
         params,
         PROMPTS[0],
@@ -401,9 +401,9 @@ def test_huge_penalties_end_in_tokens(params, size):
     assert np.isfinite(np.asarray(out.logits)).all() and len(out.tokens[0]) <= 8
 
 
-def test_weights_that_give_no_numbers_are_reported(params):
+def test_weights_that_give_nan_are_reported(params):
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
     with pytest.raises(
-        ValueError, match=r"generate: .* finite logits; row 0 got others after"
+        ValueError, match=r"generate: .* finite logits; row 0 got non-finite ones after"
     ):
         run(broken, PROMPTS[0], key=jax.random.key(0))

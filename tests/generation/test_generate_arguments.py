@@ -84,6 +84,6 @@ def test_arguments_are_checked_before_anything_is_compiled(prompts, choices, mes
 
 
 @pytest.mark.parametrize("prompts", ["text", b"bytes", [1.5], [True]])
-def test_prompts_that_are_not_ids_are_refused(prompts):
+def test_prompts_must_be_ids(prompts):
     with pytest.raises(TypeError, match="generate: `prompts` must"):
         generate(MODEL, {}, prompts, temperature=0)

@@ -57,7 +57,7 @@ def official():
 @pytest.mark.parametrize("top_k", [0, 1, 5, VOCAB + 3])
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.85, 0.999])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
-def test_the_distribution_is_that_of_the_official_package(
+def test_the_distribution_matches_the_official_package(
     official, temperature, top_p, top_k
 ):
     for seed in range(3):
@@ -70,7 +70,7 @@ def test_the_distribution_is_that_of_the_official_package(
         np.testing.assert_allclose(ours[0], theirs, atol=2e-6)
 
 
-def test_a_search_of_three_bits_a_pass_cuts_as_one_of_a_bit(monkeypatch):
+def test_the_cutoff_search_by_three_bits_matches_the_search_by_one(monkeypatch):
     # Whole numbers, of which some are equal; a row with a single likely token.
     logits = jnp.round(random_logits(rows=5)).at[4, 7].set(40.0)
 
@@ -92,7 +92,7 @@ def test_a_search_of_three_bits_a_pass_cuts_as_one_of_a_bit(monkeypatch):
     np.testing.assert_array_equal(cuts("cuda"), cuts("cpu"))
 
 
-def test_top_p_looks_at_the_probabilities_at_temperature_one():
+def test_top_p_uses_the_probabilities_at_temperature_one():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
     for temperature in (0.1, 1.0, 10.0):
         kept = probabilities(logits, temperature=temperature, top_p=0.75) > 0
@@ -106,7 +106,7 @@ def test_top_p_0_keeps_the_most_probable_token():
     np.testing.assert_array_equal(kept.argmax(axis=1), logits.argmax(axis=1))
 
 
-def test_top_p_1_keeps_every_token_whatever_rounding_does():
+def test_top_p_1_keeps_every_token_despite_rounding():
     for top_k in (0, VOCAB):
         kept = (
             probabilities(
@@ -117,7 +117,7 @@ def test_top_p_1_keeps_every_token_whatever_rounding_does():
         assert kept.all()
 
 
-def test_tokens_equal_to_the_top_p_cutoff_stay_and_top_k_takes_the_lower_ids():
+def test_ties_at_the_cutoff_stay_and_top_k_prefers_lower_ids():
     logits = jnp.array([[0.0, 1.0, 1.0, 1.0, 0.0]])
     kept = probabilities(logits, temperature=1.0, top_p=0.1) > 0
     np.testing.assert_array_equal(kept, [[False, True, True, True, False]])
@@ -127,7 +127,7 @@ def test_tokens_equal_to_the_top_p_cutoff_stay_and_top_k_takes_the_lower_ids():
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-30, 1e-4, 1.0, 1e30])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4, 1e38])
-def test_no_temperature_and_no_logits_give_nan(temperature, scale):
+def test_every_temperature_gives_probabilities(temperature, scale):
     logits = jnp.clip(scale * random_logits(rows=5), -1e30, 1e30).at[:, 3].set(-jnp.inf)
     for top_p, top_k in ((0.0, 0), (0.5, 3), (1.0, 0)):
         probs = probabilities(logits, temperature=temperature, top_p=top_p, top_k=top_k)
@@ -135,7 +135,7 @@ def test_no_temperature_and_no_logits_give_nan(temperature, scale):
         assert (probs[:, 3] == 0).all()
 
 
-def test_temperature_0_takes_the_first_of_the_largest_logits():
+def test_temperature_0_takes_the_first_largest_logit():
     # Whole numbers, of which some are equal.
     logits = jnp.round(random_logits(rows=5))
     options = sampling.make_options(VOCAB, temperature=0, top_p=0.5)
@@ -154,7 +154,7 @@ def test_draws_follow_the_distribution():
     np.testing.assert_allclose(shares, np.array([50, 30, 15, 0]) / 95, atol=0.03)
 
 
-def test_a_row_is_drawn_with_its_own_key_alone():
+def test_a_row_depends_only_on_its_own_key():
     logits = random_logits(rows=5)
     keys = jax.random.split(jax.random.key(2), 5)
     options = sampling.make_options(VOCAB, temperature=1.3, top_p=0.95)
@@ -165,7 +165,7 @@ def test_a_row_is_drawn_with_its_own_key_alone():
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_a_row_with_options_of_its_own_is_drawn_as_it_is_alone(monkeypatch, platform):
+def test_per_row_options_match_single_rows(monkeypatch, platform):
     # One by one on a CPU, together elsewhere.
     monkeypatch.setattr(sampling.platforms, "target_platform", lambda: platform)
     choices = [
@@ -188,7 +188,7 @@ def test_a_row_with_options_of_its_own_is_drawn_as_it_is_alone(monkeypatch, plat
     assert logps[0] == 0 and logps[1] < 0
 
 
-def test_penalties_count_decay_and_spare_the_exempt():
+def test_penalties_count_decay_and_skip_exempt_tokens():
     options = sampling.make_options(
         5,
         presence_penalty=0.25,
@@ -234,7 +234,7 @@ class Words:
         return self.entries[token].encode()
 
 
-def test_exempt_ids_are_those_whose_text_lies_inside_the_official_string():
+def test_exempt_ids_have_texts_within_the_official_string():
     assert sampling.exempt_ids(Words()) == (0, 1, 2, 4, 6, 7)
 
 
@@ -258,7 +258,7 @@ def test_exempt_ids_are_those_whose_text_lies_inside_the_official_string():
         ),
     ],
 )
-def test_options_out_of_range_are_refused_in_one_sentence(choices, message):
+def test_options_out_of_range_are_rejected_in_one_sentence(choices, message):
     with pytest.raises(ValueError, match=message) as caught:
         sampling.make_options(VOCAB, **choices)
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
@@ -278,7 +278,7 @@ def test_options_out_of_range_are_refused_in_one_sentence(choices, message):
         ),
     ],
 )
-def test_a_value_that_is_not_an_integer_is_refused_in_one_sentence(call, message):
+def test_non_integer_values_are_rejected_in_one_sentence(call, message):
     with pytest.raises(TypeError) as caught:
         call()
     assert str(caught.value) == message
@@ -288,6 +288,6 @@ def test_a_value_that_is_not_an_integer_is_refused_in_one_sentence(call, message
     "choices",
     [{"temperature": "hot"}, {"top_k": "a"}, {"banned": [1.5]}, {"stop_ids": ["a"]}],
 )
-def test_options_of_the_wrong_kind_are_refused(choices):
+def test_options_of_the_wrong_type_are_rejected(choices):
     with pytest.raises(TypeError):
         sampling.make_options(VOCAB, **choices)

@@ -23,7 +23,7 @@ def prepare(r, log_w, a, b):
 
 
 @pytest.mark.parametrize("side", [1, 2, 16, 64])
-def test_the_inverse_of_a_unit_lower_triangle_is_numpys(side):
+def test_the_inverse_of_a_unit_lower_triangle_matches_numpy(side):
     below = (
         np.tril(np.random.default_rng(0).normal(size=(3, side, side)), -1) / side**0.5
     )
@@ -44,7 +44,7 @@ def test_the_inverse_survives_repeated_keys():
     assert_close(inverse, np.linalg.inv(np.eye(64) - below), 1e-6)
 
 
-def test_lower_selects_and_never_multiplies():
+def test_lower_masks_by_selection_not_by_multiplication():
     infinite = jnp.triu(jnp.full((4, 4), jnp.inf), 1)
     np.testing.assert_array_equal(chunk_math.lower(infinite), np.zeros((4, 4)))
     np.testing.assert_array_equal(
@@ -86,7 +86,7 @@ def one_chunk(inputs, state, dy, dend):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_one_chunk_is_the_definition_and_its_gradient(mode):
+def test_one_chunk_matches_the_definition_and_its_gradient(mode):
     inputs, state = make_inputs(Case(2, 16, 2, key_size=8, value_size=12, mode=mode))
     dy = np.sin(np.asarray(inputs[3]))
     dend = np.cos(np.asarray(state))

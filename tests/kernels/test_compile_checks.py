@@ -92,7 +92,7 @@ def test_dangerous_forms_are_counted_in_a_program():
     assert gpu_checks.count_carried(added) == 0
 
 
-def test_the_check_names_what_grew_and_what_is_new():
+def test_the_check_names_what_grew_and_what_was_added():
     before = {"bundles": 6.29, "spills": 0.0}
     assert compile_checks.compare({"bundles": 6.5, "spills": 0.0}, before) == []
     grown = compile_checks.compare({"bundles": 6.7, "spills": 0.0}, before)
@@ -114,9 +114,7 @@ def fake_check(monkeypatch, tmp_path, rows, cases):
     return path
 
 
-def test_the_check_fails_on_a_slower_kernel_and_on_one_that_is_gone(
-    monkeypatch, tmp_path
-):
+def test_the_check_fails_for_a_slower_and_for_a_missing_kernel(monkeypatch, tmp_path):
     rows = [{"case": "a", "bundles": 8.0, "seconds": 1.0}]
     path = fake_check(
         monkeypatch, tmp_path, rows, {"a": {"bundles": 7.0}, "b": {"bundles": 1.0}}
@@ -129,14 +127,14 @@ def test_the_check_fails_on_a_slower_kernel_and_on_one_that_is_gone(
     compile_checks.main(["tpu"])
 
 
-def test_the_check_refuses_another_compilers_table(monkeypatch, tmp_path):
+def test_the_check_rejects_the_table_of_another_compiler(monkeypatch, tmp_path):
     fake_check(monkeypatch, tmp_path, [], {})
     monkeypatch.setattr(compile_checks, "versions", lambda platform: {"jaxlib": "2"})
     with pytest.raises(SystemExit, match=r"the table is for .*1.*; installed are .*2"):
         compile_checks.main(["tpu"])
 
 
-def test_instructions_are_those_of_the_longest_loop():
+def test_instructions_are_counted_in_the_longest_loop():
     code = """
         /*0000*/ MOV R1, R2 ;
         /*0010*/ FADD R1, R2, R3 ;
@@ -149,7 +147,7 @@ def test_instructions_are_those_of_the_longest_loop():
     assert gpu_checks.count(code, loops=False) == 5
 
 
-def test_an_overriding_choice_ends_with_its_block():
+def test_an_override_ends_with_its_context():
     usual = tiles.for_gpu(tiles.TRITON, 64, 64, jnp.bfloat16, 90)
     other = usual._replace(chunk=16)
     with tiles.override(other):
@@ -157,7 +155,7 @@ def test_an_overriding_choice_ends_with_its_block():
     assert tiles.for_gpu(tiles.TRITON, 64, 64, "bfloat16", 90) == usual
 
 
-def test_float32_takes_tf32_products_on_hopper_and_exact_ones_elsewhere():
+def test_float32_uses_tf32_products_on_hopper_and_exact_ones_elsewhere():
     def precision(table, size, capability):
         return tiles.for_gpu(table, size, size, "float32", capability).precision
 
@@ -180,7 +178,7 @@ def test_every_gpu_from_ampere_to_hopper_has_tiles(capability, sizes):
 
 
 @pytest.mark.parametrize("capability", [None, 70, 75, 100, 103, 120])
-def test_older_newer_and_unknown_gpus_have_none(capability):
+def test_older_newer_and_unknown_gpus_have_no_tiles(capability):
     for table in (tiles.PALLAS_GPU, tiles.TRITON):
         assert tiles.rows_for(table, capability) == {}
 
@@ -197,7 +195,7 @@ def test_older_newer_and_unknown_gpus_have_none(capability):
         ("NVIDIA GeForce RTX 5090", None),
     ],
 )
-def test_a_described_device_has_the_capability_of_its_kind(kind, expected):
+def test_a_device_description_has_the_capability_of_its_kind(kind, expected):
     device = jax.sharding.AbstractDevice(
         device_kind=kind, num_cores=132, platform="gpu"
     )
@@ -206,7 +204,7 @@ def test_a_described_device_has_the_capability_of_its_kind(kind, expected):
         assert tiles.capability() == expected
 
 
-def test_the_benchmark_counts_bytes_and_names_every_implementation_here():
+def test_the_benchmark_counts_bytes_and_lists_the_available_implementations():
     found = bench.least_bytes(CASES["h200"], "bfloat16")
     assert found == {"fwd": 1024, "fwd saving": 1280, "bwd": 2176, "fwd+bwd": 3456}
     assert [name for name in bench.implementations(CASES["tiny"])] == [

@@ -33,7 +33,7 @@ def token(inputs, at):
 @pytest.mark.parametrize(
     "sizes", [(64, 32), (32, 64), (16, 128), (256, 64)], ids=lambda s: f"{s[0]}x{s[1]}"
 )
-def test_tokens_one_by_one_give_what_the_definition_gives(sizes, mode, dtype):
+def test_token_by_token_matches_the_definition(sizes, mode, dtype):
     inputs, state = make_inputs(Case(2, 5, 3, *sizes, mode), dtype)
     y, states, _ = wkv_reference.forward(
         [np.asarray(x, np.float64) for x in inputs], np.asarray(state, np.float64)
@@ -47,7 +47,7 @@ def test_tokens_one_by_one_give_what_the_definition_gives(sizes, mode, dtype):
     assert_close(state, states[-1], WKV["float32"]["state"], "state")
 
 
-def test_rows_and_heads_do_not_depend_on_others():
+def test_rows_and_heads_are_independent():
     inputs, state = make_inputs(Case(3, 1, 4, 32, 64))
     y, end = read_one(inputs, state)
     part = jax.tree.map(lambda x: x[1:2, :, 2:3], inputs)
@@ -57,7 +57,7 @@ def test_rows_and_heads_do_not_depend_on_others():
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
-def test_one_token_is_one_kernel_that_writes_the_state_in_its_place(tokens):
+def test_one_token_is_one_kernel_that_updates_the_state_in_place(tokens):
     inputs, state = make_inputs(Case(2, tokens, 3, 64, 64), "bfloat16")
 
     def run(inputs, state):
@@ -73,7 +73,7 @@ def test_one_token_is_one_kernel_that_writes_the_state_in_its_place(tokens):
     assert ("stablehlo.pad" in text) == (tokens != 1)
 
 
-def test_a_token_that_is_padding_leaves_the_state_alone():
+def test_a_padding_token_keeps_the_state():
     inputs, state = make_inputs(Case(2, 1, 3, 32, 64))
     inputs = inputs._replace(v=inputs.v.at[1].set(jnp.nan))
     lengths = jnp.array([1, 0])

@@ -123,7 +123,7 @@ def by_packed_chunk_math(inputs, state, dy, dend, layout):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES, ids=["two heads", "four heads", "one head"])
-def test_one_chunk_is_the_same_as_by_chunk_math(case, mode):
+def test_one_chunk_matches_chunk_math(case, mode):
     inputs, state = make_inputs(Case(**(vars(case) | {"mode": mode})))
     dy = jnp.sin(inputs.v)
     dend = jnp.cos(state)
@@ -146,7 +146,7 @@ def test_one_chunk_is_the_same_as_by_chunk_math(case, mode):
 
 
 @pytest.mark.parametrize("case", CASES, ids=["two heads", "four heads", "one head"])
-def test_packing_and_unpacking_are_inverse(case):
+def test_unpacking_inverts_packing(case):
     layout = layout_of(case)
     masks = make_masks(layout)
     tokens = jax.random.normal(
@@ -160,7 +160,7 @@ def test_packing_and_unpacking_are_inverse(case):
     np.testing.assert_array_equal(compact(expand(state, masks, layout), layout), state)
 
 
-def test_interleaved_groups_take_turns_until_the_last_has_finished():
+def test_interleaved_groups_alternate_until_the_last_one_ends():
     seen = []
 
     def group(name, stages):

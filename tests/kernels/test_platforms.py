@@ -42,7 +42,7 @@ def kernels_in(lowered):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
-def test_without_a_name_the_targets_kernel_is_taken(platform):
+def test_the_default_is_the_kernel_of_the_target(platform):
     with targeting(platform):
         lowered = lower(platform)
     assert kernels_in(lowered) == [name for name in MARKS if name == platform]
@@ -57,7 +57,7 @@ def test_a_program_for_a_cpu_is_lowered_for_other_platforms_without_kernels(plat
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda", "rocm"])
-def test_in_the_export_context_every_platform_gets_its_own_from_any_machine(platform):
+def test_the_export_context_lowers_for_every_platform_on_any_machine(platform):
     with kernels_of_all_platforms():
         lowered = lower(platform)
     assert kernels_in(lowered) == [name for name in MARKS if name == platform]
@@ -69,15 +69,13 @@ def test_in_the_export_context_every_platform_gets_its_own_from_any_machine(plat
 )
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("exports", [False, True], ids=["targeted", "exported"])
-def test_sizes_that_no_kernel_takes_and_single_tokens_are_left_to_xla(
-    platform, case, exports
-):
+def test_unsupported_sizes_and_single_tokens_are_left_to_xla(platform, case, exports):
     with kernels_of_all_platforms() if exports else targeting(platform):
         lowered = lower(platform, *make_inputs(case))
     assert MARKS[platform] not in lowered
 
 
-def test_a_gpu_that_no_kernel_was_checked_on_gets_plain_jax_and_refuses_a_name():
+def test_an_unchecked_gpu_runs_plain_jax_and_rejects_a_named_kernel():
     newer = jax.sharding.use_abstract_mesh(abstract_devices.mesh("newer gpu"))
     with newer:
         lowered = lower("cuda")
@@ -104,7 +102,7 @@ def test_chunks_of_64_are_left_to_xla_on_a_gpu(chunk):
 
 @pytest.mark.parametrize("implementation", [None, "kernel"])
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_a_gradient_is_lowered_for_a_device_that_is_not_here(platform, implementation):
+def test_a_gradient_is_lowered_for_an_absent_device(platform, implementation):
     name = implementation and {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}[platform]
 
     def loss(inputs, state):
@@ -118,7 +116,7 @@ def test_a_gradient_is_lowered_for_a_device_that_is_not_here(platform, implement
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_a_program_for_an_accelerator_is_right_on_a_cpu_as_well(platform):
+def test_a_program_for_an_accelerator_is_correct_on_a_cpu(platform):
     """As where arrays are committed to a CPU next to the accelerator."""
 
     def both(inputs, state):
@@ -136,7 +134,9 @@ def test_a_program_for_an_accelerator_is_right_on_a_cpu_as_well(platform):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_a_backward_pass_traced_elsewhere_fits_its_forward_pass(monkeypatch, platform):
+def test_a_backward_pass_traced_outside_the_context_matches_its_forward_pass(
+    monkeypatch, platform
+):
     """As where `jax.default_device` has changed between the two."""
     with monkeypatch.context() as context:
         device = abstract_devices.mesh(platform).abstract_device
@@ -167,13 +167,13 @@ def test_one_exported_program_serves_every_platform():
         assert_close(left, right, SAME["op"])
 
 
-def test_the_export_context_ends_with_its_block():
+def test_the_export_context_ends_on_exit():
     with kernels_of_all_platforms():
         pass
     assert kernels_in(lower("tpu")) == []
 
 
-def test_an_exported_gradient_holds_the_targets_kernels_and_runs_on_a_cpu():
+def test_an_exported_gradient_has_the_kernels_of_its_targets_and_runs_on_a_cpu():
     def gradients(inputs, state):
         (y, end), pull = jax.vjp(op, inputs, state)
         return tuple(pull((jnp.sin(y), jnp.cos(end)))[0])

@@ -43,12 +43,12 @@ def test_two_segments_are_never_chosen():
         (128, 128, 1),
     ],
 )
-def test_segments_are_as_many_as_take_least_time(heads, chunks, expected):
+def test_the_number_of_segments_minimizes_the_time(heads, chunks, expected):
     assert choose_segments(heads=heads, chunks=chunks, **HEAD) == expected
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_only_the_last_segment_and_the_first_ones_identity_are_idle(reverse):
+def test_only_the_last_segment_and_the_identity_of_the_first_are_skipped(reverse):
     probes = Probes(segments=4, values=64, reverse=reverse)
     idle = {
         (row, first)
@@ -85,7 +85,7 @@ def test_the_programs_of_segments_are_valid():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(32, 64), (64, 32)], ids=["tall", "wide"])
-def test_segments_equal_one_walk(monkeypatch, sizes):
+def test_segments_match_a_single_pass(monkeypatch, sizes):
     keys, values = sizes
     inputs, state = make_inputs(Case(2, 70, 1, keys, values, "slow"))
     dy = jnp.sin(inputs.v)

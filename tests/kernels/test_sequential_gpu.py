@@ -29,7 +29,7 @@ def run(case):
 
 
 @pytest.mark.slow
-def test_values_states_and_gradients_are_the_definitions():
+def test_values_states_and_gradients_match_the_definition():
     data, (y, end, gradients) = run(CASE)
     true_y, true_end, true_gradients = wkv_reference.both(*data)
     bars = WKV["float32"]
@@ -50,7 +50,7 @@ def test_without_a_gradient_values_are_the_same():
 
 
 @pytest.mark.slow
-def test_dividing_by_the_strongest_decay_loses_the_digits_that_it_loses_in_numpy():
+def test_dividing_by_the_strongest_decay_loses_as_many_digits_as_in_numpy():
     data, (*_, ours) = run(FAST)
     *_, true = wkv_reference.both(*data)
     *_, divided = wkv_reference.both(*data, dtype=np.float32, eps=0.0)
@@ -62,7 +62,7 @@ def test_dividing_by_the_strongest_decay_loses_the_digits_that_it_loses_in_numpy
     assert kernel >= 10 * exact, f"kernel {kernel:.2g}, from stored states {exact:.2g}"
 
 
-def test_tokens_must_fill_stretches_of_sixteen():
+def test_the_number_of_tokens_must_be_a_multiple_of_16():
     inputs, state = make_inputs(Case(1, 24, 1, key_size=16, value_size=16))
     with pytest.raises(ValueError, match=r"T must be a multiple of 16; got 24\.$"):
         sequential(inputs, state, interpret=True)

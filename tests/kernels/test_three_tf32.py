@@ -47,7 +47,7 @@ def passes(case, dtype, chunk):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_errors_are_those_of_ieee_products(monkeypatch, mode):
+def test_errors_match_those_of_ieee_products(monkeypatch, mode):
     case = Case(1, 133, 2, key_size=32, value_size=64, mode=mode)
     with jax.enable_x64(True):
         exact = passes(case, "float64", 16)
@@ -65,7 +65,7 @@ def test_errors_are_those_of_ieee_products(monkeypatch, mode):
             assert error <= 2e-6, name
 
 
-def test_one_tf32_product_would_show(monkeypatch):
+def test_a_single_tf32_product_exceeds_the_tolerance(monkeypatch):
     case = Case(1, 133, 2, key_size=32, value_size=64)
     with jax.enable_x64(True):
         exact = passes(case, "float64", 16)

@@ -23,7 +23,7 @@ def racing_kernel(source, target, buffer, semaphore):
     copy.wait()
 
 
-def test_a_kernel_that_races_is_found(capfd):
+def test_a_race_in_a_kernel_is_detected(capfd):
     """JAX up to 0.10 prints a line; later versions raise an error."""
     x = jnp.ones((8, 128))
     raised = ""

@@ -166,7 +166,7 @@ def test_vmap_is_one_call_on_a_larger_batch(lower):
     assert lower(jax.vmap(jax.grad(loss, argnums=(0, 1))), inputs, state) == 3
 
 
-def test_it_shards_over_devices(lower):
+def test_the_op_shards_over_devices(lower):
     mesh = ((2, 2), ("batch", "heads"))
     tokens = PartitionSpec("batch", None, "heads")
     states = PartitionSpec("batch", "heads")

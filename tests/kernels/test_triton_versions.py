@@ -38,7 +38,7 @@ def install(monkeypatch):
         ),
     ],
 )
-def test_a_missing_or_untried_version_is_one_sentence(
+def test_a_missing_or_untested_version_is_named_in_one_sentence(
     install, installed, error, sentence
 ):
     install(**installed)
@@ -61,7 +61,7 @@ def test_a_missing_or_untried_version_is_one_sentence(
         ("0.11.2", "3.7.1", None, False),
     ],
 )
-def test_jax_triton_launches_where_it_fits_and_is_not_needed_elsewhere(
+def test_jax_triton_launches_where_its_version_fits_and_is_optional_elsewhere(
     install, jax, triton, jax_triton, fits
 ):
     versions = {"jax": jax, "triton": triton}

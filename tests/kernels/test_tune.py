@@ -40,7 +40,7 @@ def test_tuning_keeps_the_fastest_tile_of_every_kernel():
     assert tune.tune_tpu(lambda choice, backward: float(choice != tpu)) == tpu
 
 
-def test_tuning_on_a_cpu_says_that_there_is_no_kernel():
+def test_tuning_on_a_cpu_reports_that_there_is_no_kernel():
     with pytest.raises(SystemExit, match="tune: no kernel to tune on cpu"):
         tune.main([])
 
@@ -48,7 +48,7 @@ def test_tuning_on_a_cpu_says_that_there_is_no_kernel():
 @pytest.mark.parametrize(
     "made", [candidate(), candidate("pallas_tpu", tiles.TPU(16, 1), backward=True)]
 )
-def test_a_candidate_passes_through_text(made):
+def test_a_candidate_round_trips_through_text(made):
     assert tune.Candidate.from_json(made.to_json()) == made
 
 
@@ -74,9 +74,7 @@ def test_a_tile_whose_runs_differ_in_a_bit_is_never_chosen(monkeypatch):
     assert tune.check_and_measure(candidate()) == (np.inf, "not repeatable")
 
 
-def test_a_child_that_crashes_or_says_nothing_loses_that_tile_alone(
-    monkeypatch, capsys
-):
+def test_a_crashed_or_silent_child_loses_only_its_own_tile(monkeypatch, capsys):
     monkeypatch.setattr(tune.sys, "executable", "false")
     assert tune.measure_apart(candidate()) == np.inf
     assert "no result" in capsys.readouterr().out
@@ -87,13 +85,13 @@ def test_a_child_that_crashes_or_says_nothing_loses_that_tile_alone(
 @pytest.mark.parametrize(
     "made", [candidate(), candidate("pallas_tpu", tiles.TPU(16, 1))]
 )
-def test_a_right_tile_is_measured_in_the_interpreter(made, backward):
+def test_a_correct_tile_is_measured_in_the_interpreter(made, backward):
     wall, reason = tune.check_and_measure(made._replace(backward=backward))
     assert reason == ""
     assert np.isfinite(wall)
 
 
 @pytest.mark.slow
-def test_a_candidate_is_measured_in_a_process_of_its_own(capsys):
+def test_a_candidate_is_measured_in_its_own_process(capsys):
     assert np.isfinite(tune.measure_apart(candidate()))
     assert json.loads(candidate().to_json())[0] == "pallas_gpu"

@@ -59,7 +59,9 @@ def test_the_implementation_asked_for_is_the_one_that_runs():
 
 
 @pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu", "triton"])
-def test_a_named_kernel_on_another_device_says_where_it_runs(unchecked, implementation):
+def test_a_named_kernel_on_the_wrong_device_names_the_right_one(
+    unchecked, implementation
+):
     platform = "tpu" if implementation == "pallas_tpu" else "cuda"
     with pytest.raises(NotImplementedError) as caught:
         pallas_kernels.wkv7(*INPUTS, STATE, implementation=implementation)
@@ -90,7 +92,7 @@ def test_a_named_kernel_on_another_device_says_where_it_runs(unchecked, implemen
         ),
     ],
 )
-def test_a_named_kernel_says_which_head_sizes_it_takes(
+def test_a_named_kernel_lists_the_head_sizes_that_it_supports(
     unchecked, implementation, case, sentence
 ):
     inputs, state = make_inputs(case)
@@ -102,7 +104,7 @@ def test_a_named_kernel_says_which_head_sizes_it_takes(
         )
 
 
-def test_large_heads_are_refused_on_a_gpu_that_has_too_few_registers(
+def test_large_heads_are_rejected_on_a_gpu_with_too_few_registers(
     unchecked, monkeypatch
 ):
     inputs, state = make_inputs(Case(1, 4, 1, 256, 64))
@@ -116,7 +118,7 @@ def test_large_heads_are_refused_on_a_gpu_that_has_too_few_registers(
         pallas_kernels.wkv7(*inputs, state, implementation="pallas_gpu")
 
 
-def test_half_precision_is_refused_by_kernels(unchecked):
+def test_kernels_reject_float16(unchecked):
     inputs = tuple(x.astype("float16") for x in INPUTS)
     with pytest.raises(
         NotImplementedError, match="bfloat16 or float32 tokens and a float32 state"
@@ -201,7 +203,7 @@ def with_decay(log_w):
 
 
 @pytest.mark.parametrize("log_w", [-5.0, -20.0, -69.0])
-def test_a_decay_whose_chunks_overflow_is_refused_or_left_to_scan(log_w):
+def test_a_decay_that_overflows_in_chunks_is_rejected_or_left_to_scan(log_w):
     inputs = with_decay(log_w)
     expected = op(inputs, STATE, implementation="scan")
     for left, right in zip(op(inputs, STATE), expected, strict=True):
@@ -210,7 +212,7 @@ def test_a_decay_whose_chunks_overflow_is_refused_or_left_to_scan(log_w):
         op(inputs, STATE, implementation="chunked", chunk=64)
 
 
-def test_a_single_token_that_forgets_everything_fits_into_a_chunk():
+def test_a_chunk_may_hold_a_token_that_erases_the_state():
     sharp = INPUTS[1].at[:, 9].set(-69.0)
     inputs = (INPUTS[0], sharp, *INPUTS[2:])
     expected = op(inputs, STATE, implementation="scan")
@@ -221,7 +223,7 @@ def test_a_single_token_that_forgets_everything_fits_into_a_chunk():
 
 
 @pytest.mark.parametrize("chunk", [32, 64])
-def test_float16_tokens_are_refused_in_long_chunks(chunk):
+def test_float16_tokens_are_rejected_in_long_chunks(chunk):
     inputs = tuple(x.astype("float16") for x in INPUTS)
     with pytest.raises(ValueError, match="`chunk` must be None or 16 for float16"):
         op(inputs, STATE, implementation="chunked", chunk=chunk)
@@ -237,9 +239,7 @@ EMPTY = {
 @each
 @pytest.mark.parametrize("case", EMPTY.values(), ids=EMPTY)
 @pytest.mark.parametrize("packed", [False, True])
-def test_arrays_without_numbers_give_arrays_without_numbers(
-    implementation, case, packed
-):
+def test_empty_arrays_give_empty_arrays(implementation, case, packed):
     shape = (case.batch, case.tokens, case.heads)
     keys = jnp.zeros((*shape, case.key_size))
     values = jnp.zeros((*shape, case.value_size))
@@ -270,7 +270,7 @@ def test_tokens_in_float64_need_a_state_in_float64(unchecked):
         assert_close(y, op(INPUTS, STATE, implementation="chunked")[0], SAME["op"])
 
 
-def test_products_of_float16_numbers_are_summed_in_float32():
+def test_float16_products_accumulate_in_float32():
     inputs, state = make_inputs(Case(2, 40, 2, 16, 16))
     inputs = [x.astype("float16") for x in inputs]
     # Values whose sums over keys are above 65,504, the largest number of float16.

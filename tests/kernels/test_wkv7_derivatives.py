@@ -44,7 +44,7 @@ def as_float64(tree):
 
 
 @pytest.mark.parametrize("implementation", [None, "scan", "chunked"])
-def test_second_derivatives_are_those_of_the_definition(implementation):
+def test_second_derivatives_match_the_definition(implementation):
     run = functools.partial(op, implementation=implementation)
     with jax.enable_x64(True):
         arguments = as_float64((INPUTS, STATE))
@@ -55,7 +55,7 @@ def test_second_derivatives_are_those_of_the_definition(implementation):
         assert_close(left, right, EXACT)
 
 
-def test_forward_mode_of_a_gradient_is_a_product_with_the_hessian():
+def test_forward_mode_of_a_gradient_is_a_hessian_vector_product():
     with jax.enable_x64(True):
         inputs, state = as_float64((INPUTS, STATE))
 
@@ -84,7 +84,7 @@ def test_second_derivatives_are_lowered_for_accelerators(platform, named):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
-def test_second_derivatives_through_kernels_are_those_of_plain_jax(implementation):
+def test_second_derivatives_through_kernels_match_plain_jax(implementation):
     run = functools.partial(op, implementation=implementation)
     found = jax.jit(second_derivatives(run))(INPUTS, STATE)
     expected = jax.jit(second_derivatives(op))(INPUTS, STATE)
@@ -94,7 +94,7 @@ def test_second_derivatives_through_kernels_are_those_of_plain_jax(implementatio
 
 
 @pytest.mark.parametrize("implementation", [None, "scan", "chunked"])
-def test_forward_mode_of_the_op_ends_in_one_sentence(implementation):
+def test_forward_mode_of_the_op_raises_one_sentence(implementation):
     run = functools.partial(op, INPUTS, implementation=implementation)
     for differentiate in (jax.jacfwd, lambda f: lambda s: jax.jvp(f, (s,), (s,))):
         with pytest.raises(TypeError, match="wkv7: forward-mode differentiation"):

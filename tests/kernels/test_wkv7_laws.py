@@ -113,7 +113,7 @@ def check(case, dtype, run=both, **form):
         assert_close(grad, true, bar(dtype, name, case.mode), f"gradient of {name}")
 
 
-def test_the_numpy_reference_agrees_with_autodiff_of_the_definition_in_float64():
+def test_the_numpy_reference_matches_autodiff_of_the_definition_in_float64():
     arguments = jax.tree.map(np.asarray, data(WIDE))
     with jax.enable_x64(True):
         arguments = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arguments)
@@ -147,7 +147,7 @@ def test_equals_the_float64_definition_with_odd_sizes(implementation, chunk):
     check(ODD, "float32", quick, implementation=implementation, chunk=chunk)
 
 
-def test_without_a_name_the_op_equals_the_definition():
+def test_the_default_implementation_equals_the_definition():
     inputs, state, *_ = data(WIDE)
     y, end = forward(inputs, state, implementation=None, chunk=16)
     true_y, true_end, _ = expected(WIDE)
@@ -175,7 +175,7 @@ def test_equals_the_float64_definition_with_large_heads(
 
 @pytest.mark.parametrize(("implementation", "chunk"), [*FORMS[:2], *FORMS[3:]])
 @pytest.mark.parametrize("mode", MODES)
-def test_bfloat16_tokens_stay_near_the_definition(implementation, chunk, mode):
+def test_bfloat16_tokens_stay_close_to_the_definition(implementation, chunk, mode):
     case = dataclasses.replace(WIDE, mode=mode)
     check(case, "bfloat16", quick, implementation=implementation, chunk=chunk)
 
@@ -184,13 +184,13 @@ def test_bfloat16_tokens_stay_near_the_definition(implementation, chunk, mode):
 @pytest.mark.parametrize(
     "tokens", [1, pytest.param(15, marks=pytest.mark.slow), 16, 17, 100]
 )
-def test_any_number_of_tokens_is_right(implementation, chunk, tokens):
+def test_any_number_of_tokens_is_correct(implementation, chunk, tokens):
     case = dataclasses.replace(WIDE, tokens=tokens, mode="fast")
     check(case, "float32", quick, implementation=implementation, chunk=chunk)
 
 
 @each
-def test_no_removal_and_a_large_state_are_right(implementation, chunk):
+def test_zero_removal_and_a_large_state_are_correct(implementation, chunk):
     inputs, state, dy, dend = data(WIDE)
     zeros = jnp.zeros_like(inputs[4])
     arguments = ((*inputs[:4], zeros, zeros), 1e4 * state, dy, dend)
@@ -204,7 +204,7 @@ def test_no_removal_and_a_large_state_are_right(implementation, chunk):
 
 @each
 @pytest.mark.parametrize("cut", [1, 3, 16, 18])
-def test_cutting_changes_nothing(implementation, chunk, cut):
+def test_cutting_the_sequence_changes_nothing(implementation, chunk, cut):
     inputs, state, *_ = data(dataclasses.replace(WIDE, tokens=19, mode="slow"))
     run = functools.partial(forward, implementation=implementation, chunk=chunk)
     y, end = run(inputs, state)
@@ -215,7 +215,7 @@ def test_cutting_changes_nothing(implementation, chunk, cut):
 
 
 @each
-def test_cutting_changes_no_gradient(implementation, chunk):
+def test_cutting_the_sequence_changes_no_gradient(implementation, chunk):
     inputs, state, dy, dend = data(dataclasses.replace(WIDE, tokens=19))
     run = functools.partial(quick, implementation=implementation, chunk=chunk)
     *_, uncut = run(inputs, state, dy, dend)
@@ -232,7 +232,7 @@ def test_cutting_changes_no_gradient(implementation, chunk):
 
 
 @each
-def test_rows_of_a_batch_do_not_see_each_other(implementation, chunk):
+def test_rows_of_a_batch_are_independent(implementation, chunk):
     arguments = data(WIDE)
     other = jax.tree.map(lambda x: x.at[1].multiply(-0.5), arguments)
     run = functools.partial(both, implementation=implementation, chunk=chunk)
@@ -243,7 +243,7 @@ def test_rows_of_a_batch_do_not_see_each_other(implementation, chunk):
 
 
 @each
-def test_later_tokens_change_nothing_before_them(implementation, chunk):
+def test_the_op_is_causal(implementation, chunk):
     inputs, state, *_ = data(WIDE)
     later = tuple(x.at[:, 40:].multiply(0.5) for x in inputs)
     run = functools.partial(forward, implementation=implementation, chunk=chunk)
@@ -254,7 +254,7 @@ def test_later_tokens_change_nothing_before_them(implementation, chunk):
 
 
 @each
-def test_reading_is_linear_in_state_and_values(implementation, chunk):
+def test_the_op_is_linear_in_state_and_values(implementation, chunk):
     (r, log_w, k, v, a, b), state, *_ = data(WIDE)
     # A second pair of values and start state.
     u = v[::-1, ::-1]

@@ -62,7 +62,7 @@ def test_padding_reads_zeros_and_has_no_gradient_even_where_it_is_nan(implementa
 
 
 @each
-def test_tokens_of_zeros_change_nothing(implementation):
+def test_tokens_of_zeros_keep_the_state(implementation):
     padded = tuple(jnp.pad(x, ((0, 0), (0, 11), (0, 0), (0, 0))) for x in INPUTS)
     run = jax.jit(functools.partial(op, implementation=implementation))
     y, end = run(INPUTS, STATE)
@@ -73,7 +73,7 @@ def test_tokens_of_zeros_change_nothing(implementation):
 
 
 @pytest.mark.parametrize("implementation", [None, "scan", "chunked"])
-def test_a_gradient_that_is_nan_in_padding_reaches_no_gradient(implementation):
+def test_a_nan_cotangent_in_padding_reaches_no_gradient(implementation):
     lengths = jnp.array(LENGTHS)
     padding = (jnp.arange(CASE.tokens)[None] >= lengths[:, None])[..., None, None]
 

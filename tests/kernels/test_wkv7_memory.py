@@ -16,7 +16,7 @@ KERNELS = [
 
 
 @pytest.mark.parametrize("implementation", ["scan", "chunked", *KERNELS])
-def test_gradients_are_a_hundred_times_nearer_than_by_dividing_by_the_decay(
+def test_gradients_are_a_hundred_times_closer_than_by_dividing_by_the_decay(
     implementation,
 ):
     inputs, state = make_inputs(Case(1, 64, 2, mode="fast"))
@@ -49,7 +49,7 @@ def test_gradients_are_a_hundred_times_nearer_than_by_dividing_by_the_decay(
         pytest.param(Case(1, 4096, 8), id="B", marks=pytest.mark.slow),
     ],
 )
-def test_training_takes_an_eighth_of_the_definitions_memory(case):
+def test_training_needs_an_eighth_of_the_memory_of_the_definition(case):
     def temporary(op):
 
         def loss(inputs, state):

@@ -108,7 +108,7 @@ def _gradients(inputs, states, ids, *, implementation):
 @hypothesis.settings(max_examples=15)
 @hypothesis.given(cuts=st.lists(st.integers(0, 40), min_size=K - 1, max_size=K - 1))
 @pytest.mark.parametrize("implementation", ["scan", "chunked"])
-def test_any_borders_give_what_the_definition_gives(implementation, cuts):
+def test_any_borders_match_the_definition(implementation, cuts):
     """In float64, against one row for each sequence whose other tokens are left out by lengths."""
     borders = [0, *sorted(cuts), 40]
     sizes = [tuple(np.diff(borders).tolist())]
@@ -142,7 +142,7 @@ def _padded(inputs, states, gather, sizes):
     return pulled(run, inputs, states)
 
 
-def test_one_sequence_a_row_is_the_plain_call():
+def test_one_sequence_per_row_equals_the_plain_call():
     ids = jnp.zeros((2, CASE.tokens), int)
 
     def call(**choices):
@@ -153,7 +153,7 @@ def test_one_sequence_a_row_is_the_plain_call():
 
 
 @pytest.mark.slow
-def test_second_derivatives_are_those_of_separate_rows():
+def test_second_derivatives_match_separate_rows():
     inputs = tuple(x[:1, :20, :1] for x in INPUTS)
     sizes = ((3, 17),)
     states = STATES[:2, :1]
@@ -181,7 +181,7 @@ def test_second_derivatives_are_those_of_separate_rows():
         assert_close(left, right, 1e-10)
 
 
-def test_padding_that_is_nan_reaches_nothing():
+def test_nan_in_padding_reaches_nothing():
     padding = (jnp.arange(CASE.tokens)[None] >= LENGTHS[:, None])[..., None, None]
     poisoned = tuple(jnp.where(padding, jnp.nan, x) for x in INPUTS)
 
@@ -226,7 +226,7 @@ def test_traced_ids_out_of_range_count_as_the_nearest():
         np.testing.assert_array_equal(one, other)
 
 
-def test_no_tokens_hand_the_states_on():
+def test_without_tokens_the_states_are_returned():
     inputs = tuple(x[:, :0] for x in INPUTS)
     y, end = op(inputs, STATES, segment_ids=jnp.zeros((2, 0), int))
     assert y.shape == (2, 0, 2, 64)
@@ -234,7 +234,7 @@ def test_no_tokens_hand_the_states_on():
 
 
 @pytest.mark.parametrize("implementation", [None, "scan", "chunked"])
-def test_sharded_over_rows_and_heads_it_is_the_same(implementation):
+def test_sharding_over_rows_and_heads_changes_nothing(implementation):
     axes = ("batch", "heads")
     mesh = jax.make_mesh((2, 1), axes, axis_types=(AxisType.Auto,) * 2)
     tokens = PartitionSpec("batch", None, "heads")
@@ -258,7 +258,7 @@ def test_sharded_over_rows_and_heads_it_is_the_same(implementation):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_it_is_lowered_to_kernels(platform):
+def test_packed_rows_are_lowered_to_kernels(platform):
     lowered = "cuda" if platform == "gpu" else platform
 
     def run(inputs, states):
@@ -291,13 +291,13 @@ SENTENCES = [
 
 
 @pytest.mark.parametrize(("change", "sentence"), SENTENCES)
-def test_bad_ids_and_states_end_in_one_sentence(unchecked, change, sentence):
+def test_bad_ids_and_states_are_named_in_one_sentence(unchecked, change, sentence):
     arguments = {"state": STATES, "segment_ids": IDS} | change
     with pytest.raises(ValueError, match=f"^wkv7: {sentence}"):
         pallas_kernels.wkv7(*INPUTS, **arguments)
 
 
-def test_triton_refuses_packed_rows(unchecked):
+def test_triton_rejects_packed_rows(unchecked):
     with (
         jax.sharding.use_abstract_mesh(abstract_devices.mesh("gpu")),
         pytest.raises(NotImplementedError, match="'triton' takes no `segment_ids`"),

@@ -58,7 +58,7 @@ def sharded(run, mesh, **options):
         ),
     ],
 )
-def test_sharded_over_devices_the_results_are_the_same(implementation, shape):
+def test_sharding_over_devices_changes_no_result(implementation, shape):
     mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2)
     run = functools.partial(op, implementation=implementation)
     # Pallas's interpreter, not its kernels, fails JAX's check of varying axes.
@@ -72,7 +72,7 @@ def test_sharded_over_devices_the_results_are_the_same(implementation, shape):
 
 
 @pytest.mark.parametrize("implementation", ["scan", "chunked"])
-def test_a_start_state_may_be_made_on_the_devices(implementation):
+def test_a_start_state_may_be_created_inside_shard_map(implementation):
     mesh = jax.make_mesh((2, 1), AXES, axis_types=(AxisType.Auto,) * 2)
     zeros = jnp.zeros_like(STATE)
 
@@ -90,7 +90,7 @@ def test_a_start_state_may_be_made_on_the_devices(implementation):
 
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize(("platform", "lowered"), [("tpu", "tpu"), ("gpu", "cuda")])
-def test_sharded_over_abstract_accelerators_it_is_lowered_to_kernels(
+def test_sharding_over_abstract_accelerators_is_lowered_to_kernels(
     platform, lowered, named
 ):
     mesh = abstract_devices.mesh(platform, (2, 2), AXES)
@@ -133,7 +133,7 @@ def test_a_plain_jit_does_not_gather_a_sharded_batch_for_a_gpu_kernel(
         lower_for_gpus(program)
 
 
-def test_nor_for_the_kernel_of_one_token():
+def test_a_plain_jit_does_not_gather_a_sharded_batch_for_the_single_token_kernel():
     def run(inputs, state):
         token = jax.tree.map(lambda x: x[:, :1], inputs)
         return pallas_kernels.wkv7(*token, state, implementation="pallas_gpu")
@@ -142,7 +142,7 @@ def test_nor_for_the_kernel_of_one_token():
         lower_for_gpus(run)
 
 
-def test_plain_jax_is_divided_among_gpus_by_the_compiler():
+def test_the_compiler_partitions_plain_jax_over_gpus():
     def run(inputs, state):
         return pallas_kernels.wkv7(*inputs, state, implementation="chunked")
 

@@ -84,7 +84,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "head_size", [pytest.param(32, marks=SLOW), 64, pytest.param(128, marks=SLOW)]
 )
-def test_logits_and_states_of_a_file_are_the_official_packages(
+def test_logits_and_states_of_a_file_match_the_official_package(
     official, folder, head_size
 ):
     config = calm_models.config(head_size)
@@ -102,7 +102,7 @@ def test_logits_and_states_of_a_file_are_the_official_packages(
     assert np.abs(wrong - expected).max() > 100 * LOGITS
 
 
-def test_token_by_token_and_cut_at_every_place(official, folder):
+def test_token_by_token_and_any_cut_match_the_official_package(official, folder):
     config = calm_models.config()
     model, _, params = pair(official, folder, config)
     ids = calm_models.ids(config, 1, LENGTH)
@@ -126,7 +126,9 @@ def test_token_by_token_and_cut_at_every_place(official, folder):
         check_state(end, memory)
 
 
-def test_a_session_of_the_package_loads_as_our_state_and_goes_on(official, folder):
+def test_a_session_of_the_official_package_loads_as_a_state_and_continues(
+    official, folder
+):
     import torch
 
     config = calm_models.config()
@@ -156,7 +158,7 @@ def test_a_session_of_the_package_loads_as_our_state_and_goes_on(official, folde
 
 
 @pytest.mark.slow
-def test_their_tokens_one_by_one_are_our_prefill(official, folder):
+def test_the_official_token_by_token_mode_matches_our_prefill(official, folder):
     config = calm_models.config(32)
     model, ours, params = pair(official, folder, config)
     ids = calm_models.ids(config, 1, LENGTH)
@@ -170,7 +172,7 @@ def test_their_tokens_one_by_one_are_our_prefill(official, folder):
 
 
 @pytest.mark.slow
-def test_bfloat16_is_within_the_references_own_noise(official, folder):
+def test_bfloat16_is_within_the_noise_of_the_reference(official, folder):
     config = calm_models.config()
     model, _, params = pair(official, folder, config, dtype="bfloat16")
     ids = calm_models.ids(config, 1, 64)
@@ -186,7 +188,7 @@ def test_bfloat16_is_within_the_references_own_noise(official, folder):
 
 
 @pytest.mark.slow
-def test_a_model_of_the_smallest_published_size_agrees(official, folder):
+def test_a_model_of_the_smallest_published_size_matches(official, folder):
     config = calm_models.config(num_layers=12, width=768)
     model, ours, params = pair(official, folder, config)
     ids = calm_models.ids(config, 1, 40)

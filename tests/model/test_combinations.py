@@ -94,7 +94,7 @@ def gradient(call, start, weights):
 @pytest.mark.parametrize(
     "seed", [0, 1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 10))]
 )
-def test_features_that_meet_give_what_plain_rows_give(seed):
+def test_combined_features_match_plain_rows(seed):
     one = draw(seed)
     params = lively(PLAIN)
     states = ROWS * one.sequences

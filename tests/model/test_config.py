@@ -36,7 +36,7 @@ def test_a_wrong_size_is_named_in_one_sentence(unchecked, change, sentence):
     assert str(caught.value) == f"RWKV7Config: {sentence}"
 
 
-def test_integers_of_numpy_are_sizes_as_those_of_python(unchecked):
+def test_sizes_may_be_numpy_integers(unchecked):
     config = RWKV7Config(vocab_size=np.int64(16), num_layers=np.int32(1), width=64)
     assert config == RWKV7Config(vocab_size=16, num_layers=1, width=64)
     # JSON writes no others.
@@ -77,7 +77,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_size_has_as_many_weights_as_its_file(name):
+def test_a_published_size_has_the_parameter_count_of_its_file(name):
     layers, width, w, a, v, g = PUBLISHED[name]
     official = 2 * 65536 * width + 4 * width
     official += layers * (19 * width + 12 * width**2 + 2 * width * (w + a + v + g))
@@ -92,7 +92,7 @@ def test_a_published_size_has_as_many_weights_as_its_file(name):
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == official - unused
 
 
-def test_ranks_of_a_new_model_follow_its_width():
+def test_the_ranks_of_a_new_model_follow_its_width():
     config = RWKV7Config(vocab_size=16, num_layers=1, width=2048)
     ranks = (config.decay_rank, config.icl_rank, config.value_rank, config.gate_rank)
     assert (config.ffn_width, ranks) == (8192, (128, 128, 64, 224))

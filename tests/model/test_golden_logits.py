@@ -17,7 +17,7 @@ LOGITS, STATES = 1e-4, 1e-5
 
 
 @pytest.mark.parametrize("name", ["tiny", "heads-of-64", "heads-of-128"])
-def test_logits_and_states_are_the_official_packages(name):
+def test_logits_and_states_match_the_official_package(name):
     path = ROOT / "assets" / "tiny.pth" if name == "tiny" else GOLDEN / f"{name}.pth"
     params, config = load_model(path, dtype="float32")
     golden = np.load(GOLDEN / f"{name}.npz")

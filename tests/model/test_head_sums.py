@@ -82,7 +82,7 @@ def equations(run, values):
 
 
 @pytest.mark.parametrize(("heads", "size"), [(3, 32), (2, 64), (1, 7)])
-def test_every_channel_gets_the_sum_of_its_head(heads, size, target):
+def test_every_channel_receives_the_sum_of_its_head(heads, size, target):
     x = draw(BATCH, TOKENS, heads * size)
     split = np.asarray(x, np.float64).reshape(BATCH, TOKENS, heads, size)
     sums = split.sum(axis=-1)
@@ -98,7 +98,7 @@ def test_every_channel_gets_the_sum_of_its_head(heads, size, target):
         assert_close(everywhere, of_channels, FORMULA)
 
 
-def test_the_model_computes_the_same_on_tpu_with_the_same_gradients(target):
+def test_the_tpu_path_computes_the_same_values_and_gradients(target):
     run, values = chain(heads=3, size=32)
 
     def values_and_gradients():
@@ -130,7 +130,7 @@ def test_no_activation_is_summed_over_heads_on_tpu(on_tpu):
             assert 0 in equation.params["axes"]
 
 
-def test_a_single_token_is_summed_as_elsewhere(on_tpu):
+def test_a_single_token_is_summed_as_on_other_platforms(on_tpu):
     names = {one.primitive.name for one in equations(*chain(2, 64, tokens=1))}
     assert "reduce_sum" in names
     assert "dot_general" not in names
@@ -139,7 +139,7 @@ def test_a_single_token_is_summed_as_elsewhere(on_tpu):
 @pytest.mark.parametrize(
     ("dtype", "passes"), [("bfloat16", "HIGH"), ("float32", "HIGHEST")]
 )
-def test_products_are_as_exact_as_the_activations_need(on_tpu, dtype, passes):
+def test_products_are_as_precise_as_the_activations_need(on_tpu, dtype, passes):
     products = []
     for one in equations(*chain(2, 64, dtype=dtype)):
         if one.primitive.name == "dot_general":

@@ -87,7 +87,7 @@ def orthogonal_gain(matrix):
     [(DEEP, 0), (DEEP, 1), (DEEP, 3), (SINGLE, 0)],
     ids=["0", "1", "3", "L=1"],
 )
-def test_what_is_not_drawn_is_the_published_formula(config, layer):
+def test_deterministic_initial_values_follow_the_published_formulas(config, layer):
     block = new(config)[0][layer]
     expected = table(config, layer)
     for path, value in jax.tree_util.tree_leaves_with_path(expected):
@@ -99,7 +99,7 @@ def test_what_is_not_drawn_is_the_published_formula(config, layer):
 
 
 @pytest.mark.parametrize("layer", [0, 1, 3])
-def test_drawn_matrices_are_orthogonal_with_the_published_gain(layer):
+def test_random_matrices_are_orthogonal_with_the_published_gain(layer):
     block = new(DEEP)[0][layer]
     gains = {"receptance": 1.0, "key": 0.1, "value": 1.0}
     for name, gain in gains.items():
@@ -113,7 +113,7 @@ def test_drawn_matrices_are_orthogonal_with_the_published_gain(layer):
         assert orthogonal_gain(block["att"][f"{name}2"]) == pytest.approx(0.1, rel=1e-5)
 
 
-def test_no_tensor_is_outside_the_tables():
+def test_every_tensor_is_in_the_tables():
     drawn = {"receptance", "key", "value", "w2", "a2", "g2", "v2"}
     for layer, block in enumerate(new(DEEP)[0]):
         assert set(block["att"]) == set(table(DEEP, layer)["att"]) | (
@@ -122,7 +122,7 @@ def test_no_tensor_is_outside_the_tables():
         assert set(block["ffn"]) == {"x_k", "key", "value"}
 
 
-def test_embedding_is_tiny_and_head_orthogonal_by_vocabulary():
+def test_the_embedding_is_tiny_and_the_head_is_orthogonal():
     params = new(DEEP)[1]
     emb = params["emb"]["weight"]
     assert 0.9e-4 < np.abs(emb).max() <= 1e-4
@@ -136,7 +136,7 @@ def test_embedding_is_tiny_and_head_orthogonal_by_vocabulary():
         np.testing.assert_array_equal(params[norm]["bias"], np.zeros(128))
 
 
-def test_blocks_are_drawn_apart():
+def test_every_block_has_its_own_random_values():
     first, second, *_ = new(DEEP)[0]
     assert not np.allclose(
         first["att"]["key"]["weight"], second["att"]["key"]["weight"]

@@ -86,7 +86,7 @@ def batch(rows=2, length=9):
 
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(MATRICES)
-def test_an_entry_is_off_by_half_a_step_of_its_row_at_most(matrix):
+def test_the_error_of_an_entry_is_at_most_half_a_step_of_its_row(matrix):
     found = quantize_rows(jnp.asarray(matrix))
     wide = np.asarray(found.scale, np.float64)[..., None]
     off = np.abs(np.asarray(found.values, np.float64) * wide - matrix)
@@ -97,7 +97,7 @@ def test_an_entry_is_off_by_half_a_step_of_its_row_at_most(matrix):
 
 
 @pytest.mark.parametrize("factor", [1.0, 1e-3, 1e30])
-def test_the_largest_entry_of_a_row_is_127_steps(factor):
+def test_the_largest_entry_of_a_row_maps_to_127(factor):
     matrix = factor * np.random.default_rng(0).normal(size=(3, 5, 7))
     found = quantize_rows(jnp.asarray(matrix, jnp.float32))
     assert (np.abs(np.asarray(found.values)).max(axis=-1) == 127).all()
@@ -109,7 +109,7 @@ def test_a_row_of_zeros_stays_zeros():
     assert (np.asarray(found.scale) > 0).all()
 
 
-def test_a_row_has_the_same_integers_alone_and_in_a_stack():
+def test_a_row_quantizes_the_same_alone_and_in_a_stack():
     stack = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 6)), jnp.float32)
     whole = quantize_rows(stack)
     for layer in range(2):
@@ -119,7 +119,7 @@ def test_a_row_has_the_same_integers_alone_and_in_a_stack():
             assert one.scale[0] == whole.scale[layer, row]
 
 
-def test_integers_are_a_fixed_point(weights):
+def test_quantizing_dequantized_weights_changes_nothing(weights):
     _, in_int8, floats = weights
     again = quantize(floats)
     for found, was in zip(
@@ -131,7 +131,7 @@ def test_integers_are_a_fixed_point(weights):
             assert (found.values == was.values).all()
 
 
-def test_the_head_and_the_projections_alone_are_in_8_bits(weights):
+def test_only_the_head_and_the_projections_are_quantized(weights):
     params, in_int8, _ = weights
     found = set()
     paths = jax.tree_util.tree_leaves_with_path(in_int8, is_leaf=is_int8)
@@ -146,7 +146,7 @@ def test_the_head_and_the_projections_alone_are_in_8_bits(weights):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_model_is_that_of_the_floats_its_integers_stand_for(weights, dtype):
+def test_the_quantized_model_equals_the_dequantized_one(weights, dtype):
     _, in_int8, floats = weights
     forward, _ = run(dtype=dtype)
     tokens = tiny_models.tokens(2, 11, CONFIG)
@@ -160,7 +160,7 @@ def test_the_model_is_that_of_the_floats_its_integers_stand_for(weights, dtype):
 
 
 @pytest.mark.parametrize("remat", ["none", "op", "block"])
-def test_gradients_of_the_state_are_those_of_the_dequantized_model(weights, remat):
+def test_gradients_of_the_state_match_the_dequantized_model(weights, remat):
     _, in_int8, floats = weights
     _, gradient = run(remat=remat)
     start = tiny_models.random_state(CONFIG)
@@ -171,7 +171,7 @@ def test_gradients_of_the_state_are_those_of_the_dequantized_model(weights, rema
 
 
 @pytest.mark.parametrize("remat", ["none", "op", "block"])
-def test_no_float_copy_of_all_layers_weights_is_kept(weights, remat):
+def test_no_float_copy_of_all_weights_is_kept(weights, remat):
     params, in_int8, _ = weights
     _, gradient = run(remat=remat, dtype="bfloat16")
     start = tiny_models.random_state(CONFIG)
@@ -183,7 +183,7 @@ def test_no_float_copy_of_all_layers_weights_is_kept(weights, remat):
     assert not kept
 
 
-def test_the_estimate_counts_the_bytes_that_are_held(weights):
+def test_the_estimate_equals_the_bytes_in_memory(weights):
     _, in_int8, _ = weights
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(in_int8))
     count = parameter_count(CONFIG)
@@ -197,12 +197,12 @@ def test_the_estimate_counts_the_bytes_that_are_held(weights):
     assert memory(held / count).parameters == held + state
 
 
-def test_a_matrix_has_the_shape_that_flax_compares():
+def test_a_quantized_matrix_has_the_shape_that_flax_expects():
     matrix = quantize_rows(jnp.ones((2, 3)))
     assert isinstance(matrix, Int8Matrix)
     assert jax.tree.leaves(matrix)[0].shape == matrix.shape == (2, 3)
 
 
-def test_the_outer_tree_of_variables_is_refused():
+def test_the_outer_tree_of_variables_is_rejected():
     with pytest.raises(ValueError, match="quantize: `params` must be the inner tree"):
         quantize({"params": {}})

@@ -89,7 +89,7 @@ def wanted(upscaled, one):
 
 @pytest.mark.parametrize("write", [0.0, 0.7])
 @pytest.mark.parametrize("dynamics", ADDITIVE)
-def test_the_memory_is_read_erased_and_written_as_its_equations_say(dynamics, write):
+def test_the_memory_is_read_erased_and_written_by_its_equations(dynamics, write):
     one = parts()
     upscaled = layer(dynamics, write=write)
     state = noise((B, H, N, N), 3)
@@ -136,7 +136,7 @@ def test_delta_memories_never_grow_however_long_the_sequence():
     assert (np.diff(sizes) <= 1e-5 * float(sizes[0])).all()
 
 
-def test_the_papers_form_diverges_unless_its_removal_keys_have_length_1_and_the_checker_knows():
+def test_the_papers_form_diverges_unless_its_removal_keys_have_length_1():
     one = parts(length=200)
     growth = {}
     excess = {}

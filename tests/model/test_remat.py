@@ -64,7 +64,7 @@ def block_gradients(keep, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "bar"), [("float32", 1e-6), ("float64", 1e-12)])
-def test_gradients_equal_those_of_plain_autodiff(dtype, bar):
+def test_gradients_match_plain_autodiff(dtype, bar):
     with jax.enable_x64(dtype == "float64"):
         plain = block_gradients(lambda block: block, dtype)
         for choice in remat.CHOICES:
@@ -119,7 +119,7 @@ def stored_bytes(config: RWKV7Config, trained: str) -> tuple[float, float]:
 # bits; at this width the low ranks' own channels are 2.5 bytes.
 @pytest.mark.parametrize("trained", ["state", "weights"])
 @pytest.mark.parametrize(("choice", "bar"), [("none", 31), ("op", 4), ("block", 2)])
-def test_a_layer_keeps_few_bytes(choice, bar, trained):
+def test_a_layer_saves_few_bytes_for_its_backward_pass(choice, bar, trained):
     config = dataclasses.replace(STORED, remat=choice)
     vectors, states = stored_bytes(config, trained)
     assert bar - 2 < vectors <= bar
@@ -127,7 +127,7 @@ def test_a_layer_keeps_few_bytes(choice, bar, trained):
     assert states == (0 if choice == "block" else 4 * 64 / 16)
 
 
-def test_sums_over_heads_are_not_kept_where_they_are_products(monkeypatch):
+def test_sums_over_heads_are_not_saved_where_they_are_products(monkeypatch):
     kept_here, _ = stored_bytes(STORED, "weights")
     monkeypatch.setattr(platforms, "target_platform", lambda: "tpu")
     assert stored_bytes(STORED, "weights")[0] == kept_here
@@ -144,7 +144,7 @@ def loops(choice: str) -> int:
     return len(re.findall(r" while\(", text))
 
 
-def test_the_op_runs_again_only_if_the_block_does():
+def test_the_op_is_recomputed_only_with_its_block():
     # The second runs: that of layer 0, and the one inside the backward pass's loop over layers.
     assert loops("none") == loops("op") == loops("block") - 2
 
@@ -163,7 +163,7 @@ def gathers(choice: str) -> int:
 
 
 @pytest.mark.slow
-def test_gathered_weights_are_gathered_again_and_never_kept(monkeypatch):
+def test_gathered_weights_are_gathered_again_and_never_saved(monkeypatch):
     again = gathers("block")
     assert gathers("none") == gathers("op") == again
     everything = jax.checkpoint_policies.everything_saveable

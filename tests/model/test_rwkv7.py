@@ -54,19 +54,19 @@ def check_restated(params, ids, state, config=CONFIG):
         assert_close(trace[name][:, 0], true_trace[name], SAME["model"], name)
 
 
-def test_logits_state_and_trace_are_the_equations():
+def test_logits_state_and_trace_match_the_equations():
     check_restated(lively(), IDS, STATE)
 
 
 @pytest.mark.parametrize("head_size", [64, 128])  # 32 is what all others have
-def test_a_single_layer_of_any_head_size_is_the_equations(head_size):
+def test_a_single_layer_of_any_head_size_matches_the_equations(head_size):
     sizes = {"vocab_size": 11, "num_layers": 1, "width": 128, "ffn_width": 32}
     config = RWKV7Config(**sizes, head_size=head_size, implementation="scan")
     state = random_state(config)
     check_restated(lively(config), tokens(1, LENGTH, config), state, config)
 
 
-def test_a_transposed_state_is_found_out():
+def test_a_transposed_state_is_detected():
     turned = STATE.replace(wkv=STATE.wkv.mT)
     logits, _ = run(lively(), IDS, turned)
     true_logits, _, _ = restated(lively(), IDS[0], select(STATE, 0))
@@ -88,7 +88,7 @@ def test_trace_stacks_every_name_over_layers_and_changes_no_logit(whole):
     assert trace["log_w"].dtype == jnp.float32
 
 
-def test_hidden_stops_just_before_the_head(whole):
+def test_hidden_returns_the_input_of_the_head(whole):
     x, _ = run(lively(), IDS, STATE, method="hidden")
     assert_close(x @ lively()["head"]["weight"].T, whole[0], SAME["model"], "logits")
 
@@ -103,7 +103,7 @@ def test_cutting_anywhere_changes_nothing(whole, cut):
     assert_trees_close(end, whole[1], SAME["model"])
 
 
-def test_prefill_then_token_by_token_is_one_pass(whole):
+def test_prefill_and_token_by_token_match_one_pass(whole):
     logits, state = run(lively(), IDS[:, :3], STATE)
     for t in range(3, LENGTH):
         step, state = run(lively(), IDS[:, t : t + 1], state)
@@ -112,13 +112,13 @@ def test_prefill_then_token_by_token_is_one_pass(whole):
     assert_trees_close(state, whole[1], SAME["model"])
 
 
-def test_no_tokens_give_no_logits_and_the_same_state():
+def test_without_tokens_there_are_no_logits_and_the_state_is_returned():
     logits, end = run(lively(), IDS[:, :0], STATE)
     assert logits.shape == (3, 0, CONFIG.vocab_size)
     jax.tree.map(np.testing.assert_array_equal, end, STATE)
 
 
-def test_rows_of_a_batch_do_not_see_each_other(whole):
+def test_rows_of_a_batch_are_independent(whole):
     other = IDS.at[1:].set((IDS[1:] + 1) % CONFIG.vocab_size)
     logits, end = run(lively(), other, STATE)
     np.testing.assert_array_equal(logits[0], whole[0][0])
@@ -141,7 +141,7 @@ def gradients(params, state, config):
     return jnp.mean(jnp.square(logits)) + jnp.mean(jnp.square(end.wkv))
 
 
-def test_the_implementation_a_user_gets_reads_as_the_definition_does():
+def test_the_default_implementation_matches_the_definition():
     lengths = jnp.array([LENGTH, 2, 0])
     found, wanted = (
         run(lively(), IDS, STATE, lengths, config=x) for x in (AS_SHIPPED, CONFIG)
@@ -150,7 +150,7 @@ def test_the_implementation_a_user_gets_reads_as_the_definition_does():
 
 
 @pytest.mark.slow
-def test_the_implementation_a_user_gets_has_the_definitions_gradients():
+def test_the_default_implementation_has_the_gradients_of_the_definition():
     found, wanted = (gradients(lively(), STATE, x) for x in (AS_SHIPPED, CONFIG))
     assert_trees_close(found, wanted, SAME["gradient"])
 
@@ -168,7 +168,7 @@ def test_every_weight_and_the_state_have_a_gradient():
         assert float(jnp.abs(grad).max()) > 0, jax.tree_util.keystr(path)
 
 
-def test_a_call_outside_of_programs_is_compiled_once(whole):
+def test_an_eager_call_compiles_once(whole):
     """And not at every call: all of these programs were kept, some megabytes each."""
     params = lively()
 
@@ -187,7 +187,7 @@ def test_a_call_outside_of_programs_is_compiled_once(whole):
     assert not [event for event in compiled if "compile" in event]
 
 
-def test_modules_around_the_model_are_called_outside_of_programs_too():
+def test_modules_around_the_model_can_be_called_eagerly():
     class Features(nn.Module):
         def setup(self):
             self.model = RWKV7(CONFIG)
@@ -201,7 +201,7 @@ def test_modules_around_the_model_are_called_outside_of_programs_too():
     assert_close(hidden, run(lively(), IDS, STATE, method="hidden")[0], SAME["model"])
 
 
-def test_forward_mode_through_the_model_ends_in_one_sentence():
+def test_forward_mode_through_the_model_raises_one_sentence():
     def logits(state):
         return RWKV7(CONFIG).apply({"params": lively()}, IDS, state)[0]
 
@@ -212,7 +212,7 @@ def test_forward_mode_through_the_model_ends_in_one_sentence():
     assert jax.tree.leaves(jax.eval_shape(push_gradient, (STATE,), (STATE,)))
 
 
-def test_what_is_captured_of_a_call_is_that_of_all_its_modules():
+def test_captured_intermediates_cover_all_modules():
     _, kept = RWKV7(CONFIG).apply(
         {"params": lively()},
         IDS,
@@ -227,13 +227,13 @@ def test_what_is_captured_of_a_call_is_that_of_all_its_modules():
     assert jax.tree.leaves(memories)[0].shape[0] == CONFIG.num_layers - 1
 
 
-def test_nan_is_still_found_by_jax_where_it_arises():
+def test_debug_nans_finds_where_a_nan_arises():
     params = jax.tree.map(lambda leaf: leaf * np.nan, lively())
     with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
         RWKV7(CONFIG).apply({"params": params}, IDS, STATE)
 
 
-def test_inside_of_a_checked_shard_map_the_sentence_says_what_to_do():
+def test_a_checked_shard_map_raises_a_sentence_with_the_remedy():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
     axes = jax.sharding.PartitionSpec("x")
     # Outside of the function: weights that are made inside of it would be traced.
@@ -251,7 +251,7 @@ def test_inside_of_a_checked_shard_map_the_sentence_says_what_to_do():
 
 
 @pytest.mark.parametrize("axis", ["tensor", "fsdp", "sequence", "data"])
-def test_a_shard_map_of_the_callers_own_may_call_its_axis_as_ours_are(whole, axis):
+def test_a_callers_shard_map_may_reuse_our_axis_names(whole, axis):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), (axis,))
     rows = jax.sharding.PartitionSpec(axis)
     params = lively()
@@ -275,7 +275,7 @@ def on_an_explicit_mesh(array):
     return mesh, jax.device_put(array, replicated)
 
 
-def test_a_mesh_whose_axes_are_types_is_refused_at_every_door(tmp_path):
+def test_a_mesh_with_explicit_axes_is_rejected_everywhere(tmp_path):
     params = lively()
     mesh, ids = on_an_explicit_mesh(IDS)
     call = RWKV7(CONFIG).apply
@@ -298,14 +298,14 @@ def test_a_mesh_whose_axes_are_types_is_refused_at_every_door(tmp_path):
 
 
 @pytest.mark.parametrize("axis", ["tensor", "fsdp", "data"])
-def test_a_mesh_of_one_axis_that_is_called_as_ours_gives_the_same(whole, axis):
+def test_a_callers_mesh_with_one_of_our_axis_names_gives_the_same(whole, axis):
     mesh = jax.make_mesh((2,), (axis,), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh):
         found = jax.jit(RWKV7(CONFIG).apply)({"params": lively()}, IDS, STATE)
     assert_trees_close(found, whole, SAME["model"])
 
 
-def test_several_models_of_a_transform_are_called_together(whole):
+def test_models_under_a_lifted_transform_are_called_together(whole):
     pair = nn.vmap(
         RWKV7,
         variable_axes={"params": 0},
@@ -320,7 +320,7 @@ def test_several_models_of_a_transform_are_called_together(whole):
 
 
 @pytest.mark.parametrize("method", ["trace", "hidden_with_trace"])
-def test_the_names_of_a_trace_are_chosen(method):
+def test_trace_returns_the_requested_names(method):
     call = functools.partial(RWKV7(CONFIG).apply, {"params": lively()}, IDS, STATE)
     *_, traced = call(names=["residual"], method=method)
     assert set(traced) == {"residual"}
@@ -344,7 +344,7 @@ def test_a_state_is_the_carry_of_a_loop_whatever_its_dtype(dtype):
     assert kinds[0] == kinds[1]
 
 
-def test_bfloat16_activations_stay_near_float32(whole):
+def test_bfloat16_activations_stay_close_to_float32(whole):
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     state = random_state(config, batch=3)
     logits, end = run(lively(), IDS, state, config=config)
@@ -364,7 +364,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_position(bad, position):
     )
 
 
-def test_ids_that_are_no_integers_are_refused(unchecked):
+def test_ids_must_be_integers(unchecked):
     with pytest.raises(
         TypeError, match="RWKV7: `tokens` must be integers; got float32"
     ):
@@ -378,7 +378,7 @@ def refuse(state, error):
     return str(caught.value)
 
 
-def test_a_state_that_does_not_fit_is_refused_in_one_sentence(unchecked):
+def test_a_state_of_another_model_is_rejected_in_one_sentence(unchecked):
     assert refuse(init_state(CONFIG, 2), ValueError) == (
         "RWKV7: `state.att_shift` must have shape (3, 3, 64) (layers 3, batch 3, ...); "
         "got (3, 2, 64)."
@@ -393,9 +393,7 @@ def test_a_state_that_does_not_fit_is_refused_in_one_sentence(unchecked):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8])
-def test_lengths_in_few_bits_count_where_the_row_is_longer_than_they_reach(
-    unchecked, dtype
-):
+def test_lengths_may_have_a_dtype_too_small_for_the_row(unchecked, dtype):
     lengths = np.array([100, 3, 0], dtype)
     found = jax.jit(lambda lengths: safe_lengths(lengths, (3, 300)))(lengths)
     np.testing.assert_array_equal(found, lengths)

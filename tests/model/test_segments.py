@@ -88,7 +88,7 @@ def test_packed_sequences_equal_separate_rows_with_all_gradients(config):
     assert_trees_close({"grads": grads}, {"grads": true_grads}, 1e-5)
 
 
-def test_one_sequence_a_row_is_the_plain_call():
+def test_one_sequence_per_row_equals_the_plain_call():
     model = RWKV7(QUICK)
     params = lively(QUICK)
     state = random_state(QUICK, batch=ROWS)
@@ -117,7 +117,7 @@ def test_a_static_memory_is_shared_by_packed_sequences():
     assert_trees_close({"logits": found}, {"logits": expected}, BAR)
 
 
-def test_rows_of_no_tokens_hand_on_every_state_and_its_gradient():
+def test_rows_without_tokens_return_every_state_and_its_gradient():
     params = lively(QUICK)
     state = random_state(QUICK, ROWS * K)
     nothing = jnp.zeros((ROWS, 0), jnp.int32)
@@ -133,7 +133,7 @@ def test_rows_of_no_tokens_hand_on_every_state_and_its_gradient():
     jax.tree.map(np.testing.assert_array_equal, gradient, state)
 
 
-def test_a_memory_that_changes_is_refused(unchecked):
+def test_a_changing_memory_is_rejected(unchecked):
     model = RWKV7(QUICK)
     params = lively(QUICK)
     start = upscale(model, params, tokens(6, 40, seed=5), size=SIZE, dynamics="delta")
@@ -153,7 +153,7 @@ SENTENCES = [
 
 
 @pytest.mark.parametrize(("ids", "error", "sentence"), SENTENCES)
-def test_bad_ids_end_in_one_sentence(unchecked, ids, error, sentence):
+def test_bad_ids_are_named_in_one_sentence(unchecked, ids, error, sentence):
     state = random_state(QUICK, batch=ROWS * K)
     with pytest.raises(error, match=f"^RWKV7: {sentence}"):
         RWKV7(QUICK).apply(

@@ -69,7 +69,7 @@ def test_stacking_single_rows_gives_back_the_batch(kind):
 
 
 @kinds
-def test_selecting_twice_is_selecting_the_selected_rows(kind):
+def test_selections_compose(kind):
     batch = batch_of(kind)
     first = np.array([3, 1, 1, 0])
     second = np.array([2, 0])
@@ -146,7 +146,7 @@ def test_where_rows_gives_each_row_its_own_of_two_shared_memories():
 
 
 @kinds
-def test_rows_are_restored_and_what_all_share_stays_shared(kind):
+def test_rows_are_restored_and_shared_memories_stay_shared(kind):
     start = repeat(one_state(kind, seed=1), ROWS)
     # As two tokens later: only what has a row for each sequence differs.
     now = select(start, [0] * ROWS)
@@ -162,7 +162,7 @@ def test_rows_are_restored_and_what_all_share_stays_shared(kind):
         assert_same(select(mixed, row), select(start if is_restored else now, row))
 
 
-def test_where_rows_refuses_memories_that_do_not_fit_each_other():
+def test_where_rows_rejects_memories_of_different_shapes():
     plain = random_state(seed=7)
     static = one_state("static", seed=1)
     for pair in (
@@ -174,13 +174,13 @@ def test_where_rows_refuses_memories_that_do_not_fit_each_other():
             where_rows(jnp.array([True]), *pair)
 
 
-def test_a_mask_whose_count_is_unknown_is_refused(unchecked):
+def test_a_mask_of_unknown_count_is_rejected(unchecked):
     with pytest.raises(TypeError, match="`rows` must be indices in a compiled"):
         jax.jit(lambda rows: select(random_state(seed=7), rows))(jnp.array([True]))
 
 
 @pytest.mark.parametrize("kind", ADDITIVE)
-def test_a_plain_state_gets_an_empty_memory_where_others_have_one(kind):
+def test_a_plain_state_is_stacked_with_an_empty_memory(kind):
     plain = random_state(seed=7)
     wide = one_state(kind, seed=1)
     for states, row in (([plain, wide], 0), ([wide, plain], 1)):
@@ -208,7 +208,7 @@ def test_memories_of_different_forms_are_not_stacked():
 
 
 @pytest.mark.parametrize("kind", REPLACING)
-def test_a_memory_in_a_wkv_states_place_is_not_stacked_with_plain_states(kind):
+def test_a_memory_that_replaces_the_wkv_state_is_not_stacked_with_plain_states(kind):
     states = [one_state(None, seed=1), one_state(kind, seed=2)]
     sentence = rf"stack: `states` must all have a memory of the paper's form \({kind}\)"
     for some in (states, states[::-1]):
@@ -238,7 +238,7 @@ def test_linear_leaves_are_added_and_features_stay_those_of_the_first(kind):
 
 
 @kinds
-def test_states_of_the_right_batch_pass_the_check_as_arrays_tracers_and_shapes(kind):
+def test_the_check_accepts_arrays_tracers_and_shapes(kind):
     batch = batch_of(kind)
     check_state(batch, ROWS, CONFIG)
     check_state(jax.eval_shape(lambda: batch), ROWS, CONFIG)
@@ -252,7 +252,7 @@ def test_states_of_the_right_batch_pass_the_check_as_arrays_tracers_and_shapes(k
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_new_state_is_zeros_with_shifts_in_the_dtype_of_the_activations(dtype):
+def test_a_new_state_is_zeros_in_the_dtypes_of_the_model(dtype):
     config = dataclasses.replace(CONFIG, dtype=dtype)
     state = init_state(config, ROWS)
     check_state(state, ROWS, config)
@@ -268,7 +268,7 @@ def message_of(state, error, batch=1, **arguments):
     return str(caught.value)
 
 
-def test_the_message_begins_with_the_caller_and_without_one_with_check_state():
+def test_the_message_begins_with_the_calling_function():
     state = init_state(CONFIG)
     assert message_of(state, ValueError, batch=2).startswith(
         "check_state: `state.att_shift` must"
@@ -284,7 +284,7 @@ def test_a_leaf_of_another_shape_is_named(name, unchecked):
     assert f"`state.{name}` must have shape (3, 1," in message_of(longer, ValueError)
 
 
-def test_only_a_state_with_float32_wkv_is_taken(unchecked):
+def test_the_wkv_state_must_be_float32(unchecked):
     state = init_state(CONFIG)
     assert "got dict." in message_of({"wkv": state.wkv}, TypeError)
     half = state.replace(wkv=state.wkv.astype("bfloat16"))
@@ -296,7 +296,7 @@ def with_upscaled(kind, **changes) -> RWKV7State:
     return state.replace(upscaled=state.upscaled.replace(**changes))
 
 
-def test_a_state_is_shown_by_its_shapes():
+def test_a_state_prints_its_shapes():
     """Its numbers would fill screens."""
     state = init_state(CONFIG)
     shown = repr(state)
@@ -308,7 +308,7 @@ def test_a_state_is_shown_by_its_shapes():
     assert "wkv='a'" in repr(jax.tree.map(lambda _: "a", state))
 
 
-def test_an_array_of_another_library_is_refused_as_such():
+def test_an_array_of_another_library_is_rejected():
     class Tensor:
         """What tells PyTorch's tensors apart: its dtypes are its own."""
 
@@ -321,7 +321,7 @@ def test_an_array_of_another_library_is_refused_as_such():
     assert message == "check_state: `state.att_shift` must be an array; got Tensor."
 
 
-def test_an_unknown_form_or_kind_is_named_with_those_that_exist():
+def test_an_unknown_form_or_kind_lists_the_known_ones():
     message = message_of(with_upscaled("static", dynamics="still"), ValueError)
     assert f"must be one of {', '.join(DYNAMICS)}; got 'still'." in message
     features = empty_state().upscaled.features.replace(kind="cubic")

@@ -63,7 +63,7 @@ def _error(value, expected):
 
 @pytest.mark.parametrize("mode", cases.MODES)
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
-def test_any_number_of_devices_gives_the_numbers_of_one(count, mode):
+def test_any_number_of_devices_matches_one(count, mode):
     case = cases.Case(**{**vars(CASE), "mode": mode})
     inputs, state = cases.make_inputs(case)
     y, ends = _along_time(inputs, state, count)
@@ -74,7 +74,7 @@ def test_any_number_of_devices_gives_the_numbers_of_one(count, mode):
 
 
 @pytest.mark.parametrize("count", [3, 4])
-def test_gradients_of_the_inputs_and_of_the_start_state_are_those_of_one_device(count):
+def test_gradients_of_inputs_and_start_state_match_one_device(count):
     inputs, state = cases.make_inputs(CASE)
     keys = jax.random.split(jax.random.key(1), 2)
     weights = jax.random.normal(keys[0], inputs.v.shape)
@@ -97,7 +97,7 @@ def test_gradients_of_the_inputs_and_of_the_start_state_are_those_of_one_device(
         assert _error(value, wanted) < 2e-6
 
 
-def test_rows_that_end_on_different_devices_end_as_they_do_on_one():
+def test_rows_that_end_on_different_devices_match_one_device():
     inputs, state = cases.make_inputs(CASE)
     for lengths in ([0, 120], [1, 30], [31, 119], [60, 90]):
         lengths = jnp.array(lengths)
@@ -125,7 +125,7 @@ def test_the_token_shift_crosses_devices_bit_for_bit():
 
 
 @pytest.mark.parametrize("lengths", [[0, 12], [1, 3], [4, 11], [9, 6]])
-def test_the_last_token_that_counts_is_found_on_the_device_that_has_it(lengths):
+def test_the_last_valid_token_is_found_on_its_device(lengths):
     x = jax.random.normal(jax.random.key(2), (2, 12, 5))
     before = jax.random.normal(jax.random.key(3), (2, 5))
     lengths = jnp.array(lengths)
@@ -143,7 +143,7 @@ def test_the_last_token_that_counts_is_found_on_the_device_that_has_it(lengths):
         np.testing.assert_array_equal(value, expected)
 
 
-def test_a_device_exchanges_two_matrices_a_round_and_one_start_state():
+def test_a_device_exchanges_two_matrices_per_round_and_one_start_state():
     inputs, state = cases.make_inputs(CASE)
     # By name: the default has changed between versions of JAX.
     automatic = (jax.sharding.AxisType.Auto,)

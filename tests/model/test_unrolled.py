@@ -69,17 +69,17 @@ def rows(batch):
     return TOKENS[:batch], np.ones(batch, bool)
 
 
-def test_one_row_has_the_same_bits(params):
+def test_one_row_is_bit_exact(params):
     state = tiny_models.random_state(CONFIG)
     assert_same_bits(*both_forms(CONFIG, params, state, *rows(1)))
 
 
-def test_one_row_of_8_bit_weights_has_the_same_bits(params):
+def test_one_row_with_8_bit_weights_is_bit_exact(params):
     state = tiny_models.random_state(CONFIG)
     assert_same_bits(*both_forms(CONFIG, quantize(params), state, *rows(1)))
 
 
-def test_a_model_of_one_layer_has_no_stack():
+def test_a_single_layer_model_gives_the_same():
     params = tiny_models.lively(tiny_models.QUICK)
     state = tiny_models.random_state(tiny_models.QUICK)
     expected, found = both_forms(tiny_models.QUICK, params, state, *rows(1))
@@ -87,7 +87,7 @@ def test_a_model_of_one_layer_has_no_stack():
 
 
 @pytest.mark.parametrize("is_live", [True, False])
-def test_a_token_as_gpus_read_it_is_the_same(params, is_live, monkeypatch):
+def test_a_token_in_the_gpu_layout_is_the_same(params, is_live, monkeypatch):
     state = tiny_models.random_state(CONFIG)
     tokens, live = rows(1)
     expected, _ = both_forms(CONFIG, params, state, tokens, live & is_live)
@@ -96,7 +96,7 @@ def test_a_token_as_gpus_read_it_is_the_same(params, is_live, monkeypatch):
     assert_same(found, expected)
 
 
-def test_rows_that_do_not_read_keep_their_state(params):
+def test_inactive_rows_keep_their_state(params):
     state = tiny_models.random_state(CONFIG, batch=3)
     live = np.array([True, False, True])
     expected, found = both_forms(CONFIG, params, state, TOKENS, live)
@@ -111,7 +111,7 @@ def test_upscaled_memories_are_read_and_written(params, dynamics):
     assert_same(found, expected)
 
 
-def test_weights_given_away_after_they_were_split_are_still_those(params):
+def test_split_weights_outlive_the_donated_originals(params):
     stack = jax.tree.map(lambda leaf: leaf + 0, params["layers"])
     split = split_params({"layers": stack})
     give_away = jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)
@@ -131,7 +131,7 @@ def test_splitting_and_joining_a_state_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, join_states(split_state(state)), state)
 
 
-def test_a_token_and_a_prompt_sum_16_bit_products_in_float32(params):
+def test_tokens_and_prompts_accumulate_16_bit_products_in_float32(params):
     """XLA for GPUs rounds the products of a single row to 16 bits unless it is told otherwise."""
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     tokens, live = rows(1)
@@ -159,7 +159,7 @@ def test_a_token_and_a_prompt_sum_16_bit_products_in_float32(params):
 
 @pytest.mark.parametrize("count", [1, 2, 8, 64, 65])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_products_of_few_rows_and_their_gradients_are_those_of_numpy(count, dtype):
+def test_products_of_few_rows_and_their_gradients_match_numpy(count, dtype):
     random = np.random.default_rng(count)
     # Small integers are exact in 16 bits, and so are their sums in float32.
     x = random.integers(-3, 4, (count, 1, 24)).astype(np.float32)

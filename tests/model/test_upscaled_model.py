@@ -80,7 +80,7 @@ def as_users(config):
     ],
     ids=["shallow", *ADDITIVE],
 )
-def test_an_empty_memory_leaves_the_model_what_it_was_bit_for_bit(config, dynamics):
+def test_an_empty_memory_is_bit_exact_with_the_base_model(config, dynamics):
     run = as_users(config)
     ids = tokens(B, T)
     start = random_state(config, batch=B)
@@ -116,7 +116,7 @@ def test_upscaling_in_the_papers_form_warns_that_it_may_diverge(model, params):
     assert state.upscaled.memory.shape == (3, 1, 2, 64, 64)
 
 
-def test_upscaling_in_the_papers_form_warns_where_a_start_state_is_gone_at_once(
+def test_upscaling_in_the_papers_form_warns_if_it_discards_the_start_state(
     model, params
 ):
     def made(widths):
@@ -158,7 +158,7 @@ def test_folding_the_map_into_the_memory_changes_nothing(run, states, dynamics):
     np.testing.assert_allclose(run(ids, folded)[0], run(ids, state)[0], atol=2e-4)
 
 
-def test_a_static_memory_is_folded_whatever_its_strength_of_writes(states):
+def test_a_static_memory_can_be_folded_with_any_write_strength(states):
     expected = fold_feature_map(filled(states["static"]).upscaled)
     written = filled(states["static"], write=0.5).upscaled
     for fold in (fold_feature_map, jax.jit(fold_feature_map)):
@@ -167,7 +167,7 @@ def test_a_static_memory_is_folded_whatever_its_strength_of_writes(states):
         np.testing.assert_allclose(folded.memory, expected.memory, rtol=1e-5)
 
 
-def test_a_decay_memory_whose_writes_are_not_known_cannot_be_folded(states):
+def test_a_decay_memory_with_unknown_writes_cannot_be_folded(states):
     with pytest.raises(ValueError, match=r"fold_feature_map: `upscaled` must be"):
         jax.jit(fold_feature_map)(states["decay"].upscaled)
 
@@ -180,7 +180,7 @@ def test_a_delta_memory_cannot_be_folded(states):
 
 
 @kinds
-def test_a_batch_of_different_states_equals_single_runs(run, states, dynamics):
+def test_a_batch_of_different_states_matches_single_runs(run, states, dynamics):
     plain = random_state(seed=4)
     many = [filled(states[dynamics], seed) for seed in range(3)] + [plain]
     ids = jnp.broadcast_to(tokens(1, T), (5, T))
@@ -195,7 +195,7 @@ def test_a_batch_of_different_states_equals_single_runs(run, states, dynamics):
 @pytest.mark.parametrize(
     "dynamics", [pytest.param("static", marks=pytest.mark.slow), "delta"]
 )
-def test_generation_goes_on_from_an_upscaled_state(config, dynamics):
+def test_generation_continues_from_an_upscaled_state(config, dynamics):
     params = lively(config)
     state = filled(empty_state(config, dynamics))
     run = functools.partial(plainly(config), params)
@@ -215,7 +215,7 @@ def test_generation_goes_on_from_an_upscaled_state(config, dynamics):
     [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)],
     ids=["shallow", "deep"],
 )
-def test_a_state_scaled_to_nothing_is_the_base_model(config):
+def test_a_state_scaled_to_zero_is_the_base_model(config):
     run = as_users(config)
     ids = tokens(B, T)
     state = repeat(scaled(filled(empty_state(config)), 0.0), B)
@@ -241,13 +241,13 @@ def test_a_state_scaled_to_nothing_is_the_base_model(config):
         ({"size": -4}, "`size` must be at least 1"),
     ],
 )
-def test_choices_that_do_not_exist_are_named(model, params, choice, sentence):
+def test_unknown_choices_are_named(model, params, choice, sentence):
     with pytest.raises(ValueError) as caught:
         upscale(model, params, tokens(1, 20), **choice)
     assert sentence in str(caught.value)
 
 
-def test_a_memory_of_another_shape_is_refused_at_the_models_door(run, states):
+def test_the_model_rejects_a_memory_of_another_shape(run, states):
     upscaled = states["static"].upscaled
     short = upscaled.replace(memory=upscaled.memory[..., :-1])
     with pytest.raises(

@@ -42,25 +42,25 @@ def assert_same_states(found, expected):
     assert_close(found, expected, 1e-6)
 
 
-def test_an_observer_that_is_the_teacher_proposes_its_states(mirror, batch, own):
+def test_an_observer_equal_to_the_teacher_proposes_its_states(mirror, batch, own):
     same = selecting(mirror, [0, 1, 2, 3])
     found = propose(*same, batch["tokens"][:, :-1], batch["split"])
     assert_same_states(found.wkv, own[1].wkv)
 
 
-def test_a_map_of_another_place_moves_a_state_there(mirror, batch, own):
+def test_a_map_moves_states_to_their_layer_and_head(mirror, batch, own):
     swapped = selecting(mirror, [3, 2, 1, 0])
     found = propose(*swapped, batch["tokens"][:, :-1], batch["split"])
     assert_same_states(found.wkv, own[1].wkv[::-1, :, ::-1])
 
 
-def test_a_proposal_is_the_mapped_state_of_the_row_read_alone(made, batch, proposed):
+def test_a_proposal_is_the_mapped_state_of_its_own_row(made, batch, proposed):
     found = propose(*made, batch["tokens"][:, :-1], batch["split"])
     assert_same_states(found.wkv, proposed[1].wkv)
     assert not found.att_shift.any() and not found.ffn_shift.any()
 
 
-def test_before_anything_is_read_the_bias_is_proposed(made, batch):
+def test_an_empty_prompt_proposes_the_bias(made, batch):
     found = propose(*made, batch["tokens"][:, :-1], np.zeros(ROWS, np.int32))
     np.testing.assert_array_equal(found.wkv[:, 2], made[1]["bias"])
 
@@ -88,14 +88,12 @@ def test_tokens_after_the_split_do_not_move_the_proposal(made, batch):
     np.testing.assert_array_equal(one, two)
 
 
-def test_a_new_observer_proposes_states_of_about_the_size_of_its_own(
-    mirror, batch, own
-):
+def test_a_new_observer_proposes_states_of_the_scale_of_its_own(mirror, batch, own):
     found = propose(*mirror, batch["tokens"][:, :-1], batch["split"])
     assert 0.3 < float(jnp.std(found.wkv) / jnp.std(own[1].wkv)) < 3
 
 
-def test_a_right_proposal_leaves_nothing_unexplained_and_the_mean_everything(own):
+def test_a_perfect_proposal_has_error_0_and_the_mean_has_error_1(own):
     wkv = own[1].wkv
     mean, variance = moments(wkv)
     assert float(fraction_of_variance_unexplained(wkv, wkv, variance).max()) == 0.0
@@ -105,7 +103,7 @@ def test_a_right_proposal_leaves_nothing_unexplained_and_the_mean_everything(own
     ) == pytest.approx(1.0, rel=1e-5)
 
 
-def test_a_head_that_does_not_vary_is_no_infinite_loss(own):
+def test_a_constant_head_gives_a_finite_loss(own):
     wkv = own[1].wkv.at[1, :, 0].set(0.25)
     found = fraction_of_variance_unexplained(wkv + 1e-4, wkv, moments(wkv).variance)
     assert float(found.max()) < 10
@@ -115,7 +113,7 @@ def test_a_head_that_does_not_vary_is_no_infinite_loss(own):
     ).any()
 
 
-def test_moments_of_prompts_are_those_of_the_rows_states(teacher, batch, own):
+def test_moments_of_prompts_match_the_states_of_the_rows(teacher, batch, own):
     found = state_moments(*teacher, batch["tokens"][:, :-1], batch["split"])
     wkv = own[1].wkv
     np.testing.assert_allclose(found.mean, wkv.mean(1), rtol=1e-4, atol=1e-6)

@@ -22,7 +22,7 @@ made = pytest.fixture(tiny_observers.made, scope="module")
 batch = pytest.fixture(tiny_observers.batch, scope="module")
 
 
-def test_other_vocabularies_and_sizes_are_refused(made, teacher):
+def test_other_vocabularies_and_sizes_are_rejected(made, teacher):
     other = dataclasses.replace(TEACHER, vocab_size=24)
     with pytest.raises(
         ValueError,
@@ -77,7 +77,7 @@ def test_weights_of_the_terms_are_checked(made, teacher):
         ),
     ],
 )
-def test_a_batch_that_does_not_fit_is_refused(change, sentence, made, teacher, batch):
+def test_a_malformed_batch_is_rejected(change, sentence, made, teacher, batch):
     batch = {name: part for name, part in (batch | change).items() if part is not None}
     with pytest.raises(ValueError, match=f"observer_loss: {sentence}"):
         observer_loss(made[0], *teacher)(made[1], batch)
@@ -85,7 +85,7 @@ def test_a_batch_that_does_not_fit_is_refused(change, sentence, made, teacher, b
         evaluate_handover(*teacher, init_state(TEACHER), batch)
 
 
-def test_calls_that_do_not_fit_are_refused(made, teacher, batch):
+def test_malformed_calls_are_rejected(made, teacher, batch):
     observer, params = made
     tokens = batch["tokens"]
     with pytest.raises(
@@ -123,7 +123,7 @@ def test_calls_that_do_not_fit_are_refused(made, teacher, batch):
         add_prompt_splits(batch, 0, 0, least=5, most=4)
 
 
-def test_arguments_of_another_kind_are_refused(unchecked, made, batch):
+def test_arguments_of_the_wrong_type_are_rejected(unchecked, made, batch):
     with pytest.raises(
         TypeError, match="Observer: `model` must be an RWKV7 and `teacher` an RWKV"
     ):

@@ -29,7 +29,7 @@ teacher = pytest.fixture(tiny_observers.teacher, scope="module")
 made = pytest.fixture(tiny_observers.made, scope="module")
 
 
-def test_an_observer_survives_its_folder_bit_for_bit(made, teacher, tmp_path):
+def test_an_observer_round_trips_through_its_folder(made, teacher, tmp_path):
     observer, params = made
     params = params | {"left": params["left"].astype(jnp.bfloat16)}
     info = {
@@ -50,7 +50,7 @@ def test_an_observer_survives_its_folder_bit_for_bit(made, teacher, tmp_path):
         np.testing.assert_array_equal(one, two)
 
 
-def test_a_folder_of_another_teacher_is_refused(made, tmp_path):
+def test_a_folder_of_another_teacher_is_rejected(made, tmp_path):
     save_observer(tmp_path, *made, info={"base_model": "abc"})
     for change, sentence in (
         (
@@ -72,7 +72,7 @@ def test_a_folder_of_another_teacher_is_refused(made, tmp_path):
         load_observer(tmp_path, TEACHER, base_model="abd")
 
 
-def test_a_damaged_folder_is_refused(made, tmp_path):
+def test_a_damaged_folder_is_rejected(made, tmp_path):
     observer, params = made
     with pytest.raises(
         ValueError, match=r"is no observer: it has no model\.safetensors"

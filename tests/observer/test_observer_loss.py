@@ -73,7 +73,7 @@ def test_each_term_reaches_the_model_through_the_maps(term, result):
         assert np.abs(leaf).max() > 0
 
 
-def test_the_divergence_moves_the_small_model_alone(result):
+def test_the_divergence_moves_only_the_small_model(result):
     _, gradients = result
     _, grads = gradients["divergence_nats"]
     assert np.abs(grads["model"]["head"]["weight"]).max() > 0
@@ -93,14 +93,14 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(result):
     assert float(found["loss_nats"]) == float(found["answer_nats"])
 
 
-def test_states_are_compared_at_the_splits_as_of_rows_read_alone(own, proposed, result):
+def test_states_at_the_splits_match_separate_prompts(own, proposed, result):
     wanted, came = (np.asarray(state.wkv, np.float64) for _, state in (own, proposed))
     variance = wanted.var(axis=1).mean(axis=(2, 3))
     error = np.square(came - wanted).mean(axis=(1, 3, 4))
     assert float(result[0]["fvu"]) == pytest.approx((error / variance).mean(), rel=1e-5)
 
 
-def test_answers_are_those_of_rows_continued_alone(teacher, batch, proposed, result):
+def test_answers_match_separately_continued_rows(teacher, batch, proposed, result):
     nats, _ = by_rows(teacher, proposed[1], batch)
     assert float(result[0]["answer_nats"]) == pytest.approx(nats, rel=1e-5)
 
@@ -130,9 +130,7 @@ def test_models_of_other_widths_diverge_by_their_own_heads():
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_without_answers_the_tokens_after_the_splits_have_no_influence(
-    made, teacher, batch
-):
+def test_without_answers_tokens_after_the_splits_have_no_effect(made, teacher, batch):
     loss = jax.jit(observer_loss(made[0], *teacher, answers=0.0))
     later = np.arange(LENGTH + 1)[None] >= batch["split"][:, None]
     other = batch | {
@@ -184,7 +182,7 @@ def test_the_proposal_error_is_the_unexplained_variance_row_by_row(
     assert float(alone[0]) == pytest.approx(float(rows[2]), rel=1e-4)
 
 
-def test_the_handover_is_four_continuations(teacher, batch, own, proposed):
+def test_the_handover_metrics_are_four_continuations(teacher, batch, own, proposed):
     found = evaluate_handover(*teacher, proposed[1], batch)
     zero = init_state(TEACHER, ROWS)
     starts = {"zero": zero, "wkv": zero.replace(wkv=own[1].wkv), "own": own[1]}
@@ -195,12 +193,12 @@ def test_the_handover_is_four_continuations(teacher, batch, own, proposed):
         assert found[name].accuracy == pytest.approx(accuracy, rel=1e-6), name
 
 
-def test_one_start_state_is_handed_to_all_rows(teacher, batch):
+def test_a_single_start_state_is_used_for_all_rows(teacher, batch):
     found = evaluate_handover(*teacher, init_state(TEACHER), batch)
     assert found["proposed"] == found["zero"]
 
 
-def test_a_few_steps_down_the_gradient_lower_the_loss(step, made, batch, result):
+def test_a_few_gradient_steps_lower_the_loss(step, made, batch, result):
     params = made[1]
     for _ in range(4):
         _, grads = step(params, batch)[1]["loss"]
@@ -229,7 +227,7 @@ def in_one(made, teacher, uneven):
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_pieces_of_a_batch_make_the_loss_and_the_gradient_of_the_batch(
+def test_microbatches_give_the_loss_and_gradient_of_the_batch(
     made, teacher, uneven, in_one, accumulate
 ):
     """Prompts, answers and states differ from piece to piece; of four pieces each is one row."""
@@ -249,7 +247,7 @@ def test_pieces_of_a_batch_make_the_loss_and_the_gradient_of_the_batch(
 
 
 @pytest.mark.slow
-def test_training_lowers_every_term_and_leaves_the_teacher_bit_equal(
+def test_training_lowers_every_term_and_changes_no_bit_of_the_teacher(
     made, teacher, batch
 ):
     before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), teacher[1])

@@ -21,7 +21,7 @@ def test_the_part_after_the_split_is_moved_to_the_front():
     np.testing.assert_allclose(shares, [[0.25] * 3 + [0], [0.25, 0, 0, 0]])
 
 
-def test_splits_depend_on_seed_and_step_alone(batch):
+def test_splits_depend_only_on_seed_and_step(batch):
     one, two, three = (add_prompt_splits(batch, 1, step)["split"] for step in (5, 5, 6))
     np.testing.assert_array_equal(one, two)
     assert (one != three).any()

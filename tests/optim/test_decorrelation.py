@@ -26,7 +26,7 @@ from rwkv7_jax.optim.whitening import whitening
 ADAMW = optax.with_extra_args_support(optax.adamw(1e-2))
 
 
-def test_steps_on_s_are_plain_sgd_steps_on_s_prime(momentum=0.9):
+def test_sgd_on_s_equals_sgd_on_s_prime(momentum=0.9):
     """In numpy: y = S' R x, squared error, S' = S R^-1 trained by SGD."""
     r = skewed(0)
     x = noise(1, (*HEADS, M, 20))
@@ -72,7 +72,7 @@ def test_with_r_the_identity_it_is_the_inner_optimizer_bit_for_bit(settings, dty
     assert identical(state.inner, inner_state)
 
 
-def test_a_new_r_moves_nothing_by_itself():
+def test_a_new_r_does_not_move_the_parameters():
     params = noise(0, LEAF)
     after, state = run(
         decorrelate(optax.sgd(1.0)), params, [(0 * params, covariance(0))] * 2
@@ -81,7 +81,7 @@ def test_a_new_r_moves_nothing_by_itself():
     assert float(jnp.max(jnp.abs(state.whitener - EYE))) > 0.1
 
 
-def test_the_gradient_is_turned_by_the_r_that_its_own_statistics_moved():
+def test_the_gradient_is_rotated_by_the_r_that_its_own_statistics_updated():
     grads = noise(0, LEAF)
     stats = covariance(0)
     params, state = run(decorrelate(optax.sgd(1.0)), jnp.zeros(LEAF), [(grads, stats)])
@@ -108,7 +108,7 @@ def test_updates_keep_the_gradients_dtype_and_r_and_c_are_float32(dtype):
         assert_close(moves, exact, 1e-2 if dtype == "bfloat16" else 1e-12)
 
 
-def test_every_product_asks_for_full_precision():
+def test_every_product_requests_full_precision():
     params = jnp.zeros(LEAF)
     for mode in MODES:
         tx = decorrelate(optax.sgd(1.0), mode=mode)
@@ -125,7 +125,7 @@ def test_every_product_asks_for_full_precision():
         )
 
 
-def test_without_statistics_r_stays_and_goes_on_being_used():
+def test_without_statistics_the_last_r_is_used():
     grads = {"s": noise(0, LEAF), "t": noise(1, (3, M))}
     tx = decorrelate(optax.sgd(1.0))
     stats = {"s": covariance(0), "t": None}
@@ -149,7 +149,7 @@ def test_statistics_with_axes_of_size_one_are_shared():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_bad_statistics_leave_their_matrix_alone_and_no_other(mode):
+def test_bad_statistics_freeze_only_their_own_matrix(mode):
     """Of six matrices' statistics four are bad; 1e38 is finite, and its trace is not."""
     grads = jnp.zeros(LEAF)
     bad = [(0, 0, 1), (0, 0, 2), (1, 0, 0), (1, 0, 2)]
@@ -175,7 +175,7 @@ def test_bad_statistics_leave_their_matrix_alone_and_no_other(mode):
             assert_close(getattr(actual, part), expected, FORMULA, part)
 
 
-def test_whiten_tries_again_where_the_first_statistics_could_not_be_whitened():
+def test_whiten_retries_after_bad_first_statistics():
     grads = jnp.zeros((N, M))
     flat = jnp.ones((M, M))
     tx = decorrelate(optax.sgd(1.0), mode="whiten", damping=0.0)

@@ -25,12 +25,12 @@ from rwkv7_jax.optim.decorrelation import decorrelate
         ({"clip": 0}, "`clip` must be above 0, or None; got 0."),
     ],
 )
-def test_settings_out_of_range_are_refused_in_one_sentence(settings, words):
+def test_settings_out_of_range_are_rejected_in_one_sentence(settings, words):
     with pytest.raises(ValueError, match=f"^decorrelate: {re.escape(words)}$"):
         decorrelate(optax.sgd(1.0), **settings)
 
 
-def test_masks_that_do_not_fit_are_refused_by_name():
+def test_masks_of_the_wrong_structure_are_named():
     with pytest.raises(
         ValueError, match=r"`mask` must select .*; got \['b'\] of shape \(5,\)"
     ):
@@ -64,7 +64,7 @@ def test_masks_that_do_not_fit_are_refused_by_name():
         ),
     ],
 )
-def test_statistics_that_do_not_fit_are_refused_by_name(stats, error, words):
+def test_statistics_of_the_wrong_shape_are_named(stats, error, words):
     tx = decorrelate(ADAM)
     state = tx.init(PARAMS)
     with pytest.raises(error, match=re.escape(words)):

@@ -22,7 +22,7 @@ from tolerances import FORMULA, assert_close
 from rwkv7_jax.optim.decorrelation import MODES, decorrelate
 
 
-def test_extra_arguments_go_to_the_inner_optimizer_and_unknown_ones_do_no_harm():
+def test_extra_arguments_reach_the_inner_optimizer():
     def update(updates, state, params=None, *, value, **_):
         return jax.tree.map(lambda g: value * g, updates), state
 
@@ -71,7 +71,7 @@ COMPANY = {
 
 
 @pytest.mark.parametrize("name", COMPANY)
-def test_in_company_a_leaf_moves_as_it_does_alone(name, alone):
+def test_a_leaf_moves_the_same_alone_and_in_a_tree(name, alone):
     tx = COMPANY[name]()
     stats = STATS
     if (
@@ -89,7 +89,7 @@ def test_in_company_a_leaf_moves_as_it_does_alone(name, alone):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_injected_settings_may_change_between_updates_without_compiling_anew(mode):
+def test_injected_settings_change_without_recompilation(mode):
     tx = optax.inject_hyperparams(decorrelate)(optax.sgd(0.1), mode=mode, every=1)
     step = jax.jit(lambda s, c: tx.update(GRADS["s"], s, PARAMS["s"], stats=c)[1])
     state = step(tx.init(PARAMS["s"]), covariance(0))
@@ -105,7 +105,7 @@ def test_injected_settings_may_change_between_updates_without_compiling_anew(mod
     assert step._cache_size() == 1
 
 
-def test_micro_batches_move_as_one_batch_does_and_the_last_ones_statistics_count(alone):
+def test_microbatches_equal_one_batch_with_the_last_statistics(alone):
     tx = optax.MultiSteps(decorrelate(ADAM), 2)
     pieces = [jax.tree.map(lambda g, a=a: a * g, GRADS) for a in (0.5, 1.5)]
     other = STATS | {"s": covariance(9)}
@@ -114,7 +114,7 @@ def test_micro_batches_move_as_one_batch_does_and_the_last_ones_statistics_count
     assert_close(state.inner_opt_state.whitener["s"], alone[1], FORMULA)
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing_under_apply_if_finite():
+def test_a_non_finite_gradient_moves_nothing_under_apply_if_finite():
     tx = optax.apply_if_finite(decorrelate(ADAM), 5)
     _, before = run(tx, PARAMS, [(GRADS, STATS)])
     bad = GRADS | {"b": GRADS["b"].at[0].set(jnp.nan)}
@@ -124,7 +124,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_under_apply_if_finite():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_second_call_does_not_compile_and_donated_states_stay_complete(mode):
+def test_the_second_call_does_not_compile_and_states_can_be_donated(mode):
     tx = decorrelate(optax.adam(1e-2), mode=mode)
     step = jax.jit(lambda s: tx.update(GRADS, s, PARAMS, stats=STATS), donate_argnums=0)
     state = tx.init(PARAMS)
@@ -135,7 +135,7 @@ def test_the_second_call_does_not_compile_and_donated_states_stay_complete(mode)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == structure
 
 
-def test_weight_decay_inside_shrinks_the_weights_themselves_where_parameters_are_turned():
+def test_inner_weight_decay_shrinks_the_rotated_parameters():
     """Without a gradient only the decay moves S, and it must not depend on R."""
     decay = optax.chain(optax.add_decayed_weights(0.1), optax.scale(-1.0))
     nothing = jnp.zeros(LEAF)

@@ -63,7 +63,7 @@ def test_the_online_rule_is_the_published_one(kappa):
             assert np.max(np.abs(actual - expected)) > 1e-2
 
 
-def test_iterations_are_steps_of_the_rule_with_one_covariance():
+def test_iterations_repeat_the_rule_with_one_covariance():
     c = covariance(0)
     thrice = learn(c, count=3, iterations=1)
     assert_close(learn(c, count=1, iterations=3), thrice, FORMULA)
@@ -77,7 +77,7 @@ def test_a_whole_number_of_iterations_may_be_a_float(three):
     np.testing.assert_array_equal(learn(c, count=1, iterations=three), wanted)
 
 
-def test_one_step_of_the_online_rule_is_no_longer_than_the_clip():
+def test_a_step_of_the_online_rule_is_clipped():
     settings = {"iterations": 1, "normalise": False, "damping": 0.0}
     move = EYE - learn(100 * covariance(0), clip=0.5, **settings)
     assert_close(np.linalg.norm(move, axis=(-2, -1)), np.full(HEADS, 0.5), 1e-5)
@@ -87,7 +87,7 @@ def test_one_step_of_the_online_rule_is_no_longer_than_the_clip():
     assert_close(short, free, FORMULA)
 
 
-def test_the_online_rule_settles_where_outputs_are_decorrelated():
+def test_the_online_rule_converges_to_decorrelated_outputs():
     c = covariance(0)
     target = normalised(c) + 1e-4 * np.eye(M)
     assert np.max(np.abs(whitened(learn(c, count=100), target) - np.eye(M))) < 0.01
@@ -95,7 +95,7 @@ def test_the_online_rule_settles_where_outputs_are_decorrelated():
 
 
 @pytest.mark.parametrize("mode", ["exact", "whiten"])
-def test_the_closed_forms_are_there_at_once_and_ignore_the_scale(mode):
+def test_the_closed_forms_need_one_step_and_ignore_the_scale(mode):
     c = covariance(0)
     scale = jnp.asarray([1e-12, 1e-6, 1.0, 10.0, 1e6, 1e12]).reshape(*HEADS, 1, 1)
     error = whitened(
@@ -111,7 +111,7 @@ def test_an_isotropic_covariance_leaves_r_at_the_identity(mode):
     assert_close(r, EYE, FORMULA)
 
 
-def test_directions_without_inputs_stay_bounded_by_the_damping_and_grow_without_it():
+def test_damping_bounds_directions_without_inputs():
     x = noise(0, (2, M, 2))
     c = jnp.einsum("hmi,hki->hmk", x, x)
     damped = np.linalg.norm(learn(c, count=2000, damping=1e-3), 2, axis=(-2, -1))
@@ -121,7 +121,7 @@ def test_directions_without_inputs_stay_bounded_by_the_damping_and_grow_without_
     assert np.all(free > 1e4), free
 
 
-def test_exact_r_is_renewed_at_every_so_many_statistics_and_whiten_once():
+def test_exact_recomputes_r_periodically_and_whiten_once():
     first = covariance(0)
     second = covariance(1)
     grads = jnp.zeros(LEAF)

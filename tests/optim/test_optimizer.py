@@ -41,7 +41,7 @@ def flat(tree):
     }
 
 
-def test_every_weight_is_in_its_group_by_name():
+def test_every_weight_is_in_its_parameter_group():
     expected = {"emb/weight": "table", "head/weight": "table"}
     expected |= {
         f"{norm}/{x}": "rest" for norm in ("ln0", "ln_out") for x in ("weight", "bias")
@@ -86,24 +86,24 @@ CORNERS = {
         ("constant", (0.01, 1.0, 1.0, 1.0, 1.0, 1.0)),
     ],
 )
-def test_every_schedule_goes_through_its_corners(kind, expected):
+def test_every_schedule_passes_through_its_corner_points(kind, expected):
     rate = learning_rate_schedule(kind, 1.0, 0.1, warmup_steps=10, total_steps=110)
     for (corner, step), value in zip(CORNERS.items(), expected, strict=True):
         assert_close(rate(jnp.array(step)), value, FORMULA, corner)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
-def test_without_a_warm_up_the_first_step_has_the_peak_rate(kind):
+def test_without_warmup_the_first_step_has_the_peak_rate(kind):
     rate = learning_rate_schedule(kind, 1.0, 0.1, warmup_steps=0, total_steps=100)
     assert float(rate(jnp.array(0))) == 1.0
 
 
-def test_a_run_that_is_all_warm_up_rises_to_the_peak():
+def test_warmup_over_the_entire_run_rises_to_the_peak():
     rate = learning_rate_schedule("wsd", 1.0, 0.1, warmup_steps=10, total_steps=10)
     assert_close([rate(jnp.array(s)) for s in (0, 5, 9)], (0.01, 0.505, 0.901), FORMULA)
 
 
-def test_unknown_kinds_are_refused_in_one_sentence():
+def test_unknown_kinds_are_rejected_in_one_sentence():
     with pytest.raises(
         ValueError,
         match=r"learning_rate_schedule: `kind` must be one of cosine, .*; got 'cos'",
@@ -122,7 +122,7 @@ def official_rule(name, shape):
     return 1.0, ".weight" in name and len([side for side in shape if side > 1]) >= 2
 
 
-def test_every_official_tensor_moves_by_the_published_rule():
+def test_every_official_tensor_follows_the_published_rule():
     """With a gradient and weights of one, the first step is the factor plus the decay, down."""
     rate, decay = 1.0, 0.25
     tx = build_optimizer(rate, weight_decay=decay, clip=None)
@@ -147,7 +147,7 @@ def test_a_model_inside_another_tree_keeps_its_groups():
     assert inside == expected | {"bias": "rest"}
 
 
-def test_the_table_of_groups_names_every_number_once():
+def test_the_table_of_groups_counts_every_parameter_once():
     lines = group_table(lively()).splitlines()
     assert lines[0].split() == [
         "group",
@@ -171,7 +171,7 @@ def test_the_table_of_groups_names_every_number_once():
     )
 
 
-def test_groups_without_a_member_are_not_in_the_table():
+def test_empty_groups_are_not_in_the_table():
     assert len(group_table({"wkv": jnp.zeros(3)}).splitlines()) == 2
 
 
@@ -184,7 +184,7 @@ def gradient(seed, scale):
 
 
 @pytest.mark.parametrize(("scale", "clip"), [(1.0, 1.0), (1e-12, None)])
-def test_two_adam_steps_are_numpys(scale, clip):
+def test_two_adam_steps_match_numpy(scale, clip):
     """Clipped to norm 1; epsilon so small that tiny gradients still move by the learning rate."""
     rate, decay, b1, b2, eps = 1e-3, 0.1, 0.9, 0.99, 1e-18
     tx = build_optimizer(rate, weight_decay=decay, clip=clip)
@@ -210,7 +210,7 @@ def test_two_adam_steps_are_numpys(scale, clip):
             assert_close(actual, -rate * factor * step, 1e-5, f"{name} at step {count}")
 
 
-def test_muon_moves_matrices_by_a_fifth_of_the_rate_and_the_rest_as_adam_does():
+def test_muon_updates_matrices_and_adam_the_rest():
     rate = 1e-2
     grads = gradient(0, 1.0)
     muon, adam = (

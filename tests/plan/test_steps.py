@@ -178,7 +178,7 @@ def test_a_described_step_compiles_and_reports_its_memory(tmp_path, kind):
     assert len(plan["buffers"]) == 10
     # A step that reads two models is not estimated.
     assert (plan["estimated_gib"] is None) == (kind == "observer")
-    assert "nothing travels" in describe(plan | OF_JOB)
+    assert "no collectives" in describe(plan | OF_JOB)
 
 
 @pytest.mark.parametrize(

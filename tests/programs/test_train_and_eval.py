@@ -35,7 +35,7 @@ SMALL = [
         ),
         pytest.param(
             ["--config.data.path=nothing.jsonl"],
-            "`nothing.jsonl` is no file, no folder and none of",
+            "`nothing.jsonl` must be a file, a folder or one of",
             marks=pytest.mark.slow,
         ),
     ],

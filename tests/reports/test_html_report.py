@@ -229,7 +229,7 @@ def test_extreme_numbers_do_not_break_the_page(run):
 
 
 def test_a_missing_folder_is_rejected(tmp_path, capsys):
-    with pytest.raises(ValueError, match="`folder` must be a run's folder; got"):
+    with pytest.raises(ValueError, match="`folder` must be a run directory; got"):
         report_page(tmp_path / "none")
     assert main(["report", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("rwkv7: report_page: `folder` must be")

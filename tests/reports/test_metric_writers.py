@@ -111,7 +111,9 @@ def test_a_row_cut_by_a_full_disk_does_not_damage_the_next(tmp_path):
 def test_an_unknown_tracker_is_rejected(tmp_path):
     with pytest.raises(ValueError) as caught:
         MetricFiles(tmp_path, also=("tensorbord",))
-    sentence = "MetricFiles: `also` must be of tensorboard, wandb; got 'tensorbord'."
+    sentence = (
+        "MetricFiles: `also` must name only tensorboard, wandb; got 'tensorbord'."
+    )
     assert str(caught.value) == sentence
 
 

@@ -255,7 +255,7 @@ def test_the_held_out_reward_is_logged_with_its_standard_error(base, tmp_path):
     count = len(rewards)
     assert share == rewards.mean()
     assert count == len(set(map(tuple, mode._held_out))) < 40
-    assert f"{count} are measured" in mode.describe_data()
+    assert f"{count} are evaluated" in mode.describe_data()
     error = found["held_out_reward_error"].value
     np.testing.assert_allclose(error, (share * (1 - share) / count) ** 0.5)
     assert mode.held_out_names() == ("held_out_reward",)

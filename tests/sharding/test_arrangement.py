@@ -99,7 +99,7 @@ def extents(devices):
 
 
 @pytest.mark.parametrize("name", SLICES)
-def test_every_mesh_that_divides_a_slice_has_each_device_once(name):
+def test_every_mesh_of_a_slice_has_each_device_once(name):
     devices = tpu(name)
     for sizes in meshes(len(devices)):
         arranged = arrange(sizes, devices)
@@ -108,7 +108,7 @@ def test_every_mesh_that_divides_a_slice_has_each_device_once(name):
 
 
 @pytest.mark.parametrize("name", SLICES)
-def test_a_shift_takes_each_group_of_an_axis_into_every_other(name):
+def test_the_groups_of_an_axis_are_translations_of_each_other(name):
     devices = tpu(name)
     for sizes in meshes(len(devices)):
         places = np.array([place_of(one) for one in arrange(sizes, devices).flat])
@@ -120,7 +120,7 @@ def test_a_shift_takes_each_group_of_an_axis_into_every_other(name):
 
 
 @pytest.mark.parametrize("name", SLICES)
-def test_what_shares_the_weights_is_a_compact_tile_and_within_a_host_if_it_fits(name):
+def test_weight_shards_form_a_compact_tile_within_a_host_if_possible(name):
     devices = tpu(name)
     of_host = sum(device.process_index == 0 for device in devices)
     for sizes in meshes(len(devices)):
@@ -132,7 +132,7 @@ def test_what_shares_the_weights_is_a_compact_tile_and_within_a_host_if_it_fits(
 
 
 @pytest.mark.parametrize("name", SLICES)
-def test_the_rows_of_a_host_follow_each_other(name):
+def test_the_rows_of_a_host_are_contiguous(name):
     devices = tpu(name)
     for sizes in meshes(len(devices)):
         order = [device.process_index for device in arrange(sizes, devices).flat]
@@ -143,7 +143,7 @@ def test_the_rows_of_a_host_follow_each_other(name):
             assert order == sorted(order), sizes
 
 
-def test_four_devices_pass_around_a_square():
+def test_four_devices_form_a_ring_on_a_square():
     for name, size in (("v5e-4", 4), ("v5e-8", 8)):
         sizes = {**dict.fromkeys(AXES, 1), "sequence": size}
         places = [place_of(one) for one in arrange(sizes, tpu(name)).flat]
@@ -159,21 +159,21 @@ def test_the_cores_of_a_chip_share_the_weights_first():
 
 
 @pytest.mark.parametrize("sizes", [{"data": 4, "fsdp": 8}, {"data": 2, "fsdp": 16}])
-def test_only_rows_lie_across_slices(sizes):
+def test_only_the_data_axis_spans_slices(sizes):
     sizes = {**dict.fromkeys(AXES, 1), **sizes}
     arranged = arrange(sizes, tpu("v5e-16", slices=2))
     for half, devices in enumerate(arranged.reshape(2, -1)):
         assert {device.slice_index for device in devices} == {half}
 
 
-def test_weights_that_fill_several_slices_lie_in_one_after_the_other():
+def test_weights_that_span_slices_fill_them_in_order():
     sizes = {**dict.fromkeys(AXES, 1), "fsdp": 32}
     order = [one.slice_index for one in arrange(sizes, tpu("v5e-16", slices=2)).flat]
     assert order == sorted(order)
 
 
 @pytest.mark.parametrize("count", [3, 5, 6, 7])
-def test_some_of_the_devices_make_a_mesh_too(count):
+def test_a_mesh_may_use_some_of_the_devices(count):
     devices = tpu("v5e-8")
     mesh = sharding.make_mesh({"data": count}, count, devices)
     assert set(mesh.devices.flat) == set(devices[:count])
@@ -182,7 +182,7 @@ def test_some_of_the_devices_make_a_mesh_too(count):
 @pytest.mark.parametrize(
     "sizes", [{"fsdp": 64}, {"data": 8, "fsdp": 8}, {"data": 4, "fsdp": 8, "tensor": 2}]
 )
-def test_a_host_makes_its_own_rows_where_weights_lie_over_hosts(sizes):
+def test_a_host_makes_its_own_rows_if_weights_are_sharded_over_hosts(sizes):
     mesh = sharding.make_mesh(sizes, 64, tpu("v5e-64"))
     of_process_0 = 4 // sizes.get("tensor", 1)
     rows = 64 // sizes.get("tensor", 1)
@@ -197,7 +197,7 @@ def test_a_host_makes_its_own_rows_where_weights_lie_over_hosts(sizes):
         ({"data": 1, "fsdp": 8}, [[0, 1, 2, 3, 4, 5, 6, 7]]),
     ],
 )
-def test_without_coordinates_shards_lie_within_a_process_or_a_slice_where_they_fit(
+def test_without_coordinates_shards_stay_within_a_process_or_slice_if_possible(
     sizes, groups
 ):
     mesh = sharding.make_mesh(sizes, 8, [Chip(number) for number in range(8)])
@@ -216,7 +216,7 @@ def test_a_process_makes_the_rows_of_its_own_devices(rows, own):
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
-def test_the_tpus_compiler_knows_the_groups_of_meshes_that_cut_a_direction():
+def test_the_tpu_compiler_recognizes_groups_that_cut_a_torus_direction():
     done = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(COMPILED)],
         cwd=ROOT,

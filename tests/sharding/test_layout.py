@@ -48,7 +48,7 @@ def shapes():
         ("params/wkv", (3, 1, 2, 32, 32), P(None, None, None, None, None)),
     ],
 )
-def test_the_path_says_which_axis_is_sharded(name, shape, wanted):
+def test_the_parameter_path_determines_the_sharded_axis(name, shape, wanted):
     assert spec(name, shape, SIZES) == wanted
 
 
@@ -77,11 +77,11 @@ def test_the_path_says_which_axis_is_sharded(name, shape, wanted):
         ("upscaled/features/mean", (3, 1, 4, 48), P(None, None, "tensor", None)),
     ],
 )
-def test_heads_and_inner_channels_lie_along_an_axis_of_their_own(name, shape, wanted):
+def test_heads_and_inner_channels_have_their_own_mesh_axis(name, shape, wanted):
     assert spec(name, shape, HEADS) == wanted
 
 
-def test_a_mesh_that_does_not_divide_the_heads_is_refused_at_every_door():
+def test_a_mesh_that_does_not_divide_the_heads_is_rejected_everywhere():
     mesh = sharding.make_mesh({"tensor": 2}, 0)
     config = dataclasses.replace(CONFIG, width=96)
     model = RWKV7(config)
@@ -95,7 +95,7 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused_at_every_door():
         init_weights(model, 0, mesh)
 
 
-def test_every_matrix_of_a_model_is_sharded_and_no_vector():
+def test_matrices_are_sharded_and_vectors_are_not():
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes()):
         name = path_name(path)
         own = leaf.ndim - name.startswith("layers")
@@ -112,7 +112,7 @@ def test_official_names_have_the_paths_of_the_table():
     assert {"/".join(tree_path(name)) for name in names} == paths
 
 
-def test_moments_lie_where_their_parameters_do():
+def test_moments_are_sharded_like_their_parameters():
     state = jax.eval_shape(
         lambda tree: TrainState.create(tree, optax.adam(1.0)), shapes()
     )
@@ -121,7 +121,7 @@ def test_moments_lie_where_their_parameters_do():
         assert jax.tree.leaves(sharding.specs(SIZES, moments)) == wanted
 
 
-def test_sizes_that_do_not_divide_are_told():
+def test_indivisible_sizes_are_reported():
     mesh = sharding.make_mesh({"fsdp": 2}, 0)
     odd = {"layers": {"att": {"w1": jnp.zeros((2, 7, 4)), "w2": jnp.zeros((2, 4, 8))}}}
     assert [tuple(one) for one in sharding.undivided(mesh, odd)] == [
@@ -132,7 +132,7 @@ def test_sizes_that_do_not_divide_are_told():
 @pytest.mark.parametrize(
     ("rows", "axes"), [(8, ("data", "fsdp")), (4, ("fsdp",)), (2, ("data",)), (3, ())]
 )
-def test_as_many_devices_share_rows_as_divide_them(rows, axes):
+def test_rows_are_sharded_over_as_many_devices_as_divide_them(rows, axes):
     assert sharding.row_axes(rows, SIZES) == axes
 
 
@@ -145,19 +145,19 @@ def test_as_many_devices_share_rows_as_divide_them(rows, axes):
         ("fsdp=2,tensor=2", HEADS),
     ],
 )
-def test_sizes_of_a_mesh_are_read(text, sizes):
+def test_mesh_sizes_are_parsed(text, sizes):
     assert sharding.parse_sizes(text, "`config.mesh`") == sizes
 
 
 @pytest.mark.parametrize(
     "text", ["", "8", "fsdp=0", "fsdp=2,fsdp=2", "rows=2", "fsdp=-1"]
 )
-def test_other_sizes_are_refused_in_one_sentence(text):
+def test_bad_mesh_sizes_are_rejected_in_one_sentence(text):
     with pytest.raises(ValueError, match=r"^`config.mesh` must be auto, or sizes of"):
         sharding.parse_sizes(text, "`config.mesh`")
 
 
-def test_rows_and_heads_are_not_both_divided():
+def test_the_sequence_and_tensor_axes_exclude_each_other():
     with pytest.raises(ValueError, match="along sequence or heads along tensor, not"):
         sharding.parse_sizes("sequence=2,tensor=2", "`config.mesh`")
     with pytest.raises(ValueError, match="along sequence or heads along tensor, not"):
@@ -169,11 +169,11 @@ def test_rows_and_heads_are_not_both_divided():
 
 
 @pytest.mark.parametrize("sizes", [{"tensr": 2}, {"data": 0}, {"data": 2.0}])
-def test_sizes_are_refused_by_the_library_as_on_the_command_line(unchecked, sizes):
+def test_the_library_rejects_the_same_sizes_as_the_command_line(unchecked, sizes):
     with pytest.raises(ValueError, match=r"^`config.mesh` must be auto, or sizes of"):
         sharding.make_mesh(sizes, 8)
 
 
-def test_a_mesh_of_more_devices_than_there_are_is_refused():
+def test_a_mesh_larger_than_the_machine_is_rejected():
     with pytest.raises(ValueError, match="at most as many devices as there are, 2"):
         sharding.make_mesh({"data": 2, "fsdp": 4}, 8)

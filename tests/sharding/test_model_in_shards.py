@@ -72,7 +72,7 @@ CALLS = [
 
 
 @pytest.mark.parametrize(("mesh", "method", "rows"), CALLS, indirect=["mesh"])
-def test_every_call_gives_what_one_device_gives(mesh, method, rows):
+def test_every_call_matches_one_device(mesh, method, rows):
     call = make_call(method, rows)
     assert_trees_close(in_shards(mesh, call), alone(call), SAME["op"])
 
@@ -94,7 +94,7 @@ def make_call_of_a_shared_memory(config):
     return call
 
 
-def test_an_upscaled_memory_that_rows_share_is_read_by_each(mesh):
+def test_a_shared_upscaled_memory_is_read_by_every_row(mesh):
     config = dataclasses.replace(SHALLOW, implementation="scan")
     call = make_call_of_a_shared_memory(config)
     together = in_shards(mesh, call, config)
@@ -102,7 +102,7 @@ def test_an_upscaled_memory_that_rows_share_is_read_by_each(mesh):
     assert_trees_close(together, alone(call, config), SAME["model"])
 
 
-def test_the_papers_memory_is_read_along_time_as_well():
+def test_the_papers_memory_works_on_a_sequence_axis():
     config = dataclasses.replace(SHALLOW, implementation="scan")
     model = RWKV7(config)
     ids = tokens(ROWS, LENGTH, config)
@@ -134,7 +134,7 @@ def make_slope(remat):
 
 
 @pytest.mark.parametrize("remat", ["none", "op", "block"])
-def test_gradients_of_weights_in_shards_are_those_of_one_device(mesh, remat):
+def test_gradients_of_sharded_weights_match_one_device(mesh, remat):
     slope = make_slope(remat)
     assert_trees_close(in_shards(mesh, slope), alone(slope), SAME["model"])
 
@@ -146,7 +146,7 @@ def draw(params):
     return generate(MODEL, params, prompts, state, tokens=6, key=key).tokens
 
 
-def test_generation_draws_the_tokens_of_one_device(mesh):
+def test_generation_matches_one_device(mesh):
     for left, right in zip(in_shards(mesh, draw), alone(draw), strict=True):
         np.testing.assert_array_equal(left, right)
 
@@ -170,7 +170,7 @@ def unplaced(mesh):
     }
 
 
-def test_weights_that_lie_on_no_mesh_are_refused_before_anything_is_compiled():
+def test_weights_on_no_mesh_are_rejected_before_compilation():
     mesh = sharding.make_mesh({"data": 2}, ROWS)
     for caller, call in unplaced(mesh).items():
         # The mesh of a step is its own.
@@ -181,7 +181,7 @@ def test_weights_that_lie_on_no_mesh_are_refused_before_anything_is_compiled():
                 call()
 
 
-def test_what_runs_nothing_takes_weights_that_lie_on_no_mesh_yet(tmp_path):
+def test_functions_that_run_nothing_accept_weights_on_no_mesh(tmp_path):
     mesh = sharding.make_mesh({"data": 2}, ROWS)
     params = jax.tree.map(np.asarray, lively(SCANNED))
     tx = optax.sgd(0.1)
@@ -202,7 +202,7 @@ def score(params):
     return token_nats(MODEL, params, init_state(SCANNED), ids, rows=2)
 
 
-def test_scores_are_those_of_one_device(mesh):
+def test_scores_match_one_device(mesh):
     assert_close(in_shards(mesh, score), alone(score), SAME["op"])
 
 
@@ -218,6 +218,6 @@ def make_call_of_ids_out_of_range():
     return functools.partial(call, ids)
 
 
-def test_ids_out_of_range_are_embedded_as_zeros_in_shards_too(mesh):
+def test_sharded_embeddings_map_ids_out_of_range_to_zeros(mesh):
     call = make_call_of_ids_out_of_range()
     assert_close(in_shards(mesh, call), alone(call), SAME["op"])

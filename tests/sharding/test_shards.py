@@ -46,26 +46,26 @@ def measured():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_eight_devices_have_the_loss_and_the_gradients_of_one(measured, case):
+def test_eight_devices_match_the_loss_and_gradients_of_one(measured, case):
     found = measured[case]
     assert found["loss"] <= LOSS
     assert found["gradient"] <= GRADIENT[case.split(",")[0]]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_eight_devices_have_the_losses_of_one_over_twenty_steps(measured, case):
+def test_eight_devices_match_one_over_twenty_steps(measured, case):
     assert measured[case]["losses"] <= LOSSES
 
 
-def test_pieces_of_a_batch_give_the_gradient_of_all_of_it_in_shards(measured):
+def test_sharded_gradient_accumulation_matches_the_batch(measured):
     assert measured["16 rows in 2"] <= GRADIENT["state"]
 
 
-def test_rows_that_the_devices_do_not_divide_are_computed_by_each(measured):
+def test_indivisible_rows_are_computed_by_every_device(measured):
     assert measured["3 rows in 1"] <= GRADIENT["state"]
 
 
-def test_gathers_in_two_stages_give_the_gradients_of_one_device(measured):
+def test_two_stage_gathers_match_the_gradients_of_one_device(measured):
     found = measured["two stages"]
     assert found["loss"] <= LOSS and found["gradient"] <= GRADIENT["weights"]
     # Four neighbours first, which have half of a matrix together.
@@ -74,7 +74,7 @@ def test_gathers_in_two_stages_give_the_gradients_of_one_device(measured):
     assert MATRIX // 2 not in measured["weights, fsdp 8"]["collectives"]["all-gather"]
 
 
-def test_weights_in_8_bits_are_gathered_as_integers(measured):
+def test_int8_weights_are_gathered_as_integers(measured):
     assert measured["int8"] <= LOSS
 
 
@@ -84,23 +84,23 @@ def test_no_gather_is_larger_than_a_matrix_of_a_block(measured, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_stack_of_matrices_is_ever_whole(measured, case):
+def test_no_device_holds_a_complete_stack_of_matrices(measured, case):
     whole = f"[{SIZES.num_layers - 1},{SIZES.ffn_width},{SIZES.width}]"
     assert not [one for one in measured[case]["shapes"] if one.endswith(whole)]
 
 
 @pytest.mark.parametrize("mesh", GATHERED)
-def test_gradients_of_matrices_are_scattered_where_weights_are_trained(measured, mesh):
+def test_gradients_of_trained_matrices_are_reduce_scattered(measured, mesh):
     assert measured[f"weights, {mesh}"]["collectives"]["reduce-scatter"]
     assert "reduce-scatter" not in measured[f"state, {mesh}"]["collectives"]
 
 
 @pytest.mark.parametrize("case", GATHERED_CASES)
-def test_tokens_travel_and_the_embedding_does_not(measured, case):
+def test_tokens_are_communicated_instead_of_the_embedding(measured, case):
     assert measured[case]["collectives"]["all-to-all"]
 
 
-def test_devices_that_share_heads_sum_activations_and_gather_no_weight(measured):
+def test_tensor_parallel_devices_reduce_activations_and_gather_no_weight(measured):
     found = measured["state, tensor 2"]["collectives"]
     assert set(found) == {"all-reduce", "all-gather"}
     # What the head gives back, of which each has half of the tokens; and sums over ids.
@@ -112,7 +112,7 @@ def test_devices_that_share_heads_sum_activations_and_gather_no_weight(measured)
     assert large == {ACTIVATIONS, shifts}
 
 
-def test_no_gradient_travels_between_heads(measured):
+def test_no_gradient_is_communicated_between_heads(measured):
     states = SIZES.num_layers * ROWS * SIZES.width * SIZES.head_size
     matrices = {SIZES.width**2, SIZES.width * SIZES.ffn_width}
     replicated = {

@@ -59,7 +59,7 @@ def test_the_parts_of_a_compiled_step_have_names():
     assert found >= named | {"att", "ffn"}
 
 
-def test_a_mesh_has_as_many_devices_as_share_the_rows_alike():
+def test_a_mesh_has_as_many_devices_as_divide_the_rows():
     assert jax.device_count() == 2
     sizes = {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert parallel.make_mesh("auto", 6).shape == sizes
@@ -67,7 +67,7 @@ def test_a_mesh_has_as_many_devices_as_share_the_rows_alike():
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_two_devices_make_the_step_of_one_with_half_the_rows_each(accumulate):
+def test_two_devices_with_half_the_rows_match_the_step_of_one(accumulate):
     loss = state_loss(MODEL, lively(SHALLOW), leaves=LEAVES[:3])
     make = functools.partial(stepped, loss=loss, params=random_state(SHALLOW))
     alone, _ = make(None, accumulate=accumulate)
@@ -82,7 +82,7 @@ def test_two_devices_make_the_step_of_one_with_half_the_rows_each(accumulate):
 
 
 @pytest.mark.slow
-def test_two_devices_train_weights_as_one_does():
+def test_two_devices_train_weights_like_one():
     make = functools.partial(stepped, loss=pretrain_loss(MODEL), params=lively(SHALLOW))
     alone, _ = make(None)
     together, _ = make(data_mesh(ROWS))
@@ -90,7 +90,7 @@ def test_two_devices_train_weights_as_one_does():
 
 
 @pytest.mark.slow
-def test_two_devices_decorrelate_as_one_does():
+def test_two_devices_decorrelate_like_one():
     params = lively(SHALLOW)
     read = {"leaves": ("memory",)}
     wide = upscale(MODEL, params, BATCH["tokens"], size=48, prepare="whiten")
@@ -104,7 +104,7 @@ def test_two_devices_decorrelate_as_one_does():
     assert_trees_close(together[0].params, alone[0].params, SAME["gradient"])
 
 
-def test_a_step_leaves_arrays_as_the_layout_places_them():
+def test_a_step_keeps_the_sharding_of_its_arrays():
     mesh = data_mesh(ROWS)
     tx = optax.sgd(1.0)
     step = make_train_step(pretrain_loss(MODEL), tx, mesh=mesh)
@@ -127,9 +127,7 @@ def test_a_step_leaves_arrays_as_the_layout_places_them():
         ("tensor", 4, 3, (4, 3)),
     ],
 )
-def test_rows_and_heads_of_the_op_go_to_their_devices_or_to_all_of_them(
-    axis, rows, heads, own
-):
+def test_rows_and_heads_of_the_op_are_sharded_or_replicated(axis, rows, heads, own):
     mesh = parallel.make_mesh({axis: 2}, rows)
     noise = np.random.default_rng(0)
     shape = (rows, 5, heads, 4)
@@ -169,7 +167,7 @@ def _chips(name, **sizes):
 
 
 @pytest.mark.slow
-def test_four_chips_share_a_step_with_a_kernel_on_each(monkeypatch):
+def test_a_step_on_four_chips_runs_a_kernel_on_each(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     mesh = _chips("v5e:2x2", data=4)
     model = RWKV7(
@@ -188,7 +186,7 @@ def test_four_chips_share_a_step_with_a_kernel_on_each(monkeypatch):
     assert "all-gather" not in program
 
 
-def test_nothing_changes_where_there_is_one_device():
+def test_one_device_needs_no_sharding():
     x = jnp.ones((2, 3))
     assert parallel.on_each(lambda x: x, x, takes=None, gives=None) is x
     assert parallel.sum_over_heads(x) is x

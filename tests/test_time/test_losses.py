@@ -219,11 +219,14 @@ def test_invalid_loss_arguments_are_rejected(params):
     for change, message in [
         (
             {"teacher": other, "teacher_params": params},
-            "`teacher` must have the student's 13 ids; got 20",
+            "`teacher` must have the student's vocabulary size, 13; got 20",
         ),
         ({"teacher": MODEL}, ".*`teacher_params` is None"),
         ({"teacher_params": params}, ".*`teacher` is None"),
-        ({"teacher_state": init_state(CONFIG)}, "`teacher_state` needs a `teacher`"),
+        (
+            {"teacher_state": init_state(CONFIG)},
+            "`teacher_state` must be None without a `teacher`",
+        ),
         (
             both | {"teacher_state": init_state(CONFIG, 2)},
             "`teacher_state`: .* must have shape",

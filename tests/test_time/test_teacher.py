@@ -240,7 +240,11 @@ def test_a_failing_judge_names_its_prompt_and_loses_no_completion(params, tmp_pa
             ValueError,
             "`vote` must have a margin from 0 to 1; got 2",
         ),
-        ({"vote": (len, 0), "verify": len}, ValueError, "`verify` and `vote` exclude"),
+        (
+            {"vote": (len, 0), "verify": len},
+            ValueError,
+            "`verify` and `vote` are mutually exclusive",
+        ),
         ({"key": jax.random.split(KEY, 3)}, ValueError, "`key` must be one key"),
         ({"key": 3}, TypeError, "`key` must be a random key; got int"),
         (

@@ -51,8 +51,8 @@ def test_an_incomplete_last_line_is_dropped_with_a_warning(tmp_path):
     [
         ("{", "not one JSON object"),
         ("[1]", "must be an object; got list"),
-        ('{"prompt": [1]}', "`completion` is missing"),
-        ('{"prompt": [], "completion": [1]}', "`prompt` must hold an id"),
+        ('{"prompt": [1]}', "must have the field 'completion'"),
+        ('{"prompt": [], "completion": [1]}', "`prompt` must hold at least one id"),
         ('{"prompt": [1.5], "completion": [1]}', "`prompt` must hold only integers"),
         ('{"prompt": [1], "completion": [-1]}', "`completion` must hold only integers"),
         (
@@ -75,7 +75,10 @@ def test_an_incomplete_last_line_is_dropped_with_a_warning(tmp_path):
             '{"prompt": [1], "completion": [1], "source": 3}',
             "`source` must be a string",
         ),
-        ('{"prompt": [1], "completion": [1], "wieght": 1}', "unknown field 'wieght'"),
+        (
+            '{"prompt": [1], "completion": [1], "wieght": 1}',
+            "must have only the fields .*; got 'wieght'",
+        ),
     ],
 )
 def test_a_line_that_is_not_a_trace_is_named_with_its_reason(tmp_path, line, reason):
@@ -131,7 +134,9 @@ def test_a_file_that_is_not_a_cache_is_rejected_unchanged(tmp_path):
     path = tmp_path / "traces.jsonl"
     write_traces(path, TRACES)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"traces\.jsonl:1: an entry has key"):
+    with pytest.raises(
+        ValueError, match=r"traces\.jsonl:1: an entry must have the fields key"
+    ):
         CompletionCache(path)
     assert path.read_bytes() == before
     with pytest.raises(ValueError, match=r"the folder of .* does not exist"):
@@ -163,7 +168,7 @@ def test_traces_longer_than_a_row_are_named():
         ValueError, match=r"`length` must be at least 4 for trace \d; got 3"
     ):
         trace_batch(TRACES, 0, batch_size=3, length=3)
-    with pytest.raises(ValueError, match="`traces` must hold a trace"):
+    with pytest.raises(ValueError, match="`traces` must hold at least one trace"):
         trace_batch([], 0, batch_size=3, length=3)
     with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
         trace_batch(TRACES, 0, batch_size=0, length=3)

@@ -339,7 +339,7 @@ def test_invalid_loop_arguments_are_rejected(params, unchecked):
         (
             {"loss": policy_loss(MODEL, params, anchor=1.0)},
             ValueError,
-            "`anchor_at` and the weight `anchor` of `loss` go together",
+            "`anchor_at` and the weight `anchor` of `loss` must be given together",
         ),
         (
             {"loss": policy_loss(MODEL, params, temperature=0.5)},
@@ -371,5 +371,7 @@ def test_invalid_loop_arguments_are_rejected(params, unchecked):
         expert_iteration(**loop_arguments(params), updates=0)
     with pytest.raises(ValueError, match=r"distill: `tokens` must be .* got 13"):
         distill(MODEL, params, [Trace((1,), (13,))])
-    with pytest.raises(ValueError, match="distill: `traces` must hold a trace"):
+    with pytest.raises(
+        ValueError, match="distill: `traces` must hold at least one trace"
+    ):
         distill(MODEL, params, [])

@@ -109,7 +109,7 @@ def test_a_test_set_is_fully_evaluated_and_never_trained_on(tmp_path):
 
 def test_a_test_set_must_match_the_kind_of_training_data(tmp_path):
     train = write_questions(tmp_path / "a.jsonl", {"q1": "1", "q2": "1"})
-    with pytest.raises(ValueError, match="`evaluation` must be a task where"):
+    with pytest.raises(ValueError, match="`evaluation` must be a task if"):
         QuestionSet(train, Tokenizer.bytes(), evaluation="task:mapping")
     with pytest.raises(ValueError, match="`evaluation` must leave a question"):
         QuestionSet(train, Tokenizer.bytes(), evaluation=train)
@@ -157,7 +157,7 @@ def test_a_separate_test_set_leaves_all_questions_for_training(tmp_path):
 def test_a_prompt_with_several_answers_is_rejected(tmp_path):
     lines = [{"prompt": "q", "answer": "1"}, {"prompt": "q", "answer": "2"}]
     path = write_lines(tmp_path / "q.jsonl", lines)
-    with pytest.raises(ValueError, match="one answer to a prompt; 'q' has '1' and '2'"):
+    with pytest.raises(ValueError, match="one answer per prompt; 'q' has '1' and '2'"):
         QuestionSet(path, Tokenizer.bytes())
     QuestionSet(path, Tokenizer.bytes(), verifier=None)
 
@@ -232,7 +232,7 @@ def test_advantages_of_a_group_sum_to_zero(scale):
 
 def test_leave_one_out_needs_two_completions():
     rule = AdvantageRule(baseline="leave_one_out")
-    with pytest.raises(ValueError, match="two completions of each prompt"):
+    with pytest.raises(ValueError, match="two completions per prompt"):
         advantages(np.ones((2, 1)), rule)
 
 

@@ -209,7 +209,7 @@ def test_optional_tools_change_only_the_system_text(think):
         ),
         ({"tools": {}}, None),
         ({"tools": {"a": 1}}, r'"tools": must be a list of functions; got dict'),
-        ({"tools": "["}, r'"tools": no JSON: '),
+        ({"tools": "["}, r'"tools": not JSON: '),
         ({"tools": [3]}, r'"tools": a tool must be an object with a "name"; got 3'),
         (
             {"tools": [{"name": "f", "arguments": 3}]},

@@ -77,7 +77,9 @@ def test_the_tokenizer_config_names_the_end_of_text(bpe, tmp_path):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         assert load_vocabulary(tmp_path / "tokenizer.json").stop_ids == (number,)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
-    with pytest.raises(ValueError, match=r"must have the token '<end>', which ends t"):
+    with pytest.raises(
+        ValueError, match=r"must have the end-of-text token '<end>' that"
+    ):
         load_vocabulary(tmp_path / "tokenizer.json")
     for damaged in ("[]", "[" * 100_000, "{"):
         (tmp_path / "tokenizer_config.json").write_text(damaged)
@@ -106,7 +108,7 @@ def test_invalid_utf8_is_rejected(bpe):
 
 def test_a_prefix_space_is_rejected(tmp_path):
     file = sentence_pieces(tmp_path, prefix=True)
-    with pytest.raises(ValueError, match=r"tokens that spell the text; '.*' comes bac"):
+    with pytest.raises(ValueError, match=r"tokens that round-trip; '.*' comes bac"):
         load_vocabulary(file)
 
 
@@ -147,7 +149,7 @@ def test_a_character_without_a_token_is_rejected(tmp_path, bpe):
     tokenizer = load_vocabulary(tmp_path / "t.json")
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     with pytest.raises(
-        ValueError, match=r"must be spelled by tokens of .*at byte 3, b'z'"
+        ValueError, match=r"must consist of tokens of .*at byte 3, b'z'"
     ):
         tokenizer.encode("catz")
 
@@ -200,7 +202,8 @@ def test_text_that_exceeds_the_regex_retry_limit_is_rejected(tmp_path, bpe):
     tokenizer = load_vocabulary(split_by(bpe, tmp_path / "t.json", r"(z+)+$"))
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     with pytest.raises(
-        ValueError, match=r"Tokenizer.encode: `text` is none for .*t\.json; .*retry"
+        ValueError,
+        match=r"Tokenizer.encode: `text` must be text that .*t\.json can encode; .*retry",
     ):
         tokenizer.encode("z" * 40 + "!")
 

@@ -215,7 +215,7 @@ def test_the_vocabulary_size_determines_the_tokenizer(size, name):
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        ("1 'a' 1\nx 'b' 1", "line 2 is no entry"),
+        ("1 'a' 1\nx 'b' 1", "line 2 is not an entry"),
         ("1 'a' 2", "line 1 says 2 bytes; got 1"),
         ("1 'ä' 1", "line 1 says 1 bytes; got 2"),
     ],

@@ -100,7 +100,7 @@ def theirs(weights, **changes):
     return oracle().training(trained, ids, oracle().Rules(**changes)), trained
 
 
-def test_fifty_steps_from_scratch_are_the_published_trainings(weights):
+def test_fifty_steps_from_scratch_match_the_published_trainer(weights):
     losses, end = ours()
     training, there = theirs(weights)
     expected = np.array(list(training))
@@ -127,7 +127,7 @@ def test_fifty_steps_from_scratch_are_the_published_trainings(weights):
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
-def test_one_wrong_rule_shows_in_the_losses(weights, wrong):
+def test_one_wrong_rule_changes_the_losses(weights, wrong):
     losses, _ = ours()
     training, _ = theirs(weights, **wrong)
     # Trained only until it shows.

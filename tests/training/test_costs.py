@@ -71,13 +71,13 @@ def compiled(config, kind, rows, length):
     ("kind", "field"),
     [("forward", "forward"), ("weights", "training"), ("state", "state")],
 )
-def test_the_compiler_counts_the_same_operations(kind, field):
+def test_the_operation_count_matches_the_compiler(kind, field):
     counted = compiled(CONFIG, kind, ROWS, 1).cost_analysis()["flops"] / ROWS
     expected = getattr(flops_per_token(CONFIG), field)
     assert expected < counted < OVER * expected
 
 
-def test_the_compiler_counts_the_same_operations_for_the_recurrence_alone():
+def test_the_operation_count_of_the_recurrence_matches_the_compiler():
     """What a model's count has in proportion to the head size is the recurrence's."""
     size, heads, rows = 64, 2, 4
     token = jax.ShapeDtypeStruct((rows, 1, heads, size), jnp.float32)
@@ -107,7 +107,7 @@ def test_activations_are_within_a_quarter_of_the_compilers_temporary_memory(
     assert 0.75 < found / needed < 1.25
 
 
-def test_parameters_are_those_of_the_tree():
+def test_the_parameter_count_matches_the_tree():
     _, params, state = shapes(CONFIG, 1)
     assert parameter_count(CONFIG) == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert state_count(CONFIG) == state.wkv.size
@@ -125,7 +125,7 @@ def test_parameters_of_a_published_size_follow_the_published_formula():
     )  # without block 0's unused value residual
 
 
-def test_a_large_models_training_takes_six_operations_a_weight():
+def test_training_a_large_model_takes_six_operations_per_weight():
     config = RWKV7Config.preset("2.9b")
     weights = parameter_count(config) - config.vocab_size * config.width
     found = flops_per_token(config)
@@ -133,7 +133,7 @@ def test_a_large_models_training_takes_six_operations_a_weight():
     assert found.forward < found.state < found.training
 
 
-def test_moments_and_gradients_are_those_of_the_trained_numbers():
+def test_moments_and_gradients_exist_for_trained_parameters_only():
     memory = training_memory(CONFIG, batch=4, length=64, accumulate=2)
     weights = 4 * parameter_count(CONFIG)
     assert (memory.parameters, memory.moments) == (weights, 2 * weights)
@@ -224,7 +224,7 @@ def of_plan(name, size, plan, mesh):
 
 
 @pytest.mark.parametrize("step", list(compiled_steps()), ids=lambda step: step.name)
-def test_a_large_models_estimate_is_what_a_compiler_says(step):
+def test_the_estimate_of_a_large_model_matches_the_compiler(step):
     found = training_memory(
         RWKV7Config.preset(step.size, dtype="bfloat16", remat="block"),
         batch=step.rows,
@@ -237,7 +237,7 @@ def test_a_large_models_estimate_is_what_a_compiler_says(step):
     assert found.total == pytest.approx(step.peak, rel=0.15)
 
 
-def test_an_unknown_word_for_the_trained_numbers_is_refused():
+def test_an_unknown_set_of_trained_parameters_is_rejected():
     sentence = "training_memory: `trained` must be one of weights, state; got 'head'."
     with pytest.raises(ValueError) as caught:
         training_memory(CONFIG, batch=1, length=1, trained="head")
@@ -271,12 +271,12 @@ def test_known_devices_have_their_published_peak(kind, peak):
         "TPU v7",
     ],
 )
-def test_other_devices_have_none(kind):
+def test_other_devices_have_no_peak(kind):
     assert peak_flops(kind) is None
     assert mfu(1e6, 1e9, device_kind=kind) is None
 
 
-def test_the_share_of_the_peak_is_work_over_what_all_devices_could_do():
+def test_utilization_is_work_over_the_peak_of_all_devices():
     assert mfu(1e6, 4e9, device_kind="TPU v4", devices=4) == pytest.approx(
         4e15 / 1.1e15
     )

@@ -122,7 +122,7 @@ def test_loss_and_gradients_equal_those_of_the_plain_form(name, dtype):
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 33, 1000])
-def test_where_the_positions_are_cut_does_not_matter(chunk):
+def test_the_cut_between_positions_does_not_matter(chunk):
     x = draw("float32")
     form = FORMS["with L2Wrap"]
     results = []
@@ -149,7 +149,7 @@ def test_rows_are_independent():
         assert_close(gradient(one["hidden"], one)[0], of_all[row], 1e-6, f"row {row}")
 
 
-def test_a_head_in_8_bits_gives_the_gradient_of_its_numbers():
+def test_an_8_bit_head_has_the_gradient_of_its_dequantized_weights():
     x = draw("float32")
     x["head"] = quantize_rows(x["head"])
     loss, moving = parted(ours, FORMS["with L2Wrap"], x, ("hidden",))
@@ -158,7 +158,7 @@ def test_a_head_in_8_bits_gives_the_gradient_of_its_numbers():
     assert_trees_close(jax.grad(loss)(moving), jax.grad(expected)(moving), 3e-6)
 
 
-def test_gradients_of_16_bit_activations_are_off_by_their_rounding():
+def test_gradients_of_16_bit_activations_differ_by_rounding():
     x = draw("float32")
     narrow = {**x, "hidden": x["hidden"].astype(jnp.bfloat16)}
     form = FORMS["with L2Wrap"]
@@ -170,7 +170,7 @@ def test_gradients_of_16_bit_activations_are_off_by_their_rounding():
     assert_trees_close(found, jax.grad(exact)(wide), 2e-2)
 
 
-def test_many_chunks_of_16_bit_weights_lose_no_more_than_one_rounding():
+def test_many_chunks_of_16_bit_weights_lose_at_most_one_rounding():
     # As in shards, where the head that a device has gathered is of 16 bits.
     noise = np.random.default_rng(1)
     rows, width, vocab = 4096, 16, 11
@@ -217,7 +217,7 @@ def of_moving(function, x):
         ),
     ],
 )
-def test_derivatives_of_both_modes_and_orders_equal_the_plain_ones(differentiate):
+def test_derivatives_of_both_modes_and_orders_match_plain_autodiff(differentiate):
     with jax.enable_x64(True):
         x = draw("float64")
         found, wanted = (
@@ -230,7 +230,7 @@ def test_derivatives_of_both_modes_and_orders_equal_the_plain_ones(differentiate
         assert_close(found, wanted, 1e-12)
 
 
-def test_statistics_have_gradients_of_their_own():
+def test_statistics_have_their_own_gradients():
     x = draw("float32")
 
     def through(make):
@@ -273,14 +273,14 @@ def test_a_frozen_head_gets_no_gradient_and_a_trained_one_does():
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_no_gradient_holds_the_logits_of_more_than_a_piece(name):
+def test_no_gradient_holds_the_logits_of_more_than_one_piece(name):
     compiled = compile_gradient(name, draw("float32"), ("hidden", "head"))
     shapes = results_with_vocabulary(compiled) - {(VOCAB, WIDTH), (WIDTH, VOCAB)}
     assert max(np.prod(shape) for shape in shapes) <= CHUNK * VOCAB
 
 
 @pytest.mark.parametrize("batch", [1, 4, 512])
-def test_the_world_vocabulary_takes_less_than_128_mib(batch):
+def test_the_head_loss_of_the_world_vocabulary_needs_less_than_128_mib(batch):
     width = 768
     vocab = 65536
     length = 2048 // batch
@@ -305,7 +305,7 @@ def test_the_world_vocabulary_takes_less_than_128_mib(batch):
 
 
 @pytest.mark.parametrize("outside", [-1, -100, VOCAB, 2**30])
-def test_a_target_out_of_range_spoils_a_loss_in_which_it_counts(outside):
+def test_a_target_out_of_range_makes_its_loss_nan(outside):
     x = draw("float32")
     loss = jax.jit(lambda x: ours(FORMS["cross entropy"], x))
     usual = loss(x)

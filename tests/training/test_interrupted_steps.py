@@ -52,7 +52,7 @@ def assert_same(first, second):
     )
 
 
-def test_an_interrupted_step_can_be_made_again(monkeypatch):
+def test_an_interrupted_step_can_be_repeated(monkeypatch):
     step = rwkv.make_train_step(squared, TX, donate=False)
     train = rwkv.TrainState.create(Interrupted(jnp.ones(3)), TX)
     expected = step(train, BATCH)
@@ -60,7 +60,7 @@ def test_an_interrupted_step_can_be_made_again(monkeypatch):
     assert_same(step(train, BATCH), expected)
 
 
-def test_an_interrupted_step_of_a_stack_can_be_made_again(monkeypatch):
+def test_an_interrupted_step_of_a_stack_can_be_repeated(monkeypatch):
     step = make_stacked_step(squared, TX, RATES, donate=False)
     train = create_stack(Interrupted(jnp.ones((2, 3))), TX)
     expected = step(train, BATCH)
@@ -68,7 +68,7 @@ def test_an_interrupted_step_of_a_stack_can_be_made_again(monkeypatch):
     assert_same(step(train, BATCH), expected)
 
 
-def test_what_was_donated_is_refused_in_one_sentence(monkeypatch):
+def test_a_donated_argument_is_rejected_in_one_sentence(monkeypatch):
     step = rwkv.make_train_step(squared, TX)
     train = rwkv.TrainState.create(Interrupted(jnp.ones(3)), TX)
     train, _ = step(train, BATCH)
@@ -80,7 +80,7 @@ def test_what_was_donated_is_refused_in_one_sentence(monkeypatch):
         rwkv.TrainState.create(train.params, TX)
 
 
-def test_a_donated_stack_is_refused():
+def test_a_donated_stack_is_rejected():
     step = make_stacked_step(squared, TX, RATES)
     train = create_stack(Interrupted(jnp.ones((2, 3))), TX)
     step(train, BATCH)
@@ -88,7 +88,7 @@ def test_a_donated_stack_is_refused():
         step(train, BATCH)
 
 
-def test_a_donated_state_is_refused_wherever_states_go_in(tmp_path):
+def test_a_donated_state_is_rejected_by_every_function(tmp_path):
     params = lively(TINIEST)
     state = random_state(TINIEST, 1)
     jax.tree.map(lambda leaf: leaf.delete(), state)

@@ -54,14 +54,14 @@ def total(function):
     return loss
 
 
-def test_cross_entropy_in_chunks_equals_the_plain_one():
+def test_chunked_cross_entropy_matches_the_plain_one():
     for name, left, right in zip(
         ("nats", "largest"), jax.jit(chunked)(X, HEAD), plain(X, HEAD), strict=True
     ):
         assert_close(left, right, SAME["op"], name)
 
 
-def test_its_gradients_equal_the_plain_ones():
+def test_gradients_of_chunked_cross_entropy_match_the_plain_ones():
     left, right = (
         jax.jit(jax.grad(total(f), argnums=(0, 1)))(X, HEAD) for f in (chunked, plain)
     )
@@ -92,7 +92,7 @@ def divergence(x, base, **changes):
     return token_statistics(x, HEAD, None, reference=base, chunk=CHUNK, **changes)
 
 
-def test_divergence_is_that_of_the_two_distributions():
+def test_divergence_is_the_kl_divergence_of_the_two_distributions():
     p, q = (np.asarray(jax.nn.softmax(x @ HEAD.T), np.float64) for x in (BASE, X))
     found = jax.jit(divergence)(X, BASE)
     assert found.nats is None and found.correct is None
@@ -100,7 +100,7 @@ def test_divergence_is_that_of_the_two_distributions():
     assert_close(jax.jit(divergence)(X, X).kl, np.zeros((BATCH, LENGTH)), SAME["op"])
 
 
-def test_the_reverse_divergence_exchanges_the_two_distributions():
+def test_the_reverse_divergence_swaps_the_two_distributions():
     forward = jax.jit(divergence)(X, BASE).kl
     reverse = jax.jit(lambda x, base: divergence(base, x, reverse_kl=True))(X, BASE).kl
     assert_close(reverse, forward, SAME["op"])
@@ -110,7 +110,7 @@ def test_the_reverse_divergence_exchanges_the_two_distributions():
     )
 
 
-def test_the_temperature_is_that_of_the_targets_alone():
+def test_the_temperature_applies_to_the_targets_only():
     logits = X @ HEAD.T
     found = jax.jit(
         lambda t: token_statistics(
@@ -134,7 +134,7 @@ def test_a_target_is_correct_where_its_logit_is_the_largest():
     assert found.dtype == jnp.bool_
 
 
-def test_weights_are_the_mask_over_its_sum_unless_the_batch_brings_its_own():
+def test_weights_are_the_normalized_mask_unless_the_batch_has_its_own():
     batch = {"tokens": IDS, "mask": MASK}
     assert_close(loss_weights(batch), np.asarray(MASK) / 4, SAME["op"])
     own = jnp.full((2, 5), 0.25)
@@ -164,7 +164,7 @@ def test_masked_targets_do_not_count():
     assert_close(metrics["loss_nats"], expected, SAME["model"], "loss_nats")
 
 
-def test_l2wrap_pulls_the_largest_logit_of_every_position_and_is_not_reported():
+def test_l2wrap_pulls_the_largest_logits_and_is_not_in_the_reported_loss():
     """Its gradient on the logits is factor / (B T) times the largest logit, at that logit alone."""
     factor = 0.3
     gradient = jax.jit(jax.grad(losses, has_aux=True), static_argnums=2)
@@ -183,7 +183,7 @@ def test_l2wrap_pulls_the_largest_logit_of_every_position_and_is_not_reported():
     assert_trees_close(difference, expected, SAME["gradient"])
 
 
-def test_bfloat16_activations_still_give_a_float32_loss():
+def test_bfloat16_activations_give_a_float32_loss():
     model = RWKV7(dataclasses.replace(QUICK, dtype="bfloat16"))
     batch = {"tokens": IDS, "mask": MASK}
     state = init_state(model.config, 2)
@@ -194,7 +194,7 @@ def test_bfloat16_activations_still_give_a_float32_loss():
     assert_close(loss, losses(lively(QUICK), MASK, 0.0)[0], 3e-2)
 
 
-def test_the_pull_on_logits_may_be_traced(unchecked):
+def test_the_weight_of_l2wrap_may_be_traced(unchecked):
     params = lively(QUICK)
     batch = {"tokens": IDS, "mask": MASK}
 

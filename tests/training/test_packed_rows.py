@@ -43,7 +43,7 @@ def gradients(loss, params):
 
 
 @pytest.mark.parametrize("config", [QUICK, SHALLOW], ids=["scan", "chunked"])
-def test_pretraining_is_the_same(config):
+def test_packing_does_not_change_pretraining(config):
     found, expected = gradients(
         pretrain_loss(RWKV7(config), l2wrap=0.0), lively(config)
     )
@@ -51,7 +51,7 @@ def test_pretraining_is_the_same(config):
     assert_trees_close({"x": found[1]}, {"x": expected[1]}, 1e-5)
 
 
-def test_state_tuning_is_the_same():
+def test_packing_does_not_change_state_tuning():
     model = RWKV7(QUICK)
     loss = state_loss(model, lively(QUICK), leaves=("wkv", "att_shift", "ffn_shift"))
     found, expected = gradients(loss, random_state(QUICK))
@@ -59,7 +59,7 @@ def test_state_tuning_is_the_same():
     assert_trees_close({"x": found[1]}, {"x": expected[1]}, 1e-5)
 
 
-def test_statistics_of_the_start_state_are_the_same():
+def test_packing_does_not_change_the_statistics_of_the_start_state():
     model = RWKV7(QUICK)
     statistics = state_statistics(model, lively(QUICK))
     found, expected = (
@@ -68,7 +68,7 @@ def test_statistics_of_the_start_state_are_the_same():
     assert_trees_close({"x": found}, {"x": expected}, 1e-5)
 
 
-def test_statistics_of_weights_start_every_sequence_anew():
+def test_packing_does_not_change_the_statistics_of_weights():
     """Padding counts in them, so that they are compared with full rows."""
     model = RWKV7(QUICK)
     tokens = np.random.default_rng(0).integers(1, QUICK.vocab_size, (4, 11))
@@ -99,13 +99,13 @@ def test_pieces_of_a_packed_batch_add_up():
     assert_trees_close({"x": moved[0]}, {"x": moved[1]}, 1e-5)
 
 
-def test_a_reader_that_knows_no_packed_rows_refuses_them(unchecked):
+def test_a_loss_without_support_for_packed_rows_rejects_them(unchecked):
     packed, _ = batches()
-    with pytest.raises(ValueError, match="`batch` must have one sequence a row here"):
+    with pytest.raises(ValueError, match="`batch` must have one sequence per row here"):
         Batch.of(packed)
 
 
-def test_segments_must_fit_the_rows(unchecked):
+def test_segments_must_match_the_rows(unchecked):
     packed, _ = batches()
     with pytest.raises(
         ValueError, match=r"`batch.segments` must have shape \(3, 'K'\)"

@@ -33,14 +33,14 @@ def found():
     return STATISTICS(lively(), BATCH)
 
 
-def test_exactly_the_projections_have_statistics(found):
+def test_only_the_projections_have_statistics(found):
     flags = jax.tree.leaves(projections(lively()))
     given = jax.tree.structure(lively()).flatten_up_to(found)
     assert flags == [leaf is not None for leaf in given]
     assert sum(flags) == 2 * len(INPUTS)
 
 
-def test_a_second_moment_is_that_of_what_the_matrix_multiplies(found):
+def test_second_moments_are_those_of_the_inputs_of_each_matrix(found):
     # Adding a matrix to a projection's weight changes its outputs by that matrix times its inputs;
     # the mean square of the change is tr(A C A^T).
     ids = jnp.asarray(BATCH["tokens"][:3, :-1])
@@ -66,9 +66,7 @@ def test_a_second_moment_is_that_of_what_the_matrix_multiplies(found):
     [(QUICK, "layer_0"), pytest.param(CONFIG, "layers", marks=pytest.mark.slow)],
     ids=["shallow", "deep"],
 )
-def test_training_by_dbp_follows_and_keeps_what_is_no_projection_on_its_inner_optimizer(
-    config, block
-):
+def test_dbp_leaves_other_parameters_to_the_inner_optimizer(config, block):
     tx = decorrelate(optax.sgd(1e-2), mask=projections)
     model = RWKV7(config)
     params = lively(config)
@@ -99,7 +97,7 @@ def off_diagonal_share(matrices):
     return 1 - on_diagonal / squares.sum((-2, -1))
 
 
-def test_pretraining_steps_with_the_decorrelator_decorrelate_the_projections_inputs():
+def test_dbp_decorrelates_the_inputs_of_the_projections():
     decorrelator = weight_decorrelator(RWKV7(QUICK), rows=3, damping=1e-2)
     tx = decorrelator.wrap(build_optimizer(1e-3, weight_decay=0.1))
     loss = pretrain_loss(RWKV7(QUICK))
@@ -121,14 +119,14 @@ def test_pretraining_steps_with_the_decorrelator_decorrelate_the_projections_inp
         assert after < 0.5 * before, (part, name, before, after)
 
 
-def test_without_decorrelation_the_optimizer_stays_as_it_is_and_takes_no_statistics():
+def test_without_decorrelation_the_optimizer_is_unchanged_and_takes_no_statistics():
     tx = optax.sgd(1e-2)
     decorrelator = weight_decorrelator(MODEL, method="none")
     assert decorrelator.wrap(tx) is tx
     assert decorrelator.statistics is None
 
 
-def test_an_unknown_method_is_refused_in_one_sentence():
+def test_an_unknown_method_is_rejected_in_one_sentence():
     sentence = (
         "weight_decorrelator: `method` must be one of none, dbp, whiten; got 'online'"
     )

@@ -44,7 +44,7 @@ def make(kind):
 
 
 @pytest.mark.parametrize("kind", ["start state", "memory", "weights"])
-def test_they_are_those_of_a_pass_of_their_own(kind):
+def test_statistics_from_the_shared_pass_match_a_separate_pass(kind):
     loss, decorrelator, start = make(kind)
     # A plain function hands out no trace, so the step makes a second pass.
     alone = Partial(lambda *x: loss(*x))
@@ -61,7 +61,7 @@ def test_they_are_those_of_a_pass_of_their_own(kind):
     assert few < many
 
 
-def test_another_models_weights_and_pieces_of_a_batch_have_a_pass_of_their_own():
+def test_other_weights_and_accumulation_need_a_separate_pass():
     params = lively(QUICK)
     loss = state_loss(MODEL, params)
     copies = jax.tree.map(lambda leaf: leaf + 0, params)

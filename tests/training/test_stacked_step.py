@@ -113,7 +113,7 @@ def starts() -> list:
 @pytest.mark.parametrize(
     ("method", "steps", "accumulate"), [("none", 4, 1), ("dbp", 2, 2)]
 )
-def test_sets_together_are_the_sets_alone(method, steps, accumulate):
+def test_stacked_sets_match_separate_sets(method, steps, accumulate):
     choices = {"accumulate": accumulate, "method": method}
     batches = []
     for step in range(steps):
@@ -132,7 +132,7 @@ def test_sets_together_are_the_sets_alone(method, steps, accumulate):
             assert_close(metrics[name][index], value, SAME["model"], name)
 
 
-def test_a_set_whose_gradient_is_not_finite_stops_no_other():
+def test_a_non_finite_gradient_stops_only_its_own_set():
     batches = [joined([batch_of(i, step) for i in range(SETS)]) for step in range(2)]
     expected, _ = together(stack_params(starts()), batches)
     broken = starts()
@@ -148,14 +148,14 @@ def test_a_set_whose_gradient_is_not_finite_stops_no_other():
         )
 
 
-def test_a_set_at_rate_zero_stays_as_it_is():
+def test_a_set_with_rate_zero_does_not_move():
     batch = joined([batch_of(i, 0) for i in range(SETS)])
     train, _ = together(stack_params(starts()), [batch], rates=np.zeros(SETS))
     assert not np.any(train.params.wkv)
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_sets_a_few_at_a_time_change_nothing_but_rounding(at_once):
+def test_sets_in_groups_differ_by_rounding_only(at_once):
     batch = joined([batch_of(i, 0) for i in range(SETS)])
     expected, metrics = together(stack_params(starts()), [batch])
     train, few = together(stack_params(starts()), [batch], at_once=at_once)
@@ -163,7 +163,7 @@ def test_sets_a_few_at_a_time_change_nothing_but_rounding(at_once):
     assert_close(few["loss"], metrics["loss"], SAME["model"])
 
 
-def test_devices_that_share_the_sets_change_nothing_but_rounding():
+def test_sharding_the_sets_differs_by_rounding_only():
     batch = joined([batch_of(i, 0) for i in range(SETS)])
     expected, metrics = together(stack_params(starts()), [batch])
     mesh = sharding.make_mesh("auto", SETS)
@@ -173,7 +173,7 @@ def test_devices_that_share_the_sets_change_nothing_but_rounding():
     assert_close(sharded["loss"], metrics["loss"], SAME["model"])
 
 
-def test_devices_that_do_not_divide_the_sets_each_update_all_of_them():
+def test_indivisible_sets_are_updated_on_every_device():
     few = SETS - 1
     batch = joined([batch_of(i, 0) for i in range(few)])
     start = stack_params(starts()[:few])
@@ -185,7 +185,7 @@ def test_devices_that_do_not_divide_the_sets_each_update_all_of_them():
     assert_close(sharded["loss"], metrics["loss"], SAME["model"])
 
 
-def test_devices_along_the_tokens_of_a_row_share_the_sets_as_well():
+def test_devices_of_the_sequence_axis_share_the_sets():
     batch = joined([batch_of(i, 0) for i in range(SETS)])
     start = stack_params(starts())
     expected, metrics = together(start, [batch])
@@ -204,7 +204,7 @@ def flops(mesh, start, batch) -> float:
     return program.cost_analysis()["flops"]
 
 
-def test_devices_that_share_heads_are_refused():
+def test_a_tensor_axis_is_rejected():
     mesh = sharding.make_mesh({"tensor": 2}, SETS)
     with pytest.raises(ValueError, match=r"`mesh` must have no tensor axis: .* of 2\."):
         make_stacked_step(Partial(square), PLAIN, RATES, mesh=mesh)
@@ -232,7 +232,7 @@ def test_all_sets_are_one_program_which_compiles_once():
     assert len(traces) == 1
 
 
-def test_what_does_not_fit_a_stack_is_refused_in_one_sentence():
+def test_arguments_of_the_wrong_size_are_rejected_in_one_sentence():
     with pytest.raises(ValueError, match="`rates` must be one number for each set"):
         make_stacked_step(square, PLAIN, np.ones((2, 2)))
     step = make_stacked_step(square, PLAIN, RATES)

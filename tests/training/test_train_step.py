@@ -49,7 +49,7 @@ def one_batch():
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_micro_batches_make_the_gradient_of_the_whole_batch(accumulate):
+def test_microbatches_give_the_gradient_of_the_batch(accumulate):
     train, metrics = step(accumulate)(TrainState.create(lively(CONFIG), PLAIN), BATCH)
     whole, expected = one_batch()
     gradients = [
@@ -63,21 +63,21 @@ def test_micro_batches_make_the_gradient_of_the_whole_batch(accumulate):
         assert_close(metrics[name], expected[name], SAME["micro-batches"], name)
 
 
-def test_accumulation_that_does_not_divide_the_batch_is_refused():
+def test_accumulation_must_divide_the_batch():
     sentence = "make_train_step: `accumulate` must divide the batch of 4 rows; got 3."
     with pytest.raises(ValueError) as caught:
         step(3)(TrainState.create(lively(CONFIG), PLAIN), BATCH)
     assert str(caught.value) == sentence
 
 
-def test_accumulation_that_does_not_divide_the_anchors_rows_is_refused():
+def test_accumulation_must_divide_the_rows_of_the_anchor():
     batch = BATCH | {"anchor": tokens(3, 7, CONFIG)}
     sentence = "`accumulate` must divide the 3 rows of the batch's anchor; got 2"
     with pytest.raises(ValueError, match=sentence):
         step(2)(TrainState.create(lively(CONFIG), PLAIN), batch)
 
 
-def test_a_loss_that_divides_by_the_mask_of_a_piece_is_refused():
+def test_a_loss_that_normalizes_by_the_mask_of_a_microbatch_is_rejected():
     def forgetful(params, batch):
         mask = batch["mask"]
         loss = (
@@ -98,7 +98,7 @@ def test_a_loss_that_divides_by_the_mask_of_a_piece_is_refused():
             make_train_step(loss, PLAIN, accumulate=2)(train, batch)
 
 
-def test_a_number_among_the_arrays_of_a_batch_is_the_losss_own():
+def test_a_scalar_in_a_batch_is_passed_to_the_loss():
     def scaled_by_batch(params, batch):
         weights = jnp.sum(batch["weights"])
         return batch["scale"] * weights * jnp.sum(jnp.square(params["x"])), {}
@@ -132,7 +132,7 @@ def test_a_loss_may_have_no_metrics(metrics):
         (((1.0, {}), 2.0), "tuple and float"),
     ],
 )
-def test_what_is_no_loss_is_said(result, sentence):
+def test_an_object_that_is_no_loss_is_named(result, sentence):
     def wrong(params, batch):
         return result
 
@@ -152,7 +152,7 @@ def test_an_optimizer_that_decorrelates_needs_statistics():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int8])
-def test_narrow_ids_train_as_wide_ones(unchecked, dtype):
+def test_narrow_integer_ids_train_like_wide_ones(unchecked, dtype):
     batch = BATCH | {"tokens": np.asarray(BATCH["tokens"], dtype)}
     train, metrics = step()(TrainState.create(lively(CONFIG), PLAIN), batch)
     expected, expected_metrics = one_batch()
@@ -172,7 +172,7 @@ class Spread:
         return jnp.mean(pieces["tokens"])
 
 
-def test_totals_over_the_batch_make_pieces_add_up_to_it():
+def test_totals_over_the_batch_normalize_its_microbatches():
     batch = {"tokens": jnp.arange(12.0).reshape(4, 3) ** 2, "mask": jnp.ones((4, 2))}
     ends = []
     for accumulate in (1, 2, 4):
@@ -210,7 +210,7 @@ def small(value):
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_an_update_that_is_not_finite_is_left_out_bit_for_bit(bad):
+def test_a_non_finite_update_changes_no_bit(bad):
     tx = optax.adam(0.1)
     run = make_train_step(square, tx)
     train, _ = run(TrainState.create({"x": jnp.arange(3.0)}, tx), small(1.0))
@@ -223,7 +223,7 @@ def test_an_update_that_is_not_finite_is_left_out_bit_for_bit(bad):
     assert not np.array_equal(train.params["x"], before[0]["x"])
 
 
-def test_one_micro_batch_that_is_not_finite_leaves_the_whole_update_out():
+def test_one_non_finite_microbatch_skips_the_update():
     tx = optax.adam(0.1)
     batch = small(1.0)
     batch["tokens"] = batch["tokens"].at[1].set(jnp.nan)
@@ -234,7 +234,7 @@ def test_one_micro_batch_that_is_not_finite_leaves_the_whole_update_out():
 
 
 @pytest.mark.slow
-def test_micro_batches_make_the_gradient_of_an_anchored_state():
+def test_microbatches_give_the_gradient_of_an_anchored_state():
     """The anchor counts every token of its own rows, the loss those of the mask."""
     model = RWKV7(CONFIG)
     loss = state_loss(model, lively(CONFIG), anchor=0.5, l2wrap=1e-2)
@@ -274,7 +274,7 @@ def scaled(params, batch):
     return value, {}
 
 
-def test_an_optimizer_that_reads_the_loss_gets_it():
+def test_an_optimizer_that_needs_the_loss_receives_it():
     batch = {"tokens": np.full((1, 3), 2), "mask": np.ones((1, 2), np.float32)}
     for tx in (
         optax.polyak_sgd(max_learning_rate=1.0),
@@ -293,7 +293,7 @@ def first_step(tx):
     make_train_step(Partial(scaled), tx)(train, batch)
 
 
-def test_an_optimizer_that_needs_more_is_named():
+def test_an_optimizer_that_needs_other_arguments_is_named():
     said = "`tx` must make updates from gradients"
     with pytest.raises(TypeError, match=f"^{said}.*'value_fn'"):
         first_step(optax.lbfgs())
@@ -303,7 +303,7 @@ def test_an_optimizer_that_needs_more_is_named():
 
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError])
-def test_a_mistake_inside_of_an_optimizer_stays_what_it_is(error):
+def test_an_error_inside_an_optimizer_is_not_reworded(error):
     def update(updates, state, params=None):
         raise error("mine")
 
@@ -311,7 +311,7 @@ def test_a_mistake_inside_of_an_optimizer_stays_what_it_is(error):
         first_step(optax.GradientTransformation(lambda _: (), update))
 
 
-def test_an_optimizer_may_keep_the_parameters_that_it_begins_with():
+def test_an_optimizer_state_may_alias_the_parameters():
     tx = optax.GradientTransformation(
         lambda params: (params, params),
         lambda updates, state, params=None: (updates, state),
@@ -321,19 +321,19 @@ def test_an_optimizer_may_keep_the_parameters_that_it_begins_with():
 
 
 @pytest.mark.parametrize("leaf", [np.arange(3), "words", jnp.ones(3, bool)])
-def test_what_cannot_be_trained_is_refused_where_training_begins(leaf):
+def test_parameters_that_cannot_be_trained_are_rejected_by_create(leaf):
     sentence = r"TrainState.create: `params`\['x'\] must be an array of floating point"
     with pytest.raises(TypeError, match=sentence):
         TrainState.create({"x": leaf}, PLAIN)
 
 
-def test_a_mesh_whose_axes_the_compiler_does_not_partition_is_refused():
+def test_a_mesh_with_explicit_axes_is_rejected():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with pytest.raises(ValueError, match="`mesh` must have axes that the compiler"):
         make_train_step(LOSS, PLAIN, mesh=mesh)
 
 
-def test_create_copies_so_that_the_callers_weights_survive_the_step():
+def test_create_copies_so_that_the_callers_parameters_survive_the_step():
     params = {"x": jnp.arange(3.0)}
     make_train_step(square, PLAIN)(TrainState.create(params, PLAIN), small(1.0))
     np.testing.assert_array_equal(params["x"], np.arange(3.0))
@@ -347,7 +347,7 @@ def test_evaluation_reports_the_metrics_of_the_same_loss():
     )
 
 
-def test_a_step_is_lowered_and_traced_after_the_checks_of_a_call():
+def test_lower_and_trace_check_their_arguments():
     train = TrainState.create(lively(CONFIG), PLAIN)
     described = jax.eval_shape(lambda: (train, BATCH))
     compiled = step().lower(*described).compile()
@@ -367,7 +367,7 @@ def test_a_step_is_lowered_and_traced_after_the_checks_of_a_call():
         np.testing.assert_array_equal(one, two)
 
 
-def test_a_batch_that_was_only_described_is_no_batch_whose_ids_were_looked_at():
+def test_lowering_does_not_mark_the_ids_of_a_batch_as_checked():
     one = make_train_step(LOSS, PLAIN)
     train = TrainState.create(lively(CONFIG), PLAIN)
     one.lower(*jax.eval_shape(lambda: (train, BATCH)))

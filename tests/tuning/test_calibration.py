@@ -53,7 +53,7 @@ def test_cosine_features_approximate_the_gaussian_kernel():
     np.testing.assert_allclose(phi @ phi.T, np.exp(-gamma * square), atol=0.15)
 
 
-def test_kmeans_landmarks_lie_nearer_to_the_reads_than_random_ones():
+def test_kmeans_landmarks_are_closer_to_the_reads_than_random_ones():
     reads = noise((1, 400, 1, N), 7)
     unit = np.asarray(unit_vectors(reads[0, :, 0]))
     far = {}
@@ -65,7 +65,7 @@ def test_kmeans_landmarks_lie_nearer_to_the_reads_than_random_ones():
     assert far["kmeans"] < 0.9 * far["random"]
 
 
-def test_more_features_than_distinct_reads_get_landmarks_of_their_own():
+def test_more_features_than_distinct_reads_get_distinct_landmarks():
     reads = jnp.tile(noise((1, 5, 1, N), 7), (1, 20, 1, 1))
     centres = np.asarray(calibrate(reads, size=16).landmarks[0, 0, 0])
     assert len(np.unique(centres, axis=0)) == 16 and np.isfinite(centres).all()
@@ -74,9 +74,7 @@ def test_more_features_than_distinct_reads_get_landmarks_of_their_own():
 @pytest.mark.parametrize("kind", ["gaussian", "fourier", "gaussian_raw"])
 @pytest.mark.parametrize("prepare", ["centre", "whiten"])
 @pytest.mark.parametrize("count", [1, 50])
-def test_a_head_whose_reads_never_vary_gets_features_of_their_own_size(
-    kind, prepare, count
-):
+def test_constant_reads_get_features_of_their_own_scale(kind, prepare, count):
     reads = noise((1, count, 2, N), 7)
     # The second head varies where there is more than one vector.
     reads = reads.at[:, :, 0].set(reads[:, :1, 0])
@@ -90,7 +88,7 @@ def test_a_head_whose_reads_never_vary_gets_features_of_their_own_size(
         assert np.mean(own[:, :, 1] ** 2) == pytest.approx(1.0, rel=0.7)
 
 
-def test_too_small_a_damping_for_the_reads_is_refused():
+def test_too_small_a_damping_is_rejected():
     reads = noise((1, 5, 2, N), 7)
     sentence = "calibrate: `damping` must be larger where 5 reads of a head do not tell"
     with pytest.raises(ValueError, match=sentence):
@@ -115,9 +113,7 @@ def test_too_small_a_damping_for_the_reads_is_refused():
         ("replace", True, {"kind": "fourier"}, ("fourier", "none", (1.0,))),
     ],
 )
-def test_settings_that_are_left_open_get_their_defaults_in_one_place(
-    dynamics, whiten, given, expected
-):
+def test_defaults_of_settings_are_in_one_place(dynamics, whiten, given, expected):
     assert resolve_features(dynamics, whiten=whiten, **given) == expected
     # Config files, and the records of old runs, spell an open setting "" or ().
     written = {"kind": "", "prepare": "", "widths": ()} | given

@@ -30,7 +30,7 @@ def moved(tx, state, steps=3, **extra):
     return state
 
 
-def test_each_layer_and_leaf_moves_as_in_a_run_at_its_own_rate():
+def test_each_layer_and_leaf_moves_at_its_own_rate():
     layers = [1.0, 0.5, 0.0][:LAYERS]
     leaves = {"att_shift": 0.25}
     factors = rate_factors(STATE, leaf_rates=leaves, layer_rates=layers)
@@ -58,14 +58,14 @@ def test_factors_of_layers_may_be_an_array():
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-def test_factors_of_one_change_nothing_bit_for_bit():
+def test_factors_of_one_change_no_bit():
     factors = rate_factors(STATE, layer_rates=[1.0] * LAYERS)
     plain = moved(optax.adam(0.1), STATE)
     found = moved(optax.chain(optax.adam(0.1), scale_by_factors(factors)), STATE)
     jax.tree.map(np.testing.assert_array_equal, plain, found)
 
 
-def test_a_memory_and_its_writes_are_one_leaf_and_features_keep_one():
+def test_a_memory_and_its_writes_share_a_factor_and_features_have_none():
     state = empty_state()
     factors = rate_factors(state, leaf_rates={"memory": 0.5})
     assert np.all(factors.upscaled.memory == 0.5)
@@ -74,7 +74,7 @@ def test_a_memory_and_its_writes_are_one_leaf_and_features_keep_one():
     assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(factors.upscaled.features))
 
 
-def test_a_decorrelated_optimizer_takes_its_statistics_through_the_factors():
+def test_a_decorrelated_optimizer_receives_statistics_through_the_factors():
     def wrap(tx):
         return decorrelate(
             tx, mask=STATE.replace(wkv=True, att_shift=False, ffn_shift=False)
@@ -121,12 +121,12 @@ def test_a_decorrelated_optimizer_takes_its_statistics_through_the_factors():
         ({"leaf_rates": {"wkv": "much"}}, TypeError, "`leaf_rates` must be a number"),
     ],
 )
-def test_bad_factors_are_refused(unchecked, choices, error, message):
+def test_bad_factors_are_rejected(unchecked, choices, error, message):
     with pytest.raises(error, match=f"rate_factors: {message}"):
         rate_factors(STATE, **choices)
 
 
-def test_factors_of_another_tree_are_refused():
+def test_factors_of_another_tree_are_rejected():
     tx = scale_by_factors({"a": 1.0})
     with pytest.raises(
         ValueError, match="scale_by_factors: `factors` must have the structure"
@@ -134,7 +134,7 @@ def test_factors_of_another_tree_are_refused():
         tx.update({"b": jnp.ones(2)}, tx.init({"b": jnp.ones(2)}))
 
 
-def test_a_factor_that_would_make_its_leaf_larger_is_refused():
+def test_a_factor_that_would_broadcast_its_leaf_is_rejected():
     tx = scale_by_factors({"w": jnp.ones((2, 3))})
     with pytest.raises(ValueError, match=r"broadcast to w of shape \(3,\); got shape"):
         tx.update({"w": jnp.ones(3)}, tx.init({"w": jnp.ones(3)}))

@@ -27,7 +27,7 @@ NAN = float("nan")
     share=st.floats(0.01, 1.0),
     measuring=st.floats(0.0, 20.0),
 )
-def test_a_search_costs_its_share_or_has_the_least_steps(
+def test_a_search_costs_its_share_or_has_the_minimum_of_steps(
     rates, steps, rows, share, measuring
 ):
     plan = plan_search(rates, steps=steps, rows=rows, share=share, measuring=measuring)
@@ -38,23 +38,23 @@ def test_a_search_costs_its_share_or_has_the_least_steps(
     assert plan.rows * rates <= max(rows, rates)
 
 
-def test_the_rate_with_the_lowest_loss_is_taken_and_the_edge_is_said():
+def test_the_rate_with_the_lowest_loss_is_chosen_and_an_edge_is_reported():
     assert choose_rate(2.0, {0.01: 1.9, 0.1: 1.5, 1.0: 3.0}).rate == 0.1
     assert choose_rate(2.0, {0.01: 1.9, 0.1: 1.5, 1.0: 3.0}).edge == ""
     assert choose_rate(2.0, {0.01: 1.2, 0.1: 1.5}).edge == "smallest"
     assert choose_rate(2.0, {0.01: 1.9, 0.1: 1.5}).edge == "largest"
 
 
-def test_rates_that_diverged_are_passed_over():
+def test_diverged_rates_are_ignored():
     assert choose_rate(2.0, {0.01: 1.9, 0.1: NAN, 1.0: math.inf}).rate == 0.01
 
 
 @pytest.mark.parametrize("losses", [{0.1: 2.0, 1.0: 2.5}, {0.1: NAN}])
-def test_no_rate_is_taken_where_none_is_better_than_not_tuning(losses):
+def test_no_rate_is_chosen_if_none_beats_no_tuning(losses):
     assert choose_rate(2.0, losses).rate is None
 
 
-def test_the_next_larger_rate_is_taken_where_its_gain_is_at_most_a_fifth_smaller():
+def test_a_nearly_equal_larger_rate_is_preferred():
     assert choose_rate(2.0, {0.1: 1.0, 0.3: 1.15, 1.0: 1.15}).rate == 0.3
     assert choose_rate(2.0, {0.1: 1.0, 0.3: 1.25, 1.0: 1.0}).rate == 0.1
     assert choose_rate(2.0, {0.1: 1.0, 0.3: NAN, 1.0: 1.0}).rate == 0.1
@@ -62,7 +62,7 @@ def test_the_next_larger_rate_is_taken_where_its_gain_is_at_most_a_fifth_smaller
     assert choose_rate(2.0, {0.1: 1.001, 0.3: 1.0, 1.0: 1.5}).rate == 0.3
 
 
-def test_of_equal_gains_the_one_that_forgets_least_is_taken():
+def test_of_equal_gains_the_rate_that_forgets_least_is_chosen():
     losses = {0.1: 1.001, 0.3: 1.0, 1.0: 1.002}
     forgetting = {0.1: 3.0, 0.3: 2.0, 1.0: 1.0}
     assert choose_rate(2.0, losses, forgetting=forgetting).rate == 1.0
@@ -73,7 +73,7 @@ def test_of_equal_gains_the_one_that_forgets_least_is_taken():
     assert choose_rate(2.0, losses, forgetting=forgetting).rate == 0.3
 
 
-def test_a_model_worse_than_guessing_gets_the_smallest_of_the_nearly_equal_rates():
+def test_a_model_worse_than_guessing_gets_the_smallest_nearly_equal_rate():
     losses = {0.01: 1.9, 0.03: 1.2, 0.1: 1.05, 0.3: 1.8, 1.0: 1.0, 3.0: 1.1}
     assert choose_rate(2.0, losses, guess=1.5).rate == 0.03
     # One that is better has the next larger rate, as where it is not known what guessing gets.
@@ -86,7 +86,7 @@ def test_a_model_worse_than_guessing_gets_the_smallest_of_the_nearly_equal_rates
     assert found.rate == 1.0
 
 
-def test_the_choice_names_its_reason_and_the_nearly_equal_rates():
+def test_the_choice_reports_its_reason_and_the_nearly_equal_rates():
     lowest = choose_rate(2.0, {0.1: 1.9, 0.3: 1.0, 1.0: 1.5})
     assert lowest.near == (0.3,) and lowest.why == "its loss is the lowest"
     larger = choose_rate(2.0, {0.1: 1.1, 0.3: 1.0, 1.0: 1.15, 3.0: NAN})
@@ -113,7 +113,7 @@ def batches():
         }
 
 
-def test_each_rate_is_tuned_as_a_run_at_that_rate():
+def test_each_rate_is_tuned_like_a_run_at_that_rate():
     start = {"x": jnp.zeros(3)}
 
     def measure(params):
@@ -133,7 +133,7 @@ def test_each_rate_is_tuned_as_a_run_at_that_rate():
         assert math.isclose(measure(train.params), loss, rel_tol=1e-5)
 
 
-def test_rates_that_are_none_are_refused():
+def test_invalid_rates_are_rejected():
     for rates, sentence in (((), "must hold a number"), ((0.0,), "must be positive")):
         with pytest.raises(ValueError, match=f"find_rate: `rates` {sentence}"):
             find_rate(
@@ -147,7 +147,7 @@ def test_rates_that_are_none_are_refused():
             )
 
 
-def test_a_search_without_steps_is_refused():
+def test_a_search_without_steps_is_rejected():
     start = {"x": jnp.zeros(3)}
     sentence = "find_rate: `steps` must be at least 1; got 0"
     with pytest.raises(ValueError, match=sentence):

@@ -26,7 +26,7 @@ def equal(one, two):
     return jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, two))
 
 
-def test_a_mixture_of_one_is_the_state_itself(empty):
+def test_a_mixture_of_one_state_is_that_state(empty):
     for state in (random_state(), filled(empty)):
         assert equal(weighted_sum([state], [1.0]), state)
 
@@ -49,7 +49,7 @@ def test_the_weights_of_a_mixture_can_be_learnt():
     np.testing.assert_allclose(slope, jnp.sum(one.wkv - two.wkv), rtol=1e-4)
 
 
-def test_upscaled_states_are_mixed_inside_of_a_program_too(empty):
+def test_upscaled_states_can_be_mixed_under_jit(empty):
     states = [filled(empty, 1), filled(empty, 2)]
     weights = [0.25, 0.75]
     assert equal(jax.jit(weighted_sum)(states, weights), weighted_sum(states, weights))
@@ -119,7 +119,7 @@ def with_features(state, **changes):
         ),
     ],
 )
-def test_states_that_do_not_fit_are_refused_by_name(empty, change, sentence):
+def test_states_of_different_shapes_are_named(empty, change, sentence):
     with pytest.raises(ValueError, match=sentence):
         weighted_sum([empty, change(empty)], [0.5, 0.5])
 
@@ -132,12 +132,12 @@ def test_states_that_do_not_fit_are_refused_by_name(empty, change, sentence):
         (1, [float("nan")], "`weights` must be finite; got nan"),
     ],
 )
-def test_weights_are_one_a_state_and_finite(states, weights, sentence):
+def test_mixture_weights_are_finite_and_one_per_state(states, weights, sentence):
     with pytest.raises(ValueError, match=sentence):
         weighted_sum([random_state()] * states, weights)
 
 
-def test_capacity_counts_what_holds_something(empty):
+def test_capacity_counts_nonzero_leaves(empty):
     wkv = 3 * 2 * 32 * 32
     memory = 3 * 2 * 32 * SIZE
     assert (
@@ -149,7 +149,7 @@ def test_capacity_counts_what_holds_something(empty):
     assert both.facts == ((wkv + memory) // 35, (wkv + memory) // 20)
 
 
-def test_singular_values_come_by_layer_and_head_with_the_largest_first():
+def test_singular_values_are_sorted_for_each_layer_and_head():
     values = jnp.arange(32.0)
     wkv = jnp.zeros_like(init_state(CONFIG).wkv).at[1, 0, 1].set(jnp.diag(values))
     found = singular_values(wkv)

@@ -98,20 +98,20 @@ def tuned(step, batch):
     return step(train, batch)
 
 
-def test_only_the_wkv_state_moves(tuned):
+def test_only_the_wkv_state_is_tuned(tuned):
     train, _ = tuned
     assert float(jnp.abs(train.params.wkv).max()) > 0.05
     assert float(jnp.abs(train.params.att_shift).max()) == 0.0
     assert float(jnp.abs(train.params.ffn_shift).max()) == 0.0
 
 
-def test_the_shift_states_move_when_they_are_asked_to(shallow, batch):
+def test_the_shift_states_can_be_tuned(shallow, batch):
     loss = state_loss(*shallow, leaves=("wkv", "att_shift", "ffn_shift"))
     grads = jax.jit(jax.grad(lambda s: loss(s, batch)[0]))(init_state(SHALLOW))
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads))
 
 
-def test_tuning_leaves_the_weights_bit_equal(step, shallow, batch):
+def test_tuning_changes_no_bit_of_the_weights(step, shallow, batch):
     before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), shallow[1])
     step(TrainState.create(init_state(SHALLOW), TX), batch)
     jax.tree.map(np.testing.assert_array_equal, before, shallow[1])
@@ -124,7 +124,7 @@ def test_the_loss_falls(shallow, batch, tuned):
 
 
 @sizes
-def test_a_states_gradient_is_its_finite_difference(config, batch):
+def test_the_gradient_of_a_state_matches_finite_differences(config, batch):
     loss = state_loss(RWKV7(config), weights(config))
     start = perturbed(init_state(config), 3, 0.3)
     value = jax.jit(lambda s: loss(s, batch)[0])
@@ -193,7 +193,7 @@ def test_the_compiled_step_holds_no_weight_gradient(config):
     assert control_temp - temp > 0.5 * size
 
 
-def test_moments_exist_for_the_state_alone():
+def test_moments_exist_for_the_state_only():
     tx = optax.adam(0.1)
     train = TrainState.create(init_state(CONFIG), tx)
     shapes = {leaf.shape for leaf in jax.tree.leaves(train.opt_state)}
@@ -211,14 +211,14 @@ def test_a_state_scales_between_base_and_tuned():
     np.testing.assert_array_equal(scaled(state, 0.25).wkv, 0.25 * state.wkv)
 
 
-def test_an_unknown_leaf_is_refused(shallow):
+def test_an_unknown_leaf_is_rejected(shallow):
     with pytest.raises(
         ValueError, match=r"state_loss: `leaves` must be among wkv, .*; got 'kv'"
     ):
         state_loss(*shallow, leaves=("kv",))
 
 
-def test_a_state_survives_the_trees_that_jax_makes_of_it():
+def test_a_state_survives_tree_transformations():
     shapes = jax.eval_shape(lambda: init_state(CONFIG, 2))
     assert isinstance(shapes, RWKV7State)
 
@@ -229,7 +229,7 @@ def widened(config):
     return upscale(RWKV7(config), weights(config), rows()["tokens"], size=20)
 
 
-def test_tuning_a_memory_moves_it_and_nothing_else(shallow, batch):
+def test_tuning_a_memory_moves_only_the_memory(shallow, batch):
     wide = widened(SHALLOW)
     tx = optax.masked(optax.adam(0.1), trainable_mask(wide, ("memory",)))
     step = make_train_step(state_loss(*shallow, leaves=("memory",)), tx)
@@ -243,7 +243,7 @@ def test_tuning_a_memory_moves_it_and_nothing_else(shallow, batch):
 
 
 @sizes
-def test_a_memorys_gradient_is_its_finite_difference(config, batch):
+def test_the_gradient_of_a_memory_matches_finite_differences(config, batch):
     wide = widened(config)
     loss = state_loss(RWKV7(config), weights(config), leaves=("memory",))
     start = perturbed(wide.upscaled.memory, 3, 0.3)
@@ -272,9 +272,7 @@ def traced(config):
 
 @sizes
 @pytest.mark.parametrize("leaf", ["wkv", "memory"])
-def test_statistics_are_the_second_moments_of_what_memories_are_read_with(
-    batch, leaf, config
-):
+def test_statistics_are_the_second_moments_of_the_read_vectors(batch, leaf, config):
     """In the last layer the logits' input is linear in the memory; the moments are restated."""
     wide = widened(config)
     model = RWKV7(config)
@@ -299,7 +297,7 @@ def test_statistics_are_the_second_moments_of_what_memories_are_read_with(
     )
 
 
-def test_targets_of_negative_weight_are_read_like_any_others():
+def test_targets_with_negative_weights_count_in_statistics():
     """As those of rewards below the mean: a moment with negative eigenvalues has no whitener."""
     psi = jax.random.normal(jax.random.key(0), (2, 5, 3, 4))
     weights = jax.random.normal(jax.random.key(1), (2, 5))
@@ -308,7 +306,7 @@ def test_targets_of_negative_weight_are_read_like_any_others():
     assert np.linalg.eigvalsh(np.asarray(signed)).min() > 0
 
 
-def test_tuning_a_memory_that_is_not_there_is_refused(shallow, batch):
+def test_tuning_an_absent_memory_is_rejected(shallow, batch):
     loss = state_loss(*shallow, leaves=("memory",))
     with pytest.raises(
         ValueError, match="`leaves` has memory, but the state is not upscaled"
@@ -335,7 +333,7 @@ def test_an_upscaled_state_is_not_tuned_without_its_memory(shallow, batch):
         (("memory",), "whiten", False),
     ],
 )
-def test_an_optimizer_has_whiteners_if_and_only_if_it_gets_statistics(
+def test_an_optimizer_has_whiteners_iff_it_receives_statistics(
     shallow, leaves, method, decorrelated
 ):
     start = widened(SHALLOW) if "memory" in leaves else init_state(SHALLOW)
@@ -352,7 +350,7 @@ def test_an_optimizer_has_whiteners_if_and_only_if_it_gets_statistics(
     assert len(whiteners) == int(decorrelated)
 
 
-def test_an_unknown_method_of_decorrelation_is_refused(shallow):
+def test_an_unknown_decorrelation_method_is_rejected(shallow):
     sentence = (
         "state_decorrelator: `method` must be one of none, dbp, whiten; got 'exact'"
     )

@@ -1,1 +1,1 @@
-"""Checks of files: what kind a file is, whether its bytes are those that were written."""
+"""File integrity: format detection, checksums and digests, and checks for finite values."""

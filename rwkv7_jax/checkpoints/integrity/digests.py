@@ -1,4 +1,4 @@
-"""Digests of what files hold, to tell whether it is still what was written."""
+"""Digests of file contents, to detect changes after they were written."""
 
 import hashlib
 import json
@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-# A collision by accident is out of the question, and 32 characters still fit into a message.
+# Large enough to rule out accidental collisions; its 32 characters still fit into a message.
 _DIGEST_SIZE = 16
 
 
 class ContentDigest:
-    """A digest of named arrays that does not depend on their order or on the file's format."""
+    """A digest of named arrays, independent of their order and of the file format."""
 
     def __init__(self) -> None:
         """Starts with no arrays."""
@@ -28,7 +28,7 @@ class ContentDigest:
         """Returns the digest of all arrays.
 
         Args:
-            description: JSON values that belong to the arrays and are covered as well.
+            description: JSON values that belong to the arrays and are also covered.
         """
         lines = [*sorted(self._lines), json.dumps(description or {}, sort_keys=True)]
         text = "\n".join(lines)

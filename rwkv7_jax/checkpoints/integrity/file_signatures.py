@@ -1,17 +1,17 @@
-"""Recognition of files by their first bytes, for sentences about files that are not checkpoints.
+"""Detection of file types by their first bytes, and messages about files that are not checkpoints.
 
-A file's name says what somebody meant it to be; its bytes say what it is. Each function returns the
-rest of a sentence that begins with the file's path: what the file is, and what to do.
+Only a file's bytes determine what it is, not its name. Each `describe_*` function returns the rest
+of a sentence that starts with the file's path: what the file is, and what to do.
 """
 
 import json
 from pathlib import Path
 from typing import Literal
 
-# What holds tensors, by the bytes it begins with; PyTorch's files have many suffixes.
+# Tensor file formats, detected by their first bytes, as PyTorch files have many suffixes.
 Container = Literal["pth", "safetensors", "rwkv.cpp", "gguf"]
 
-# The bytes that are looked at: web pages may begin with blank lines and comments.
+# The number of bytes examined: web pages may begin with blank lines and comments.
 _HEAD = 1024
 
 _LOCAL_HEADER = 30
@@ -24,12 +24,12 @@ _POINTERS = (
     b"../.git/annex/",
 )
 
-# The magic number of rwkv.cpp, "ggmf" with the last byte first.
+# The magic number of rwkv.cpp: "ggmf" in little-endian byte order.
 _RWKV_CPP = b"fmgg"
 
 _GGUF = b"GGUF"
 
-# Formats of other files, by the bytes they begin with.
+# Other file formats, by their first bytes.
 _MAGIC = (
     (b"\x1f\x8b", "compressed with gzip: unpack it first"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd: unpack it first"),
@@ -49,26 +49,26 @@ _MAGIC = (
     (b"SQLite format 3", "a database, not a checkpoint"),
 )
 
-# PyTorch's files before its zip format: a pickled magic number, or a tar archive.
+# PyTorch's format before zip files: a pickled magic number.
 _LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def is_zip(head: bytes) -> bool:
-    """Returns whether a file begins as a zip archive does."""
-    # A file may have been cut within the four bytes.
+    """Returns whether a file begins like a zip archive."""
+    # The file may be truncated within the four bytes.
     return head[:4] in (b"PK\x03\x04", b"PK\x05\x06") or head in (b"PK", b"PK\x03")
 
 
 def is_safetensors(head: bytes, size: int) -> bool:
-    """Returns whether a file begins as a .safetensors file does: a length, then a JSON object."""
+    """Returns whether a file begins like a .safetensors file: a length, then a JSON object."""
     if len(head) < 9 or head[8:9] != b"{":
         return False
-    # The format allows headers up to 100 MB; the file itself may have been cut.
+    # The format allows headers of up to 100 MB, even if the file itself is truncated.
     return int.from_bytes(head[:8], "little") <= max(size, 100_000_000)
 
 
 def container_of(path: Path) -> Container | None:
-    """Tells which kind of tensor file this is by its first bytes; None where it is none of them."""
+    """Detects the format of a tensor file from its first bytes; None if it is none of them."""
     head = read_head(path)
     if is_zip(head):
         return "pth"
@@ -88,12 +88,11 @@ def read_head(path: Path) -> bytes:
 
 
 def describe_other_file(path: Path, *, also_text: bool = True) -> str | None:
-    """Says what a file is that can be no checkpoint at all; None where it may be one.
+    """Describes a file that cannot be a checkpoint; returns None if it may be one.
 
     Args:
-        path: of the file.
-        also_text: say of any other text that it is text, which is no news of a file whose name
-            promises no checkpoint.
+        path: path of the file.
+        also_text: also describe plain text; useful only if the file's name promises a checkpoint.
     """
     head = read_head(path)
     if not head:
@@ -105,7 +104,7 @@ def describe_other_file(path: Path, *, also_text: bool = True) -> str | None:
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(_POINTERS):
         return (
-            "is a Git LFS pointer, a note of where the file is: "
+            "is a Git LFS pointer to the file: "
             "fetch the file itself (git lfs pull, or download it by hand)"
         )
     if text.startswith(_PAGES):
@@ -118,7 +117,7 @@ def describe_other_file(path: Path, *, also_text: bool = True) -> str | None:
             return f"is {sentence}"
     if head.startswith(_LEGACY_TORCH):
         return (
-            "is in PyTorch's format before version 1.6: load it with PyTorch and save it anew "
+            "is in PyTorch's format before version 1.6: load it with PyTorch and save it again "
             "with torch.save"
         )
     if also_text and _is_text(head):
@@ -128,7 +127,7 @@ def describe_other_file(path: Path, *, also_text: bool = True) -> str | None:
 
 
 def _is_text(head: bytes) -> bool:
-    """Returns whether bytes are text: no control characters, and UTF-8 up to a cut at the end."""
+    """Returns whether bytes are text: UTF-8, perhaps cut at the end, without control codes."""
     if any(byte < 9 or 13 < byte < 32 for byte in head):
         return False
     try:
@@ -140,7 +139,7 @@ def _is_text(head: bytes) -> bool:
 
 
 def describe_cut_zip(path: Path) -> str:
-    """Says in which entry a zip archive ends that lacks the list of entries at its end."""
+    """Describes in which entry a zip archive without a central directory is truncated."""
     size = path.stat().st_size
     last = ""
     with path.open("rb") as file:
@@ -154,7 +153,7 @@ def describe_cut_zip(path: Path) -> str:
             extra_length = int.from_bytes(header[28:30], "little")
             last = file.read(name_length).decode("utf-8", "replace")
             content = int.from_bytes(header[18:22], "little")
-            # A size that follows the data cannot be skipped over.
+            # If the size follows the data, the next entry cannot be found.
             if header[6] & 8 or content == 0xFFFFFFFF:
                 break
             position += _LOCAL_HEADER + name_length + extra_length + content
@@ -163,12 +162,12 @@ def describe_cut_zip(path: Path) -> str:
 
 
 def describe_cut_safetensors(path: Path) -> str | None:
-    """Says in which tensor a .safetensors file ends too early; None where it does not."""
+    """Describes in which tensor a .safetensors file is truncated; None if it is not."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
-            # A header of this length exists in no file of ours or of others.
+            # No real file has a header of this length.
             if length > 100_000_000:
                 return None
             return (
@@ -191,7 +190,7 @@ def describe_cut_safetensors(path: Path) -> str | None:
 
 
 def _tensor_ends(header: object) -> dict[str, int]:
-    """Returns where the tensors of a .safetensors header end, as far as it says so."""
+    """Returns the end offsets of the tensors in a .safetensors header; skips invalid entries."""
     ends = {}
     for name, entry in header.items() if isinstance(header, dict) else ():
         offsets = entry.get("data_offsets") if isinstance(entry, dict) else None

@@ -1,4 +1,4 @@
-"""Errors about a file's content: each is one sentence that names the file."""
+"""Errors about a file's content, each one sentence that names the file."""
 
 import contextlib
 import struct
@@ -8,7 +8,7 @@ from pathlib import Path
 from rwkv7_jax.checks import first_line, prefix_errors
 from rwkv7_jax.local_paths import name_in_errors
 
-# What code raises that meets content of another kind than it expects.
+# Errors that code raises on content of an unexpected form.
 _UNEXPECTED = (
     LookupError,
     AttributeError,
@@ -20,15 +20,16 @@ _UNEXPECTED = (
 
 @contextlib.contextmanager
 def name_file(path: str | Path, function: str) -> Iterator[None]:
-    """Puts the function and the file's path into every error that the file causes in the block.
+    """Adds the function and the file's path to every error that the file causes in the block.
 
-    Whatever reads a part of the file need not know the function (see `prefix_errors`). Checks of
-    shapes and settings know nothing of files either: their messages get the path at the end. Errors
-    that say nothing to a reader become a sentence, and those of a disk that fails get the path.
+    * Helpers need not know the function (see `prefix_errors`).
+    * Checks of shapes and settings do not know the file, so the path is appended to their messages.
+    * Errors without a readable message become a sentence that the file is damaged.
+    * Errors of the disk get the path.
 
     Args:
-        path: of the file or folder that the block reads.
-        function: the public function.
+        path: path of the file or folder that the block reads.
+        function: name of the public function.
     """
     with prefix_errors(function), name_in_errors(path):
         try:
@@ -36,7 +37,7 @@ def name_file(path: str | Path, function: str) -> Iterator[None]:
         except (ValueError, TypeError) as error:
             if str(path) in str(error):
                 raise
-            # Subclasses such as UnicodeDecodeError make their message from other arguments.
+            # Subclasses such as UnicodeDecodeError build their message from other arguments.
             if type(error) not in (ValueError, TypeError):
                 raise ValueError(f"`{path}` is damaged: {first_line(error)}.") from None
             error.args = (f"{str(error).rstrip('.')} (in `{path}`).",)

@@ -1,4 +1,4 @@
-"""Comparison of files with the checksums and digests in them."""
+"""Verification of files against the checksums and digests in them."""
 
 from pathlib import Path
 
@@ -22,18 +22,18 @@ from rwkv7_jax.checks import prefix_errors
 
 
 def verify(path: str | Path) -> list[str]:
-    """Compares a model, a state or an observer with every checksum and digest that it carries.
+    """Verifies a model, a state or an observer against every checksum and digest that it carries.
 
-    Reads all bytes. Files of other programs carry nothing but a `.pth` file's CRC-32 sums.
+    Reads all bytes. Of other programs' files, only `.pth` files carry checksums, their CRC-32.
 
     Args:
-        path: of a file or a folder.
+        path: path of a file or folder.
 
     Returns:
-        What was compared, a sentence for each file; empty where there is nothing to compare with.
+        One sentence for each successful check; empty if the files carry nothing to check.
 
     Raises:
-        ValueError: a file does not agree, or cannot be read; the message names it.
+        ValueError: a file fails its check or cannot be read; the message names it.
     """
     with prefix_errors("verify"):
         path = existing_model(path)
@@ -44,7 +44,7 @@ def verify(path: str | Path) -> list[str]:
 
 
 def _verify_file(path: Path) -> list[str]:
-    """Compares one file, and a state with its sidecar."""
+    """Verifies one file, and a state against its sidecar."""
     lines = []
     container = container_of(path)
     if container == "pth":
@@ -67,7 +67,7 @@ def _verify_file(path: Path) -> list[str]:
 
 
 def _verify_folder(folder: Path) -> list[str]:
-    """Compares the files of a model's or an observer's folder."""
+    """Verifies the files of a model's or an observer's folder."""
     if is_orbax(folder):
         load_orbax(folder.absolute(), allow_nan=True, verify=True)
         return (
@@ -78,7 +78,7 @@ def _verify_folder(folder: Path) -> list[str]:
     lines = []
     for file in files_of_weights(folder):
         lines += _verify_file(file)
-    # A folder's config.json must agree with the weights too. An observer's has none.
+    # A folder's config.json must also agree with the weights; an observer's folder has none.
     if not lines or format_of(folder) == "hf":
         load_model(folder, allow_nan=True)
     return lines

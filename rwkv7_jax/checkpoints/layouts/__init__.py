@@ -1,4 +1,4 @@
-"""The layouts of models in files: which tensor is which, and which way its numbers lie.
+"""The layouts of models in files: tensor names, and the orientation of the low-rank matrices.
 
-Only names and shapes decide, never a file's suffix or a folder's config.json.
+Only names and shapes determine the layout, never a file's suffix or a folder's config.json.
 """

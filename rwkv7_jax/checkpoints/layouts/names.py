@@ -1,7 +1,7 @@
-"""Official names for the tensors of any RWKV-7 model, whoever wrote it.
+"""Translation of the tensor names of any RWKV-7 model to the official ones.
 
-Trainers put prefixes before the names, Hugging Face's libraries have names of their own, and some
-hold the low-rank matrices as layers (`att.w1.weight`), which means [out, in].
+Trainers add prefixes to the names. Hugging Face's libraries have their own names, and some hold the
+low-rank matrices as linear layers (`att.w1.weight`), which implies [out, in].
 Source: BlinkDL/RWKV-LM@524481d RWKV-v7 (official); fla-org/flash-linear-attention@bc3b101
 utils/convert_from_rwkv7.py (fla's); huggingface/transformers#47787 and the converters named there
 (`model.` or `rwkv7.` before official names; `embeddings`, `pre_ln`, `attention`, `feed_forward`;
@@ -18,7 +18,7 @@ from rwkv7_jax.checkpoints.tensor_names import LERPS, LOW_RANK, Shape, Tensor, T
 
 Family = Literal["official", "fla"]
 
-# Modules that PyTorch, Lightning and DeepSpeed wrap around others, anywhere in a name.
+# Wrapper modules of PyTorch, Lightning and DeepSpeed, which may occur anywhere in a name.
 _WRAPPERS = frozenset(
     {
         "_orig_mod",
@@ -31,27 +31,27 @@ _WRAPPERS = frozenset(
 # The outermost modules of trainers, of PEFT and of Hugging Face's libraries.
 _PREFIXES = frozenset({"module", "base_model", "model", "rwkv", "rwkv7"})
 
-# What parts of a block are called in some folders of transformers.
+# The names of a block's parts in some transformers folders.
 _PARTS = {"attention": "att", "feed_forward": "ffn", "pre_ln": "ln0"}
 
 _BLOCK_PART = re.compile(r"^(blocks\.\d+)\.(\w+)\.(.+)$")
 
-# A low-rank matrix as a layer, and its bias.
+# A low-rank matrix as a linear layer, and its bias.
 _LINEAR = re.compile(r"^(blocks\.\d+\.att\.[wavg][12])\.weight$")
 
 _LINEAR_BIAS = re.compile(r"^(blocks\.\d+\.att\.[wav])2\.bias$")
 
-# Tensors that hold all six lerps: those of old fla files and of rwkv.cpp.
+# Tensors that hold all six lerps, in old fla files and in rwkv.cpp.
 _PACKED_LERPS = re.compile(r"^(layers\.\d+\.attn\.x_|blocks\.\d+\.att\.x_)(x|rwkvag)$")
 
 
 class NamedModel(NamedTuple):
-    """The tensors of a model by official name, and what their former names said.
+    """The tensors of a model by official name, and what their original names imply.
 
     Attributes:
-        tensors: by official name; names that no layout has stay as they are.
-        family: whose names they had; fla's norms have another rule for their epsilons.
-        low_rank: how the low-rank matrices lie now, where the names say so.
+        tensors: tensors by official name; unknown names are kept.
+        family: original naming scheme; fla has another rule for the norms' epsilons.
+        low_rank: orientation of the low-rank matrices, if the names determine it.
     """
 
     tensors: dict[str, Tensor]
@@ -60,11 +60,11 @@ class NamedModel(NamedTuple):
 
 
 def with_official_names(tensors: Tensors, path: Path) -> NamedModel:
-    """Gives tensors their official names.
+    """Renames tensors to their official names.
 
     Args:
-        tensors: by the names in the file.
-        path: for messages.
+        tensors: tensors under the names in the file.
+        path: path of the file, for error messages.
 
     Raises:
         ValueError: two tensors get the same name.
@@ -75,8 +75,8 @@ def with_official_names(tensors: Tensors, path: Path) -> NamedModel:
     low_rank: LowRank | None = None
     for name, tensor in tensors.items():
         plain = _without_prefixes(name)
-        # Names with a prefix are a trainer's or a library's, all of which keep the official
-        # orientation; web-rwkv's files, which do not, have plain names.
+        # Prefixes come from trainers and libraries, which all keep the official orientation.
+        # web-rwkv, which does not, has plain names.
         if plain != name:
             low_rank = "official"
         if plain.startswith("layers."):
@@ -104,7 +104,7 @@ def _without_prefixes(name: str) -> str:
 
 
 def _official_name(name: str) -> tuple[str, bool]:
-    """Translates a name without prefixes, and says whether it is a low-rank matrix as a layer."""
+    """Translates a name without prefixes; the flag marks a low-rank matrix as a linear layer."""
     inside_block = _BLOCK_PART.match(name)
     if inside_block:
         block, part, rest = inside_block.groups()
@@ -120,15 +120,15 @@ def _official_name(name: str) -> tuple[str, bool]:
 
 
 def split_lerps(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Splits a tensor that holds all six lerps of time mix; others stay as they are."""
+    """Splits a tensor that holds all six lerps of time mix; keeps any other tensor."""
     match = _PACKED_LERPS.match(name)
-    # Of another shape it stays as it is, and the check of names reports it.
+    # One of another shape is kept, and `check_names` reports it.
     if match is None or not _is_six_lerps(tensor.shape):
         return {name: tensor}
     width = tensor.shape[-1]
     lerps = {}
     for index, letter in enumerate(LERPS):
-        # The default binds this loop's number.
+        # The default argument binds this iteration's index.
         lerps[f"{match[1]}{letter}"] = Tensor(
             (width,),
             tensor.dtype,

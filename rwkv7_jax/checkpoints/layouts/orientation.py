@@ -1,8 +1,9 @@
-"""The two ways in which files hold the low-rank matrices.
+"""The two orientations of the low-rank matrices in files.
 
-Official files have `w1` as [D, R] and `w2` as [R, D]; web-rwkv's and rwkv.cpp's have them
-transposed. Where a rank differs from the width, the shapes tell. Where all ranks equal it, the
-names or the format must, or the file is refused: a wrong guess would load, and only answer badly.
+Official files have `w1` as [D, R] and `w2` as [R, D]; web-rwkv and rwkv.cpp transpose them. If a
+rank differs from the width, the shapes determine the orientation. If all ranks equal the width, the
+names or the format must determine it. Otherwise the file is rejected, because a wrong guess would
+load and silently give bad answers.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ LowRank = Literal["official", "transposed"]
 
 
 def transposed(tensor: Tensor) -> Tensor:
-    """Swaps the last two axes, now in the shape and later in the numbers; vectors stay."""
+    """Swaps the last two axes lazily, when the tensor is read; keeps vectors."""
     if len(tensor.shape) < 2:
         return tensor
     shape = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2])
@@ -34,15 +35,15 @@ def transposed(tensor: Tensor) -> Tensor:
 def with_official_low_rank(
     tensors: Tensors, said: LowRank | None, path: Path
 ) -> dict[str, Tensor]:
-    """Returns the tensors with the low-rank matrices as official files have them.
+    """Returns the tensors with the low-rank matrices in official orientation.
 
     Args:
-        tensors: by official name.
-        said: how they lie by the names or the format, which counts where the shapes do not tell.
-        path: for messages.
+        tensors: tensors by official name.
+        said: orientation according to the names or the format, used if the shapes are ambiguous.
+        path: path of the file, for error messages.
 
     Raises:
-        ValueError: neither the shapes nor anything else tells how they lie.
+        ValueError: the orientation cannot be determined.
     """
     official = dict(tensors)
     if low_rank_of(tensors, said, path) == "transposed":
@@ -53,20 +54,20 @@ def with_official_low_rank(
 
 
 def low_rank_of(tensors: Tensors, said: LowRank | None, path: Path) -> LowRank:
-    """Tells how the low-rank matrices of a model lie.
+    """Determines the orientation of a model's low-rank matrices.
 
     Args:
-        tensors: by official name.
-        said: how they lie by the names or the format.
-        path: for messages.
+        tensors: tensors by official name.
+        said: orientation according to the names or the format.
+        path: path of the file, for error messages.
 
     Raises:
-        ValueError: nothing tells.
+        ValueError: the orientation cannot be determined.
     """
     votes = set(_votes(tensors))
     if len(votes) == 1:
         return votes.pop()
-    # Some of each: as they are, so that the check of shapes reports those that do not fit.
+    # If the shapes disagree, nothing is transposed, so that `check_names` reports the misfits.
     if votes:
         return "official"
     if said is not None:
@@ -74,14 +75,14 @@ def low_rank_of(tensors: Tensors, said: LowRank | None, path: Path) -> LowRank:
     if _is_decided_by_dtype(tensors):
         return "official"
     raise ValueError(
-        f"`{path}` has low-rank matrices of the model's width, and nothing in it says "
-        "whether they lie as in official files or transposed as in web-rwkv's; take the .pth that "
-        "it was made from."
+        f"`{path}` has square low-rank matrices, and nothing in it says whether they are "
+        "oriented as in official files or transposed as in web-rwkv's; use the .pth that it "
+        "was made from."
     )
 
 
 def _votes(tensors: Tensors) -> Iterator[LowRank]:
-    """Yields what the shape of each low-rank matrix says, for those that are not square."""
+    """Yields the orientation of each low-rank matrix that is not square."""
     if "emb.weight" not in tensors or not tensors["emb.weight"].shape:
         return
     width = tensors["emb.weight"].shape[-1]
@@ -98,7 +99,7 @@ def _votes(tensors: Tensors) -> Iterator[LowRank]:
 
 
 def _is_decided_by_dtype(tensors: Tensors) -> bool:
-    """Returns whether this is not web-rwkv's, which is all in half precision."""
+    """Returns whether the dtypes rule out web-rwkv, whose files are all float16."""
     is_half = all(tensor.dtype == np.float16 for tensor in tensors.values())
     has_low_rank = any(LOW_RANK.search(name) for name in tensors)
     return not (has_low_rank and is_half)

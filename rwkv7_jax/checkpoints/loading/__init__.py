@@ -1,1 +1,1 @@
-"""From the tensors of a file to arrays on devices, replicated or in shards."""
+"""Loading of a file's tensors into arrays on devices, replicated or sharded."""

@@ -1,8 +1,8 @@
-"""The parameter tree of a checkpoint, read from its tensors leaf by leaf, replicated or in shards.
+"""Construction of a checkpoint's parameter tree, leaf by leaf, replicated or sharded.
 
-A leaf of stacked layers is made in one buffer and forgotten once it is on its devices. In shards it
-is made slice by slice: the host holds one shard at a time, and a process reads what its own devices
-keep.
+A leaf of stacked layers is built in one host buffer, which is freed once the leaf is on its
+devices. A sharded leaf is built shard by shard: the host holds one shard at a time, and each
+process reads only the shards of its own devices.
 """
 
 import functools
@@ -30,18 +30,18 @@ from rwkv7_jax.checkpoints.tensor_names import Index, Shape, Tensor, Tensors
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.sharding.layout import axes_of, spec
 
-# Called with the bytes done and the bytes in all.
+# Called with the number of bytes done and the total.
 Progress = Callable[[int, int], None] | None
 
-# Makes of a leaf, or of one shard of it, what the tree holds.
+# Maps the path and the array of a leaf, or of a shard of it, to the value in the tree.
 Convert = Callable[[TreePath, np.ndarray], Any]
 
-# What XLA wants on CPU to use a buffer of NumPy's as it is.
+# The alignment with which XLA uses a NumPy buffer on CPU without a copy.
 _JAX_ALIGNMENT = 64
 
 
 def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """Allocates memory that JAX takes over on CPU instead of copying it."""
+    """Allocates an array that JAX can alias on CPU instead of copying it."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _JAX_ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _JAX_ALIGNMENT
@@ -49,7 +49,7 @@ def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
 
 
 def _common_dtype(tensors: Tensors, names: list[str], dtype, path: str) -> np.dtype:
-    """Returns the dtype of tensors that are stacked; mixed ones are promoted without loss."""
+    """Returns the dtype of a stack of tensors; mixed dtypes are promoted without loss."""
     if dtype is None:
         dtypes = [tensors[name].dtype for name in names]
         dtype = functools.reduce(jnp.promote_types, dtypes)
@@ -67,15 +67,15 @@ def _read_stack(
     path: str,
     allow_nan: bool,
 ) -> np.ndarray:
-    """Reads the same part of tensors into one array with a leading axis.
+    """Reads the same part of several tensors into one array with a leading axis.
 
     Args:
-        tensors: of the file.
-        names: of those that are stacked.
-        shape: of each of them.
-        index: of the part.
-        dtype: of the array; None keeps the file's.
-        path: for messages.
+        tensors: tensors of the file.
+        names: names of the tensors to stack.
+        shape: shape of each tensor.
+        index: index of the part.
+        dtype: dtype of the array; None keeps the file's.
+        path: path of the file, for error messages.
         allow_nan: accept NaN and Inf.
     """
     dtype = _common_dtype(tensors, names, dtype, path)
@@ -85,11 +85,11 @@ def _read_stack(
         if len(shape) > 1:
             array = tensors[name].part(index)
         else:
-            # Takes off axes of size 1, which official vectors have.
+            # Removes the axes of size 1 that official vectors have.
             array = tensors[name].read().reshape(shape)[index]
         if not allow_nan:
             require_finite(array, name, path)
-        # The check below finds what NumPy would warn of, and knows the tensor's name.
+        # NumPy would warn of an overflow; the check below also names the tensor.
         with np.errstate(over="ignore", invalid="ignore"):
             row[...] = array
         require_no_overflow(array, row, name, path)
@@ -100,14 +100,14 @@ def _read_stack(
 def put_in_shards(
     sharding: NamedSharding, shape: Shape, read: Callable[[Index], Any]
 ) -> Any:
-    """Makes arrays shard by shard; each shard is read once, whatever devices keep it.
+    """Builds sharded arrays; each shard is read once, however many devices hold it.
 
     Args:
-        sharding: of the first axes of all arrays.
-        shape: of the array that is cut.
-        read: from the index of a shard to the shard, an array or a tree of them.
+        sharding: sharding of the leading axes of all arrays.
+        shape: shape of the full array.
+        read: maps the index of a shard to the shard, an array or a tree of arrays.
     """
-    # JAX's `make_array_from_callback` would read a shard once for each device.
+    # `jax.make_array_from_callback` would read a shard once per device.
     devices_of: dict[tuple, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
@@ -145,7 +145,7 @@ def _whole_shape(part: Shape, sharding: NamedSharding) -> Shape:
 
 
 def _names_by_path(tensors: Tensors, config: RWKV7Config) -> dict[TreePath, list[str]]:
-    """Groups the names of the tensors that are there by the leaf that they become."""
+    """Groups the names of the file's tensors by the leaf that they become."""
     groups: dict[TreePath, list[str]] = {}
     for name in tensor_names.accepted_shapes(config):
         if name in tensors:
@@ -156,13 +156,13 @@ def _names_by_path(tensors: Tensors, config: RWKV7Config) -> dict[TreePath, list
 def loaded_tensors(
     tensors: Tensors, config: RWKV7Config, path: str, *, dtype=None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields what `official_tensors` of the built tree would, sorted by name, without the tree.
+    """Yields the same as `official_tensors` of the built tree, sorted by name, without building it.
 
     Args:
         tensors: as in `build_tree`.
-        config: their sizes.
-        path: for messages.
-        dtype: of all leaves; None keeps the file's.
+        config: the config of the model.
+        path: path of the file, for error messages.
+        dtype: dtype of all leaves; None keeps the file's.
     """
     shapes = tensor_names.accepted_shapes(config)
     dtypes: dict[str, np.dtype] = {}
@@ -188,21 +188,20 @@ def build_tree(
     """Reads checked tensors into a parameter tree of arrays on devices.
 
     Args:
-        tensors: in official names and orientation.
-        config: their sizes.
-        path: for messages.
-        dtype: of all leaves; None keeps the file's.
+        tensors: tensors with official names and orientation.
+        config: the config of the model.
+        path: path of the file, for error messages.
+        dtype: dtype of all leaves; None keeps the file's.
         allow_nan: accept NaN and Inf.
-        progress: called with the bytes done and the bytes in all.
-        convert: makes of a leaf's place and array what the tree holds; None keeps the array.
-        mesh: devices that hold the leaves in shards; None for the default device.
+        progress: called with the number of bytes done and the total.
+        convert: maps a leaf's path and array to the value in the tree; None keeps the array.
+        mesh: mesh to shard the leaves over; None uses the default device.
 
     Raises:
-        ValueError: NaN or Inf in a tensor, or float64 where JAX has none; the message names the
-            tensor.
+        ValueError: a tensor has NaN or Inf, or is float64 and x64 is off; the message names it.
     """
     shapes = tensor_names.accepted_shapes(config)
-    # One leaf after the other, so that the peak is the model and one stack of layers.
+    # One leaf at a time: peak memory is the model plus one stack of layers.
     total = sum(map(_num_bytes, tensors.values()))
     done = 0
     leaves: dict[TreePath, Any] = {}
@@ -232,18 +231,18 @@ def _leaf(
     convert: Convert | None,
     mesh: Mesh | None,
 ) -> Any:
-    """Makes one leaf of the tree: on the default device, or in shards on a mesh."""
+    """Builds one leaf of the tree, on the default device or sharded over a mesh."""
     is_stack = path[0] == "layers"
     shape = (*([len(names)] if is_stack else []), *shapes[names[0]])
 
     def read_leaf(index: Index) -> np.ndarray:
-        # All layers of a stack are in every shard.
+        # Every shard has all layers of a stack.
         return read_part(index[1:]) if is_stack else read_part(index)[0]
 
     def read(index: Index) -> Any:
         if convert is None:
             return read_leaf(index)
-        # The scale of a row in 8 bits is that of all its columns.
+        # An int8 row has one scale for all its columns, so whole rows are read.
         *rows, columns = index
         return jax.tree.map(
             lambda one: one[..., columns] if one.ndim == len(shape) else one,
@@ -251,7 +250,7 @@ def _leaf(
         )
 
     if mesh is None:
-        # Nothing else refers to the buffers, so JAX may keep them; views of the file it may not.
+        # Nothing else refers to the buffers, so JAX may alias them.
         return jax.device_put(read((slice(None),) * len(shape)), may_alias=True)
     sharding = NamedSharding(mesh, spec("/".join(path), shape, mesh.shape))
     return put_in_shards(sharding, shape, read)

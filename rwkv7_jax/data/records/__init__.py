@@ -1,1 +1,1 @@
-"""Records of data sets, such as lines of JSON, as documents."""
+"""Parsing of data set records, such as lines of JSON, into documents."""

@@ -1,8 +1,8 @@
-"""Conversations of data sets as documents, written as `text.chat_template` says.
+"""Conversations of data sets as documents, in the template of `text.chat_template`.
 
-A blank line ends a turn, so blank lines inside a turn are removed. In the loss are the assistant's
-words, from the space after its name, and token 0 after the last of them; an answer with a weight of
-0 is read and not learnt.
+A blank line ends a turn, so blank lines inside a turn are removed. The loss covers the assistant's
+words, from the space after its name, and the end of text after the last answer. An answer with a
+weight of 0 is only read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from rwkv7_jax.text.chat_template import (
     write_conversation,
 )
 
-# Names that other tools give the roles, in lower case.
+# Role names of other tools, in lower case.
 _ROLES = {
     "human": "user",
     "prompter": "user",
@@ -40,25 +40,25 @@ _ROLES = {
     "observation": "tool",
 }
 
-# Names of what an assistant thought: DeepSeek's, OpenRouter's and gpt-oss's.
+# Keys of an assistant's thoughts in DeepSeek, OpenRouter and gpt-oss.
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
-# Values of these keys that only say whether an answer thinks, as Nemotron's sets have them.
+# Values of these keys that only switch thinking on or off, as in Nemotron's data sets.
 _SWITCHES = ("on", "off", "true", "false")
 
-# Names of whether an answer is learnt: OpenAI's and ShareGPT's, axolotl's, ms-swift's.
+# Keys of an answer's loss weight in OpenAI and ShareGPT, axolotl, and ms-swift.
 WEIGHTS = ("weight", "train", "loss")
 
 
 def is_conversation(value: Any) -> bool:
-    """Tells whether a value is a list of messages, each with a role and words or calls."""
+    """Returns whether a value is a list of messages, each with a role and words or calls."""
     if not isinstance(value, list) or not value:
         return False
     return all(isinstance(item, Mapping) and _is_message(item) for item in value)
 
 
 def _is_message(value: Mapping[str, Any]) -> bool:
-    """Tells whether an object has the keys of a message."""
+    """Returns whether an object has the keys of a message."""
     if "from" in value and "value" in value:
         return True
     said = ("content", "tool_calls", "function_call")
@@ -73,18 +73,19 @@ def conversation(
     tools: Sequence[str] = (),
     learn_from: int = 0,
 ) -> Document:
-    """Formats chat messages in RWKV-7's template; only answers of the assistant are in the loss.
+    """Formats chat messages in RWKV-7's template; only the assistant's answers are in the loss.
 
     Args:
         messages: objects with "role" and "content", or with ShareGPT's "from" and "value".
-        name: of the list, for messages.
-        think: one of `chat_template.THINK_MODES`.
-        tools: functions that may be called, as `chat_template.tool_text` writes them.
-        learn_from: index of the first message that is learnt; earlier answers are only read.
+        name: name of the list, for error messages.
+        think: a key of `chat_template.THINK_MODES`.
+        tools: the available functions, as `chat_template.tool_text` writes them.
+        learn_from: index of the first message in the loss; earlier answers are only read.
 
     Raises:
-        ValueError: no list of messages with known roles, one that ends without an answer, an answer
-            without thoughts under a think mode that needs them, or no answer that is learnt.
+        ValueError: the value is not a list of messages with known roles, it does not end with an
+            answer, an answer lacks thoughts that the think mode requires, or no answer is in the
+            loss.
     """
     _check_messages(messages, name)
     must_think = _mode(think).filler is None
@@ -106,10 +107,12 @@ def conversation(
     if turns[-1].role != "assistant":
         raise ValueError(f'"{name}" do not end with an answer of the assistant')
     if not any(learnt):
-        raise ValueError(f'no answer of "{name}" is learnt: all have a weight of 0')
+        raise ValueError(
+            f'no answer of "{name}" is in the loss: all have a weight of 0'
+        )
     flags = iter(learnt)
     segments = []
-    # A model that may choose writes the beginning of a call itself, so this is learnt.
+    # `must_call` is false, so the model writes the beginning of a call, and it is in the loss.
     for part in write_conversation(turns, think=think, tools=tools, must_call=False):
         in_loss = part.is_answer and next(flags)
         segments.append(Segment(part.text.encode(), in_loss=in_loss))
@@ -123,20 +126,21 @@ def asked_conversation(
     think: Any = "off",
     tools: Sequence[str] = (),
 ) -> tuple[tuple[str, ...], str]:
-    """Formats chat messages up to the beginning of the last answer, as `conversation` does.
+    """Formats chat messages like `conversation`, up to the beginning of the last answer.
 
     Args:
-        messages: as there; the last one may be a question.
-        name: of the list, for messages.
-        think: one of `chat_template.THINK_MODES`.
-        tools: functions that may be called, as `chat_template.tool_text` writes them.
+        messages: as in `conversation`, but the last one may be a question.
+        name: name of the list, for error messages.
+        think: a key of `chat_template.THINK_MODES`.
+        tools: the available functions, as `chat_template.tool_text` writes them.
 
     Returns:
         The parts of the prompt, each of which is tokenized separately, and the words of the last
-        answer; "" where it is not there.
+        answer, "" if it is missing.
 
     Raises:
-        ValueError: no list of messages with known roles, or no question at its end.
+        ValueError: the value is not a list of messages with known roles, or has no question at the
+            end.
     """
     _check_messages(messages, name)
     _mode(think)
@@ -155,7 +159,7 @@ def asked_conversation(
 
 
 def _check_messages(messages: Any, name: str) -> None:
-    """Raises ValueError unless a value is a list that holds something."""
+    """Raises ValueError unless a value is a non-empty list."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f'"{name}" must be a list of messages')
 
@@ -169,7 +173,7 @@ def _mode(think: Any) -> ThinkMode:
 
 
 def _is_learnt(message: Mapping[str, Any], number: int) -> bool:
-    """Tells whether an answer counts in the loss, as its message says."""
+    """Returns whether an answer counts in the loss according to its message."""
     for name in WEIGHTS:
         weight = message.get(name)
         # True and False are equal to 1 and 0.
@@ -183,7 +187,7 @@ def _is_learnt(message: Mapping[str, Any], number: int) -> bool:
 
 
 def read_message(message: Any, number: int) -> Message:
-    """Reads a message, blank lines removed from its texts."""
+    """Parses a message and removes blank lines from its texts."""
     if not isinstance(message, Mapping):
         raise ValueError(
             f"message {number}: must be an object; got {type(message).__name__}"
@@ -205,14 +209,14 @@ def read_message(message: Any, number: int) -> Message:
 
 
 def _turn(message: Mapping[str, Any], role: str, key: str) -> Message:
-    """Reads the text of a message, with the thoughts before it and the tool calls after it."""
+    """Parses the text of a message, the thoughts before it and the tool calls after it."""
     if role != "assistant":
-        return Message(role, _said(message, key))
+        return Message(role, _message_text(message, key))
     calls = _calls(message)
-    # An answer that only calls a function has no content, or an empty one.
+    # An answer that only calls a function has no content or an empty one.
     content = ""
     if not calls or key in message:
-        content = _said(message, key)
+        content = _message_text(message, key)
     thought = None
     held = thoughts_in(message)
     if name := only_name(held, _THOUGHTS):
@@ -225,9 +229,9 @@ def _turn(message: Mapping[str, Any], role: str, key: str) -> Message:
 
 
 def thoughts_in(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields with thoughts, of a message or of a record with one question.
+    """Returns the fields with thoughts of a message, or of a record with one question.
 
-    Blank texts are none: nothing between the marks of a thought would be a blank line, which ends a
+    Blank thoughts are dropped, because empty thought marks would contain a blank line, which ends a
     turn.
     """
     found = {}
@@ -241,7 +245,7 @@ def thoughts_in(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _calls(message: Mapping[str, Any]) -> tuple[str, ...]:
     """Writes the functions that an answer calls."""
     calls = message.get("tool_calls") or []
-    # OpenAI's older interface has one call.
+    # OpenAI's older API has a single call.
     if not calls and message.get("function_call"):
         calls = [message["function_call"]]
     if not isinstance(calls, list):
@@ -249,8 +253,8 @@ def _calls(message: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(call_text(call) for call in calls)
 
 
-def _said(message: Mapping[str, Any], key: str) -> str:
-    """Reads the text of a message, which may be a list of parts as OpenAI's interface has it."""
+def _message_text(message: Mapping[str, Any], key: str) -> str:
+    """Reads the text of a message, which may be a list of parts as in OpenAI's API."""
     parts = message.get(key)
     if not isinstance(parts, list):
         return clean_message(text_field(message, key).decode())

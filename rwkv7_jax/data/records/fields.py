@@ -1,21 +1,21 @@
-"""Fields of a record: their names, and checks of their values."""
+"""Lookup and checks of a record's fields."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Keys of a record that a message names; more would not help.
+# Most keys of a record in an error message.
 _SHOWN_KEYS = 8
 
 
 def check_object(record: Any) -> dict[str, Any]:
-    """Returns a record that is an object; raises ValueError for another."""
+    """Returns a record if it is an object; raises ValueError otherwise."""
     if not isinstance(record, dict):
         raise ValueError(f"must be an object; got {type(record).__name__}")
     return record
 
 
 def without_nulls(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a record without its nulls: such a key is one that it does not have."""
+    """Returns a record without its nulls, which count as missing keys."""
     return {key: value for key, value in record.items() if value is not None}
 
 
@@ -35,10 +35,10 @@ def text_field(record: Mapping[str, Any], name: str) -> bytes:
 
 
 def only_name(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """Returns the one of `names` that a record has; None where it has none.
+    """Returns the only one of `names` that a record has; None if it has none.
 
     Raises:
-        ValueError: it has two.
+        ValueError: the record has two of them.
     """
     present = [name for name in names if name in record]
     if len(present) > 1:
@@ -47,12 +47,12 @@ def only_name(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 
 def optional_name(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """Returns the one of `names` under which a record has something; see `only_name`."""
+    """Returns the only one of `names` with a non-empty value; see `only_name`."""
     return only_name({key: value for key, value in record.items() if value}, names)
 
 
 def keys_of(record: Mapping[str, Any]) -> str:
-    """Lists the keys of a record, for a message."""
+    """Lists the keys of a record, for an error message."""
     if not record:
         return "it has no keys"
     shown = []

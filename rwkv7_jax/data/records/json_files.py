@@ -1,4 +1,4 @@
-"""Files of JSON that hold the records of a data set, and such that do not."""
+"""JSON files, with or without the records of a data set."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,31 +10,32 @@ from rwkv7_jax.data.records.conversations import is_conversation
 from rwkv7_jax.data.records.record import names_record, parse_record
 from rwkv7_jax.data.text_files import AS_BYTES, TextFile
 
-# Files with these suffixes have a JSON value on each line.
+# Suffixes of files with one JSON value per line.
 LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 
 
 def json_records(
     path: Path, *, encoding: str | None = None, must_hold: bool = False
 ) -> list[Any] | None:
-    """Reads the records of a `.json` file: a list of them, or one on every line.
+    """Reads the records of a `.json` file: a list of them, or one per line.
 
-    A list that holds any object is one of records: what else it holds is a bad record.
+    A list with any object counts as a list of records; its other items are bad records.
 
     Args:
-        path: of the file.
-        encoding: of its text; None is UTF-8.
-        must_hold: refuses a file that begins as JSON and is none, as a cut download is.
+        path: path of the file.
+        encoding: encoding of its text; None for UTF-8.
+        must_hold: reject a file that begins like JSON but is not, such as a truncated download.
 
     Returns:
-        The records; None where the file is another kind of JSON or none, and so a text.
+        The records; None if the file is to be read as text, because it is not JSON or other JSON.
 
     Raises:
-        ValueError: damaged JSON where records must be, or records under two names.
+        ValueError: the JSON is damaged although it must hold records, or there are records under
+            two names.
     """
     lines = list(TextFile(path, encoding).lines())
     data = b"".join(lines)
-    # Most other files are told by their first character, without parsing all of them.
+    # The first character rules out most other files without parsing them.
     if not data.lstrip().startswith((b"[", b"{")):
         return None
     try:
@@ -43,7 +44,7 @@ def json_records(
         content = _of_lines(lines)
         if content is None and must_hold:
             raise ValueError(
-                f"documents: `{path}` is damaged JSON or was cut: {error}; {AS_BYTES}."
+                f"documents: `{path}` is damaged or truncated JSON: {error}; {AS_BYTES}."
             ) from None
     else:
         if isinstance(content, dict):
@@ -56,7 +57,7 @@ def json_records(
 
 
 def _of_lines(lines: list[bytes]) -> list[Any] | None:
-    """Decodes a value on each line; None where a line is no JSON."""
+    """Decodes one value per line; returns None if a line is not JSON."""
     try:
         return [decode_json(line, allow_nan=False) for line in lines if line.strip()]
     except ValueError:
@@ -68,7 +69,7 @@ def _is_object_or_record(value: Any) -> bool:
 
 
 def is_record(value: Any) -> bool:
-    """Tells whether a value is a record that can be read."""
+    """Returns whether a value is a valid record."""
     try:
         parse_record(value)
     except ValueError:
@@ -77,17 +78,17 @@ def is_record(value: Any) -> bool:
 
 
 def _are_records(value: Any) -> bool:
-    """Tells whether a value is a list of records: one can be read, or all are meant as such."""
+    """Returns whether a value is a list of records: one is valid, or all have a record's keys."""
     if not isinstance(value, list) or not value:
         return False
     return any(map(is_record, value)) or all(map(names_record, value))
 
 
 def _of_object(content: dict[str, Any], path: Path) -> list[Any] | None:
-    """Returns the records of a file that is one object.
+    """Returns the records of a file that is one object; None if it holds none.
 
-    It is a record itself, or a list of records lies under a name. A single object is a settings
-    file more often than a record.
+    The object is either a record or holds a list of records under a name. A single object is more
+    often a settings file.
     """
     if is_record(content):
         return [content]
@@ -95,7 +96,7 @@ def _of_object(content: dict[str, Any], path: Path) -> list[Any] | None:
     if len(names) > 1:
         raise ValueError(
             f'documents: `{path}` holds records under "{names[0]}" and "{names[1]}": write those '
-            f"that are meant to a file of their own; {AS_BYTES}."
+            f"to be read to their own file; {AS_BYTES}."
         )
     if names:
         return content[names[0]]
@@ -106,10 +107,10 @@ def _of_object(content: dict[str, Any], path: Path) -> list[Any] | None:
 
 
 def _of_table(content: dict[str, Any]) -> list[Any] | None:
-    """Returns the rows of a table that was written as one object; None where it is no such table.
+    """Returns the rows of a table that was written as one object; None if it is not a table.
 
-    Sources: pandas.DataFrame.to_json with its `orient` "columns" (the default), "index" or "split",
-    and the answers of Hugging Face's server of data sets.
+    Sources: pandas.DataFrame.to_json with `orient` "columns" (the default), "index" or "split", and
+    the responses of Hugging Face's dataset server.
     """
     names = content.get("columns")
     cells = content.get("data")
@@ -131,7 +132,7 @@ def _of_table(content: dict[str, Any]) -> list[Any] | None:
 
 
 def _is_list_of(value: Any, kind: type) -> TypeGuard[list[Any]]:
-    """Tells whether a value is a list with items of a kind, and no others."""
+    """Returns whether a value is a non-empty list with only items of one type."""
     if not isinstance(value, list) or not value:
         return False
     return all(isinstance(item, kind) for item in value)
@@ -144,10 +145,10 @@ def parse_json_records(
     on_bad: str,
     stats: ReadStats,
 ) -> Iterator[Document]:
-    """Makes documents of the records of a `.json` file.
+    """Yields documents from the records of a `.json` file.
 
     Raises:
-        ValueError: a bad record, as `file: record number: reason`.
+        ValueError: a record is bad; the message is `file: record number: reason`.
     """
     for number, record in enumerate(records, 1):
         try:
@@ -160,10 +161,10 @@ def parse_json_records(
 
 
 def is_one_list(path: Path, encoding: str | None) -> bool:
-    """Tells whether a file that should have a record on each line is one list of them.
+    """Returns whether a JSON Lines file is actually one list of records.
 
-    A list may stand on a line, too: a conversation, or what was put there by mistake. Such a line
-    is JSON by itself, and others follow.
+    A line may also be a list: a conversation, or a mistake. Such a line is valid JSON by itself and
+    is followed by others.
     """
     lines = _filled_lines(path, encoding)
     first = next(lines, b"")
@@ -179,18 +180,18 @@ def is_one_list(path: Path, encoding: str | None) -> bool:
 
 
 def _filled_lines(path: Path, encoding: str | None) -> Iterator[bytes]:
-    """Yields the lines that are not blank, without the blanks at their ends."""
+    """Yields the non-blank lines without surrounding whitespace."""
     return filter(None, map(bytes.strip, TextFile(path, encoding).lines()))
 
 
 def refuse_lines_of_records(path: Path, encoding: str | None) -> None:
-    """Refuses a text whose first line is a record, or a list of them: its name promises prose.
+    """Rejects a plain text file whose first line is a record or a list of records.
 
     Raises:
         ValueError: the file holds records.
     """
     head = next(TextFile(path, encoding).chunks(), b"")
-    # The first character excludes most files before a line, perhaps all of a file, is read.
+    # The first character rules out most files before reading a line, which may be the whole file.
     if not head.lstrip().startswith((b"{", b"[")):
         return
     first = next(_filled_lines(path, encoding), b"")
@@ -200,6 +201,6 @@ def refuse_lines_of_records(path: Path, encoding: str | None) -> None:
         return
     if is_record(value) or names_record(value) or _are_records(value):
         raise ValueError(
-            f"documents: `{path}` holds records as lines of JSON, and its name says that it is "
-            f"plain text: call it {path.stem}.jsonl; {AS_BYTES}."
+            f"documents: `{path}` holds records as lines of JSON, but its name says that it is "
+            f"plain text: rename it to {path.stem}.jsonl; {AS_BYTES}."
         )

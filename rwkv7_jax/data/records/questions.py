@@ -1,4 +1,4 @@
-"""Questions with their answers, under the names that data sets give the two, as messages."""
+"""Conversion of records with a question and an answer, under the keys of common data sets."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,40 +6,40 @@ from typing import Any
 from rwkv7_jax.data.records.conversations import thoughts_in
 from rwkv7_jax.data.records.fields import only_name, optional_name, text_field
 
-# Names in Alpaca, Dolly, OpenOrca, MetaMathQA, GSM8K, and MATH and NuminaMath.
+# Keys in Alpaca, Dolly, OpenOrca, MetaMathQA, GSM8K, MATH and NuminaMath.
 QUESTIONS = ("instruction", "question", "query", "problem")
 ANSWERS = ("output", "response", "answer", "solution")
 
-# Names of what belongs to a question; the first one is a question where there is no other.
+# Keys of a question's context; the first is the question if there is no other.
 CONTEXTS = ("input", "context")
 
-# Names that are a question and its answer where both are there: a "user" alone is an account.
+# Keys of a question and its answer only if both exist: a "user" by itself is an account.
 _USERS = ("user", "human")
 _ASSISTANT = "assistant"
 
 ANSWER_NAMES = (*ANSWERS, _ASSISTANT)
 
-# Names of a turn's question and answer in Firefly and XTuner. Those of other sets are not among
-# them: a list of questions is one of records.
+# Keys of a turn's question and answer in Firefly and XTuner. Keys of other data sets do not count,
+# because a list of such objects is a list of records.
 _TURN_NAMES = (("user", "assistant"), ("human", "assistant"), ("input", "output"))
 
 
 def _possible_names(
     record: Mapping[str, Any],
 ) -> tuple[Sequence[str], Sequence[str]]:
-    """Returns the names that a question and an answer may have in a record."""
+    """Returns the possible keys of a record's question and answer."""
     if _ASSISTANT in record and any(name in record for name in _USERS):
         return (*QUESTIONS, *_USERS), ANSWER_NAMES
-    # In sets of mathematics the answer is what the solution ends with.
+    # In mathematics data sets the "answer" is only the final result of the "solution".
     if "problem" in record and "solution" in record:
         return QUESTIONS, [name for name in ANSWERS if name != "answer"]
     return QUESTIONS, ANSWERS
 
 
 def names_question(record: Mapping[str, Any]) -> bool:
-    """Tells whether a record is meant as a question with its answer, by its keys.
+    """Returns whether a record's keys are those of a question and its answer.
 
-    An "input" says nothing: files of other kinds have it, with an "output".
+    "input" and "output" do not suffice, because other kinds of files have them too.
     """
     questions, answers = _possible_names(record)
     has_question = any(name in record for name in questions)
@@ -47,12 +47,12 @@ def names_question(record: Mapping[str, Any]) -> bool:
 
 
 def question_and_answer(record: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Finds the names that a record's question and its answer have; None for one that is missing.
+    """Finds the keys of a record's question and answer; None for a missing one.
 
     Raises:
-        ValueError: it has two questions, or two answers.
+        ValueError: the record has two questions or two answers.
     """
-    # Alpaca's two names count, whatever else a record holds.
+    # Alpaca's keys take precedence over any others.
     if "instruction" in record and "output" in record:
         return "instruction", "output"
     questions, answers = _possible_names(record)
@@ -63,10 +63,10 @@ def question_and_answer(record: Mapping[str, Any]) -> tuple[str | None, str | No
 
 
 def is_pair(turn: Mapping[str, Any]) -> bool:
-    """Tells whether a turn holds a question and its answer, and not one message.
+    """Returns whether a turn holds a question and its answer instead of one message.
 
     Raises:
-        ValueError: it has two questions, or two answers.
+        ValueError: the turn has two questions or two answers.
     """
     if "role" in turn or "from" in turn:
         return False
@@ -74,9 +74,9 @@ def is_pair(turn: Mapping[str, Any]) -> bool:
 
 
 def question_messages(record: Mapping[str, Any], question_name: str) -> list[Any]:
-    """Makes messages of a question; its context follows on a new line.
+    """Converts a question to messages; its context follows on a new line.
 
-    A "history" of earlier questions and answers comes first, as LLaMA-Factory has it.
+    A "history" of earlier questions and answers, as in LLaMA-Factory, comes first.
     """
     question = text_field(record, question_name).decode()
     context = optional_name(record, CONTEXTS)
@@ -96,13 +96,13 @@ def question_messages(record: Mapping[str, Any], question_name: str) -> list[Any
 
 
 def answered_question(record: Mapping[str, Any]) -> list[Any]:
-    """Makes messages of a record's question and answer, with the answer's thoughts.
+    """Converts a record's question and answer, with the answer's thoughts, to messages.
 
     Returns:
-        The messages; an empty list for a record without a question or without an answer.
+        The messages; empty if the record lacks a question or an answer.
 
     Raises:
-        ValueError: two questions or answers, or something else than texts.
+        ValueError: there are two questions or answers, or one is not text.
     """
     question_name, answer_name = question_and_answer(record)
     if question_name is None or answer_name is None:

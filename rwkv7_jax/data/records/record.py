@@ -1,27 +1,30 @@
-"""Records as documents: which shapes of data sets are known, and what of each is learnt.
+"""Records as documents: the supported forms, and the part of each in the loss.
 
-A record is one object with one of these, or the second form of a chat:
+A record is one of these:
 
     {"text": ...}                                         all of it is in the loss
-    {"prompt": ..., "answer": ...}                        as they stand; the answer is in the loss
+    {"prompt": ..., "answer": ...}                        taken verbatim; the answer is in the loss
                                                           (also called "completion", "response"
                                                           or "output")
     {"messages": [{"role": ..., "content": ...}, ...]}    a chat; the assistant is in the loss
-    [{"role": ..., "content": ...}, ...]                  the same without a name
-    {"conversations": [{"from": ..., "value": ...}, ...]} the same, as ShareGPT has it
-    {"data": ["...", "..."]}                              the same, as UltraChat has it
-    {"prompt": [...], "completion": [...]}                two parts of a chat, as TRL has it; the
-                                                          second part's assistant is in the loss
-    {"instruction": ..., "input": ..., "output": ...}     the same of one question, as Alpaca has it
-                                                          (`questions` has the names that other
+    [{"role": ..., "content": ...}, ...]                  a chat without a key
+    {"conversations": [{"from": ..., "value": ...}, ...]} a chat in ShareGPT's form
+    {"data": ["...", "..."]}                              a chat in UltraChat's form
+    {"prompt": [...], "completion": [...]}                a chat in two parts, TRL's form; only the
+                                                          assistant of the completion is in the loss
+    {"instruction": ..., "input": ..., "output": ...}     one question and answer, Alpaca's form
+                                                          (`questions` has the keys that other
                                                           data sets use)
-    {"conversation": [{"human": ..., "assistant": ...}]}  the same of several, as Firefly has it
+    {"conversation": [{"human": ..., "assistant": ...}]}  several of them, Firefly's form
 
-A record with a conversation may hold what the system says ("system"), name a think mode ("think")
-and hold functions ("tools"); an assistant may have thoughts ("reasoning_content"; beside one
-question they are those of its answer) and call functions ("tool_calls"), role "tool" says what they
-gave, and a "weight" of 0 leaves an answer out of the loss. A key whose value is null is one that a
-record, or a message, does not have.
+A record with a conversation may have further keys; a null value counts as a missing key.
+
+* "system": the system message
+* "think": a think mode
+* "tools": the available functions
+* "reasoning_content": an assistant's thoughts, in its message or next to a single question
+* "tool_calls": an assistant's function calls, in its message; role "tool" has their outputs
+* "weight": 0 in an assistant's message leaves the answer out of the loss
 """
 
 from collections.abc import Mapping
@@ -63,23 +66,23 @@ from rwkv7_jax.text.chat_template import (
 
 KINDS = ("text", "prompt", "messages")
 
-# Names of conversations besides "messages".
+# Keys of conversations besides "messages".
 _CONVERSATIONS = ("conversations", "conversation", "data")
 
-# Names of what follows a prompt as it stands; the second one is of TRL.
+# Keys of the text after a verbatim prompt; the second is TRL's.
 _ANSWERS_AS_THEY_STAND = ("answer", "completion", "response", "output")
 
 _SYSTEM_TEXTS = ("system", "system_prompt")
 
-# Names under which KTO's data sets say whether an answer is desired: TRL's and LLaMA-Factory's.
+# Keys in KTO data sets for whether an answer is desired, in TRL and in LLaMA-Factory.
 _DESIRED = ("label", "kto_tag")
 
-# Names of functions that may be called; the second one is of OpenAI's older interface.
+# Keys of the available functions; the second is of OpenAI's older API.
 _TOOLS = ("tools", "functions")
 
 
 def names_record(value: Any) -> bool:
-    """Tells whether a value is meant as a record by its keys, whatever stands under them."""
+    """Returns whether a value has the keys of a record, regardless of their values."""
     if not isinstance(value, Mapping):
         return False
     if any(name in value for name in (*KINDS, "conversations")):
@@ -88,11 +91,11 @@ def names_record(value: Any) -> bool:
 
 
 def parse_record(record: Any) -> Document:
-    """Makes a document of one record, or of a list of messages.
+    """Converts one record, or a list of messages, to a document.
 
     Raises:
-        ValueError: the record describes no document, or one that must not be learnt; the message is
-            the reason alone.
+        ValueError: the record has no known form, or must not be learnt from; the message is only
+            the reason.
     """
     if is_conversation(record):
         record = {"messages": record}
@@ -122,11 +125,11 @@ def parse_record(record: Any) -> Document:
 
 
 class AskedQuestion(NamedTuple):
-    """A question that a model is to answer.
+    """A question for a model to answer.
 
     Attributes:
-        parts: of the prompt, each of which is tokenized separately.
-        answer: the known one; "" where there is none.
+        parts: parts of the prompt, each of which is tokenized separately.
+        answer: the reference answer; "" if there is none.
     """
 
     parts: tuple[str, ...]
@@ -134,13 +137,13 @@ class AskedQuestion(NamedTuple):
 
 
 def parse_question(record: Any) -> AskedQuestion:
-    """Reads the question of a record: a "prompt" as it stands, or a chat up to its last answer.
+    """Parses the question of a record: a verbatim "prompt", or a chat up to its last answer.
 
-    The known answer is what stands under "answer", else the answer that `parse_record` would learn;
-    of a chat without its thoughts.
+    The reference answer is the value of "answer", or else the answer that `parse_record` would put
+    into the loss; thoughts are removed from a chat's answer.
 
     Raises:
-        ValueError: the record has no question; the message is the reason alone.
+        ValueError: the record has no question; the message is only the reason.
     """
     if is_conversation(record):
         record = {"messages": record}
@@ -167,7 +170,7 @@ def parse_question(record: Any) -> AskedQuestion:
 
 
 def _is_first_message(record: Mapping[str, Any]) -> bool:
-    """Tells whether a prompt only repeats the first question of its messages, as UltraChat's do."""
+    """Returns whether a prompt only repeats the first question of the messages, as in UltraChat."""
     messages = record["messages"]
     if not isinstance(messages, list):
         return False
@@ -179,39 +182,39 @@ def _is_first_message(record: Mapping[str, Any]) -> bool:
 
 
 def _refuse_undesired(record: Mapping[str, Any]) -> None:
-    """Refuses a record that says of its answer that it is a bad one.
+    """Rejects a record that marks its answer as undesired.
 
     Raises:
-        ValueError: it does.
+        ValueError: the answer is marked as undesired.
     """
     answers = (*_CONVERSATIONS, *_ANSWERS_AS_THEY_STAND, *ANSWER_NAMES)
     if not any(name in record for name in ("messages", *answers)):
         return
     for name in _DESIRED:
-        # In tables they are text, and of columns with gaps pandas makes 0.0.
+        # Tables hold them as text, and pandas writes 0.0 for columns with gaps.
         value = str(record.get(name)).strip().lower()
         if value in ("false", "0", "0.0"):
             raise ValueError(
-                f'"{name}" is {value}: an answer that is not desired (as KTO has it), which would '
-                f'be learnt; rename "{name}" where it means something else'
+                f'"{name}" is {value}, which marks an undesired answer (KTO) that would be learnt; '
+                f'if "{name}" means something else, rename it'
             )
 
 
 def _refuse_pairs(record: Mapping[str, Any]) -> None:
-    """Refuses pairs of a good and a bad answer.
+    """Rejects preference pairs.
 
     Raises:
-        ValueError: a pair of preferences.
+        ValueError: the record holds a preference pair.
     """
     if "chosen" in record or "rejected" in record:
         raise ValueError(
-            'holds a pair of preferences ("chosen" and "rejected"), which is not read: to learn '
-            'the chosen one, name it "completion" after a "prompt", or "messages"'
+            'holds a preference pair ("chosen" and "rejected"), which is not supported: to learn '
+            'the chosen answer, name it "completion" after a "prompt", or "messages"'
         )
 
 
 def _answered_prompt(record: Mapping[str, Any]) -> Document:
-    """Makes a document of a prompt and its answer, as they stand or as two parts of a chat."""
+    """Converts a prompt and its answer, verbatim or as two parts of a chat, to a document."""
     name = only_name(record, _ANSWERS_AS_THEY_STAND)
     if name is None:
         names = " or ".join(f'"{name}"' for name in _ANSWERS_AS_THEY_STAND)
@@ -232,35 +235,35 @@ def _answered_prompt(record: Mapping[str, Any]) -> Document:
 
 
 def _refuse_beside_prompt(record: Mapping[str, Any]) -> None:
-    """Refuses system texts, questions and contexts in a record whose prompt is read as it stands.
+    """Rejects system texts, questions and contexts next to a verbatim prompt.
 
     Raises:
-        ValueError: there is something.
+        ValueError: the record has one of them.
     """
     for name in (*_SYSTEM_TEXTS, *QUESTIONS, *CONTEXTS, "history"):
         if record.get(name):
             raise ValueError(
-                f'"{name}" next to a "prompt" that is read as it stands: begin the prompt with it, '
-                'leave one of the two out, or write "messages"'
+                f'"{name}" next to a "prompt" that is read verbatim: begin the prompt with it, '
+                'leave one of the two out, or use "messages"'
             )
 
 
 def _refuse_loose_thoughts(record: Mapping[str, Any], name: str) -> None:
-    """Refuses thoughts beside a conversation, or beside a prompt that is read as it stands.
+    """Rejects thoughts next to a conversation or a verbatim prompt.
 
     Raises:
-        ValueError: there are such thoughts.
+        ValueError: the record has such thoughts.
     """
     thought = next(iter(thoughts_in(record)), None)
     if thought is not None:
         raise ValueError(
-            f'"{thought}" next to "{name}": write the thoughts into the answer that they precede, '
-            f'or rename "{thought}" where it means something else'
+            f'"{thought}" next to "{name}": put the thoughts into the answer that they precede; '
+            f'if "{thought}" means something else, rename it'
         )
 
 
 def _with_roles(messages: Any) -> Any:
-    """Makes messages of words alone, which are of the user and the assistant in turn."""
+    """Converts a list of strings to messages of the user and the assistant in turn."""
     if not isinstance(messages, list):
         return messages
     if not all(isinstance(message, str) for message in messages):
@@ -273,10 +276,10 @@ def _with_roles(messages: Any) -> Any:
 
 
 def _with_system(record: Mapping[str, Any], messages: Any) -> Any:
-    """Puts a record's system text before its messages, unless they begin with the same one.
+    """Adds a record's system text before its messages, unless they already begin with it.
 
     Raises:
-        ValueError: they begin with another one, or it is no text.
+        ValueError: the messages begin with another system text, or it is not text.
     """
     name = optional_name(record, _SYSTEM_TEXTS)
     if not name or not isinstance(messages, list):
@@ -290,16 +293,16 @@ def _with_system(record: Mapping[str, Any], messages: Any) -> Any:
         return [turn, *messages]
     if first != system:
         raise ValueError(
-            f'"{name}" and message 1, which is of the system too, say different things'
+            f'"{name}" and message 1, which also has the role system, differ'
         )
     return messages
 
 
 def _with_pairs(turns: Any) -> Any:
-    """Makes messages of turns that hold a question and its answer each, as Firefly's do.
+    """Converts turns with a question and an answer each, as in Firefly, to messages.
 
     Raises:
-        ValueError: such a turn with two questions or two answers, or one that is no text.
+        ValueError: a turn has two questions or two answers, or one is not text.
     """
     if not isinstance(turns, list):
         return turns
@@ -313,7 +316,7 @@ def _with_pairs(turns: Any) -> Any:
 
 
 def _messages_of(turn: Any) -> list[Any]:
-    """Makes messages of a turn, which is one itself where it names a role."""
+    """Converts a turn to messages; a turn with a role is a message itself."""
     if not isinstance(turn, Mapping):
         return [turn]
     fields = without_nulls(turn)
@@ -326,17 +329,17 @@ def _messages_of(turn: Any) -> list[Any]:
 
 
 def _named_chat(record: Mapping[str, Any], name: str) -> Document:
-    """Makes a document of the conversation that a record holds under a name."""
+    """Converts the conversation under a key of a record to a document."""
     _refuse_loose_thoughts(record, name)
     return _chat(record, _messages(record, name), name)
 
 
 def _messages(record: Mapping[str, Any], name: str) -> Any:
-    """Makes messages of what a record holds under a name, with what its system says."""
+    """Converts the conversation under a key of a record to messages, with its system text."""
     turns = record[name]
     if name in _CONVERSATIONS:
         turns = _with_roles(turns)
-    # Tables hold their records under this name.
+    # Under "data", tables hold their records.
     if name != "data":
         turns = _with_pairs(turns)
     return _with_system(record, turns)
@@ -349,13 +352,13 @@ def _chat(
     *,
     learn_from: int = 0,
 ) -> Document:
-    """Makes a document of a conversation and what its record says of thoughts and functions."""
+    """Converts a conversation to a document, with the think mode and functions of its record."""
     choices = _template_choices(record)
     return conversation(messages, name, learn_from=learn_from, **choices)
 
 
 def _template_choices(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the think mode and the functions that a record names, as the template takes them."""
+    """Returns a record's think mode and functions as keyword arguments of the template."""
     key = optional_name(record, _TOOLS)
     tools = record[key] if key else []
     try:

@@ -13,8 +13,8 @@ from rwkv7_jax.data.records.fields import without_nulls
 from rwkv7_jax.data.records.record import parse_record
 from rwkv7_jax.data.text_files import TextFile, check_content, check_is_text, head_of
 
-# The separator that a name promises, and those that stand in its place where the first line has
-# none of it: spreadsheets write semicolons where the comma is the decimal point.
+# The separator by suffix, and the alternatives if the first line does not contain it: spreadsheets
+# write semicolons in locales with a decimal comma.
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _OTHER_SEPARATORS = ("\t", ";", "|", ",")
 
@@ -25,20 +25,20 @@ _PARQUET_MAGIC = b"PAR1"
 # Suffixes of tables.
 TABLES = (*_SEPARATORS, _PARQUET)
 
-# A row of a table: its place, for messages, and its cells by the names of the columns.
+# A row of a table: its position, for error messages, and its cells by column name.
 _Row = tuple[str, dict[str, Any]]
 
 
 def check_table(path: Path, encoding: str | None) -> None:
-    """Checks that a file is none of those that stand where a table should be.
+    """Checks that a file is not something else in place of a table.
 
     Raises:
-        ValueError: a web page, a pointer, or another known format; see `text_files`.
+        ValueError: the file is a web page, a pointer or another known format; see `text_files`.
     """
     if head_of(path).startswith(_PARQUET_MAGIC):
         if path.suffix.lower() != _PARQUET:
             raise ValueError(
-                f"documents: `{path}` is a Parquet table: call it .parquet."
+                f"documents: `{path}` is a Parquet table: rename it to .parquet."
             )
         return
     if path.suffix.lower() == _PARQUET:
@@ -55,17 +55,17 @@ def table_documents(
     on_bad: str,
     stats: ReadStats,
 ) -> Iterator[Document]:
-    """Makes a document of each row of a table, whose columns are the keys of a record.
+    """Yields a document for each row of a table, whose columns are the keys of a record.
 
     Args:
-        path: of the file, which may be compressed if it is one of text.
+        path: path of the file; text files may be compressed.
         suffix: one of `TABLES`.
-        encoding: of a file of text; None is UTF-8.
-        on_bad: "error" or "skip", for rows that are no records.
-        stats: counts bytes that are read and rows that are skipped.
+        encoding: encoding of a text file; None for UTF-8.
+        on_bad: "error" or "skip", for rows that are not records.
+        stats: counts the bytes read and the rows skipped.
 
     Raises:
-        ValueError: a damaged file, a bad row, or no package that reads Parquet.
+        ValueError: the file is damaged, a row is bad, or pyarrow is missing for Parquet.
     """
     if suffix == _PARQUET:
         rows = _parquet_rows(path)
@@ -74,7 +74,7 @@ def table_documents(
         lines = csv.reader(_lines(path, encoding), delimiter=separator, strict=True)
         rows = _csv_rows(path, lines, on_bad=on_bad, stats=stats)
     for place, row in rows:
-        # An empty cell is a key that the record does not have.
+        # An empty cell counts as a missing key.
         record = {key: cell for key, cell in row.items() if cell not in (None, "")}
         try:
             document = parse_record(record)
@@ -86,7 +86,7 @@ def table_documents(
 
 
 def _separator(path: Path, suffix: str, encoding: str | None) -> str:
-    """Returns what separates the cells of a file, by the names of its columns."""
+    """Detects the separator of a file from its first line."""
     expected = _SEPARATORS[suffix]
     first = next(filter(str.strip, _lines(path, encoding)), "")
     if expected in first:
@@ -98,15 +98,15 @@ def _separator(path: Path, suffix: str, encoding: str | None) -> str:
 def _csv_rows(
     path: Path, reader: Any, *, on_bad: str, stats: ReadStats
 ) -> Iterator[_Row]:
-    """Yields the rows of a file whose first line names the columns; blank lines are passed over."""
-    # The module's own limit of a cell is 128 KiB, and texts are longer.
+    """Yields the rows of a file whose first line names the columns; skips blank lines."""
+    # The module's default limit of 128 KiB per cell is too small for texts.
     csv.field_size_limit(2**31 - 1)
     names: list[str] = []
     line = 1
     try:
         for cells in reader:
             place = f"{path}:{line}"
-            # A cell may go over several lines.
+            # A cell may span several lines.
             line = reader.line_num + 1
             if not cells:
                 continue
@@ -114,20 +114,20 @@ def _csv_rows(
                 names = _column_names(cells, place)
                 continue
             if len(cells) != len(names):
-                reason = f"{len(cells)} cells where the first line names {len(names)}"
+                reason = f"{len(cells)} cells, but the first line names {len(names)}"
                 stats.report(f"{place}: {reason} columns", on_bad)
                 continue
             yield place, dict(zip(names, cells, strict=True))
     except csv.Error as error:
         raise ValueError(
-            f"{path}:{line}: no row of a table: {error}; `as_bytes` reads the file as plain text"
+            f"{path}:{line}: not a row of a table: {error}; `as_bytes` reads the file as plain text"
         ) from None
 
 
 def _column_names(cells: list[str], place: str) -> list[str]:
     """Checks the names of columns."""
     names = [name.strip() for name in cells]
-    # One count of all: a text under the name of a table may have any number of separators.
+    # Counted in one pass, because a text with a table's suffix may have any number of separators.
     for name, count in Counter(names).items():
         if count > 1:
             raise ValueError(f'{place}: names two columns "{name}"')
@@ -135,7 +135,7 @@ def _column_names(cells: list[str], place: str) -> list[str]:
 
 
 def _lines(path: Path, encoding: str | None) -> Iterator[str]:
-    """Yields the lines of a file with their ends, as the csv module wants them."""
+    """Yields the lines of a file with their line ends, as the csv module requires."""
     for number, line in enumerate(TextFile(path, encoding).lines(), 1):
         try:
             yield line.decode()
@@ -147,9 +147,9 @@ def _lines(path: Path, encoding: str | None) -> Iterator[str]:
 
 
 def _without_fillers(value: Any) -> Any:
-    """Removes the nulls of objects at every depth; those of lists stay.
+    """Removes the nulls of objects at every depth; keeps those of lists.
 
-    All rows of a Parquet file have all keys: an object that has none of a name has a null there.
+    Objects in a Parquet file have all keys, so a missing key is a null.
     """
     if isinstance(value, dict):
         return {
@@ -161,7 +161,7 @@ def _without_fillers(value: Any) -> Any:
 
 
 def _parquet_rows(path: Path) -> Iterator[_Row]:
-    """Yields the rows of a Parquet file; some thousands are in memory at a time."""
+    """Yields the rows of a Parquet file, with about a thousand in memory at a time."""
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
@@ -176,10 +176,10 @@ def _parquet_rows(path: Path) -> Iterator[_Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", _without_fillers(row)
-    # `ArrowInvalid` is a ValueError; of a damaged page comes an OSError, and of a date that Python
-    # cannot hold an OverflowError.
+    # `ArrowInvalid` is a ValueError. A damaged page raises OSError, and a date that Python cannot
+    # represent raises OverflowError.
     except (ValueError, OSError, OverflowError) as error:
         reason = " ".join(str(error).split()).rstrip(".")[:160]
         raise ValueError(
-            f"documents: `{path}` is no Parquet table, is damaged or was cut: {reason}."
+            f"documents: `{path}` is not a Parquet table, or is damaged or truncated: {reason}."
         ) from None

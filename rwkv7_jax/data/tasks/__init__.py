@@ -1,1 +1,1 @@
-"""Synthetic tasks: rows of tokens whose answers are known."""
+"""Synthetic tasks: rows of tokens with known answers."""

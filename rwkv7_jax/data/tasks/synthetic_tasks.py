@@ -1,8 +1,8 @@
-"""Synthetic tasks as batches: questions to read, answers to be scored.
+"""Synthetic tasks as batches of questions and scored answers.
 
-Some are lines of text such as `copy kqz = kqz`, in which the answer and the line's end count; the
-others are the toy tasks of `toy_tasks`. All are in the ids that single bytes have in both
-vocabularies (byte + 1), so that every model can read them.
+Some are lines of text such as `copy kqz = kqz`, in which the answer and the line end count; the
+others are from `toy_tasks`. All use the ids of single bytes (byte + 1), which are the same in World
+and in the byte vocabulary, so that every model can read them.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from rwkv7_jax.data.tasks import toy_tasks as toy
 # A question and its answer.
 Example = tuple[str, str]
 
-# Ids of texts of different lengths.
+# Ids of several texts of different lengths.
 IdLists = list[list[int]]
 
 _LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
@@ -33,7 +33,7 @@ def _copy(rng: Generator) -> Example:
 
 
 def _recall(rng: Generator) -> Example:
-    """Makes associative recall: some pairs, then the value of one key."""
+    """Builds associative recall: some pairs, then the value of one key."""
     letters = rng.permutation(_LETTERS)
     keys = letters[: rng.integers(2, 9)]
     values = rng.integers(0, 10, len(keys))
@@ -49,7 +49,7 @@ def _parity(rng: Generator) -> Example:
 
 
 def _summand(rng: Generator) -> int:
-    """Draws a number of 1 to 4 digits, each length as often."""
+    """Draws a number below 10**d for a random d from 1 to 4."""
     digits = rng.integers(1, 5)
     return int(rng.integers(10**digits))
 
@@ -67,7 +67,7 @@ def _lines(
     *,
     example: Callable,
 ) -> toy.Rows:
-    """Makes rows of token 0 and then lines, cut at the end, and scores the answers."""
+    """Builds rows of token 0 followed by lines, truncated at the end, and scores the answers."""
     tokens = []
     scored = []
     for _ in range(rows):
@@ -77,7 +77,7 @@ def _lines(
             question, answer = example(rng)
             line = f"{question}{answer}\n".encode()
             ids += [byte + 1 for byte in line]
-            # Questions are ASCII: as many bytes as characters. The line's end is scored too.
+            # Questions are ASCII, so bytes equal characters. The line end is scored too.
             counts += [0] * len(question)
             counts += [1] * (len(line) - len(question))
         tokens.append(ids[: length + 1])
@@ -87,12 +87,12 @@ def _lines(
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A synthetic task: how its rows are made, and which of them can be questions.
+    """A synthetic task.
 
     Attributes:
-        rows: makes rows: (rng, rows, length) -> ids and 1 for each scored id, both
+        rows: builds rows: (rng, rows, length) -> ids and the mask of scored ids, both
             [rows, length + 1].
-        shortest: inputs (T) that are enough for one example.
+        shortest: number of inputs (T) that suffices for one example.
         exact: whether a row's first question has one right answer.
     """
 
@@ -102,7 +102,7 @@ class Task:
 
 
 def _line(example: Callable, longest: int) -> Task:
-    """Makes a task of lines, whose rows must have room for the longest line."""
+    """Builds a task of lines, whose rows must have room for the longest line."""
     return Task(functools.partial(_lines, example=example), longest)
 
 
@@ -131,7 +131,7 @@ TASKS: dict[str, Task] = {
     "pairs": Task(toy.pairs, 5),
 }
 
-# Names that older settings may hold. The task was never the published one of that name.
+# Names in older settings. The task was never the published one of that name.
 _FORMER_NAMES = {"mqar": "pairs"}
 
 
@@ -159,7 +159,7 @@ def _swaps(number: int, seed: int) -> Task:
     return Task(rows, number + 3)
 
 
-# The task of (number, seed), and the least and largest number that it can be made with.
+# A function from (number, seed) to the task, and the smallest and largest number.
 Family = tuple[Callable[[int, int], Task], int, int]
 
 # Tasks whose name ends with a number.
@@ -172,7 +172,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def _unknown_name(name: str) -> str:
-    """Writes the sentence that refuses a name."""
+    """Builds the error message for an unknown name."""
     nearest = difflib.get_close_matches(
         name.split("-")[0],
         [*TASKS, *FAMILIES],
@@ -187,14 +187,14 @@ def _unknown_name(name: str) -> str:
 
 
 def find_task(name: str, *, seed: int = 0) -> Task:
-    """Returns the task of that name; `seed` chooses the facts of "facts-F".
+    """Returns the task with that name; `seed` determines the facts of "facts-F".
 
     Raises:
-        ValueError: no such name, or a number that its family does not have.
+        ValueError: the name is unknown, or its number is out of range.
     """
     if name in _FORMER_NAMES:
         warnings.warn(
-            f"find_task: {name} is called {_FORMER_NAMES[name]} now; its rows are the same.",
+            f"find_task: {name} is now called {_FORMER_NAMES[name]}; its rows are the same.",
             stacklevel=2,
         )
         name = _FORMER_NAMES[name]
@@ -203,9 +203,9 @@ def find_task(name: str, *, seed: int = 0) -> Task:
     family, _, number = name.partition("-")
     if family in FAMILIES:
         make, low, high = FAMILIES[family]
-        # One spelling a task: "modulus-09" is refused.
+        # Each task has one spelling: "modulus-09" is rejected.
         is_plain = number.isascii() and number.isdigit() and number[0] != "0"
-        # Python reads no number of thousands of digits.
+        # Python cannot parse numbers with thousands of digits.
         if is_plain and len(number) <= len(str(high)) and low <= int(number) <= high:
             return make(int(number), seed)
     raise ValueError(f"find_task: {_unknown_name(name)}")
@@ -220,20 +220,20 @@ def task_batch(
     seed: int = 0,
     held_out: bool = False,
 ) -> Batch:
-    """Makes the batch of one step: tokens [B T+1] int32; mask [B T], 1 at targets in answers.
+    """Builds the batch of one step: tokens [B T+1] int32; mask [B T], 1 at targets in answers.
 
-    Rows in which no further example fits end in zeros that do not count.
+    Rows are padded with zeros, which do not count, if no further example fits.
 
     Args:
-        name: of `TASKS`, or of `FAMILIES` followed by a number, such as "facts-256".
-        step: from 0.
-        batch_size: rows (B).
-        length: inputs of a row (T).
-        seed: with the step, all that the batch depends on. Facts depend on it alone.
-        held_out: draw from a stream of examples of its own; facts are the same.
+        name: a name in `TASKS`, or one in `FAMILIES` with a number, such as "facts-256".
+        step: the step, from 0.
+        batch_size: number of rows (B).
+        length: number of inputs per row (T).
+        seed: seed of the examples, together with the step. Facts depend only on the seed.
+        held_out: draw from a separate stream of examples; facts are the same.
 
     Raises:
-        ValueError: no task of that name, or a row too short for one example.
+        ValueError: the task is unknown, or rows are too short for one example.
     """
     task = find_task(name, seed=seed)
     if length < task.shortest:
@@ -242,7 +242,7 @@ def task_batch(
         )
     rng = np.random.default_rng([seed, step, held_out])
     tokens, scored = task.rows(rng, batch_size, length)
-    # The first id of a row is no target.
+    # The first id of a row is not a target.
     mask = scored[:, 1:]
     return Batch(
         tokens=tokens.astype(np.int32),
@@ -259,37 +259,38 @@ def question_batch(
     seed: int = 0,
     held_out: bool = False,
 ) -> tuple[IdLists, IdLists]:
-    """Makes single questions and their exact answers, as lists of ids to compare completions with.
+    """Builds single questions and their exact answers, as lists of ids to compare with completions.
 
-    Answers of line tasks end with the line's end. Questions are a function of the arguments alone.
+    Answers of line tasks include the line end. The questions depend only on the arguments.
 
     Args:
-        name: of a task whose questions have one right answer.
-        step: from 0.
-        batch_size: questions.
-        length: of the rows whose first questions these are, where that makes them harder (swaps,
-            pairs); None for the shortest.
+        name: name of a task whose questions have one right answer.
+        step: the step, from 0.
+        batch_size: number of questions.
+        length: length of the rows whose first questions these are, which can make them harder
+            (swaps, pairs); None for the shortest.
         seed: as in `task_batch`.
-        held_out: draw from a stream of questions of its own.
+        held_out: draw from a separate stream of questions.
 
     Raises:
-        ValueError: no task of that name, or one whose answers need examples before them.
+        ValueError: the task is unknown, or its answers depend on earlier examples.
     """
     task = find_task(name, seed=seed)
     if not task.exact:
         raise ValueError(
-            f"question_batch: {name} has no question with one right answer by itself."
+            "question_batch: `name` must be a task whose questions have one right answer; got "
+            f"{name}."
         )
-    # The fourth number keeps questions apart from the examples of `task_batch`.
+    # The fourth number separates questions from the examples of `task_batch`.
     rng = np.random.default_rng([seed, step, held_out, 1])
-    # A family's shortest row may be longer than what was asked for.
+    # A family's shortest row may be longer than the requested length.
     length = max(length or 0, task.shortest)
     tokens, scored = task.rows(rng, batch_size, length)
     questions = []
     answers = []
     for ids, counts in zip(tokens.tolist(), scored.tolist(), strict=True):
         begin = counts.index(1)
-        # The zero at the end stops the search where the answer ends the row.
+        # The appended zero ends the search if the answer ends the row.
         end = [*counts, 0].index(0, begin)
         questions.append(ids[:begin])
         answers.append(ids[begin:end])

@@ -1,10 +1,10 @@
-"""Rows of toy tasks over 32 symbols, for small models to learn and to be tuned on.
+"""Toy tasks over 32 symbols, on which small models are trained and tuned.
 
-Everything is in the ids of single bytes (byte + 1; 0 fills a row), so that every model can read it.
-Symbols are the digits of base 32, instructions are capitals and punctuation. A generator is called
-as (rng, rows, length) and returns ids and 1 for each scored id, both [rows, length + 1].
+Rows use the ids of single bytes (byte + 1; 0 is padding), so that every model can read them.
+Symbols are the digits of base 32; instructions are capitals and punctuation. A generator is called
+with (rng, rows, length) and returns the ids and the mask of scored ids, both [rows, length + 1].
 
-The order of the random draws is part of each task: another order makes other examples.
+The order of the random draws is part of each task; another order gives other examples.
 """
 
 from collections.abc import Callable
@@ -30,21 +30,21 @@ _HIDDEN = 0.4  # share of sequence rows whose instruction is "?"
 
 
 def _ids(text: bytes) -> np.ndarray:
-    """Returns the ids of ASCII text, which are those of its bytes in both vocabularies."""
+    """Returns the ids of ASCII text, which are the same in World and in the byte vocabulary."""
     return np.frombuffer(text, np.uint8).astype(np.int64) + 1
 
 
-# The id of each symbol by its value: indexed with numbers, it spells them.
+# The id of each symbol, indexed by its value.
 _SYMBOL = _ids(SYMBOLS)
 
-# Masks of one example, by the ids that it consists of.
+# Masks of the scored ids in one example.
 _SCORE_SECOND = np.array([0, 1])
 _SCORE_THIRD = np.array([0, 0, 1])
 _SCORE_FOURTH = np.array([0, 0, 0, 1])
 
 
 def _repeat_lead(letter: bytes, rows: int) -> np.ndarray:
-    """Returns the same lead [B K] for every row."""
+    """Returns the same prefix [B K] for every row."""
     return np.tile(_ids(letter), (rows, 1))
 
 
@@ -54,18 +54,18 @@ def _layout(
     scored: np.ndarray,
     length: int,
 ) -> Rows:
-    """Lays out rows: the lead, all examples, and 0 up to the end.
+    """Builds rows from a prefix and examples, padded with 0.
 
     Args:
-        lead: [B K], not scored.
+        lead: [B K] prefix, not scored.
         examples: [B E M], E examples of M ids each.
-        scored: 1 or 0, broadcast to the examples' shape.
-        length: inputs of a row (T).
+        scored: mask of scored ids, broadcast to the shape of the examples.
+        length: number of inputs per row (T).
     """
     rows, begin = lead.shape
     _, count, size = examples.shape
     end = begin + count * size
-    # Sizes spelled out: -1 is not allowed where there are no rows.
+    # Explicit sizes, because -1 is ambiguous if there are no rows.
     flat = examples.reshape(rows, count * size)
     flat_scored = np.broadcast_to(scored, examples.shape).reshape(rows, count * size)
     tokens = np.zeros((rows, length + 1), np.int64)
@@ -82,7 +82,7 @@ def _distinct(
     count: int,
     below: int,
 ) -> np.ndarray:
-    """Draws `count` different numbers below `below` in each row."""
+    """Draws `count` distinct numbers below `below` in each row."""
     # The ranks of random numbers are a permutation of each row.
     permutations = np.argsort(rng.random((rows, below)), axis=1)
     return permutations[:, :count]
@@ -98,15 +98,15 @@ def _visits(
 
     Args:
         rng: the generator.
-        rows: B.
-        count: examples of a row (E).
-        keys: [B], how many keys a row has.
+        rows: number of rows (B).
+        count: number of examples per row (E).
+        keys: [B] number of keys of each row.
 
     Returns:
-        Numbers of keys [B E], and whether the row had the key before [B E].
+        Indices of keys [B E], and whether the key occurred earlier in the row [B E].
     """
     keys_of = rng.integers(0, keys[:, None], (rows, count))
-    # Sorted, equal keys stand side by side in the order of the examples.
+    # A stable sort puts equal keys next to each other in the order of the examples.
     order = np.argsort(keys_of, axis=1, kind="stable")
     ordered = np.take_along_axis(keys_of, order, axis=1)
     repeated = np.zeros(keys_of.shape, bool)
@@ -121,8 +121,8 @@ def _spell_keys(keys: np.ndarray) -> list[np.ndarray]:
 
 
 def dictionary(rng: Generator, rows: int, length: int) -> Rows:
-    """Makes 2 to 8 keys of two symbols and their values; values of keys seen before count."""
-    # Every row draws 8 keys, of which it uses as many as its size says.
+    """Builds a dictionary of 2 to 8 two-symbol keys; values of keys seen before are scored."""
+    # Every row draws 8 keys and uses the first `sizes` of them.
     keys = _distinct(rng, rows, 8, KEYS)
     values = rng.integers(0, len(SYMBOLS), keys.shape)
     sizes = rng.integers(2, 9, rows)
@@ -135,7 +135,7 @@ def dictionary(rng: Generator, rows: int, length: int) -> Rows:
 
 
 def mapping(rng: Generator, rows: int, length: int) -> Rows:
-    """Makes a random function of one symbol at 4 to 13 places; places seen before count."""
+    """Builds a random function on 4 to 13 symbols; values of symbols seen before are scored."""
     places = _distinct(rng, rows, 13, len(SYMBOLS))
     images = rng.integers(0, len(SYMBOLS), places.shape)
     sizes = rng.integers(4, 14, rows)
@@ -154,7 +154,7 @@ def _arithmetic(
     operation: Operation,
     length,
 ) -> Rows:
-    """Makes rows of the lead (letter and modulus), then `ab=c` again and again."""
+    """Builds rows of a prefix (letter and modulus) and repeated examples `ab=c`."""
     count = (length - 1) // 4
     by_row = modulus[:, None]
     left, right = rng.integers(0, by_row, (2, len(lead), count))
@@ -166,7 +166,7 @@ def _arithmetic(
 
 
 def modular(rng: Generator, rows: int, length: int) -> Rows:
-    """Makes additions (A) or subtractions (S) by one modulus a row, of `MODULI`."""
+    """Builds additions (A) or subtractions (S) modulo one of `MODULI`, one kind per row."""
     number = rng.integers(0, len(MODULI), rows)
     modulus = np.array(MODULI)[number]
     subtracts = rng.integers(0, 2, rows)
@@ -185,7 +185,7 @@ def one_modulus(
     letter: bytes,
     operation: Operation,
 ) -> Rows:
-    """Makes one operation by one modulus, in every row."""
+    """Builds rows with the same operation and modulus."""
     lead = np.tile([*_ids(letter), _SYMBOL[modulus]], (rows, 1))
     return _arithmetic(rng, lead, np.full(rows, modulus), operation, length)
 
@@ -196,7 +196,7 @@ def _sequences(
     change: Change,
     length: int,
 ) -> Rows:
-    """Makes rows of a letter, six symbols, `>` and the changed symbols, again and again."""
+    """Builds rows of repeated examples: a letter, six symbols, `>` and the changed symbols."""
     count = (length + 1) // (2 * ITEMS + 2)
     shape = (len(letter), count, ITEMS)
     symbols = rng.integers(0, len(SYMBOLS), shape)
@@ -204,13 +204,13 @@ def _sequences(
     first = np.broadcast_to(letter[:, None, None], mark.shape)
     parts = [first, _SYMBOL[symbols], mark, _SYMBOL[change(symbols)]]
     scored = np.repeat([0, 1], [ITEMS + 2, ITEMS])
-    # The letter belongs to every example, so the row itself has no lead.
+    # Every example has the letter, so the row has no prefix.
     no_lead = np.zeros((len(letter), 0), np.int64)
     return _layout(no_lead, np.concatenate(parts, axis=-1), scored, length)
 
 
 def next_symbol(symbols: np.ndarray) -> np.ndarray:
-    """Replaces each symbol by its successor, the last one by the first."""
+    """Replaces each symbol by its successor, cyclically."""
     return (symbols + 1) % len(SYMBOLS)
 
 
@@ -220,7 +220,7 @@ def reversed_symbols(symbols: np.ndarray) -> np.ndarray:
 
 
 def sequence(rng: Generator, rows: int, length: int) -> Rows:
-    """Makes copy (C), reverse (R) or next symbol (N), one a row; "?" hides which in some rows."""
+    """Builds copy (C), reverse (R) or next symbol (N), one per row; some rows hide it with "?"."""
     task = rng.integers(0, 3, rows)
     hidden = rng.random(rows) < _HIDDEN
     letter = np.where(hidden, _ids(b"?"), _ids(b"CRN")[task])
@@ -240,14 +240,14 @@ def one_sequence(
     letter: bytes,
     change: Change,
 ) -> Rows:
-    """Makes one letter that always means the same change."""
+    """Builds rows in which one letter always means the same change."""
     return _sequences(rng, np.repeat(_ids(letter), rows), change, length)
 
 
 def mixture(rng: Generator, rows: int, length: int) -> Rows:
-    """Makes a quarter of the rows each: dictionary, mapping, modular, sequence, in this order."""
+    """Builds a quarter of the rows each: dictionary, mapping, modular, sequence, in this order."""
     quarter = rows // 4
-    # The last part takes what the division leaves.
+    # The last part takes the remainder.
     parts = [
         dictionary(rng, quarter, length),
         mapping(rng, quarter, length),
@@ -259,7 +259,7 @@ def mixture(rng: Generator, rows: int, length: int) -> Rows:
 
 
 def fact_table(count: int, seed: int) -> Rows:
-    """Draws the first `count` facts of a seed: different keys below `KEYS`, and their values."""
+    """Draws the first `count` facts of a seed: distinct keys below `KEYS`, and their values."""
     rng = np.random.default_rng([seed, 0, 0, 2])
     keys = rng.permutation(KEYS)
     values = rng.integers(0, len(SYMBOLS), KEYS)
@@ -274,13 +274,13 @@ def facts(
     count: int,
     seed: int,
 ) -> Rows:
-    """Makes fixed facts as key and value, none twice in a row; all values count.
+    """Builds rows of fixed facts, a key and a value each, none twice in a row; scores all values.
 
-    The rows of a batch go through all facts in a random order, again and again.
+    The rows of a batch cycle through all facts in a random order.
     """
     keys, values = fact_table(count, seed)
     facts_a_row = min(length // 3, count)
-    # One walk through a permutation, cut into rows: a row is shorter than the walk's period.
+    # One cycle through a permutation, cut into rows, which are not longer than its period.
     places = np.arange(rows * facts_a_row).reshape(rows, facts_a_row)
     picked = rng.permutation(count)[places % count]
     examples = np.stack([*_spell_keys(keys[picked]), values[picked]], axis=-1)
@@ -288,10 +288,10 @@ def facts(
 
 
 def pairs(rng: Generator, rows: int, length: int) -> Rows:
-    """Makes pairs of a key and a value, `>`, then queries whose values count.
+    """Builds pairs of a key and a value, `>`, then queries whose values are scored.
 
-    Half of the row is pairs, 32 at most; queries fill the rest. It is easier than multi-query
-    associative recall: a key may be asked again, and its value has then been answered in the row.
+    Pairs take half of the row, at most 32; queries fill the rest. The task is easier than
+    multi-query associative recall: a key may be queried again after its value has been answered.
     """
     shown_pairs = min((length - 1) // 4, len(SYMBOLS))
     keys = _distinct(rng, rows, shown_pairs, len(SYMBOLS))
@@ -314,9 +314,9 @@ def swaps(
     *,
     objects: int,
 ) -> Rows:
-    """Makes swaps of two places each, `=` and the order of 0, 1, 2 ... after them; it counts.
+    """Builds swaps of two places each, `=`, and the scored resulting order of 0, 1, 2 ...
 
-    A row has 1 swap or more, up to as many as fit: later answers come after more swaps.
+    Each row has a random number of swaps, from 1 to as many as fit.
     """
     most = (length - 1 - objects) // 2
     count = rng.integers(1, most + 1, rows)
@@ -326,13 +326,13 @@ def swaps(
     scored = np.zeros((rows, length + 1), np.int64)
     tokens[:, 0] = _ids(b"W")
     for number in range(most):
-        # Drawn for all rows, so that a row's swaps do not depend on how many others have.
+        # Drawn for all rows, so that a row's swaps do not depend on those of others.
         pairs = _distinct(rng, rows, 2, objects)
         active = all_rows[number < count]
         pair = pairs[active]
         place = 1 + 2 * number
         tokens[active, place : place + 2] = _SYMBOL[pair]
-        # A column of row numbers next to [B 2] places: NumPy pairs each row with its two places.
+        # A column of row indices, which NumPy broadcasts against the [B 2] places.
         row = active[:, None]
         order[row, pair] = order[row, pair[:, ::-1]]
     end = 1 + 2 * count

@@ -49,7 +49,7 @@ def test_a_system_text_comes_before_every_conversation(record, name):
 )
 def test_duplicate_system_texts_merge_and_conflicting_ones_are_rejected(record):
     assert marked({"system": " Be kind.", **record}) == marked(record)
-    reason = '"system" and message 1, which is of the system too, say different things'
+    reason = '"system" and message 1, which also has the role system, differ'
     with pytest.raises(ValueError, match=re.escape(reason)):
         parse_record({"system": "Be brief.", **record})
 
@@ -114,7 +114,7 @@ def test_thoughts_under_two_names_are_rejected():
 )
 @pytest.mark.parametrize("name", THOUGHTS)
 def test_ambiguous_thoughts_are_rejected(record, name):
-    with pytest.raises(ValueError, match=f'"{name}" next to "[a-z]*": write the'):
+    with pytest.raises(ValueError, match=f'"{name}" next to "[a-z]*": put the'):
         parse_record({name: "hm", **record})
     for nothing in ("", "on", "off", True, None):
         assert marked({name: nothing, **record}) == marked(record)

@@ -63,7 +63,7 @@ def test_a_jsonl_file_may_hold_one_list(tmp_path, suffix):
         path.write_text(content)
         assert texts(path) == TEXTS
     path.write_text(json.dumps(RECORDS)[:-9])
-    with pytest.raises(ValueError, match=f"x{suffix}` is damaged JSON or was cut"):
+    with pytest.raises(ValueError, match=f"x{suffix}` is damaged or truncated JSON"):
         texts(path)
 
 
@@ -170,7 +170,7 @@ def test_damaged_json_is_rejected_by_path_but_read_as_text_in_a_folder(
 ):
     path = tmp_path / "x.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"x.json` is damaged JSON or was cut: "):
+    with pytest.raises(ValueError, match=r"x.json` is damaged or truncated JSON: "):
         texts(path)
     assert texts(tmp_path) == [content.encode()] == texts(path, as_bytes=True)
 

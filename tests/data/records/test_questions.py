@@ -39,7 +39,7 @@ def test_a_prompt_is_kept_verbatim_under_every_answer_name(answer):
     assert marked(record) == marked(with_nulls(record)) == "[a]b"
     for other in (*QUESTIONS, "input", "context", "system", "history"):
         assert marked({**record, other: ""}) == "[a]b"
-        reason = f'"{other}" next to a "prompt" that is read as it stands'
+        reason = f'"{other}" next to a "prompt" that is read verbatim'
         with pytest.raises(ValueError, match=reason):
             parse_record({**record, other: "c"})
     for other in AS_THEY_STAND:

@@ -53,17 +53,17 @@ def test_empty_cells_blank_lines_bom_and_quotes_are_handled(tmp_path, content, f
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"text,label\na\n", "x.csv:2: 1 cells where the first line names 2 columns"),
+        (b"text,label\na\n", "x.csv:2: 1 cells, but the first line names 2 columns"),
         (b'text,n\n"a\nb",1\nc\n', "x.csv:4: 1 cells"),
         (b"text,text\na,b\n", 'x.csv:1: names two columns "text"'),
         (b"text:label\na;1\n", 'its keys are "text:label"'),
         (b"a,b\n,\n", "x.csv:2: must have .* it has no keys"),
-        (b'text\n"a', "x.csv:2: no row of a table: unexpected end"),
-        (b'text\n"a" b\n', "x.csv:2: no row of a table"),
+        (b'text\n"a', "x.csv:2: not a row of a table: unexpected end"),
+        (b'text\n"a" b\n', "x.csv:2: not a row of a table"),
         (b"text\n\xe4\n", "x.csv:2: not UTF-8 at byte 0; `encoding` reads"),
         ("text\na".encode("utf-16"), "encoding=utf-16"),
         (b"<html>", "web page"),
-        (b"PAR1", "call it .parquet"),
+        (b"PAR1", "rename it to .parquet"),
         (b"", "is an empty file"),
     ],
 )
@@ -85,7 +85,9 @@ def test_a_row_with_an_undesired_answer_is_rejected(tmp_path):
     (tmp_path / "x.csv").write_text(
         "prompt,completion,label\na,b,True\na,c,False\na,d,\n"
     )
-    with pytest.raises(ValueError, match=r'x.csv:3: "label" is false: an answer that'):
+    with pytest.raises(
+        ValueError, match=r'x.csv:3: "label" is false, which marks an undesired answer'
+    ):
         texts(tmp_path / "x.csv")
     stats = ReadStats()
     assert texts(tmp_path / "x.csv", on_bad="skip", stats=stats) == [b"ab", b"ad"]
@@ -140,10 +142,14 @@ def test_truncated_and_damaged_parquet_is_named(tmp_path, end):
     write_parquet(path, {"text": [str(number) for number in range(1000)]})
     content = path.read_bytes()
     path.write_bytes(content[:end])
-    with pytest.raises(ValueError, match=r"x.parquet` is no Parquet table, is damaged"):
+    with pytest.raises(
+        ValueError, match=r"x.parquet` is not a Parquet table, or is damaged"
+    ):
         texts(path)
     path.write_bytes(content[:4] + bytes(300) + content[304:])
-    with pytest.raises(ValueError, match=r"x.parquet` is no Parquet table, is damaged"):
+    with pytest.raises(
+        ValueError, match=r"x.parquet` is not a Parquet table, or is damaged"
+    ):
         texts(path)
 
 
@@ -159,7 +165,7 @@ def test_an_out_of_range_date_is_named(tmp_path, kind):
         arrow.table({"text": ["a"], "day": dates}), tmp_path / "x.parquet"
     )
     with pytest.raises(
-        ValueError, match=r"x\.parquet` is no Parquet table, is damaged"
+        ValueError, match=r"x\.parquet` is not a Parquet table, or is damaged"
     ):
         texts(tmp_path / "x.parquet")
 
