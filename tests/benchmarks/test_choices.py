@@ -1,4 +1,4 @@
-"""How benchmarks choose rates, and what they keep of an earlier run."""
+"""How benchmarks choose learning rates and keep rows of earlier runs."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from benchmarks.text_table import best_rate
 NAN = float("nan")
 
 
-def test_a_row_has_the_rate_that_is_best_by_the_mean_of_the_styles():
+def test_a_row_has_the_best_rate_by_mean_over_styles():
     by_rate = {
         0.1: {"poems": 1.0, "letters": 2.4},
         0.3: {"poems": 1.1, "letters": 2.0},
@@ -21,7 +21,7 @@ def test_a_row_has_the_rate_that_is_best_by_the_mean_of_the_styles():
     assert best_rate(by_rate) == 0.3
 
 
-def test_a_rate_that_diverged_on_one_style_is_not_chosen():
+def test_a_rate_that_diverges_on_one_style_is_not_chosen():
     by_rate = {
         0.1: {"poems": 1.0, "letters": 2.4},
         0.3: {"poems": 0.5, "letters": NAN},
@@ -29,12 +29,12 @@ def test_a_rate_that_diverged_on_one_style_is_not_chosen():
     assert best_rate(by_rate) == 0.1
 
 
-def test_a_run_that_diverged_ends_highest():
+def test_a_diverged_run_ranks_last():
     assert end_of({"loss_nats": [3.0, NAN]}) == math.inf
     assert end_of({"loss_nats": [3.0, 2.0]}) == 2.0
 
 
-def test_a_found_rate_is_compared_with_the_best_of_the_sweep():
+def test_a_found_rate_is_compared_with_the_sweep():
     sweep = {"0.1": 2.0, "0.3": 1.0, "1.0": NAN}
     assert compared({"rate": 0.1}, sweep)["excess"] == 1.0
     best = compared({"rate": 0.3}, sweep)
@@ -44,7 +44,7 @@ def test_a_found_rate_is_compared_with_the_best_of_the_sweep():
     assert compared({"rate": 0.001}, sweep)["excess"] == math.inf
 
 
-def test_a_rate_is_at_the_edge_if_none_that_was_tried_lies_beyond_it():
+def test_a_rate_is_at_the_edge_if_no_tried_rate_lies_beyond_it():
     assert [at_edge(rate, (0.3, 0.1, 1.0)) for rate in (0.1, 0.3, 1.0)] == [
         True,
         False,
@@ -56,7 +56,7 @@ def test_a_rate_is_at_the_edge_if_none_that_was_tried_lies_beyond_it():
     assert at_edge(0.1, [0.1]) and at_edge(0.1, [0.1, 0.3])
 
 
-def test_rows_of_an_earlier_run_keep_their_date(tmp_path):
+def test_rows_of_earlier_runs_keep_their_date(tmp_path):
     path = tmp_path / "r.json"
     assert carried_over(path) == {}
     rows = {"E8 conditioning": {"passed": True}, "E6 steering": {"date": "2026-01-02"}}

@@ -1,4 +1,4 @@
-"""The text from Debian packages, on a system that is made up here."""
+"""The text of Debian packages, on a synthetic system."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ PAGE = (
 
 @pytest.fixture
 def root(tmp_path):
-    """A system with three packages of which two are known."""
+    """A system with three packages, two of which are known."""
     system = tmp_path / "system"
     files = {
         "dict-wn": {
@@ -72,7 +72,7 @@ def run(monkeypatch, *words):
     debian_text.main()
 
 
-def test_what_is_installed_is_written_and_what_is_missing_is_named(
+def test_installed_packages_are_written_and_missing_ones_named(
     root, tmp_path, monkeypatch, capsys
 ):
     run(monkeypatch, tmp_path / "out.jsonl", "--root", root)
@@ -90,7 +90,7 @@ def test_what_is_installed_is_written_and_what_is_missing_is_named(
     assert "see /usr/share/doc/anarchism/copyright" in table
 
 
-def test_training_reads_the_lines_as_documents(root, tmp_path, monkeypatch):
+def test_training_reads_each_line_as_a_document(root, tmp_path, monkeypatch):
     run(monkeypatch, tmp_path / "out.jsonl", "--root", root)
     texts = [one.text().decode() for one in documents(tmp_path / "out.jsonl")]
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
@@ -101,13 +101,13 @@ def test_training_reads_the_lines_as_documents(root, tmp_path, monkeypatch):
     assert sum(text.count("word ") for text in words) == 200
 
 
-def test_the_same_packages_give_the_same_bytes(root, tmp_path, monkeypatch):
+def test_the_output_is_deterministic(root, tmp_path, monkeypatch):
     for name in ("a", "b"):
         run(monkeypatch, tmp_path / f"{name}.jsonl", "--root", root)
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
-def test_a_second_copy_pictures_and_files_that_are_no_prose_are_left_out(root):
+def test_duplicates_pictures_and_non_prose_files_are_skipped(root):
     parts = debian_text.collect(root, ["anarchism"])
     (text,) = parts["anarchism"].documents
     assert text.startswith("Cats\n")
@@ -115,14 +115,14 @@ def test_a_second_copy_pictures_and_files_that_are_no_prose_are_left_out(root):
     assert "no()" not in text and "<" not in text and "title" not in text
 
 
-def test_a_page_of_the_manual_is_plain_text_and_a_link_is_none(root):
+def test_man_pages_become_plain_text_and_links_are_skipped(root):
     parts = debian_text.collect(root, ["manpages"])
     (text,) = parts["manpages"].documents
     assert "cat - joins files" in text and "cat(1)" in text and "* an item" in text
     assert "\\" not in text and "comment" not in text
 
 
-def test_a_module_of_sword_is_the_text_of_its_blocks(tmp_path):
+def test_a_sword_module_is_decompressed_to_text(tmp_path):
     data = b"gap"
     index = struct.pack("<III", 0, 0, 0)
     for words in (f"<p>Of <i>cats</i></p>{LONG}", LONG):
@@ -135,13 +135,13 @@ def test_a_module_of_sword_is_the_text_of_its_blocks(tmp_path):
     assert text.startswith("Of cats\n") and text.count(LONG.strip()) == 2
 
 
-def test_help_of_desktops_has_a_line_a_paragraph(tmp_path):
+def test_desktop_help_has_one_line_per_paragraph(tmp_path):
     path = tmp_path / "a.page"
     path.write_text("<page><title>Cats</title><p>One.</p><para>Two.</para></page>")
     assert debian_text.read_text(path).split() == ["Cats", "One.", "Two."]
 
 
-def test_packages_that_the_user_names_give_their_text_files(root):
+def test_user_named_packages_give_their_text_files(root):
     (root / "var/lib/dpkg/info/mine.list").write_text(
         "/usr/share/doc/anarchism/notes.txt\n"
     )
@@ -149,12 +149,12 @@ def test_packages_that_the_user_names_give_their_text_files(root):
     assert parts["mine"].documents == (LONG.strip(),)
 
 
-def test_a_line_that_is_longer_than_a_document_stays_in_one_piece():
+def test_an_overlong_line_is_not_split():
     text = "x" * 40_000 + "\n" + "y" * 10
     assert list(debian_text.cut(text)) == ["x" * 40_000, "y" * 10]
 
 
-def test_a_few_bytes_of_another_encoding_are_replaced_and_many_are_no_text(tmp_path):
+def test_few_invalid_bytes_are_replaced_and_many_are_not_text(tmp_path):
     few = tmp_path / "few.txt"
     few.write_bytes(LONG.encode() * 4 + b"caf\xe9")
     assert debian_text.read_text(few).endswith("caf\ufffd")
@@ -172,7 +172,7 @@ def test_a_few_bytes_of_another_encoding_are_replaced_and_many_are_no_text(tmp_p
         ("out.jsonl", "system", ["manpages"] * 2, "`names` must differ"),
     ],
 )
-def test_what_cannot_be_written_ends_in_one_sentence(
+def test_invalid_arguments_end_in_one_sentence(
     root, tmp_path, monkeypatch, target, system, packages, sentence
 ):
     with pytest.raises(SystemExit, match=sentence):

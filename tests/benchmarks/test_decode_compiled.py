@@ -35,11 +35,11 @@ ENTRY %main (start: (s32[], bf16[1,64], bf16[1000,64])) -> (s32[], bf16[1,64], b
 """
 
 
-def test_arrays_are_counted_by_their_types():
+def test_array_bytes_depend_on_the_dtype():
     assert type_bytes("(f32[2,3]{1,0}, bf16[4], pred[5], s32[])") == 24 + 8 + 5 + 4
 
 
-def test_a_slice_of_a_table_counts_and_not_the_table():
+def test_a_gather_counts_the_slice_and_not_the_table():
     row = 64 * 2
     # A slice reads a row and its place, and writes a row; the sum reads two and writes one.
     expected = (row + 4 + row) + 3 * row
@@ -51,7 +51,7 @@ def test_a_slice_of_a_table_counts_and_not_the_table():
     }
 
 
-def test_the_compiler_in_use_is_understood():
+def test_output_of_the_installed_compiler_is_parsed():
     def generate(weight, x):
         return jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ weight), x)
 

@@ -1,4 +1,4 @@
-"""The driver of a run on a lent device: what is lost, and what is kept, where a step goes wrong."""
+"""The driver of a device run: what a failing step loses and keeps."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ def run(path, code, seconds=60.0):
     return device_run.run_process("a", [sys.executable, "-c", code], record, seconds)
 
 
-def test_a_step_that_ends_leaves_its_lines_and_a_status(tmp_path):
+def test_a_finished_step_leaves_its_results_and_a_status(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"older": true}\n')
     assert run(path, FOUND + "print('a compiler speaks')") == "ok"
@@ -35,7 +35,7 @@ def test_a_step_that_ends_leaves_its_lines_and_a_status(tmp_path):
     assert status["status"] == "ok"
 
 
-def test_a_crash_loses_the_step_and_keeps_what_it_had_found(tmp_path):
+def test_a_crashed_step_keeps_its_earlier_results(tmp_path):
     code = (
         FOUND + "import os, sys; print('why', file=sys.stderr, flush=True); os.abort()"
     )
@@ -46,7 +46,7 @@ def test_a_crash_loses_the_step_and_keeps_what_it_had_found(tmp_path):
     assert "why" in status["error"]
 
 
-def test_a_step_that_hangs_ends_at_its_time_limit_with_its_children(tmp_path):
+def test_a_hanging_step_is_killed_with_its_children_at_the_time_limit(tmp_path):
     sleep = "[sys.executable, '-c', 'import time; time.sleep(600)']"
     code = FOUND + f"import subprocess, sys; subprocess.run({sleep})"
     assert run(tmp_path / "x.jsonl", code, seconds=3.0) == "time limit"
@@ -55,12 +55,12 @@ def test_a_step_that_hangs_ends_at_its_time_limit_with_its_children(tmp_path):
     assert status["seconds"] < 30
 
 
-def test_a_result_that_failed_makes_the_step_failed(tmp_path):
+def test_a_failed_result_fails_the_step(tmp_path):
     code = 'print(\'{"result": "failed: wrong"}\')'
     assert run(tmp_path / "x.jsonl", code) == "failed"
 
 
-def test_steps_that_no_time_is_left_for_are_written_as_skipped(tmp_path):
+def test_steps_without_time_left_are_recorded_as_skipped(tmp_path):
     record = device_run.Record(tmp_path / "x.jsonl", card="none")
     steps = list(device_run.STEPS[:2])
     statuses = device_run.run_steps(steps, record, total_seconds=1.0, rehearse=True)
@@ -69,7 +69,7 @@ def test_steps_that_no_time_is_left_for_are_written_as_skipped(tmp_path):
     assert names == [step.name for step in steps]
 
 
-def test_the_measurements_of_each_call_fit_into_it():
+def test_the_measurements_fit_into_each_calls_time_limit():
     left = (1 - device_run.TOGETHER) * device_run.CALL_SECONDS
     for call in (1, 2, 3):
         assert left >= sum(
@@ -77,13 +77,13 @@ def test_the_measurements_of_each_call_fit_into_it():
         )
 
 
-def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch):
+def test_without_a_gpu_only_a_rehearsal_is_allowed(monkeypatch):
     monkeypatch.setattr(device_run, "card", lambda: "cpu")
     with pytest.raises(SystemExit, match="there is no NVIDIA GPU here; use --rehearse"):
         device_run.main(["--call", "1"])
 
 
-def test_workers_compile_what_one_process_then_measures_alone():
+def test_workers_compile_and_one_process_measures():
     step = device_run.Step("times", 2, 3, 60)
     workers, alone = device_run.commands_of(step, rehearse=False)
     assert [command[-4:] for command in workers] == [
@@ -96,13 +96,13 @@ def test_workers_compile_what_one_process_then_measures_alone():
     assert alone is None
 
 
-def test_parts_of_a_step_have_every_job_once():
+def test_every_job_is_in_exactly_one_part():
     jobs = [Job({"number": number}, dict) for number in range(7)]
     parts = [share(iter(jobs), part, 3) for part in range(3)]
     assert list(itertools.chain.from_iterable(parts)) == jobs
 
 
-def test_workers_run_at_once_and_the_worst_status_is_the_steps(tmp_path):
+def test_workers_run_in_parallel_and_the_worst_status_counts(tmp_path):
     record = device_run.Record(tmp_path / "x.jsonl", card="none")
     good, bad = ([sys.executable, "-c", code] for code in (FOUND, "exit(3)"))
     commands = {"a": [good, bad], "b": [good], "c": []}
@@ -121,13 +121,13 @@ def test_workers_run_at_once_and_the_worst_status_is_the_steps(tmp_path):
         ],
     ],
 )
-def test_a_tool_that_watched_no_kernel_run_has_found_nothing_out(printed):
+def test_a_sanitizer_run_without_kernels_is_an_error(printed):
     with pytest.raises(ArithmeticError, match=r"no kernel ran|b: failed: no memory"):
         correctness.right_kernels(printed)
     assert correctness.right_kernels(['{"name": "a", "result": "ok"}']) == ["a"]
 
 
-def test_a_tile_is_tried_in_the_passes_that_it_changes():
+def test_a_tile_is_tested_only_in_the_passes_it_changes():
     one = tiles.Tile(4, 2, 64)
     table = tiles.GPU(32, one, one, one)
     other = tiles.Tile(2, 2, 64)
@@ -137,7 +137,7 @@ def test_a_tile_is_tried_in_the_passes_that_it_changes():
     assert correctness.passes_of(table._replace(state=other), table) == (True,)
 
 
-def test_the_folder_of_a_result_is_made(tmp_path):
+def test_the_result_folder_is_created(tmp_path):
     record.write(str(tmp_path / "new" / "a.json"), "benchmarks.none", numbers=[1])
     assert json.loads((tmp_path / "new" / "a.json").read_text())["numbers"] == [1]
 

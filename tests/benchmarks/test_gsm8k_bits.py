@@ -1,4 +1,4 @@
-"""The table of GSM8K, on questions of the same form that are made up here."""
+"""The GSM8K table, on synthetic questions of the same form."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ CONFIG = RWKV7Config(vocab_size=256, num_layers=2, width=32, head_size=16)
         ("1+" * 100 + "1", "101", False),
     ],
 )
-def test_an_annotation_holds_if_its_sum_gives_its_result(sum_text, result, expected):
+def test_an_annotation_is_valid_if_its_result_is_correct(sum_text, result, expected):
     assert gsm8k.holds(sum_text, result) is expected
 
 
@@ -68,7 +68,7 @@ def test_an_answer_is_well_formed_if_its_last_line_is_a_number(answer, expected)
     assert gsm8k.is_well_formed(answer) is expected
 
 
-def test_sums_are_exact():
+def test_arithmetic_is_exact():
     assert gsm8k._value("0.1+0.2") == Fraction(3, 10)
 
 
@@ -97,7 +97,7 @@ def subject(folder):
     )
 
 
-def test_bits_are_those_of_the_answers_bytes_alone(subject):
+def test_bits_cover_only_the_answer(subject):
     state = init_state(subject.config)
     bits, sizes = subject.bits(subject.measured, subject.params, state)
     for row, one in enumerate(subject.measured):
@@ -109,7 +109,7 @@ def test_bits_are_those_of_the_answers_bytes_alone(subject):
         np.testing.assert_allclose(bits[row], of_answer.sum() / np.log(2), rtol=1e-5)
 
 
-def test_no_question_that_judges_rates_or_is_measured_is_learnt(subject):
+def test_validation_and_test_questions_are_not_trained_on(subject):
     learnt = set()
     for seed in range(3):
         for step in range(20):
@@ -119,7 +119,7 @@ def test_no_question_that_judges_rates_or_is_measured_is_learnt(subject):
     assert not learnt & {one.text for one in subject.measured}
 
 
-def test_low_rank_changes_have_at_most_as_many_numbers_as_the_state(subject):
+def test_lora_has_at_most_as_many_parameters_as_the_state(subject):
     for like, kind in (
         (gsm8k_bits.START, gsm8k_bits.SMALL_LORA),
         (gsm8k_bits.UPSCALED, gsm8k_bits.LORA),
@@ -130,7 +130,7 @@ def test_low_rank_changes_have_at_most_as_many_numbers_as_the_state(subject):
         assert lora.size == tree_size(lora.start(0))
 
 
-def test_a_file_that_is_none_is_refused_with_its_line(tmp_path, subject):
+def test_an_invalid_file_is_rejected_with_the_line(tmp_path, subject):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps({"question": "a", "answer": "b"}) + "\n{}\n")
     with pytest.raises(ValueError, match=r"bad.jsonl:2: must be an object"):
@@ -138,7 +138,7 @@ def test_a_file_that_is_none_is_refused_with_its_line(tmp_path, subject):
 
 
 @pytest.mark.slow
-def test_the_program_measures_every_row_on_the_same_questions(folder, monkeypatch):
+def test_every_row_is_measured_on_the_same_questions(folder, monkeypatch):
     words = ["--train", folder / "train.jsonl", "--test", folder / "test.jsonl"]
     words += ["--model", folder / "m.pth", "--retention", "charmaps", "--steps", 2]
     words += [

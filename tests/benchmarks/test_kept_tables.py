@@ -1,4 +1,4 @@
-"""Published tables are not replaced by a part of them."""
+"""Published tables are not replaced by partial ones."""
 
 import importlib
 import json
@@ -13,7 +13,7 @@ from benchmarks import paper_table, record
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_rows_that_would_be_lost_are_named(tmp_path):
+def test_rows_that_would_be_overwritten_are_named(tmp_path):
     path = tmp_path / "t.json"
     record.require_rows_kept(str(path), "table", ["a"])
     record.require_rows_kept(None, "table", ["a"])
@@ -40,7 +40,7 @@ def test_rows_that_would_be_lost_are_named(tmp_path):
         ),
     ],
 )
-def test_a_part_of_a_table_leaves_the_published_file_alone(
+def test_a_partial_table_leaves_the_published_file_unchanged(
     module, words, file, tmp_path, monkeypatch, capsys
 ):
     path = tmp_path / file
@@ -56,7 +56,7 @@ def test_a_part_of_a_table_leaves_the_published_file_alone(
     assert path.read_bytes() == (RESULTS / file).read_bytes()
 
 
-def test_a_part_of_the_papers_table_keeps_the_other_rows(tmp_path, monkeypatch):
+def test_a_partial_paper_table_keeps_the_other_rows(tmp_path, monkeypatch):
     path = tmp_path / "cpu-paper-table.json"
     shutil.copy(RESULTS / path.name, path)
     before = json.loads(path.read_text())

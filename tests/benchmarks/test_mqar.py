@@ -1,4 +1,4 @@
-"""Multi-query associative recall: the published protocol, the models' states, one trainer."""
+"""Multi-query associative recall: the published protocol, state sizes, and the trainer."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("size", [Size(64, 16), Size(64, 4), Size(128, 32)])
-def test_every_key_is_shown_once_and_asked_once(size):
+def test_every_key_occurs_in_one_pair_and_one_query(size):
     x, y = rows(np.random.default_rng(0), 64, size, 128)
     shown = 2 * size.pairs
     for ids, labels in zip(x, y, strict=True):
@@ -34,7 +34,7 @@ def test_every_key_is_shown_once_and_asked_once(size):
         assert set(ids[asked]) == set(known)
 
 
-def test_keys_and_values_are_halves_of_the_vocabulary_and_zero_is_neither():
+def test_keys_and_values_split_the_vocabulary_without_zero():
     x, _ = rows(np.random.default_rng(0), 200, Size(64, 16), 128)
     keys = x[:, 0:32:2]
     values = x[:, 1:32:2]
@@ -42,7 +42,7 @@ def test_keys_and_values_are_halves_of_the_vocabulary_and_zero_is_neither():
     assert set(values.ravel()) == set(range(64, 128))
 
 
-def test_nothing_is_asked_among_the_pairs_or_at_odd_places():
+def test_queries_are_at_even_positions_after_the_pairs():
     _, y = rows(np.random.default_rng(0), 200, Size(64, 8), 128)
     assert (y[:, :16] == -1).all()
     assert (y[:, 1::2] == -1).all()
@@ -56,8 +56,8 @@ def test_values_are_not_fed_back():
     assert share < 0.03
 
 
-def test_most_keys_are_asked_soon():
-    """The g-th place of the rest is the first one drawn with probability ~ g^-0.99."""
+def test_most_keys_are_queried_soon():
+    """The first query is at the g-th free position with probability ~ g^-0.99."""
     _, y = rows(np.random.default_rng(0), 20_000, Size(64, 1), 128)
     places = (np.argmax(y >= 0, axis=1) - 2) // 2
     found = np.bincount(places, minlength=31) / len(places)
@@ -66,7 +66,7 @@ def test_most_keys_are_asked_soon():
     np.testing.assert_allclose(found, wanted, atol=4 * np.sqrt(0.25 / len(places)))
 
 
-def test_the_order_of_questions_is_not_that_of_the_pairs():
+def test_queries_are_not_in_the_order_of_the_pairs():
     x, y = rows(np.random.default_rng(0), 500, Size(64, 4), 128)
     first_asked = x[np.arange(500), np.argmax(y >= 0, axis=1)]
     # Each pair's key is asked first in about a quarter of the rows.
@@ -74,7 +74,7 @@ def test_the_order_of_questions_is_not_that_of_the_pairs():
     np.testing.assert_allclose(shares, 0.25, atol=0.09)
 
 
-def test_hard_rows_join_one_by_one():
+def test_the_curriculum_adds_hard_rows_one_by_one():
     rng = np.random.default_rng(0)
     for done, pairs in (
         (0.0, {4}),
@@ -85,14 +85,14 @@ def test_hard_rows_join_one_by_one():
         assert {draw_size(SMALL, done, rng).pairs for _ in range(60)} == pairs
 
 
-def test_sizes_are_drawn_by_their_shares():
+def test_sizes_are_sampled_by_their_shares():
     rng = np.random.default_rng(0)
     drawn = [draw_size(mqar.FULL, 0.0, rng).pairs for _ in range(2000)]
     assert abs(np.mean(np.array(drawn) == 4) - 0.56 / 1.0) < 0.05
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_bytes_in_the_table_are_those_of_the_arrays_that_decoding_carries(name):
+def test_state_bytes_match_the_arrays_carried_in_decoding(name):
     tokens = 48
     one = contestant(name, SMALL, context=tokens)
 
@@ -111,14 +111,14 @@ def test_the_bytes_in_the_table_are_those_of_the_arrays_that_decoding_carries(na
 
 
 @pytest.mark.parametrize("name", ["mamba", "based", "based-x", "rwkv-8", "window-1-2"])
-def test_an_unknown_name_is_refused(name):
+def test_an_unknown_name_is_rejected(name):
     with pytest.raises(ValueError, match="contestant: `name` must"):
         contestant(name, SMALL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["based-4", "delta-8-24"])
-def test_rates_that_are_trained_at_once_do_not_touch_each_other(name):
+def test_learning_rates_trained_together_are_independent(name):
     setting = dataclasses.replace(SMALL, steps=6, rows=4, test_rows=64)
     trainer = Trainer(contestant(name, setting), setting)
     rates = (0.001, 0.03)
@@ -134,7 +134,7 @@ def test_rates_that_are_trained_at_once_do_not_touch_each_other(name):
 
 
 @pytest.mark.slow
-def test_a_frozen_model_stays_as_it_is_and_its_empty_memory_changes_nothing():
+def test_a_frozen_model_with_an_empty_memory_is_unchanged():
     setting = dataclasses.replace(SMALL, steps=6, rows=4, test_rows=64)
     base = contestant("rwkv-16-L1", setting)
     weights = base.init(jax.random.key(0))

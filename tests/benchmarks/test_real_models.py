@@ -1,4 +1,4 @@
-"""The benchmark of any checkpoint, on a model of one layer."""
+"""The benchmark of arbitrary checkpoints, on a model of one layer."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 CONFIG = RWKV7Config(vocab_size=12, num_layers=2, width=32, head_size=16)
 
 
-def test_rows_that_reverse_are_those_that_copy_read_backwards():
+def test_reversal_rows_are_copy_rows_read_backwards():
     copies = copy_rows(0, 6)
     backwards = real_models.reversed_rows(copies)
     for one, other in zip(copies.tokens, backwards.tokens, strict=True):
@@ -31,7 +31,7 @@ def test_rows_that_reverse_are_those_that_copy_read_backwards():
 
 
 @pytest.mark.slow
-def test_low_rank_changes_have_as_many_numbers_as_the_start_state():
+def test_lora_has_as_many_parameters_as_the_start_state():
     model = RWKV7(CONFIG)
     params = lively(CONFIG)
     data = real_models.digits(model, 2)
@@ -45,7 +45,7 @@ def test_low_rank_changes_have_as_many_numbers_as_the_start_state():
 
 
 @pytest.mark.slow
-def test_the_program_writes_its_numbers(tmp_path, monkeypatch):
+def test_the_program_writes_its_results(tmp_path, monkeypatch):
     save_model(tmp_path / "m.pth", lively(CONFIG), CONFIG)
     words = [str(tmp_path / "m.pth"), "--data", "digits", "--steps", "2", "--rows", "2"]
     words += ["--kinds", "start state", "LoRA", "--json", str(tmp_path / "r.json")]

@@ -1,4 +1,4 @@
-"""The recall table: rates are chosen by validation, and what was not run is said."""
+"""The recall table: learning rates are chosen by validation, and missing cells are reported."""
 
 import dataclasses
 import json
@@ -21,12 +21,12 @@ from benchmarks.paper_table import Cells
         ({0.01: 0.3}, 0.01),
     ],
 )
-def test_the_best_rate_is_taken_and_the_middle_one_of_equals(validation, rate):
+def test_the_best_rate_is_chosen_and_the_middle_of_ties(validation, rate):
     assert recall.choose_rate(validation) == rate
 
 
 def cell(seed, right):
-    """A cell as the trainer returns it."""
+    """Return a cell as the trainer does."""
     tests = {str(size): right for size in SMALL.tests}
     return {
         "seed": seed,
@@ -38,7 +38,7 @@ def cell(seed, right):
 
 
 def table_of(tmp_path, found):
-    """A table of cached cells."""
+    """Return a table of cached cells."""
     cells = Cells(tmp_path, recall.DEPENDENCIES)
     for (name, rate, seed), right in found.items():
         cells.get(f"{name} | {rate:g} | {seed}", lambda s=seed, r=right: cell(s, r))
@@ -57,7 +57,7 @@ def test_fewer_than_three_rates_count_as_the_edge(tmp_path):
     assert table_of(tmp_path, found).row("based-4", [0, 1])["at_edge"]
 
 
-def test_cells_that_are_missing_are_not_made(tmp_path):
+def test_missing_cells_are_not_filled_in(tmp_path):
     found = {
         ("based-4", 0.003, 0): 0.5,
         ("based-4", 0.01, 0): 0.9,
@@ -73,7 +73,7 @@ def test_cells_that_are_missing_are_not_made(tmp_path):
 
 @pytest.mark.parametrize("name", ["based-4", "tuned-delta-16-64"])
 @pytest.mark.parametrize("best", [0.001, 0.01, 0.1, 1.0])
-def test_rates_are_tried_until_the_best_one_is_between_others(
+def test_rates_are_added_until_the_best_is_not_at_the_edge(
     tmp_path, monkeypatch, name, best
 ):
     made = []
@@ -97,7 +97,7 @@ def test_rates_are_tried_until_the_best_one_is_between_others(
 
 
 @pytest.mark.parametrize(("right", "missed"), [(0.999, []), (0.5, ["attention"])])
-def test_the_gate_misses_what_is_below_its_bar(tmp_path, right, missed):
+def test_the_gate_reports_results_below_their_bar(tmp_path, right, missed):
     shares = {
         "attention": right,
         "window-16": 0.2,
@@ -111,7 +111,7 @@ def test_the_gate_misses_what_is_below_its_bar(tmp_path, right, missed):
     assert recall.quick(table_of(tmp_path, found)) == missed
 
 
-def test_the_gate_misses_an_order_that_is_upset(tmp_path):
+def test_the_gate_reports_a_violated_order(tmp_path):
     shares = dict.fromkeys(recall.BARS, 0.97)
     shares["window-16"] = 0.1
     found = {(name, 0.01, 0): share for name, share in shares.items()}
@@ -123,7 +123,7 @@ def test_the_gate_misses_an_order_that_is_upset(tmp_path):
     ]
 
 
-def test_a_static_memory_weighs_nothing_and_a_written_one_does():
+def test_only_a_written_memory_counts_in_the_state_bytes():
     static = recall.sizes_of("tuned-static-16-64", SMALL)
     written = recall.sizes_of("tuned-delta-16-64", SMALL)
     plain = recall.sizes_of("rwkv-16-L1", SMALL)
@@ -132,7 +132,7 @@ def test_a_static_memory_weighs_nothing_and_a_written_one_does():
 
 
 @pytest.mark.slow
-def test_a_table_of_cached_cells_is_printed_drawn_and_written(tmp_path, monkeypatch):
+def test_a_table_of_cached_cells_is_printed_plotted_and_saved(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     found = {}
     for name in ("based-4", "rwkv-16-L1"):
@@ -158,7 +158,7 @@ def test_a_table_of_cached_cells_is_printed_drawn_and_written(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_the_published_sizes_are_trained_in_order_with_all_rates_at_once(
+def test_published_sizes_are_trained_in_order_with_all_rates_together(
     tmp_path, monkeypatch
 ):
     small = dataclasses.replace(
@@ -173,13 +173,13 @@ def test_the_published_sizes_are_trained_in_order_with_all_rates_at_once(
         assert [one["rate"] for one in cell["found"]] == [0.001, 0.01]
 
 
-def test_nothing_begins_when_the_time_is_up(tmp_path):
+def test_no_training_starts_after_the_time_limit(tmp_path):
     cells = Cells(tmp_path, recall.DEPENDENCIES)
     recall.full(cells, minutes=0)
     assert not cells.results
 
 
-def test_few_numbers_of_many_are_drawn_without_equals_and_evenly():
+def test_distinct_numbers_are_sampled_uniformly():
     found = mqar._distinct(np.random.default_rng(0), 500, 32, mqar.MANY)
     assert not mqar._has_equal(found).any()
     assert found.min() >= 0

@@ -1,4 +1,4 @@
-"""The seconds of programs that take turns."""
+"""Timing of programs that run in turns."""
 
 from benchmarks.timing import RepeatedStep, take_turns
 
@@ -13,15 +13,15 @@ def calls_of(rounds, *, warm):
     return "".join(calls)
 
 
-def test_programs_take_turns():
+def test_programs_are_timed_in_turns():
     assert calls_of(2, warm=False) == "abab"
 
 
-def test_a_warm_call_comes_before_each_measured_one():
+def test_each_timed_call_follows_a_warm_up_call():
     assert calls_of(2, warm=True) == "aabbaabb"
 
 
-def test_a_repeated_step_goes_on_from_where_it_was():
+def test_a_repeated_step_continues_from_its_last_state():
     run = RepeatedStep(
         lambda train, batch: (train + batch, {"loss": train}), train=1, batch=10
     )

@@ -1,4 +1,4 @@
-"""Sources of batches: the library's loop and train.py's mode use the same ones."""
+"""Sources of batches, shared by the library's loop and train.py."""
 
 import dataclasses
 import functools
@@ -73,7 +73,7 @@ def questions():
 
 
 def low_ids(prompt, completion):
-    """The share of a completion that is below 100."""
+    """Return the share of a completion's ids that are below 100."""
     return sum(token < 100 for token in completion) / len(completion)
 
 
@@ -94,7 +94,7 @@ def text_reward(prompt, completion):
 
 
 def optimizer_of(settings):
-    """The optimizer that train.py makes of its settings."""
+    """Return the optimizer that train.py makes from its settings."""
     optimizer = settings.optimizer
     return build_optimizer(
         LEARNING_RATE,
@@ -108,7 +108,7 @@ def optimizer_of(settings):
 
 
 def in_library(method: str, params, traces, tx):
-    """The state that the library's loop gives."""
+    """Return the state that the library's loop tunes."""
     model = RWKV7(CONFIG)
     asked = questions()
     arguments = (sampler(params), lambda step: asked.prompts(step, 2), low_ids)
@@ -126,9 +126,7 @@ def in_library(method: str, params, traces, tx):
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("method", ["grpo", "expert", "distil"])
-def test_train_py_and_the_librarys_loop_tune_the_same_state(
-    tmp_path, base, params, method
-):
+def test_train_py_and_the_library_tune_the_same_state(tmp_path, base, params, method):
     guide = tmp_path / "guide.jsonl"
     write_traces(guide, TRACES)
     verifier = f"{__name__}:low_ids"
@@ -154,7 +152,7 @@ def test_train_py_and_the_librarys_loop_tune_the_same_state(
         (text_reward, "must be a number; got str"),
     ],
 )
-def test_a_reward_that_is_not_a_number_ends_a_run_of_train_py(
+def test_an_invalid_reward_stops_train_py(
     tmp_path, base, method, reward, reason, unchecked
 ):
     verifier = f"{__name__}:{reward.__name__}"
@@ -164,9 +162,7 @@ def test_a_reward_that_is_not_a_number_ends_a_run_of_train_py(
         source.batch(0, mode.init_params)
 
 
-def test_a_negative_reward_never_becomes_a_weight_in_train_py(
-    tmp_path, base, unchecked
-):
+def test_a_negative_reward_is_rejected_by_train_py(tmp_path, base, unchecked):
     verifier = f"{__name__}:negative"
     mode = make_mode(settings_of(base, method="expert", verifier=verifier), tmp_path)
     source = mode.batches(0, None)
@@ -176,7 +172,7 @@ def test_a_negative_reward_never_becomes_a_weight_in_train_py(
         source.batch(0, mode.init_params)
 
 
-def test_groups_of_one_are_refused_before_anything_is_drawn(tmp_path, base):
+def test_groups_of_one_are_rejected_before_sampling(tmp_path, base):
     with pytest.raises(
         ValueError, match="PolicyBatches: `group` must be at least 2; got 1"
     ):
@@ -189,9 +185,7 @@ def sampler(params, **choices):
     )
 
 
-def test_without_replay_a_batch_is_what_the_step_drew_weighted_by_its_rewards(
-    params, unchecked
-):
+def test_without_replay_a_batch_is_the_reward_weighted_samples(params, unchecked):
     key = jax.random.key(7)
     state = init_state(CONFIG)
     source = ExpertBatches(sampler(params), prompts_at, low_ids, key=key)
@@ -209,7 +203,7 @@ def test_without_replay_a_batch_is_what_the_step_drew_weighted_by_its_rewards(
     assert source.metrics == {"reward": float(np.mean(weights))}
 
 
-def test_a_batch_of_an_earlier_step_comes_again_from_a_new_source(params, unchecked):
+def test_a_new_source_reproduces_an_earlier_batch(params, unchecked):
     make = functools.partial(ExpertBatches, sampler(params), prompts_at, low_ids)
     first = make(key=jax.random.key(7))
     state = init_state(CONFIG)
@@ -220,7 +214,7 @@ def test_a_batch_of_an_earlier_step_comes_again_from_a_new_source(params, unchec
     np.testing.assert_array_equal(again.mask, expected.mask)
 
 
-def test_a_step_without_any_reward_has_no_batch(params, unchecked):
+def test_a_step_without_reward_has_no_batch(params, unchecked):
     nothing = lambda prompt, completion: 0.0  # noqa: E731
     key = jax.random.key(7)
     state = init_state(CONFIG)
@@ -235,7 +229,7 @@ def test_a_step_without_any_reward_has_no_batch(params, unchecked):
     assert expected.items() <= source.metrics.items()
 
 
-def test_a_threshold_replays_every_approved_text_once(params, unchecked):
+def test_a_threshold_replays_each_approved_completion_once(params, unchecked):
     source = ExpertBatches(
         sampler(params),
         prompts_at,
@@ -256,7 +250,7 @@ def test_a_threshold_replays_every_approved_text_once(params, unchecked):
     assert {trace.weight for trace in source.traces} == {1.0}
 
 
-def test_a_source_with_a_memory_is_not_entered_inside_a_round(params):
+def test_a_replay_source_cannot_start_inside_a_round(params):
     key = jax.random.key(7)
     source = ExpertBatches(
         sampler(params), prompts_at, low_ids, key=key, replay=True, updates=2
@@ -268,7 +262,7 @@ def test_a_source_with_a_memory_is_not_entered_inside_a_round(params):
 
 
 @pytest.mark.parametrize("method", ["grpo", "expert"])
-def test_a_run_that_cannot_earn_a_reward_is_refused(tmp_path, base, method):
+def test_questions_that_the_verifier_cannot_use_are_rejected(tmp_path, base, method):
     path = tmp_path / "questions.jsonl"
     path.write_text('{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+2"}\n')
     settings = settings_of(base, method=method, verifier="hash_number")
@@ -287,7 +281,7 @@ def test_a_run_that_cannot_earn_a_reward_is_refused(tmp_path, base, method):
         (257, "digits", "vocabulary, bytes; `.*` has"),
     ],
 )
-def test_a_guide_of_another_vocabulary_is_refused(
+def test_a_guide_with_another_vocabulary_is_rejected(
     tmp_path, base, size, vocabulary, sentence
 ):
     config = dataclasses.replace(CONFIG, vocab_size=size)
@@ -302,7 +296,7 @@ def test_a_guide_of_another_vocabulary_is_refused(
         make_mode(settings, tmp_path)
 
 
-def test_traces_of_another_vocabulary_are_refused_by_train_py(
+def test_traces_of_another_vocabulary_are_rejected_by_train_py(
     tmp_path, base, unchecked
 ):
     guide = tmp_path / "guide.jsonl"

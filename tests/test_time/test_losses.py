@@ -1,4 +1,4 @@
-"""The losses of test-time training, restated in numpy in float64.
+"""The losses of test-time training, restated in NumPy in float64.
 
 Gradients are compared with finite differences of these restatements.
 """
@@ -94,12 +94,12 @@ def assert_value_and_gradient(gradient, restated_loss, batch):
 
 @pytest.fixture(scope="module")
 def gradient(params):
-    """Of the policy loss with all its terms."""
+    """The gradient of the policy loss with all its terms."""
     loss = policy_loss(MODEL, params, temperature=0.7, kl=0.3, reference=REFERENCE)
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def test_the_policy_loss_is_reinforce_with_an_exact_divergence(params, gradient, batch):
+def test_the_policy_loss_is_reinforce_with_an_exact_kl(params, gradient, batch):
     base = logps(params, REFERENCE, batch)
 
     def by_hand(state):
@@ -115,7 +115,7 @@ def test_the_policy_loss_is_reinforce_with_an_exact_divergence(params, gradient,
     )
 
 
-def test_the_divergence_and_its_gradient_are_zero_at_the_reference(gradient, batch):
+def test_kl_and_its_gradient_are_zero_at_the_reference(gradient, batch):
     still = batch | {"advantages": np.zeros(3, np.float32)}
     (value, metrics), grads = gradient(REFERENCE, still)
     assert abs(float(value)) < 1e-6 and abs(float(metrics["kl_nats"])) < 1e-6
@@ -126,11 +126,11 @@ def test_the_divergence_and_its_gradient_are_zero_at_the_reference(gradient, bat
 
 @pytest.fixture(scope="module")
 def reinforce(params):
-    """The gradient of the policy loss without a divergence."""
+    """Return the gradient of the policy loss without a KL term."""
     return jax.jit(jax.value_and_grad(policy_loss(MODEL, params), has_aux=True))
 
 
-def test_without_advantages_and_divergence_there_is_no_gradient(reinforce, batch):
+def test_zero_advantages_and_no_kl_give_a_zero_gradient(reinforce, batch):
     batch = batch | {"weights": np.asarray(loss_weights(batch))}
     _, grads = reinforce(
         random_state(CONFIG), batch | {"advantages": np.zeros(3, np.float32)}
@@ -138,7 +138,7 @@ def test_without_advantages_and_divergence_there_is_no_gradient(reinforce, batch
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
-def test_pieces_of_a_policy_batch_add_up_to_the_full_batch(reinforce, batch):
+def test_microbatches_add_up_to_the_full_policy_batch(reinforce, batch):
     state = random_state(CONFIG)
     weights = np.asarray(loss_weights(batch))
     (whole, _), grads = reinforce(state, batch | {"weights": weights})
@@ -151,9 +151,7 @@ def test_pieces_of_a_policy_batch_add_up_to_the_full_batch(reinforce, batch):
     assert_close(sum(g.wkv for _, g in parts), grads.wkv, SAME["gradient"], "gradient")
 
 
-def test_the_distillation_loss_is_cross_entropy_and_the_teachers_divergence(
-    params, batch
-):
+def test_the_distillation_loss_is_cross_entropy_plus_teacher_kl(params, batch):
     teacher = random_params(LARGE, dtype=jnp.float32, scale=0.3)
     start = random_state(LARGE, seed=8)
     others = {
@@ -176,7 +174,7 @@ def test_the_distillation_loss_is_cross_entropy_and_the_teachers_divergence(
 
 
 @pytest.mark.slow
-def test_the_anchor_is_the_divergence_from_the_base_on_text_of_its_own(params, batch):
+def test_the_anchor_is_the_kl_from_the_base_on_separate_text(params, batch):
     text = {"tokens": batch["tokens"][::-1]}
     batch = batch | {"anchor": text["tokens"]}
     base = logps(params, init_state(CONFIG), text)
@@ -196,7 +194,7 @@ def test_the_anchor_is_the_divergence_from_the_base_on_text_of_its_own(params, b
 
 
 @pytest.mark.slow
-def test_a_prompt_becomes_a_state(params):
+def test_context_distillation_turns_a_prompt_into_a_state(params):
     context = generate(MODEL, params, [7, 3, 9, 9, 1, 12, 4, 2], tokens=0).state
     before = jax.tree.map(np.array, params)
     tx = optax.adam(0.1, b2=0.99)
@@ -215,7 +213,7 @@ def test_a_prompt_becomes_a_state(params):
     jax.tree.map(np.testing.assert_array_equal, before, params)
 
 
-def test_bad_arguments_of_losses_are_refused(params):
+def test_invalid_loss_arguments_are_rejected(params):
     other = RWKV7(RWKV7Config(vocab_size=20, num_layers=2, width=32, head_size=16))
     both = {"teacher": MODEL, "teacher_params": params}
     for change, message in [

@@ -1,4 +1,4 @@
-"""The ratio of probabilities in the policy loss, restated in numpy: bounds, weights, updates."""
+"""The probability ratio of the policy loss, restated in NumPy: clipping, weights, updates."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def batch(params):
-    """Rows whose old log-probabilities are those of another state, so that ratios leave 1."""
+    """Rows with old log-probabilities from another state, so that ratios differ from 1."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, CONFIG.vocab_size, (4, 9)).astype(np.int32)
     mask = (rng.random((4, 8)) < 0.8).astype(np.float32)
@@ -56,7 +56,7 @@ def logps(params, state, tokens):
 
 
 def published(params, state, batch):
-    """The objective as it is published: the smaller of a ratio and a clipped one, times A."""
+    """Return the published loss (the minimum of ratio and clipped ratio) and the clip fraction."""
     ratio = np.exp(logps(params, state, batch.tokens) - batch.old_logp)
     advantages = batch.advantages[:, None]
     free = ratio * advantages
@@ -74,9 +74,7 @@ def gradient(params):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def test_the_loss_its_gradient_and_the_clipped_share_are_those_published(
-    params, gradient, batch
-):
+def test_loss_gradient_and_clip_fraction_match_the_publication(params, gradient, batch):
     state = random_state(CONFIG, seed=5)
     (value, metrics), grads = gradient(state, batch)
     expected, clipped = published(params, state, batch)
@@ -94,8 +92,8 @@ def test_the_loss_its_gradient_and_the_clipped_share_are_those_published(
     np.testing.assert_allclose(product, (ends[0] - ends[1]) / (2 * step), rtol=1e-3)
 
 
-def test_bounds_stop_only_what_would_earn_more(params, gradient, batch):
-    """A ratio far above the bound is free where the advantage is negative, and the other way."""
+def test_clipping_only_stops_updates_that_raise_the_objective(params, gradient, batch):
+    """A ratio above the upper bound is not clipped if the advantage is negative, and vice versa."""
     state = random_state(CONFIG, seed=5)
     now = np.asarray(drawn_logps(MODEL, params, state, batch.tokens, TEMPERATURE))
     for shift, stopped in ((1.0, [0, 2]), (-1.0, [1, 3])):
@@ -107,7 +105,7 @@ def test_bounds_stop_only_what_would_earn_more(params, gradient, batch):
         assert not np.any(gradient(state, one)[1].wkv)
 
 
-def test_at_a_ratio_of_one_the_gradient_of_the_ratio_is_that_of_log_p_bit_for_bit():
+def test_a_ratio_of_one_gives_the_log_p_gradient_bit_exactly():
     rng = np.random.default_rng(1)
     nats = jnp.asarray(rng.uniform(0.1, 9.0, (4, 8)), jnp.float32)
     policy = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
@@ -124,9 +122,7 @@ def test_at_a_ratio_of_one_the_gradient_of_the_ratio_is_that_of_log_p_bit_for_bi
     assert not np.any(clipped)
 
 
-def test_a_weight_of_one_and_no_ratio_is_the_update_without_them_bit_for_bit(
-    params, batch
-):
+def test_unit_importance_weights_change_nothing_bit_exactly(params, batch):
     state = random_state(CONFIG, seed=5)
     loss = policy_loss(MODEL, params, temperature=TEMPERATURE)
     step = jax.jit(jax.grad(loss, has_aux=True))
@@ -137,7 +133,7 @@ def test_a_weight_of_one_and_no_ratio_is_the_update_without_them_bit_for_bit(
     np.testing.assert_array_equal(found.wkv, expected.wkv)
 
 
-def test_the_first_of_several_updates_is_the_only_one_of_a_single_update(params, batch):
+def test_the_first_of_several_updates_equals_a_single_update(params, batch):
     state = random_state(CONFIG, seed=5)
     loss = policy_loss(MODEL, params, temperature=TEMPERATURE)
     plain = batch.replace(old_logp=None, importance=None)
@@ -150,7 +146,7 @@ def test_the_first_of_several_updates_is_the_only_one_of_a_single_update(params,
     assert float(metrics["clipped"]) == 0
 
 
-def test_a_ratio_too_large_for_a_float_stops_at_the_bound(params, gradient, batch):
+def test_an_overflowing_ratio_is_clipped_at_the_bound(params, gradient, batch):
     state = random_state(CONFIG, seed=5)
     rows = batch.replace(
         old_logp=np.full((4, 8), -300.0, np.float32),
@@ -175,7 +171,7 @@ def source_of(params, model=MODEL, **choices):
     )
 
 
-def test_a_batch_for_several_updates_has_the_log_probabilities_of_its_draws(params):
+def test_a_batch_for_several_updates_has_the_sampling_log_probabilities(params):
     state = random_state(CONFIG, seed=2)
     source = source_of(params, several_updates=True)
     made = source.batch(state, 3)
@@ -207,7 +203,7 @@ def test_importance_weights_are_capped_ratios_of_training_to_sampling(params):
     assert made.old_logp is None
 
 
-def test_sampler_and_trainer_that_are_one_model_weigh_every_token_by_one(params):
+def test_equal_sampler_and_trainer_give_unit_importance_weights(params):
     source = source_of(params, importance_cap=2.0)
     made = source.batch(random_state(CONFIG, seed=2), 0)
     np.testing.assert_allclose(made.importance[made.mask > 0], 1, atol=1e-4)
@@ -221,7 +217,7 @@ def sampler_of(params, model=MODEL):
     return RolloutSampler(model, params, group=4, tokens=4, stop_ids=())
 
 
-def test_several_updates_go_further_with_the_same_completions(params):
+def test_several_updates_reuse_the_same_completions(params):
     runs = {}
     for updates in (1, 3):
         runs[updates] = grpo(
@@ -247,7 +243,7 @@ def test_several_updates_go_further_with_the_same_completions(params):
 
 
 @pytest.mark.slow
-def test_draws_in_bfloat16_raise_a_reward_of_the_float32_model(params):
+def test_sampling_in_bfloat16_raises_the_reward_of_the_float32_model(params):
     out = grpo(
         sampler_of(params, RWKV7(dataclasses.replace(CONFIG, dtype="bfloat16"))),
         prompts_at,
@@ -268,7 +264,7 @@ def test_draws_in_bfloat16_raise_a_reward_of_the_float32_model(params):
     )
 
 
-def test_bad_bounds_and_caps_are_refused(params, unchecked):
+def test_invalid_bounds_and_caps_are_rejected(params, unchecked):
     for change, message in [
         ({"epsilon_low": -0.1}, "`epsilon_low` must be"),
         ({"epsilon_low": 1.5}, "`epsilon_low` must be"),
@@ -284,6 +280,6 @@ def test_bad_bounds_and_caps_are_refused(params, unchecked):
             grpo(sampler_of(params), lambda step: PROMPTS, sevens, key=KEY, **change)
 
 
-def test_a_batch_whose_ratios_do_not_fit_is_refused(params, gradient, batch):
+def test_old_log_probabilities_of_another_shape_are_rejected(params, gradient, batch):
     with pytest.raises(ValueError, match=r"`batch.old_logp` must have shape \(4, 8\)"):
         gradient(random_state(CONFIG), batch.replace(old_logp=np.zeros((4, 1))))

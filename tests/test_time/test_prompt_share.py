@@ -1,4 +1,4 @@
-"""Of several processes each answers some of the prompts: together, what one does with them all."""
+"""Processes that share the prompts give together what one process gives for all."""
 
 import json
 import threading
@@ -39,7 +39,7 @@ def even_sum(prompt, completion):
 
 
 def in_processes(work, *, together=False, count=2):
-    """What each of several processes returns, each of them a thread that exchanges texts."""
+    """Return the results of several processes, simulated by threads that exchange texts."""
     barrier = threading.Barrier(count)
     said = [""] * count
 
@@ -79,7 +79,7 @@ def expert(params, share):
 
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("make", [policy, expert])
-def test_the_rows_and_metrics_of_all_processes_are_those_of_one(params, make, together):
+def test_all_processes_together_match_a_single_process(params, make, together):
     alone = make(params, PromptShare())
     whole = alone.batch(STATE, 1)
 
@@ -104,7 +104,7 @@ def test_the_rows_and_metrics_of_all_processes_are_those_of_one(params, make, to
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_a_prompt_is_judged_by_one_process(params, together):
+def test_each_prompt_is_judged_by_one_process(params, together):
     judged = []
 
     def measure(share, index):
@@ -123,7 +123,7 @@ def test_a_prompt_is_judged_by_one_process(params, together):
     assert sorted(judged[: len(PROMPTS)]) == [*first[:2], *second[2:]]
 
 
-def test_prompts_fewer_than_processes_are_answered_by_each(params):
+def test_too_few_prompts_are_answered_by_every_process(params):
     def measure(share, index):
         sampler = RolloutSampler(MODEL, params, GROUP, 4, share=share)
         return sampler.mean_reward(STATE, PROMPTS[:1], even_sum)[0]
@@ -132,9 +132,7 @@ def test_prompts_fewer_than_processes_are_answered_by_each(params):
     assert in_processes(measure) == [alone, alone]
 
 
-def test_a_teachers_traces_are_those_of_one_process_and_all_lie_in_the_firsts_cache(
-    params, tmp_path
-):
+def test_teacher_traces_match_one_process_and_are_cached_by_the_first(params, tmp_path):
     answered = []
 
     def collect(share, index):

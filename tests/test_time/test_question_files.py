@@ -1,4 +1,4 @@
-"""Questions in the forms that tuning reads: their prompts are those of tuning."""
+"""Questions in the record formats of tuning have the prompts of tuning."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def read(path, record, tokenizer=BYTES):
 
 
 def tuned_prompt(record, tokenizer):
-    """Returns the ids before the last answer of the record's document in tuning."""
+    """Return the ids before the last answer of the record's tuning document."""
     ids = []
     for segment in parse_record(record).segments[:-1]:
         ids += tokenizer.encode(segment.text.decode())
@@ -67,7 +67,7 @@ def tuned_prompt(record, tokenizer):
 @pytest.mark.parametrize("record", ANSWERED)
 @pytest.mark.parametrize("tokenizer", [BYTES, WORLD], ids=lambda t: t.name)
 @pytest.mark.parametrize("think", ["off", "fast"])
-def test_a_prompt_has_the_ids_that_tuning_gives_it(tmp_path, record, tokenizer, think):
+def test_prompt_ids_match_those_of_tuning(tmp_path, record, tokenizer, think):
     if isinstance(record, dict):
         record = {**record, "think": think}
     prompt, answer = read(tmp_path / "q.jsonl", record, tokenizer)
@@ -76,16 +76,14 @@ def test_a_prompt_has_the_ids_that_tuning_gives_it(tmp_path, record, tokenizer, 
 
 
 @pytest.mark.parametrize("think", THINK_MODES)
-def test_a_question_that_is_thought_about_has_the_prompt_of_an_answer_with_thoughts(
-    tmp_path, think
-):
+def test_a_think_mode_gives_the_prompt_of_answers_with_thoughts(tmp_path, think):
     record = {"question": "a", "answer": "b", "think": think}
     prompt, _ = read(tmp_path / "q.jsonl", record)
     thought = {} if think in ("off", "fast") else {"reasoning": "hm"}
     assert prompt == tuned_prompt({**record, **thought}, BYTES)
 
 
-def test_messages_may_end_with_the_question_and_an_answer_stand_beside_them(tmp_path):
+def test_messages_may_end_with_the_question_next_to_an_answer_key(tmp_path):
     expected = "User: Hi\n\nAssistant: Ho.\n\nUser: 6 + 6\n= ?\n\nAssistant:"
     path = tmp_path / "q.jsonl"
     for answer in ("12", 12):
@@ -98,7 +96,7 @@ def test_messages_may_end_with_the_question_and_an_answer_stand_beside_them(tmp_
     assert read(path, {"question": "a"})[1] == ""
 
 
-def test_a_prompt_stays_as_it_stands(tmp_path):
+def test_a_raw_prompt_is_kept_verbatim(tmp_path):
     for other in (
         {},
         {"question": "c"},
@@ -134,7 +132,7 @@ def test_a_prompt_stays_as_it_stands(tmp_path):
         ),
     ],
 )
-def test_a_line_without_a_question_is_refused(tmp_path, record, reason):
+def test_a_line_without_a_question_is_rejected(tmp_path, record, reason):
     with pytest.raises(ValueError, match=rf"q\.jsonl:1: {re.escape(reason)}"):
         read(tmp_path / "q.jsonl", record)
 
@@ -156,7 +154,7 @@ def questions_of(path, record, verifier):
     ],
 )
 @pytest.mark.parametrize("think", THINK_MODES)
-def test_the_answer_is_found_after_the_thoughts(
+def test_the_answer_is_read_after_the_thoughts(
     tmp_path, verifier, answer, right, wrong, think
 ):
     record = {"question": "q", "answer": answer, "think": think}
@@ -174,7 +172,7 @@ def test_the_answer_is_found_after_the_thoughts(
         assert questions.reward(prompt, BYTES.encode(f">\n{right}")) == 0.0
 
 
-def test_thoughts_that_nobody_asked_for_are_none_of_the_answer(tmp_path):
+def test_unrequested_thoughts_are_not_part_of_the_answer(tmp_path):
     record = {"question": "q", "answer": "<think>\nhm\n</think>\n12"}
     questions, prompt = questions_of(tmp_path / "q.jsonl", record, "exact")
     for text in (" 12", " <think>\n13\n</think>\n12"):

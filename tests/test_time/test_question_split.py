@@ -1,4 +1,4 @@
-"""Which questions are measured and not trained on: those of tuning on text, whatever the seed."""
+"""The held-out questions are those of text tuning, for every seed."""
 
 import json
 
@@ -33,13 +33,13 @@ def file_of(path, form, count=40):
 
 
 def prompts_of(questions, count, *, held_out):
-    """Returns the number in each of a part's prompts."""
+    """Return the number in each prompt of a split."""
     prompts = questions.prompts(0, count, held_out=held_out)
     return [BYTES.decode(prompt).split("<")[1].split(">")[0] for prompt in prompts]
 
 
 def documents_of(path, share, split):
-    """Returns the number in each document of a split of a file."""
+    """Return the number in each document of a split of a file."""
     stream = token_stream(path, BYTES, split=split, held_out=share)
     text = BYTES.decode(np.asarray(stream).tolist())
     return [part.split(">")[0] for part in text.split("<")[1:]]
@@ -47,7 +47,7 @@ def documents_of(path, share, split):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.3, 0.7])
-def test_what_is_held_out_is_what_tuning_on_text_holds_out(tmp_path, form, share):
+def test_the_held_out_split_matches_that_of_text_tuning(tmp_path, form, share):
     path = file_of(tmp_path / "q.jsonl", form)
     for seed in range(2):
         questions = QuestionSet(path, BYTES, seed=seed, held_out=share)
@@ -56,14 +56,14 @@ def test_what_is_held_out_is_what_tuning_on_text_holds_out(tmp_path, form, share
             assert found == set(documents_of(path, share, split))
 
 
-def test_the_seed_orders_what_is_trained_on_and_nothing_else(tmp_path):
+def test_the_seed_only_orders_the_training_questions(tmp_path):
     path = file_of(tmp_path / "q.jsonl", "question")
     one, other = (QuestionSet(path, BYTES, seed=seed, held_out=0.3) for seed in (0, 1))
     assert one.prompts(0, 5, held_out=True) == other.prompts(0, 5, held_out=True)
     assert one.prompts(0, 5) != other.prompts(0, 5)
 
 
-def test_a_larger_share_holds_out_the_same_questions_and_more(tmp_path):
+def test_larger_held_out_shares_are_nested(tmp_path):
     path = file_of(tmp_path / "q.jsonl", "prompt", count=6)
     before = set()
     for share in (0.001, 0.3, 0.6, 0.999):
@@ -84,7 +84,7 @@ def test_a_prompt_is_held_out_with_any_of_its_answers(tmp_path):
     assert not measured & set(prompts_of(questions, 80, held_out=False))
 
 
-def test_questions_that_tuning_on_text_does_not_read_are_divided_by_their_prompts(
+def test_questions_without_a_text_answer_are_split_by_prompt(
     tmp_path,
 ):
     parts = []
@@ -98,7 +98,7 @@ def test_questions_that_tuning_on_text_does_not_read_are_divided_by_their_prompt
 
 
 @pytest.mark.parametrize("own_file", [False, True])
-def test_a_held_out_question_is_measured_once(tmp_path, own_file):
+def test_a_held_out_question_is_evaluated_once(tmp_path, own_file):
     path = file_of(tmp_path / "q.jsonl", "question")
     test = None
     if own_file:

@@ -1,4 +1,4 @@
-"""Stop strings at test time: they end completions and are not judged, but they are learnt."""
+"""Stop strings at test time end completions and are trained on, but rewards do not see them."""
 
 import dataclasses
 
@@ -46,32 +46,32 @@ def stopped(params):
 
 
 def cut_by_hand(completion):
-    """Returns a completion up to its first stop, and what comes before that."""
+    """Return a completion up to its first stop, and the part before the stop."""
     for place, number in enumerate(completion):
         if TOKENIZER.decode([number]) in STOPS and number not in STOP_IDS:
             return completion[: place + 1], completion[:place]
     return completion, completion
 
 
-def test_a_rollout_ends_with_its_stop_string_which_a_reward_does_not_see(free, stopped):
+def test_a_rollout_ends_with_a_stop_string_hidden_from_the_reward(free, stopped):
     pairs = [cut_by_hand(completion) for completion in free.completions]
     assert stopped.completions == [learnt for learnt, _ in pairs]
     assert stopped.judged == [judged for _, judged in pairs]
     assert sum(learnt != judged for learnt, judged in pairs) > 4
 
 
-def test_the_tokens_of_the_stop_string_are_targets(stopped):
+def test_stop_string_tokens_are_targets(stopped):
     assert stopped.mask.sum() == sum(map(len, stopped.completions))
     assert stopped.logps.shape == stopped.mask.shape
     assert not np.any(stopped.logps[stopped.mask == 0])
     assert np.all(stopped.logps[stopped.mask > 0] < 0)
 
 
-def test_without_stop_strings_a_reward_sees_what_was_drawn(free):
+def test_without_stop_strings_a_reward_sees_the_full_completion(free):
     assert free.judged == free.completions
 
 
-def test_a_stop_id_ends_a_row_even_where_its_bytes_would_complete_a_stop_string(params):
+def test_a_stop_id_takes_precedence_over_a_stop_string(params):
     sampler = RolloutSampler(
         MODEL,
         params,
@@ -87,7 +87,7 @@ def test_a_stop_id_ends_a_row_even_where_its_bytes_would_complete_a_stop_string(
 
 
 class Recorder:
-    """A reward that keeps what it was shown: it earns where a completion is short."""
+    """A reward for completions of odd length that records what it is shown."""
 
     def __init__(self):
         self.shown = []
@@ -103,7 +103,7 @@ class Recorder:
 
 
 @pytest.mark.slow
-def test_no_loop_shows_a_stop_string_to_a_reward(params):
+def test_no_training_loop_shows_a_stop_string_to_the_reward(params):
     sampler = sampler_of(params, **ENDS)
     loops = {
         "grpo": lambda reward: grpo(
@@ -136,7 +136,7 @@ def test_no_loop_shows_a_stop_string_to_a_reward(params):
         assert not reward.saw_a_stop, name
 
 
-def test_traces_hold_the_stop_string_also_from_a_cache(params, tmp_path):
+def test_new_and_cached_traces_include_the_stop_string(params, tmp_path):
     cache = tmp_path / "cache.jsonl"
     cached = {"key": KEY, "cache": cache, "teacher_hash": "tiny"}
     for attempt in range(2):
@@ -153,7 +153,7 @@ def test_traces_hold_the_stop_string_also_from_a_cache(params, tmp_path):
     assert cache.read_text().count("\n") == 2 * lines
 
 
-def test_a_completion_that_a_stop_string_ends_is_not_cut(params, stopped):
+def test_a_completion_that_ends_in_a_stop_string_is_not_truncated(params, stopped):
     sampler = sampler_of(params, **ENDS)
     source = PolicyBatches(
         sampler, lambda step: PROMPTS, lambda p, c: float(len(c)), key=KEY
@@ -187,7 +187,7 @@ def test_a_completion_that_a_stop_string_ends_is_not_cut(params, stopped):
         ({"tokenizer": 3}, TypeError, "`tokenizer` must be a Tokenizer; got int"),
     ],
 )
-def test_bad_stop_strings_are_refused_before_anything_is_drawn(
+def test_invalid_stop_strings_are_rejected_before_sampling(
     params, unchecked, change, error, message
 ):
     with pytest.raises(error, match=f"RolloutSampler: {message}"):

@@ -1,4 +1,4 @@
-"""Collecting a teacher's completions: which are kept, what they cost, what a kill leaves."""
+"""Collecting a teacher's completions: selection, cost, and resuming after a kill."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def by_prompt(traces, samples=3):
     return [traces[i : i + samples] for i in range(0, len(traces), samples)]
 
 
-def test_without_a_judge_all_completions_are_kept_in_the_prompts_order(plain):
+def test_without_a_judge_all_completions_are_kept_in_prompt_order(plain):
     traces, _ = plain
     assert [trace.prompt for trace in traces] == [
         tuple(p) for p in PROMPTS for _ in range(3)
@@ -56,24 +56,24 @@ def test_without_a_judge_all_completions_are_kept_in_the_prompts_order(plain):
     assert all(1 <= len(trace.completion) <= 4 for trace in traces)
 
 
-def test_the_budget_is_each_prompt_once_and_all_that_was_drawn(plain):
+def test_the_budget_counts_each_prompt_once_and_all_sampled_tokens(plain):
     traces, budget = plain
     drawn = sum(len(trace.completion) for trace in traces)
     assert budget == TokenBudget(guide_tokens=sum(map(len, PROMPTS)) + drawn)
 
 
-def test_a_prompt_that_comes_twice_is_answered_anew(plain):
+def test_a_repeated_prompt_is_answered_anew(plain):
     first, *_, again = by_prompt(plain[0])
     assert [t.completion for t in first] != [t.completion for t in again]
 
 
-def test_a_prompts_completions_do_not_depend_on_its_neighbours(params, plain):
+def test_completions_do_not_depend_on_other_prompts(params, plain):
     others, _ = run(params, [PROMPTS[1], PROMPTS[0]])
     assert by_prompt(others) == by_prompt(plain[0])[1::-1]
 
 
 def greedy(params, prompts, **choices):
-    """The most probable completions, and the cost."""
+    """Return the greedy completions, their prompts and the cost."""
     traces, budget = run(params, prompts, draws={"temperature": 0}, **choices)
     return (
         [trace.completion for trace in traces],
@@ -82,7 +82,7 @@ def greedy(params, prompts, **choices):
     )
 
 
-def test_a_template_is_read_by_the_teacher_and_unseen_in_the_traces(params):
+def test_the_teachers_template_is_not_part_of_the_traces(params):
     prompts = [[1, 2], [4]]
     drawn, kept, budget = greedy(params, prompts, template=lambda p: [9, 9, *p, 8])
     read = greedy(params, [[9, 9, 1, 2, 8], [9, 9, 4, 8]])
@@ -91,13 +91,13 @@ def test_a_template_is_read_by_the_teacher_and_unseen_in_the_traces(params):
     assert kept == [(1, 2)] * 3 + [(4,)] * 3
 
 
-def test_a_state_is_where_the_teacher_starts(params):
+def test_the_teacher_starts_from_the_given_state(params):
     state = select(generate(TEACHER, params, [[9, 9, 9]] * 2, tokens=0).state, 0)
     drawn = greedy(params, [[1, 2], [4]], state=state)[0]
     assert drawn == greedy(params, [[9, 9, 9, 1, 2], [9, 9, 9, 4]])[0]
 
 
-def test_a_verifier_keeps_what_it_weighs_above_zero(params, plain):
+def test_a_verifier_keeps_positive_weights(params, plain):
     traces, budget = run(params, verify=lambda p, c: 0.5 * (c[0] % 2) * (p != (6,)))
     expected = [t for t in plain[0] if t.completion[0] % 2 and t.prompt != (6,)]
     assert [(t.prompt, t.completion) for t in traces] == [
@@ -107,7 +107,7 @@ def test_a_verifier_keeps_what_it_weighs_above_zero(params, plain):
     assert budget == plain[1]
 
 
-def test_a_vote_keeps_the_majority_where_it_leads_by_the_margin(params, plain):
+def test_a_vote_keeps_majorities_with_enough_margin(params, plain):
     groups = [[t.completion for t in group] for group in by_prompt(plain[0])]
     answers = [1, 1, 2, 1, 2, 3, 4, 4, 4, None, None, 5]
 
@@ -121,9 +121,7 @@ def test_a_vote_keeps_the_majority_where_it_leads_by_the_margin(params, plain):
     assert kept(0.5) == groups[2]
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_traces_and_budget(
-    params, plain, tmp_path
-):
+def test_a_killed_run_resumes_to_the_same_traces_and_budget(params, plain, tmp_path):
     cache = tmp_path / "cache.jsonl"
     seen = []
 
@@ -142,9 +140,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_traces_and_budget(
     assert cache.read_bytes() == lines and len(lines.splitlines()) == 4
 
 
-def test_other_choices_weights_states_and_keys_find_nothing_in_the_cache(
-    params, tmp_path
-):
+def test_the_cache_depends_on_settings_weights_state_and_key(params, tmp_path):
     cache = tmp_path / "cache.jsonl"
     start = random_state(CONFIG)
     changes = [
@@ -167,9 +163,7 @@ def test_other_choices_weights_states_and_keys_find_nothing_in_the_cache(
     assert len(entries) == 2 * len(changes) == len({entry["key"] for entry in entries})
 
 
-def test_a_cache_written_before_the_teachers_hash_was_an_argument_still_serves(
-    params, tmp_path
-):
+def test_a_cache_of_an_earlier_version_is_still_used(params, tmp_path):
     """The keys of the file are those of earlier versions, which computed the hash themselves."""
     cache = tmp_path / "cache.jsonl"
     state = random_state(CONFIG)
@@ -188,14 +182,14 @@ def test_a_cache_written_before_the_teachers_hash_was_an_argument_still_serves(
 
 
 def digest(*parts: bytes) -> str:
-    """Hashes the parts and their lengths."""
+    """Hash the parts and their lengths."""
     hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
         hasher.update(len(part).to_bytes(8, "big") + part)
     return hasher.hexdigest()
 
 
-def test_a_judge_that_fails_names_its_prompt_and_costs_no_completion(params, tmp_path):
+def test_a_failing_judge_names_its_prompt_and_loses_no_completion(params, tmp_path):
     cache = tmp_path / "cache.jsonl"
     for verify, reason in [
         (lambda p, c: float("nan") if p == (3, 4, 5) else 1, "must be finite; got nan"),
@@ -260,7 +254,7 @@ def test_a_judge_that_fails_names_its_prompt_and_costs_no_completion(params, tmp
         ),
     ],
 )
-def test_bad_arguments_are_refused_in_one_sentence(
+def test_invalid_arguments_are_rejected_in_one_sentence(
     params, unchecked, change, error, message
 ):
     with pytest.raises(error, match=rf"collect_traces: {message}"):

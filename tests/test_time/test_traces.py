@@ -1,4 +1,4 @@
-"""Records of completions: files that survive a kill, batches, budgets; the algebra of rewards."""
+"""Traces: files that survive a kill, batches and budgets; rewards and advantages."""
 
 import dataclasses
 import json
@@ -26,19 +26,19 @@ TRACES = [
 ]
 
 
-def test_traces_survive_the_way_to_disk_and_back(tmp_path):
+def test_traces_round_trip_through_a_file(tmp_path):
     path = tmp_path / "traces.jsonl"
     write_traces(path, TRACES)
     assert read_traces(path) == TRACES
     assert len(path.read_text().splitlines()) == len(TRACES)
 
 
-def test_ids_of_any_integer_kind_become_the_same_trace():
+def test_ids_of_any_integer_type_give_the_same_trace():
     ids = np.array([1, 2], np.uint16)
     assert Trace(ids, [3, np.int64(4), 0], 0.5, "large") == TRACES[0]
 
 
-def test_a_last_line_that_breaks_off_is_dropped_with_a_warning(tmp_path):
+def test_an_incomplete_last_line_is_dropped_with_a_warning(tmp_path):
     path = tmp_path / "traces.jsonl"
     write_traces(path, TRACES)
     path.write_bytes(path.read_bytes()[:-9])
@@ -89,7 +89,7 @@ def test_a_line_that_is_not_a_trace_is_named_with_its_reason(tmp_path, line, rea
         read_traces(path)
 
 
-def test_the_cache_holds_what_was_put_and_appends_after_a_half_line(tmp_path):
+def test_the_cache_appends_after_an_incomplete_line(tmp_path):
     path = tmp_path / "cache.jsonl"
     cache = CompletionCache(path)
     cache.put("a", (1, 2), [(3, 0), (4, 5)])
@@ -102,7 +102,7 @@ def test_the_cache_holds_what_was_put_and_appends_after_a_half_line(tmp_path):
     assert CompletionCache(path).get("b") == [(8,)]
 
 
-def test_a_cache_that_lost_its_last_line_feed_alone_loses_nothing(tmp_path):
+def test_a_missing_final_newline_loses_nothing(tmp_path):
     path = tmp_path / "cache.jsonl"
     CompletionCache(path).put("a", (1,), [(2,)])
     path.write_bytes(path.read_bytes()[:-1])
@@ -112,7 +112,7 @@ def test_a_cache_that_lost_its_last_line_feed_alone_loses_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("key", [["a"], {}, 3, None])
-def test_a_key_that_is_no_text_is_refused_by_its_line(tmp_path, key):
+def test_a_key_that_is_not_a_string_is_rejected_with_its_line(tmp_path, key):
     path = tmp_path / "cache.jsonl"
     entry = {"key": key, "prompt": [1], "completions": [[2]]}
     path.write_text(json.dumps(entry) + "\n")
@@ -120,7 +120,7 @@ def test_a_key_that_is_no_text_is_refused_by_its_line(tmp_path, key):
         CompletionCache(path)
 
 
-def test_half_a_line_of_brackets_is_removed_as_any_other(tmp_path):
+def test_an_incomplete_line_of_brackets_is_dropped(tmp_path):
     path = tmp_path / "cache.jsonl"
     CompletionCache(path).put("a", (1,), [(2,)])
     before = path.read_bytes()
@@ -130,7 +130,7 @@ def test_half_a_line_of_brackets_is_removed_as_any_other(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_file_that_is_not_a_cache_is_refused_and_left_alone(tmp_path):
+def test_a_file_that_is_not_a_cache_is_rejected_unchanged(tmp_path):
     path = tmp_path / "traces.jsonl"
     write_traces(path, TRACES)
     before = path.read_bytes()
@@ -143,7 +143,7 @@ def test_a_file_that_is_not_a_cache_is_refused_and_left_alone(tmp_path):
         CompletionCache(tmp_path / "none" / "cache.jsonl")
 
 
-def test_the_mask_is_the_weight_at_completions_targets_and_the_rest_is_zero():
+def test_the_mask_is_the_weight_at_completion_targets():
     batch = completion_rows(
         [(1, 2), (5,)], [(3, 4, 0), (6,)], length=5, weights=[0.5, 2]
     )
@@ -152,7 +152,7 @@ def test_the_mask_is_the_weight_at_completions_targets_and_the_rest_is_zero():
     assert gradient_tokens(batch) == 4 + 1
 
 
-def test_every_trace_comes_once_an_epoch_and_a_batch_depends_on_its_step_alone():
+def test_epochs_have_each_trace_once_and_batches_depend_only_on_the_step():
     sizes = {"batch_size": 2, "length": 4, "seed": 3}
     rows = [
         row for step in range(3) for row in trace_batch(TRACES, step, **sizes)["tokens"]
@@ -163,7 +163,7 @@ def test_every_trace_comes_once_an_epoch_and_a_batch_depends_on_its_step_alone()
     np.testing.assert_array_equal(again, np.stack(rows[2:4]))
 
 
-def test_traces_that_do_not_fit_are_named():
+def test_traces_longer_than_a_row_are_named():
     with pytest.raises(
         ValueError, match=r"`length` must be at least 4 for trace \d; got 3"
     ):
@@ -174,13 +174,13 @@ def test_traces_that_do_not_fit_are_named():
         trace_batch(TRACES, 0, batch_size=0, length=3)
 
 
-def test_budgets_add_up_and_fit_on_a_line():
+def test_budgets_add_and_format_on_one_line():
     total = TokenBudget(1, 2, 3) + TokenBudget(guide_tokens=10_000)
     assert total == TokenBudget(10_001, 2, 3)
     assert str(total) == "10,001 teacher, 2 rollout and 3 gradient tokens"
 
 
-def test_advantages_have_no_mean_unit_size_and_vanish_in_uniform_groups():
+def test_advantages_are_normalized_and_zero_in_uniform_groups():
     rewards = np.array(
         [[0.0, 1, 0, 0, 1], [0.1, 0.1, 0.1, 0.1, 0.1], [3.0, -7, 2, 2, 0]]
     )
@@ -195,13 +195,13 @@ def test_advantages_have_no_mean_unit_size_and_vanish_in_uniform_groups():
 @pytest.mark.parametrize(
     "value", [1, True, 0.5, np.float32(2), np.bool_(True), np.array(3.0)]
 )
-def test_numbers_of_every_kind_are_rewards(value):
+def test_any_number_type_is_a_valid_reward(value):
     assert evaluate_rewards(lambda p, c: value, [(1,)], [(2,)], name="f: `reward`") == [
         float(value)
     ]
 
 
-def test_arrays_of_the_device_are_rewards():
+def test_device_arrays_are_valid_rewards():
     assert evaluate_rewards(
         lambda p, c: jnp.float32(2), [(1,)], [(2,)], name="f: `reward`"
     ) == [2.0]
@@ -217,7 +217,7 @@ def test_arrays_of_the_device_are_rewards():
         (np.zeros(2), "must be a number; got ndarray"),
     ],
 )
-def test_a_reward_that_is_not_a_number_is_named_with_its_prompt(value, reason):
+def test_an_invalid_reward_is_reported_with_its_prompt(value, reason):
     def reward(prompt, completion):
         return value if prompt == (4,) else 0.0
 
@@ -227,7 +227,7 @@ def test_a_reward_that_is_not_a_number_is_named_with_its_prompt(value, reason):
         )
 
 
-def test_a_reward_that_raises_is_named_with_its_prompt():
+def test_a_raising_reward_is_reported_with_its_prompt():
     with pytest.raises(
         ValueError, match="prompt 7 raised ZeroDivisionError: division by zero"
     ):

@@ -37,7 +37,7 @@ HELD_OUT = [[1 + n, 2, 1 + n] for n in range(8)]
 
 @pytest.fixture(scope="module")
 def params():
-    """Weights whose time mixing speaks loudly: what a state says is heard."""
+    """Weights with a strong time mix, so that the state has a large effect."""
 
     def louder(path, leaf):
         return leaf * 8 if "['att']['output']" in jax.tree_util.keystr(path) else leaf
@@ -55,9 +55,7 @@ def endless(params):
     return draw(params, stop_ids=())
 
 
-def test_rollouts_equal_those_of_prompts_that_are_read_for_each_completion(
-    params, endless
-):
+def test_shared_prefill_gives_the_same_rollouts(params, endless):
     repeated = [prompt for prompt in PROMPTS for _ in range(GROUP)]
     out = generate(MODEL, params, repeated, tokens=TOKENS, key=KEY, stop_ids=())
     assert [list(c) for c in endless.completions] == out.tokens
@@ -65,7 +63,7 @@ def test_rollouts_equal_those_of_prompts_that_are_read_for_each_completion(
     assert endless.prompts == [tuple(p) for p in repeated]
 
 
-def test_a_completion_ends_with_the_stop_id_that_was_drawn(params, endless):
+def test_a_completion_ends_with_the_sampled_stop_id(params, endless):
     stops = (4, 8, 1)
     stopped = draw(params, stop_ids=stops).completions
     cut = [
@@ -76,7 +74,7 @@ def test_a_completion_ends_with_the_stop_id_that_was_drawn(params, endless):
     assert len({c[-1] for c in stopped} & set(stops)) > 1
 
 
-def test_tokens_and_mask_are_the_rows_and_the_budget_counts_each_prompt_once(params):
+def test_rows_match_the_rollouts_and_each_prompt_counts_once(params):
     out = draw(params, stop_ids=(4, 8))
     assert out.tokens.shape == (8, 17) and out.mask.shape == (8, 16)
     for row, (prompt, completion) in enumerate(
@@ -90,7 +88,7 @@ def test_tokens_and_mask_are_the_rows_and_the_budget_counts_each_prompt_once(par
     assert out.budget == TokenBudget(rollout_tokens=2 + 3 + drawn)
 
 
-def test_a_key_decides_and_nothing_compiles_again(params, endless):
+def test_rollouts_depend_on_the_key_without_recompiling(params, endless):
     programs = decoding.decode, decoding.prefill
     before = [program._cache_size() for program in programs]
     again, other = (draw(params, stop_ids=(), key=jax.random.key(k)) for k in (4, 5))
@@ -99,7 +97,7 @@ def test_a_key_decides_and_nothing_compiles_again(params, endless):
     assert [program._cache_size() for program in programs] == before
 
 
-def test_the_held_out_reward_is_that_of_greedy_completions(params):
+def test_the_held_out_reward_uses_greedy_completions(params):
     reward = lambda prompt, completion: completion[0]  # noqa: E731
     choices = {"tokens": TOKENS, "stop_ids": ()}
     sampler = RolloutSampler(MODEL, params, group=GROUP, **choices)
@@ -129,7 +127,7 @@ LOOK_TOKENS = 8 * (3 + 4)
 
 
 def loop_arguments(params, reward=sevens):
-    """What GRPO and expert iteration have in common."""
+    """Return the arguments that GRPO and expert iteration share."""
     sampler = RolloutSampler(MODEL, params, **DRAWS)
     return {
         "sampler": sampler,
@@ -141,7 +139,7 @@ def loop_arguments(params, reward=sevens):
 
 @pytest.fixture(scope="module")
 def improved(params):
-    """Fifteen steps of GRPO, and the states after them."""
+    """Return the result of fifteen GRPO steps and the state after each step."""
     states = []
     keep = lambda entry, state: states.append(jax.tree.map(np.array, state))  # noqa: E731
     choices = {
@@ -156,7 +154,7 @@ def improved(params):
     return out, states
 
 
-def test_grpo_raises_a_reward_that_can_be_checked(improved):
+def test_grpo_raises_a_verifiable_reward(improved):
     history = improved[0].history
     seen = [entry["held_out"] for entry in history if "held_out" in entry]
     print(f"held-out reward {seen}; {improved[0].budget}")
@@ -164,13 +162,13 @@ def test_grpo_raises_a_reward_that_can_be_checked(improved):
     assert seen[-1] > seen[0] + 0.4
 
 
-def test_only_the_wkv_state_moves(improved):
+def test_only_the_wkv_state_is_tuned(improved):
     state = improved[0].state
     assert np.abs(state.wkv).max() > 0.5
     assert not np.any(state.att_shift) and not np.any(state.ffn_shift)
 
 
-def test_the_budget_of_grpo_is_what_was_read_drawn_and_differentiated(improved):
+def test_the_grpo_budget_counts_rollout_and_gradient_tokens(improved):
     updates = int(sum(entry.get("updated", 0) for entry in improved[0].history))
     assert updates > 10
     expected = TokenBudget(
@@ -180,7 +178,7 @@ def test_the_budget_of_grpo_is_what_was_read_drawn_and_differentiated(improved):
     assert improved[0].budget == expected
 
 
-def test_a_step_depends_on_the_key_its_number_and_the_state_alone(params, improved):
+def test_a_step_depends_only_on_key_step_and_state(params, improved):
     out, states = improved
     sampler = RolloutSampler(MODEL, params, **DRAWS)
     drawn = sampler.draw(states[2], prompts_at(3), jax.random.fold_in(KEY, 3))
@@ -188,7 +186,7 @@ def test_a_step_depends_on_the_key_its_number_and_the_state_alone(params, improv
     assert again.rewards.mean() == out.history[3]["reward"] > 0
 
 
-def test_uniform_groups_make_no_update(params):
+def test_uniform_groups_skip_the_update(params):
     same = lambda prompt, completion: len(prompt)  # noqa: E731
     out = grpo(**loop_arguments(params, same), steps=3, stop_reward=9.0)
     assert [entry["updated"] for entry in out.history] == [0, 0, 0]
@@ -196,7 +194,7 @@ def test_uniform_groups_make_no_update(params):
     assert out.budget == TokenBudget(rollout_tokens=3 * STEP_TOKENS)
 
 
-def test_grpo_ends_when_the_reward_is_enough(params):
+def test_grpo_stops_at_the_target_reward(params):
     enough = lambda prompt, completion: 1.0  # noqa: E731
     arguments = loop_arguments(params, enough)
     out = grpo(**arguments, evaluate_every=3)
@@ -206,7 +204,7 @@ def test_grpo_ends_when_the_reward_is_enough(params):
     assert out.budget == TokenBudget(rollout_tokens=LOOK_TOKENS)
 
 
-def test_expert_iteration_learns_what_it_wrote_itself_and_the_reward_approved(params):
+def test_expert_iteration_learns_from_approved_completions(params):
     choices = {"rounds": 5, "keep_reward": 0.5, "updates": 5, "batch_size": 8}
     choices |= {"held_out": HELD_OUT, "learning_rate": 0.5}
     out = expert_iteration(**loop_arguments(params), **choices)
@@ -218,7 +216,7 @@ def test_expert_iteration_learns_what_it_wrote_itself_and_the_reward_approved(pa
     assert out.budget.rollout_tokens == 5 * STEP_TOKENS + 6 * LOOK_TOKENS
 
 
-def test_a_state_distils_traces(params):
+def test_distill_lowers_the_loss_on_traces(params):
     traces = [Trace((1, n), (7, n, 7, 0)) for n in range(2, 9)]
     out = distill(MODEL, params, traces, steps=30, batch_size=8, length=16)
     nats = [entry["loss_nats"] for entry in out.history]
@@ -228,7 +226,7 @@ def test_a_state_distils_traces(params):
 
 
 @pytest.mark.slow
-def test_an_anchor_keeps_the_state_near_the_base_and_is_counted(params):
+def test_an_anchor_limits_drift_and_counts_in_the_budget(params):
     rng = np.random.default_rng(0)
     drift = []
     text = rng.integers(0, CONFIG.vocab_size, (4, 17)).astype(np.int32)
@@ -248,7 +246,7 @@ def test_an_anchor_keeps_the_state_near_the_base_and_is_counted(params):
 
 
 @pytest.mark.parametrize("method", ["distil", "grpo", "expert"])
-def test_the_memory_of_an_upscaled_state_is_what_loops_tune_by_default(params, method):
+def test_loops_tune_an_upscaled_memory_by_default(params, method):
     text = np.arange(66).reshape(2, 33) % CONFIG.vocab_size
     start = upscale(MODEL, params, text, size=8)
     arguments = loop_arguments(params, reward=lambda prompt, drawn: 1.0 + drawn[0])
@@ -263,7 +261,7 @@ def test_the_memory_of_an_upscaled_state_is_what_loops_tune_by_default(params, m
 
 
 @pytest.mark.parametrize("method", ["distil", "grpo", "expert"])
-def test_loops_tune_with_an_optimizer_that_decorrelates(params, method):
+def test_loops_support_a_decorrelating_optimizer(params, method):
     mask = trainable_mask(init_state(CONFIG), ("wkv",))
     arguments = loop_arguments(params, reward=lambda prompt, drawn: 1.0 + drawn[0])
 
@@ -285,7 +283,7 @@ def test_loops_tune_with_an_optimizer_that_decorrelates(params, method):
 
 
 @pytest.mark.slow
-def test_an_upscaled_memory_earns_a_reward_while_its_features_stand_still(params):
+def test_an_upscaled_memory_earns_reward_with_fixed_features(params):
     text = (
         np.random.default_rng(0)
         .integers(0, CONFIG.vocab_size, (8, 33))
@@ -323,14 +321,14 @@ def test_an_upscaled_memory_earns_a_reward_while_its_features_stand_still(params
         ({"prompts": [[1.5]]}, TypeError, "`prompts` row 0 must hold integers"),
     ],
 )
-def test_bad_arguments_of_rollouts_are_refused(
+def test_invalid_rollout_arguments_are_rejected(
     params, unchecked, change, error, message
 ):
     with pytest.raises(error, match=rf"RolloutSampler(\.draw)?: {message}"):
         draw(params, **change)
 
 
-def test_bad_arguments_of_the_loops_are_refused(params, unchecked):
+def test_invalid_loop_arguments_are_rejected(params, unchecked):
     for change, error, message in [
         (
             {"sampler": RolloutSampler(MODEL, params, group=1, tokens=4)},

@@ -1,4 +1,4 @@
-"""Which answer a completion gives, and how rewards become advantages."""
+"""Answers in completions, and advantages from rewards."""
 
 import json
 
@@ -42,7 +42,7 @@ from rwkv7_jax.text.tokenizer import Tokenizer
         ("letter", "all of them", None),
     ],
 )
-def test_a_verifier_finds_the_answer_in_one_spelling(verifier, text, answer):
+def test_a_verifier_normalizes_the_answer(verifier, text, answer):
     assert VERIFIERS[verifier](text) == answer
 
 
@@ -60,9 +60,7 @@ def test_a_verifier_finds_the_answer_in_one_spelling(verifier, text, answer):
         ("hash_number", "12", 0.0),
     ],
 )
-def test_an_answer_that_goes_on_is_another_answer(
-    tmp_path, verifier, completion, reward
-):
+def test_rewards_compare_the_whole_answer(tmp_path, verifier, completion, reward):
     path = tmp_path / "questions.jsonl"
     expected = "#### 12" if verifier == "hash_number" else "12"
     path.write_text(f'{{"prompt": "6 + 6 =", "answer": "{expected}"}}\n')
@@ -73,7 +71,7 @@ def test_an_answer_that_goes_on_is_another_answer(
     assert questions.reward(prompt, ids) == reward
 
 
-def test_a_vote_is_about_answers_and_not_about_words(tmp_path):
+def test_a_vote_compares_normalized_answers(tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text('{"prompt": "6 + 6 =", "answer": "12"}\n')
     tokenizer = Tokenizer.bytes()
@@ -97,7 +95,7 @@ def texts(questions, count, *, held_out):
     return {Tokenizer.bytes().decode(prompt) for prompt in prompts}
 
 
-def test_a_test_set_is_measured_in_full_and_never_trained_on(tmp_path):
+def test_a_test_set_is_fully_evaluated_and_never_trained_on(tmp_path):
     train = write_questions(tmp_path / "a.jsonl", {f"q{n}": "1" for n in range(10)})
     test = write_questions(tmp_path / "b.jsonl", {"t1": "2", "t2": "2", "q3": "1"})
     with pytest.warns(UserWarning, match="1 questions are not trained on"):
@@ -109,7 +107,7 @@ def test_a_test_set_is_measured_in_full_and_never_trained_on(tmp_path):
     assert questions.reward(prompt, Tokenizer.bytes().encode("2")) == 1.0
 
 
-def test_a_test_set_is_of_the_kind_that_is_trained_on(tmp_path):
+def test_a_test_set_must_match_the_kind_of_training_data(tmp_path):
     train = write_questions(tmp_path / "a.jsonl", {"q1": "1", "q2": "1"})
     with pytest.raises(ValueError, match="`evaluation` must be a task if"):
         QuestionSet(train, Tokenizer.bytes(), evaluation="task:mapping")
@@ -117,7 +115,7 @@ def test_a_test_set_is_of_the_kind_that_is_trained_on(tmp_path):
         QuestionSet(train, Tokenizer.bytes(), evaluation=train)
 
 
-def test_several_files_of_questions_are_one(tmp_path):
+def test_several_question_files_are_joined(tmp_path):
     one = write_questions(tmp_path / "a.jsonl", {"q1": "1", "q2": "1"})
     two = write_questions(tmp_path / "b.jsonl", {"r1": "1", "r2": "1"})
     questions = QuestionSet(f"{one},{two}", Tokenizer.bytes())
@@ -131,7 +129,7 @@ def write_lines(path, lines):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_equal_prompts_stay_on_one_side(tmp_path, seed):
+def test_equal_prompts_stay_in_one_split(tmp_path, seed):
     lines = [{"prompt": f"q{n % 4}", "answer": "1"} for n in range(20)]
     path = write_lines(tmp_path / "q.jsonl", lines)
     questions = QuestionSet(path, Tokenizer.bytes(), seed=seed, held_out=0.5)
@@ -142,13 +140,13 @@ def test_equal_prompts_stay_on_one_side(tmp_path, seed):
 
 
 @pytest.mark.parametrize(("held_out", "part"), [(0, "held_out"), (1.0, "train")])
-def test_a_share_that_leaves_nothing_is_refused(tmp_path, held_out, part):
+def test_a_share_that_leaves_a_split_empty_is_rejected(tmp_path, held_out, part):
     path = write_questions(tmp_path / "a.jsonl", {"q1": "1", "q2": "1"})
     with pytest.raises(ValueError, match=f"has no question in its part '{part}'"):
         QuestionSet(path, Tokenizer.bytes(), held_out=held_out)
 
 
-def test_all_questions_are_trained_on_where_others_are_measured(tmp_path):
+def test_a_separate_test_set_leaves_all_questions_for_training(tmp_path):
     path = write_questions(tmp_path / "a.jsonl", {"q1": "1", "q2": "1"})
     test = write_questions(tmp_path / "b.jsonl", {"t1": "1"})
     questions = QuestionSet(path, Tokenizer.bytes(), held_out=0, evaluation=test)
@@ -156,7 +154,7 @@ def test_all_questions_are_trained_on_where_others_are_measured(tmp_path):
     assert texts(questions, 9, held_out=True) == {"t1"}
 
 
-def test_a_prompt_with_several_answers_is_named(tmp_path):
+def test_a_prompt_with_several_answers_is_rejected(tmp_path):
     lines = [{"prompt": "q", "answer": "1"}, {"prompt": "q", "answer": "2"}]
     path = write_lines(tmp_path / "q.jsonl", lines)
     with pytest.raises(ValueError, match="one answer per prompt; 'q' has '1' and '2'"):
@@ -174,7 +172,7 @@ def test_a_prompt_with_several_answers_is_named(tmp_path):
         ("letter", "yes", False),
     ],
 )
-def test_questions_that_nothing_can_answer_are_known(tmp_path, verifier, answer, can):
+def test_unanswerable_questions_are_detected(tmp_path, verifier, answer, can):
     path = write_questions(tmp_path / "q.jsonl", {"q1": answer, "q2": answer})
     questions = QuestionSet(path, Tokenizer.bytes(), verifier=verifier)
     assert questions.can_be_answered is can
@@ -191,7 +189,7 @@ def test_questions_that_nothing_can_answer_are_known(tmp_path, verifier, answer,
         (None, "", "must be one of exact, .*: No module named 'own_absent'."),
     ],
 )
-def test_a_reward_that_cannot_be_imported_is_one_sentence(
+def test_a_reward_that_cannot_be_imported_is_named(
     tmp_path, monkeypatch, name, text, sentence
 ):
     if name:
@@ -212,7 +210,7 @@ def test_an_unknown_verifier_is_named(tmp_path):
 REWARDS = np.array([[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [3.0, 0.0, 0.0, 0.0]])
 
 
-def test_leaving_one_out_compares_with_the_mean_of_the_others():
+def test_leave_one_out_uses_the_mean_of_the_others():
     rule = AdvantageRule(baseline="leave_one_out", scale="none")
     found = advantages(REWARDS, rule)
     for row, column in np.ndindex(REWARDS.shape):
@@ -220,26 +218,26 @@ def test_leaving_one_out_compares_with_the_mean_of_the_others():
         np.testing.assert_allclose(found[row, column], REWARDS[row, column] - others)
 
 
-def test_without_a_scale_differences_of_rewards_stay_as_they_are():
+def test_without_a_scale_advantages_are_reward_differences():
     found = advantages(REWARDS, AdvantageRule(scale="none"))
     np.testing.assert_allclose(found, REWARDS - REWARDS.mean(axis=1, keepdims=True))
 
 
 @pytest.mark.parametrize("scale", ["std", "none"])
-def test_advantages_of_a_group_add_up_to_nothing(scale):
+def test_advantages_of_a_group_sum_to_zero(scale):
     for baseline in ("mean", "leave_one_out"):
         rule = AdvantageRule(baseline=baseline, scale=scale)
         np.testing.assert_allclose(advantages(REWARDS, rule).sum(axis=1), 0, atol=1e-12)
 
 
-def test_one_completion_has_no_others():
+def test_leave_one_out_needs_two_completions():
     rule = AdvantageRule(baseline="leave_one_out")
     with pytest.raises(ValueError, match="two completions per prompt"):
         advantages(np.ones((2, 1)), rule)
 
 
 def drawn(lengths, first=1):
-    """Returns rollouts of one group whose completions have these lengths."""
+    """Return rollouts of one group whose completions have these lengths."""
     width = 8
     mask = (np.arange(width)[None] < np.array(lengths)[:, None]).astype(np.float32)
     return Rollouts(
@@ -252,7 +250,7 @@ def drawn(lengths, first=1):
 
 
 def weights_of(average):
-    """Returns each row's share of the loss for completions of 1, 2 and 5 tokens of at most 10."""
+    """Return each row's share of the loss for completions of 1, 2 and 5 tokens of at most 10."""
     rule = AdvantageRule(scale="none", average=average)
     made = make_policy_batch(
         drawn([1, 2, 5]),
@@ -266,7 +264,7 @@ def weights_of(average):
     return shares.sum(axis=1) * made.batch.advantages / (rewards - rewards.mean())
 
 
-def test_the_average_decides_how_much_a_long_completion_weighs():
+def test_the_average_sets_the_weight_of_long_completions():
     np.testing.assert_allclose(weights_of("token"), np.array([1, 2, 5]) / 8, rtol=1e-6)
     np.testing.assert_allclose(weights_of("row"), np.full(3, 1 / 3), rtol=1e-6)
     np.testing.assert_allclose(
@@ -274,7 +272,7 @@ def test_the_average_decides_how_much_a_long_completion_weighs():
     )
 
 
-def test_uniform_groups_are_replaced_and_both_draws_are_paid():
+def test_uniform_groups_are_replaced_and_both_draws_are_counted():
     first = drawn([2, 2, 3, 1], first=1)
     second = drawn([4, 1, 2, 2], first=2)
     mixed = replace_groups(first, second, np.array([True, False]), group=2)

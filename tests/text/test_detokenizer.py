@@ -68,7 +68,7 @@ def test_the_first_complete_or_longest_stop_string_wins():
     assert StreamingDetokenizer(["c", "bc"]).push(b"abcd") == "a"
 
 
-def test_stop_strings_are_checked():
+def test_invalid_stop_strings_are_rejected():
     check_stop_strings(["a", "b"])
     with pytest.raises(ValueError, match=r"^`stop_strings` must hold no empty string"):
         check_stop_strings(["a", ""])
