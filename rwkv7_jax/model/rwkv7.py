@@ -181,8 +181,8 @@ class RWKV7(nn.Module):
 
         Args:
             tokens: ids below `config.vocab_size`; T may be 0. Concrete ids are checked. Traced ones
-                are not: ids out of range are embedded as zeros. Vectors [B T D] may take the place of
-                the ids' rows in the table `emb`, for example a trained prompt.
+                are not: ids out of range are embedded as zeros. Vectors [B T D] may take the place
+                of the ids' rows in the table `emb`, for example a trained prompt.
             state: the start state, with one row for each row of `tokens`.
             lengths: the number of real tokens of each row; padding is on the right. The logits of
                 padding are meaningless, and the returned state is the one after the last real
