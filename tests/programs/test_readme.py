@@ -84,6 +84,12 @@ def test_the_python_blocks_run_one_after_the_other(clone, page):
 
 
 @pytest.mark.slow
+def test_the_recipes_run_one_after_the_other(clone):
+    recipes = "\n".join(blocks("docs/extending.md", "python"))
+    assert run(clone, sys.executable, "-c", recipes).strip()
+
+
+@pytest.mark.slow
 def test_the_commands_of_the_guide_run_one_after_the_other(clone):
     for command in commands("docs/guide.md"):
         if "--config.tasks" in command and not importlib.util.find_spec("lm_eval"):
