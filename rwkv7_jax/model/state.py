@@ -353,7 +353,7 @@ def where_rows(
     if jax.tree.structure(state) != jax.tree.structure(other):
         forms = [one.upscaled and one.upscaled.dynamics for one in (state, other)]
         raise ValueError(
-            "where_rows: `state` and `other` must have upscaled memories of the same form, or none; "
+            "where_rows: `state` and `other` must have upscaled memories of the same form or none; "
             f"got {forms[0]} and {forms[1]}."
         )
 

@@ -92,7 +92,9 @@ def test_a_head_whose_reads_never_vary_gets_features_of_their_own_size(
 
 def test_too_small_a_damping_for_the_reads_is_refused():
     reads = noise((1, 5, 2, N), 7)
-    sentence = "calibrate: `damping` must be larger where 5 reads of a head do not tell"
+    sentence = (
+        "calibrate: `damping` must be larger, because 5 reads of a head give a singular"
+    )
     with pytest.raises(ValueError, match=sentence):
         calibrate(reads, size=16, damping=0.0)
     assert np.isfinite(calibrate(reads, size=16).map).all()

@@ -311,7 +311,8 @@ def test_targets_of_negative_weight_are_read_like_any_others():
 def test_tuning_a_memory_that_is_not_there_is_refused(shallow, batch):
     loss = state_loss(*shallow, leaves=("memory",))
     with pytest.raises(
-        ValueError, match="`leaves` has memory, but the state is not upscaled"
+        ValueError,
+        match="`leaves` must not hold memory, because the state is not upscaled",
     ):
         loss(init_state(SHALLOW), batch)
 
