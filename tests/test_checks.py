@@ -186,5 +186,5 @@ def test_an_object_of_a_reloaded_class_is_rejected():
     again = type("State", (), {})
     message = message_of(TypeError, checks.check_instance, first(), again, "`state`")
     assert message == (
-        "`state` must be a State; got one of a module that was loaded again since: restart Python."
+        "`state` must be a State; got one from a module that was reloaded since; restart Python."
     )

@@ -1,6 +1,6 @@
 """BASED, the baseline of the recall table: linear attention with Taylor features and small windows.
 
-Imports the model's arithmetic and checks. Knows no file, no loss, no training loop.
+This package imports the model's arithmetic and checks. It knows no files, losses or training loops.
 
 Source: Arora et al. 2024, "Simple linear attention language models balance the recall-throughput
 tradeoff" (arXiv 2402.18668).

@@ -12,7 +12,7 @@ DTYPES = ("float32", "bfloat16", "float64")
 # Source: HazyResearch/based train/configs/experiment/reference/based-1b.yaml.
 _LINEAR_LAYERS = (1, 6, 11, 16, 21, 27, 33)
 _NUM_LAYERS = 36
-# The published `window_size` of 256 is halved there into the tokens before the current one.
+# The published code halves the `window_size` of 256 to the number of previous tokens.
 # Source: HazyResearch/based based/models/mixers/slide_attention.py.
 _WINDOW = 256 // 2 + 1
 
@@ -39,17 +39,17 @@ class BasedConfig:
         layers: the kind of each layer, of `LAYER_KINDS`.
         num_heads: heads (H) of every attention; `width` is a multiple of it.
         feature_size: channels of a query and a key of linear attention (Nk).
-        window: tokens that a window sees, the token itself included.
-        context: tokens that full attention sees at most; its state has room for so many.
-        kernel_size: taps of a convolution, the token's own included.
+        window: tokens of a window, including the current one.
+        context: maximum number of tokens of full attention, for which its state has room.
+        kernel_size: taps of a convolution, including the current token's.
         mlp_width: hidden channels of the MLP after each mixer, or None for no MLP.
         norm_eps: epsilon of the norms.
         dtype: dtype of the activations, "float32", "bfloat16", or "float64" for references under
-            x64. Logits and the state of linear attention are float32, or float64 with these.
+            x64. Logits and the state of linear attention are float32, or float64 if this is.
 
     Raises:
         TypeError: a size that is not an integer.
-        ValueError: a size below 1, an unknown kind of layer, or sizes that do not fit each other.
+        ValueError: a size below 1, an unknown kind of layer, or sizes that do not match each other.
     """
 
     vocab_size: int
@@ -69,7 +69,7 @@ class BasedConfig:
         with prefix_errors("BasedConfig"):
             for field in dataclasses.fields(self):
                 value = getattr(self, field.name)
-                # To Python, True is an int.
+                # In Python, True is an int.
                 if field.type is int and isinstance(value, bool):
                     raise TypeError(f"`{field.name}` must be an integer; got {value}.")
                 if field.type is int:
@@ -86,7 +86,7 @@ class BasedConfig:
                 )
 
     def _check_layers(self) -> None:
-        # A list could not be hashed; a string is a sequence of letters.
+        # A list is not hashable; a string is a sequence of letters.
         if not isinstance(self.layers, tuple):
             kind = type(self.layers).__name__
             raise TypeError(f'`layers` must be a tuple such as ("conv",); got {kind}.')
@@ -104,10 +104,14 @@ class BasedConfig:
     def published(cls, **changes: Any) -> "BasedConfig":
         """Makes a config with the published model's sizes and order of layers.
 
-        The rest is what all models here share, so that mixers are compared. The MLP is RWKV-7's
-        squared ReLU of the published hidden width, not SwiGLU; convolutions are those of the
-        published recall table, which do not expand and have neither SiLU nor an output matrix;
-        windows have no rotary positions; and the head is not the embedding.
+        Everything else is shared by all models here, so that mixers can be compared. It differs
+        from the published model:
+
+        * The MLP is RWKV-7's squared ReLU with the published hidden width, not SwiGLU.
+        * Convolutions are those of the published recall table, which do not expand and have neither
+          SiLU nor an output matrix.
+        * Windows have no rotary position embedding.
+        * The head is not tied to the embedding.
 
         Args:
             **changes: fields that differ from the published model.

@@ -1,4 +1,4 @@
-"""The arithmetic of the other mixers, a short convolution and a window, as pure functions."""
+"""The arithmetic of short convolutions and window attention, as pure functions."""
 
 import math
 
@@ -13,14 +13,14 @@ from rwkv7_jax.based.taylor import cut, join
 from rwkv7_jax.model.casts import per_channel, wide_dtype, widened
 from rwkv7_jax.model.products import precision
 
-# The fewest tokens of a piece in which a window is computed at once.
+# Minimum number of tokens of a piece of window attention.
 _PIECE = 64
 
 
 def root_mean_square_norm(
     x: Activations, weight: Float[Array, " D"], eps: float
 ) -> Activations:
-    """Scales to a mean square of 1 and then by the weight, in float32 or wider."""
+    """Scales to a mean square of 1, then by the weight, in float32 or wider."""
     wide = widened(x)
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(mean_square + eps)
@@ -56,10 +56,10 @@ def window_attention(
     memory: WindowMemory,
     lengths: Lengths | None,
 ) -> tuple[Heads, WindowMemory]:
-    """Attends to as many of the last tokens as the ring has slots, the token itself included."""
+    """Attends to the last tokens, as many as the ring has slots, including the current one."""
     batch, tokens = q.shape[:2]
     slots = memory.keys.shape[1]
-    # In pieces, so that a long sequence costs T times the window and not T times T.
+    # In pieces, so that a long sequence costs T times the window instead of T times T.
     size = max(1, min(tokens, max(slots, _PIECE)))
     if lengths is None:
         lengths = jnp.full(batch, tokens, jnp.int32)
@@ -79,11 +79,11 @@ def window_attention(
 def _attend(
     q: Heads, k: Heads, v: Heads, memory: WindowMemory, counted: Int[Array, " B"]
 ) -> Heads:
-    """Attends from each token of a piece to the ring and to the piece itself."""
+    """Attends from each token of a piece to the ring and to the piece."""
     slots = memory.keys.shape[1]
     now = memory.position[:, None]
     steps = jnp.arange(q.shape[1])[None]
-    # The latest position before now that belongs into a slot; negative where there is none.
+    # The latest position before now in each slot; negative if there is none.
     ring = now - 1 - jnp.mod(now - 1 - jnp.arange(slots)[None], slots)
     query_at = now + steps
     key_at = jnp.concatenate([ring, query_at], axis=1)
@@ -91,10 +91,10 @@ def _attend(
     age = query_at[:, :, None] - key_at[:, None, :]
     visible = is_filled[:, None, :] & (age >= 0) & (age < slots)
 
-    # The ring and the piece apart, and only their scores joined: joining the keys and the values
-    # would copy the ring for every token that is decoded.
+    # Joins only the scores of ring and piece: joining keys and values would copy the ring for every
+    # decoded token.
     scores = jnp.concatenate([_scores(q, memory.keys), _scores(q, k)], axis=-1)
-    # Not -inf: a token after the row's end may see nothing, and must not become NaN.
+    # Not -inf: padding may see no key, and must not become NaN.
     scores = jnp.where(visible[:, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     ring_weights, weights = jnp.split(weights, [slots], axis=-1)
@@ -121,13 +121,13 @@ def _weighted_sum(
 def _write(
     k: Heads, v: Heads, memory: WindowMemory, counted: Int[Array, " B"]
 ) -> WindowMemory:
-    """Writes the piece's last tokens that count into the ring, in place where JAX can."""
+    """Writes the piece's last real tokens into the ring, in place if JAX can."""
     slots = memory.keys.shape[1]
     steps = jnp.arange(k.shape[1])[None]
     counted = counted[:, None]
-    # Those that later ones of the piece would overwrite are left out: no slot is written twice.
+    # Skips tokens that later ones of the piece overwrite, so no slot is written twice.
     is_kept = (steps < counted) & (steps >= counted - slots)
-    # A slot that does not exist is dropped.
+    # Skipped tokens get a slot out of range, which is dropped.
     slot = jnp.where(is_kept, (memory.position[:, None] + steps) % slots, slots)
     row = jnp.arange(k.shape[0])[:, None]
     return WindowMemory(

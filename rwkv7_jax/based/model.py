@@ -1,6 +1,6 @@
-"""BASED as a thin Linen shell: any order of convolutions, linear attention and windows.
+"""BASED as a thin Linen shell: convolutions, linear attention and windows in any order.
 
-Each layer is x + mixer(norm(x)), then x + MLP(norm(x)) where there is one.
+Each layer computes x + mixer(norm(x)) and then, with an MLP, x + MLP(norm(x)).
 """
 
 import math
@@ -33,7 +33,7 @@ _ONES = nn.initializers.constant(1.0, jnp.float32)
 
 
 def _square_root_of_inputs(key: Array, shape: tuple[int, int]) -> Array:
-    """Draws a matrix [out, in] that keeps the size of what it multiplies."""
+    """Draws a matrix [out, in] that preserves the variance of its input."""
     return jax.random.normal(key, shape, jnp.float32) / math.sqrt(shape[1])
 
 
@@ -45,7 +45,7 @@ def _taps(key: Array, shape: tuple[int, int]) -> Array:
 class Based(nn.Module):
     """The model: `apply({"params": params}, tokens, state) -> (logits, state)`.
 
-    It is called as `RWKV7` is: nothing is mutable, and memory is passed in and comes back.
+    It is called like `RWKV7`: nothing is mutable, and the memory is an argument and a result.
     """
 
     config: BasedConfig
@@ -63,11 +63,12 @@ class Based(nn.Module):
         """Computes the next-token logits at every position and the state after the last token.
 
         Args:
-            tokens: ids below `config.vocab_size`; T may be 0. Traced ids cannot be checked: those
-                out of range are embedded as zeros.
+            tokens: ids below `config.vocab_size`; T may be 0. Traced ids are not checked: ids out
+                of range are embedded as zeros.
             state: the start state, with one row for each row of `tokens`.
-            lengths: the number of tokens of each row that count, from the left. Logits after them
-                mean nothing; the state returned is the one after the last token that counts.
+            lengths: the number of real tokens of each row; padding is on the right. The logits of
+                padding are meaningless, and the returned state is the one after the last real
+                token.
 
         Raises:
             ValueError: ids or lengths out of range, or a state or weights of other sizes.
@@ -84,7 +85,7 @@ class Based(nn.Module):
             check_based_state(state, tokens.shape[0], config)
             if lengths is not None:
                 lengths = inputs.safe_lengths(lengths, tokens.shape)
-            # While weights are made there are none.
+            # There are no weights during initialisation.
             if not self.is_initializing():
                 _check_params(self.variables.get("params", {}), config)
 
@@ -109,7 +110,7 @@ class Based(nn.Module):
 
 
 class _Norm(nn.Module):
-    """The weight of a norm."""
+    """A root mean square norm with a weight."""
 
     config: BasedConfig
 
@@ -142,26 +143,26 @@ class _Layer(nn.Module):
 
 
 class _Mixer(nn.Module):
-    """What the mixers share: projections without bias, and heads."""
+    """The base class of mixers, with projections without bias and heads."""
 
     config: BasedConfig
 
     def project(
         self, x: Float[Array, "B T I"], name: str, width: int
     ) -> Float[Array, "B T O"]:
-        """Computes x W^T with a matrix of its own."""
+        """Computes x W^T with a new matrix."""
         shape = (width, x.shape[-1])
         weight = jnp.asarray(self.param(name, _square_root_of_inputs, shape))
         return products.linear(x, weight)
 
     def heads(self, x: Activations, name: str, size: int) -> Heads:
-        """Projects to `size` channels a head."""
+        """Projects to `size` channels per head."""
         count = self.config.num_heads
         x = self.project(x, name, count * size)
         return x.reshape(*x.shape[:2], count, size)
 
     def joined(self, y: Heads) -> Activations:
-        """Puts heads next to each other again, and projects."""
+        """Joins the heads and projects them."""
         width = self.config.width
         return self.project(y.reshape(*y.shape[:2], width), "output", width)
 
@@ -182,7 +183,7 @@ class _Convolution(_Mixer):
 
 
 class _LinearAttention(_Mixer):
-    """Attention over everything, through Taylor features."""
+    """Attention over all tokens, through Taylor features."""
 
     @nn.compact
     def __call__(self, x, memory, lengths):
@@ -225,14 +226,14 @@ class _MLP(_Mixer):
         config = self.config
         assert config.mlp_width is not None
         hidden = jnp.square(jax.nn.relu(self.project(x, "up", config.mlp_width)))
-        # From zeros: a new layer is its mixer alone.
+        # Starts from zeros: the MLP of a new layer adds nothing.
         shape = (config.width, config.mlp_width)
         down = jnp.asarray(self.param("down", _ZEROS, shape))
         return products.linear(hidden, down)
 
 
 def _check_params(params: Any, config: BasedConfig) -> None:
-    """Checks weights by the few shapes that tell models apart."""
+    """Checks weights by a few characteristic shapes."""
     width = config.width
     first = {
         "conv": ("taps", (config.kernel_size, width)),

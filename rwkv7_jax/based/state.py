@@ -1,4 +1,4 @@
-"""What a BASED model remembers, and how many bytes that is, next to RWKV-7's."""
+"""The state of a BASED model, and its size in bytes next to that of RWKV-7."""
 
 import typing
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ from rwkv7_jax.model.casts import wide_dtype
 from rwkv7_jax.model.config import RWKV7Config
 
 
-# The shaped fields would be checked whenever JAX rebuilds a tree with other leaves, so they are
-# documentation here and checked by `check_based_state` instead.
+# jaxtyping would check these fields whenever JAX rebuilds the tree with other leaves. Here they are
+# documentation, and `check_based_state` checks them.
 @typing.no_type_check
 class ConvMemory(NamedTuple):
     """The last inputs of a short convolution, oldest first; zeros before the first token."""
@@ -39,7 +39,7 @@ class WindowMemory(NamedTuple):
     Attributes:
         keys: of the last S tokens.
         values: of the last S tokens.
-        position: tokens read so far; it says which slots are filled, and with what.
+        position: tokens read so far, which determines the contents of the slots.
     """
 
     keys: Float[Array, "B S H N"]
@@ -65,7 +65,7 @@ class BasedState:
 
 
 def window_slots(config: BasedConfig, kind: str) -> int:
-    """Returns the slots of the ring of a layer, "window" or "attention"."""
+    """Returns the number of slots of the ring of a "window" or "attention" layer."""
     return config.window if kind == "window" else config.context
 
 
@@ -83,7 +83,7 @@ def _empty_memory(config: BasedConfig, kind: str, batch: int) -> Memory:
 
 
 def init_based_state(config: BasedConfig, batch: int = 1) -> BasedState:
-    """Makes the state of `batch` sequences that have read nothing.
+    """Makes the state of `batch` sequences before any token.
 
     Raises:
         TypeError: not a `BasedConfig`, or a batch that is not an integer.
@@ -96,10 +96,10 @@ def init_based_state(config: BasedConfig, batch: int = 1) -> BasedState:
 
 
 def check_based_state(state: BasedState, batch: int, config: BasedConfig) -> None:
-    """Checks that a state fits a model and a batch; works on arrays, tracers and shapes alike.
+    """Checks that a state matches a model and a batch; works on arrays, tracers and shapes.
 
     Args:
-        state: of `init_based_state`, or after a call.
+        state: from `init_based_state` or a call.
         batch: the number of sequences (B).
         config: of the model.
 
@@ -113,7 +113,7 @@ def check_based_state(state: BasedState, batch: int, config: BasedConfig) -> Non
         if jax.tree.structure(state) != jax.tree.structure(wanted):
             raise ValueError(
                 f"`state` must hold the memories of layers {', '.join(config.layers)}; "
-                f"got others."
+                "got others."
             )
         leaves = jax.tree_util.tree_leaves_with_path(state)
         for (path, leaf), like in zip(leaves, jax.tree.leaves(wanted), strict=True):
@@ -127,11 +127,11 @@ def check_based_state(state: BasedState, batch: int, config: BasedConfig) -> Non
 
 
 class StateBytes(NamedTuple):
-    """The bytes that one sequence needs for what it remembers.
+    """The size of one sequence's state in bytes.
 
     Attributes:
-        matrix: the recurrent matrices, or the keys and values of the tokens that are seen.
-        total: all of it, with the inputs of convolutions, token shifts and positions.
+        matrix: the recurrent matrices, or the keys and values of the visible tokens.
+        total: the whole state, with the inputs of convolutions, token shifts and positions.
     """
 
     matrix: int
@@ -143,17 +143,16 @@ def state_bytes(
 ) -> StateBytes:
     """Computes the bytes that decoding carries for one sequence after some tokens.
 
-    The keys and values of a window or of full attention count as far as they are filled; a ring's
-    free slots are not counted, though they are allocated.
+    For a window or full attention, only filled slots of the ring count, although all are allocated.
 
     Args:
         config: of either kind of model.
-        tokens: read so far.
-        memory_size: features of a head (M) of an upscaled memory that changes in context; RWKV-7
-            alone. A static memory is the same for all sequences: it is weights, and not counted.
+        tokens: the number of tokens read so far.
+        memory_size: features of a head (M) of an upscaled memory that changes in context; only for
+            RWKV-7. A static memory is shared by all sequences like weights, and is not counted.
 
     Raises:
-        TypeError: another kind of config, or a number that is not an integer.
+        TypeError: another type of config, or a number that is not an integer.
         ValueError: a negative number, or a memory for a model that has none.
     """
     with prefix_errors("state_bytes"):
@@ -191,7 +190,7 @@ def _layer_bytes(config: BasedConfig, kind: str, tokens: int) -> StateBytes:
     if kind == "conv":
         return StateBytes(0, (config.kernel_size - 1) * config.width * item)
     if kind == "linear":
-        # N + 1 channels a head: D + H of them.
+        # N + 1 channels per head, D + H in all.
         channels = config.width + config.num_heads
         matrix = feature_count(config.feature_size) * channels
         matrix *= _item_size(wide_dtype(config.dtype))

@@ -1,11 +1,11 @@
 """Linear attention whose feature map is the second-order Taylor expansion of the exponential.
 
-A key's weight for a query is 1 + s + s^2 / 2 with s = q . k / sqrt(d). That is the product of two
-vectors of features, so that the sum over all earlier tokens fits into a state of fixed size.
+A key's weight for a query is 1 + s + s^2 / 2 with s = q . k / sqrt(d). This is an inner product of
+two feature vectors, so the sum over all earlier tokens fits into a state of fixed size.
 
 Source: arXiv 2402.18668, section 4.1. The features here are the symmetric half of the published
-ones, with the same products. The published code adds 1e-12 to the normaliser; a weight is never
-below 1/2, so nothing is added here.
+ones, with the same inner products. The published code adds 1e-12 to the normaliser. Weights are at
+least 1/2, so nothing is added here.
 """
 
 import functools
@@ -21,7 +21,7 @@ from rwkv7_jax.checks import as_array, check_count, prefix_errors
 from rwkv7_jax.model.casts import widened
 from rwkv7_jax.model.inputs import safe_lengths
 
-# Products of float32 operands in full; GPU and TPU would shorten them.
+# Full precision for float32 operands, which GPUs and TPUs would round by default.
 _einsum = functools.partial(jnp.einsum, precision="highest")
 
 
@@ -33,15 +33,15 @@ def feature_count(size: int) -> int:
 def features(x: Float[Array, "... Nk"]) -> Float[Array, "... M"]:
     """Computes phi(x) with phi(q) . phi(k) = 1 + s + s^2 / 2, s = q . k / sqrt(d).
 
-    They are a one, the d = Nk channels, and the products of all pairs of channels, 1 + d +
+    The features are 1, the d = Nk channels, and the products of all pairs of channels: 1 + d +
     d (d + 1) / 2 in all. The result is float32, or float64 for float64 vectors.
     """
     size = x.shape[-1]
     x = widened(x) / size**0.25
     parts = [jnp.ones_like(x[..., :1]), x]
     for i in range(size):
-        # x_i x_j with j > i is two equal entries of x x^T, which cancel the 1/2. Slices, because
-        # the gradient of an indexed gather is a scatter, which is slow on CPU.
+        # x_i x_j with j > i stands for two equal entries of x x^T, which cancel the 1/2. Slices
+        # instead of a gather, whose gradient is a scatter, which is slow on CPUs.
         square = x[..., i : i + 1] * x[..., i : i + 1] * math.sqrt(0.5)
         parts += [square, x[..., i : i + 1] * x[..., i + 1 :]]
     return jnp.concatenate(parts, axis=-1)
@@ -50,7 +50,7 @@ def features(x: Float[Array, "... Nk"]) -> Float[Array, "... M"]:
 def pair_weights(
     q: Float[Array, "B T H Nk"], k: Float[Array, "B S H Nk"]
 ) -> Float[Array, "B H T S"]:
-    """Computes 1 + s + s^2 / 2 of all pairs, without the features."""
+    """Computes 1 + s + s^2 / 2 for all pairs, without the features."""
     s = _einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
     return 1 + s + 0.5 * jnp.square(s)
 
@@ -60,10 +60,10 @@ def quadratic_attention(
     k: Float[Array, "B T H Nk"],
     v: Float[Array, "B T H Nv"],
 ) -> Float[Array, "B T H Nv"]:
-    """Computes the definition: each token's weighted mean of the values up to its own.
+    """Computes the definition: for each token, the weighted mean of the values up to its own.
 
-    Time and memory grow with the square of T; it is the reference of `linear_attention`. Nothing
-    is checked, and the dtype is that of the arguments.
+    Time and memory are quadratic in T: this is the reference for `linear_attention`. It checks
+    nothing and computes in the dtype of the arguments.
 
     Args:
         q: the queries.
@@ -84,24 +84,24 @@ def linear_attention(
     chunk: int = 64,
     lengths: Lengths | None = None,
 ) -> tuple[Float[Array, "B T H Nv"], Float[Array, "B H M Nv+1"]]:
-    """Attends to all tokens up to each, those that the state remembers included.
+    """Attends to all tokens up to the current one, including those in the state.
 
-    One function for a sequence, a piece of one, and a token. All of it is computed in the state's
-    dtype; the values returned have that of `v`.
+    It serves sequences, pieces of sequences and single tokens. All arithmetic is in the state's
+    dtype; the result has the dtype of `v`.
 
     Args:
         q: the queries; T may be 0.
         k: the keys.
         v: the values.
-        state: sums over the past of phi(k) (v, 1); the last value channel, of ones, is the
-            normaliser. Zeros have read nothing. float32, or float64.
-        chunk: tokens of a chunk; only time and memory depend on it.
-        lengths: the number of tokens of each row that count, from the left. Those after them leave
-            the state as it was, and their outputs mean nothing.
+        state: sums of phi(k) (v, 1) over the past, float32 or float64; zeros at the start. The last
+            value channel, of ones, is the normaliser.
+        chunk: tokens of a chunk; it affects only time and memory.
+        lengths: the number of real tokens of each row; padding on the right does not change the
+            state, and its outputs are meaningless.
 
     Raises:
-        TypeError: a state that is neither float32 nor float64, or an argument of the wrong kind.
-        ValueError: shapes that do not fit each other, or lengths out of range.
+        TypeError: a state that is neither float32 nor float64, or an argument of the wrong type.
+        ValueError: shapes that do not match each other, or lengths out of range.
     """
     with prefix_errors("linear_attention"):
         check_count(chunk, 1, "`chunk`")
@@ -121,7 +121,7 @@ def linear_attention(
     if lengths is not None:
         counts = jnp.arange(tokens)[None] < lengths[:, None]
         counts = counts[:, :, None, None]
-        # The values and the ones as well: phi(0) is not 0, and a key of zeros still weighs.
+        # Zeroes the values and ones too, because phi(0) is not 0.
         k = jnp.where(counts, k, 0)
         v = jnp.where(counts, v, 0)
     size = max(1, min(chunk, tokens))
@@ -130,16 +130,16 @@ def linear_attention(
     return join(y, tokens).astype(dtype), state
 
 
-# Recomputed in the backward pass: all chunks' features would take more memory than the rest.
+# Recomputed in the backward pass: the features of all chunks would take most of the memory.
 @jax.checkpoint
 def _step(state: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-    """Attends inside one chunk by the pairs' weights, and to the past by the features."""
+    """Attends inside a chunk by pair weights, and to the past through features."""
     q, k, v = piece
     inside = _einsum("bhts,bshn->bthn", jnp.tril(pair_weights(q, k)), v)
     past = _einsum("bthf,bhfn->bthn", features(q), state)
     sums = inside + past
     total = sums[..., -1:]
-    # Zero only where nothing has been read at all, in a row without tokens that count.
+    # Zero only for padding in a row that has not read any token.
     y = sums[..., :-1] / jnp.where(total == 0, 1, total)
     return state + _einsum("bthf,bthn->bhfn", features(k), v), y
 
@@ -153,7 +153,7 @@ def _attend_to_chunks(
 
 
 def cut(x: Heads, size: int) -> Float[Array, "P B C H N"]:
-    """Cuts tokens into pieces of `size`; zeros fill up the last one."""
+    """Splits tokens into pieces of `size`; the last one is padded with zeros."""
     batch, tokens, *channels = x.shape
     x = jnp.pad(x, ((0, 0), (0, -tokens % size), (0, 0), (0, 0)))
     count = x.shape[1] // size
@@ -161,7 +161,7 @@ def cut(x: Heads, size: int) -> Float[Array, "P B C H N"]:
 
 
 def join(x: Float[Array, "P B C H N"], tokens: int) -> Heads:
-    """Inverts `cut` of so many tokens."""
+    """Inverts `cut` for this number of tokens."""
     count, batch, size, *channels = x.shape
     x = jnp.moveaxis(x, 0, 1).reshape(batch, count * size, *channels)
     return x[:, :tokens]

@@ -1,7 +1,7 @@
 """Argument checks shared by the public functions.
 
-A check knows the argument and not the function that the user called: its message begins with the
-argument in backticks. The public function adds its own name, once, with `prefix_errors`.
+A check knows the argument but not the function that the user called: its message begins with the
+argument in backticks. The public function adds its own name with `prefix_errors`.
 """
 
 from rwkv7_jax.checks.arrays import (

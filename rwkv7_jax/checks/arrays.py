@@ -1,4 +1,4 @@
-"""Checks of arrays, and what can be known of one that is traced."""
+"""Checks of arrays, concrete or traced."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from pallas_kernels.eager import is_eager
 
 
 def is_traced(value: Any) -> bool:
-    """Tells whether a value is only known inside a compiled program, so that it cannot be read."""
+    """Tells whether a value is a tracer, whose numbers cannot be read."""
     return isinstance(value, Tracer)
 
 
 def is_known(value: Any) -> bool:
-    """Tells whether an array's numbers can be read here: not traced, and all of it on this host."""
+    """Tells whether an array can be read here: it is not traced, and all of it is on this host."""
     if is_traced(value) or isinstance(value, jax.ShapeDtypeStruct):
         return False
     return getattr(value, "is_fully_addressable", True)
@@ -27,17 +27,16 @@ def as_array(value: Any, argument: str) -> Any:
     """Returns an array as it is, and a list of numbers as a NumPy array.
 
     Args:
-        value: an array, a tracer, or lists of numbers of one length.
+        value: an array, a tracer, or a rectangular list of numbers.
         argument: the argument in backticks; the message begins with it.
 
     Raises:
-        TypeError: the value is no array of numbers.
-        ValueError: lists of different lengths.
+        TypeError: the value is not an array of numbers.
+        ValueError: a ragged list.
     """
     if isinstance(value, jax.Array | np.ndarray):
         return value
-    # Shapes without numbers, as in `jax.eval_shape`.
-    # Tensors of PyTorch have dtypes of another kind.
+    # A `jax.ShapeDtypeStruct` passes, as in `jax.eval_shape`. PyTorch's tensors have other dtypes.
     if hasattr(value, "shape") and isinstance(getattr(value, "dtype", None), np.dtype):
         return value
     if not isinstance(value, list | tuple | range):
@@ -50,33 +49,34 @@ def as_array(value: Any, argument: str) -> Any:
         ) from None
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{argument} must hold numbers; got a list of {array.dtype}.")
-    # NumPy's float64 and int64 are not what JAX would make of such a list.
+    # JAX would convert a list of Python floats to float32.
     if array.dtype == np.float64:
         return array.astype(np.float32)
     return array
 
 
 def check_placed(arrays: Any, argument: str, mesh: Any = None) -> None:
-    """Checks that arrays lie on the devices of a mesh, of which a program knows the number alone.
+    """Checks that arrays are placed on the devices of a mesh.
 
-    Without any array there the program would be compiled for one device, and XLA fail.
+    An abstract mesh knows only the number of its devices. If no array were placed on them, JAX
+    would compile the program for one device, and XLA would fail.
 
     Args:
-        arrays: a tree; where it has some that are traced or described, nothing is known.
+        arrays: a tree; it passes if a leaf is traced or abstract.
         argument: the argument in backticks; the message begins with it.
         mesh: None is that of `sharding.use_mesh`.
 
     Raises:
-        ValueError: all arrays lie on one device, or on the host, and the mesh has several.
+        ValueError: all arrays are on one device, or on the host, but the mesh has several devices.
     """
     if mesh is None:
         mesh = jax.sharding.get_abstract_mesh()
         if AxisType.Manual in mesh.axis_types:
             return
-    # Without a mesh there are 0 devices in it.
+    # An empty mesh has 0 devices.
     if mesh.size <= 1 or not is_eager():
         return
-    # Of one from `jax.set_mesh` JAX knows the devices, and places arrays there.
+    # JAX knows the devices of a mesh from `jax.set_mesh`, and places arrays on them.
     if not jax.sharding.get_mesh().empty:
         return
     for leaf in jax.tree.leaves(arrays):
@@ -85,36 +85,35 @@ def check_placed(arrays: Any, argument: str, mesh: Any = None) -> None:
         if isinstance(leaf, jax.Array) and leaf.sharding.num_devices > 1:
             return
     raise ValueError(
-        f"{argument} must lie on the {mesh.size} devices of the mesh, as sharding.place puts "
-        "them; they lie on one device."
+        f"{argument} must be placed on the {mesh.size} devices of the mesh by sharding.place; they "
+        "are on one device."
     )
 
 
 def check_not_donated(tree: Any, argument: str) -> None:
-    """Checks that the arrays of a tree are still there.
+    """Checks that no array of a tree was donated or deleted.
 
     Args:
         tree: of arrays, tracers or shapes.
         argument: the argument in backticks; the message begins with it.
 
     Raises:
-        ValueError: the memory of an array was given away.
+        ValueError: an array was donated or deleted.
     """
     for leaf in jax.tree.leaves(tree):
         is_concrete = isinstance(leaf, jax.Array) and not is_traced(leaf)
         if is_concrete and leaf.is_deleted():
             raise ValueError(
-                f"{argument} must hold arrays that are still there; they were donated to an "
-                "earlier call, as to a step that `make_train_step` makes without `donate=False`, "
-                "or deleted."
+                f"{argument} must not hold deleted arrays; they were donated to an earlier call, "
+                "such as a step from `make_train_step` without `donate=False`, or deleted."
             )
 
 
 def check_indices(indices: Any, count: int, argument: str) -> None:
-    """Checks that integer indices lie inside an axis, counted from its end where negative.
+    """Checks that integer indices are inside an axis; negative ones count from its end.
 
     Args:
-        indices: an integer or an array of them; those that are traced are not known, and pass.
+        indices: an integer or an array of integers; the values of traced ones are not checked.
         count: the length of the axis.
         argument: the argument in backticks; the message begins with it.
 

@@ -1,11 +1,11 @@
-"""Messages of errors: the name of the public function, the first line, what terminals obey."""
+"""Error messages: the public function's name, the first line, escaped control characters."""
 
 import contextlib
 import contextvars
 import re
 from collections.abc import Iterator
 
-# What terminals obey, of ASCII and of the eight bits after it; line breaks and tabs are harmless.
+# Control characters of ASCII and Latin-1, except line feeds and tabs.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _inside = contextvars.ContextVar("a `prefix_errors` block is active", default=False)
@@ -13,14 +13,14 @@ _inside = contextvars.ContextVar("a `prefix_errors` block is active", default=Fa
 
 @contextlib.contextmanager
 def prefix_errors(function: str) -> Iterator[None]:
-    """Puts "function: " before the message of an error that an argument check raises.
+    """Prefixes the message of an error from an argument check with "function: ".
 
-    Put it around the checks at the top of a public function, not around its work: whatever fails
-    later should name the function in which it fails. The outermost block wins, so a public function
-    may check its arguments with the help of another one. Type and traceback stay as they are.
+    Put it around the checks at the top of a public function, not around its work: later errors
+    should name the function in which they occur. The outermost block wins, so a public function may
+    call another one to check its arguments. Type and traceback do not change.
 
     Args:
-        function: the name of the public function, for messages.
+        function: the name of the public function.
     """
     if _inside.get():
         yield
@@ -29,7 +29,7 @@ def prefix_errors(function: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, ImportError) as error:
-        # Subclasses such as UnicodeDecodeError make their message from other arguments.
+        # Subclasses such as UnicodeDecodeError build their message from other arguments.
         if type(error) in (TypeError, ValueError, ImportError):
             message = f"{function}: {error}"
             error.args = (message, *error.args[1:])
@@ -41,13 +41,13 @@ def prefix_errors(function: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException, *, limit: int | None = 200) -> str:
-    """Returns the first line of a message, or the error's kind where it has none.
+    """Returns the first line of a library's error message, or the error's type if it is empty.
 
-    Libraries write pages. The line is printable and has no full stop.
+    The line is printable and has no final full stop.
 
     Args:
-        error: of a library.
-        limit: the largest number of characters; None for no limit.
+        error: the error.
+        limit: the maximum number of characters; None for no limit.
     """
     text = str(error).strip()
     if not text:
@@ -58,9 +58,9 @@ def first_line(error: BaseException, *, limit: int | None = 200) -> str:
 
 
 def escape_controls(text: str) -> str:
-    """Shows characters that a terminal would obey as escapes, but for line breaks and tabs.
+    """Escapes control characters, except line feeds and tabs.
 
-    What others wrote, in a file's name or in a model's answer, could otherwise move the cursor,
-    write over lines, or fill the clipboard.
+    Otherwise untrusted text, such as a file name or a model's answer, could move a terminal's
+    cursor, overwrite lines or set the clipboard.
     """
     return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def check_model(model: Any, argument: str = "`model`") -> None:
-    """Checks that a value is a model: a module with the sizes of an RWKV-7 in `config`.
+    """Checks that a value is a model, not a config or weights.
 
     Raises:
         TypeError: the value is something else, such as a config or the weights.
@@ -43,7 +43,7 @@ def check_not_intercepted() -> None:
 
 
 def check_params(params: Any, config: Any, argument: str = "`params`") -> None:
-    """Checks that weights have the sizes of a model, by the few shapes that tell models apart.
+    """Checks that weights have the sizes of a model, by a few characteristic shapes.
 
     Args:
         params: the inner tree of weights: arrays, tracers or shapes.
@@ -51,7 +51,7 @@ def check_params(params: Any, config: Any, argument: str = "`params`") -> None:
         argument: the argument in backticks; the message begins with it.
 
     Raises:
-        TypeError: the weights are no mapping.
+        TypeError: the weights are not a mapping.
         ValueError: a part is missing, or belongs to a model of other sizes.
     """
     if not isinstance(params, Mapping):

@@ -13,11 +13,11 @@ from rwkv7_jax.checks.arrays import is_known
 
 
 def check_ids(ids: Any, vocab_size: int, argument: str) -> np.ndarray:
-    """Returns token ids as an int32 vector, all of them inside the vocabulary.
+    """Checks that token ids are inside the vocabulary, and returns them as an int32 vector.
 
     Args:
         ids: a flat sequence of ids, on the host.
-        vocab_size: the number of ids that the model has.
+        vocab_size: the size of the vocabulary.
         argument: the argument in backticks; the message begins with it.
 
     Raises:
@@ -32,9 +32,9 @@ def check_ids(ids: Any, vocab_size: int, argument: str) -> np.ndarray:
         raise TypeError(f"{argument} must be a list of ids; got {type(ids).__name__}.")
     if np.ndim(ids) == 0 and hasattr(ids, "dtype"):
         raise ValueError(f"{argument} must be a flat list of ids; got shape ().")
-    # A set has a length, and NumPy would make one object of it.
+    # NumPy would convert a set to a single object.
     ids = sorted(ids) if isinstance(ids, set | frozenset) else ids
-    # NumPy makes an empty list float64, so the empty case needs its dtype by hand.
+    # NumPy would convert an empty list to float64.
     try:
         array = np.asarray(ids) if len(ids) else np.zeros(0, np.int32)
     except ValueError:
@@ -64,11 +64,11 @@ def check_tokens(
 ) -> None:
     """Checks that token ids are integers inside the vocabulary.
 
-    The values of traced ids are unknown: of these only the dtype is checked.
+    For traced ids, only the dtype is checked.
 
     Args:
         tokens: the ids.
-        vocab_size: the number of ids that the model has.
+        vocab_size: the size of the vocabulary.
         argument: the argument in backticks; the message begins with it.
 
     Raises:
@@ -95,16 +95,16 @@ def check_lengths(
     *,
     name: str = "lengths",
 ) -> None:
-    """Checks that `lengths` has one integer for each row, none of them longer than the rows.
+    """Checks that `lengths` has one integer for each row, from 0 to the length of the rows.
 
     Args:
-        lengths: the number of tokens of each row that count.
+        lengths: the number of real tokens of each row.
         tokens: the number of rows and the number of tokens in a row.
         name: the argument's name, for the message.
 
     Raises:
         TypeError: the lengths are not integers.
-        ValueError: there is not one length for each row, or one is out of range.
+        ValueError: not one length per row, or a length out of range.
     """
     rows, tokens_per_row = tokens
     argument = f"`{name}`"
@@ -132,16 +132,16 @@ def check_prompts(
     *,
     name: str = "prompts",
 ) -> list[list[int]]:
-    """Returns prompts as lists of ids.
+    """Checks prompts and returns them as lists of ids.
 
     Args:
-        prompts: a list of prompts; each one is a list of ids that is not empty.
-        vocab_size: the number of ids that the model has.
+        prompts: a list of prompts, each a non-empty list of ids.
+        vocab_size: the size of the vocabulary.
         name: the argument's name, for the message.
 
     Raises:
-        ValueError: there is no prompt, one is empty, or an id is outside the vocabulary.
-        TypeError: the ids are not integers, or there is one flat list.
+        ValueError: no prompt, an empty prompt, or an id outside the vocabulary.
+        TypeError: the ids are not integers, or `prompts` is a single flat list.
     """
     argument = f"`{name}`"
     if not isinstance(prompts, Sequence | np.ndarray) or isinstance(

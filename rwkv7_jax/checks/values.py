@@ -33,7 +33,7 @@ def check_instance(value: Any, kind: type, argument: str) -> None:
     article = "an" if kind.__name__[0] in "AEIOR" else "a"
     came = type(value).__name__
     if came == kind.__name__:
-        came = "one of a module that was loaded again since: restart Python"
+        came = "one from a module that was reloaded since; restart Python"
     raise TypeError(f"{argument} must be {article} {kind.__name__}; got {came}.")
 
 
@@ -53,8 +53,8 @@ def check_number(
         low: the smallest allowed number; minus infinity for no limit.
         high: the largest allowed number; infinity for no limit.
         argument: the argument in backticks; the message begins with it.
-        above: whether `low` itself is refused.
-        bounds: what must hold, for the message, where its usual words do not fit.
+        above: whether `low` itself is excluded.
+        bounds: replaces the message's description of the interval.
 
     Raises:
         TypeError: the value is not a number.
@@ -62,7 +62,7 @@ def check_number(
     """
     if is_traced(value):
         return
-    # `float` would read a number out of a string.
+    # `float` would parse a string.
     is_text = isinstance(value, str | bytes | bytearray)
     try:
         number = float("text" if is_text else value)
@@ -82,7 +82,7 @@ def check_number(
 
 
 def _describe_interval(low: float | int, high: float | int, above: bool) -> str:
-    """Says in words which numbers are allowed."""
+    """Describes the allowed numbers in words."""
     lowest = f"above {low:g}" if above else f"at least {low:g}"
     if not math.isinf(high):
         return (
@@ -100,10 +100,10 @@ def check_choice(value: Any, choices: Iterable[str], argument: str) -> None:
         argument: the argument in backticks; the message begins with it.
 
     Raises:
-        ValueError: the value is none of them.
+        ValueError: the value is not one of them.
     """
     names = list(choices)
-    # Not `value in names`: comparing an array gives an array.
+    # The type is checked first, because comparing an array gives an array.
     if not isinstance(value, str) or value not in names:
         raise ValueError(
             f"{argument} must be one of {', '.join(names)}; got {value!r}."
@@ -113,7 +113,7 @@ def check_choice(value: Any, choices: Iterable[str], argument: str) -> None:
 def check_count(
     value: Any, least: int, argument: str, *, most: int | None = None
 ) -> int:
-    """Returns a value as an integer of at least `least`.
+    """Checks that a value is an integer of at least `least`, and returns it as an int.
 
     Args:
         value: the value to check.
@@ -139,23 +139,23 @@ def check_count(
 
 
 def check_size(value: Any, argument: str) -> int:
-    """Returns the size of a model as an integer of at least 1.
+    """Checks that a value is an integer of at least 1, and returns it as an int.
 
     Raises:
-        ValueError: the value is no integer, or below 1.
+        ValueError: the value is not an integer, or below 1.
     """
     try:
         size = operator.index(value)
     except TypeError:
         size = 0
-    # To Python, True is an integer.
+    # In Python, True is an integer.
     if size < 1 or isinstance(value, bool):
         raise ValueError(f"{argument} must be a positive integer; got {value!r}.")
     return size
 
 
 def check_seed(value: Any, argument: str = "`seed`") -> int:
-    """Returns a seed that both NumPy and JAX take: an integer from 0 to 2**32 - 1.
+    """Checks a seed for NumPy and JAX, an integer from 0 to 2**32 - 1, and returns it as an int.
 
     Raises:
         TypeError: the value is not an integer.
@@ -165,7 +165,7 @@ def check_seed(value: Any, argument: str = "`seed`") -> int:
 
 
 def typed_key(key: Any) -> Array:
-    """Returns a random key, or an array of keys, as a typed key array.
+    """Converts a random key, or an array of keys, to a typed key array.
 
     Raises:
         TypeError: the key is not an array.
@@ -179,11 +179,11 @@ def typed_key(key: Any) -> Array:
 
 
 def check_key(key: Any) -> Array:
-    """Returns one random key as a typed key.
+    """Checks that there is one random key, and converts it to a typed key.
 
     Raises:
         TypeError: the key is not an array.
-        ValueError: several keys.
+        ValueError: an array of several keys.
     """
     key = typed_key(key)
     if key.ndim:

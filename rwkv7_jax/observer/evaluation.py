@@ -36,10 +36,10 @@ from rwkv7_jax.training.losses import loss_weights
 
 
 class Answers(NamedTuple):
-    """Quality of the answers after the splits, over all targets that count.
+    """The quality of the answers after the splits, over all targets in the mask.
 
     Attributes:
-        accuracy: share of targets that had the largest logit.
+        accuracy: fraction of targets with the largest logit.
         nats: mean loss.
     """
 
@@ -62,11 +62,15 @@ def _score_answers(teacher: RWKV7, params: Params, start: RWKV7State, batch: Bat
 def evaluate_handover(
     teacher: RWKV7, teacher_params: Params, state: RWKV7State, batch: BatchLike
 ) -> dict[str, Answers]:
-    """Measures the teacher's answers after each row's split, by the state that it starts from.
+    """Measures the teacher's answers after each row's split from several start states.
 
-    The keys: `zero`, with the prompt unknown; `wkv`, its own WKV states at the split with zero
-    token shifts, the most that a proposal can be; `own`, its own state with token shifts, as if it
-    had read on; `proposed`, the given state.
+    The keys of the result:
+
+    * `zero`: zeros, as without a prompt.
+    * `wkv`: the teacher's own WKV states at the split with zero token shifts, the best possible
+      proposal.
+    * `own`: the teacher's own state with token shifts, as if it read on.
+    * `proposed`: the given state.
 
     Args:
         teacher: the shell around `teacher_params`.
@@ -76,15 +80,14 @@ def evaluate_handover(
         batch: tokens [B T+1], mask [B T] and split [B]; masked targets do not count.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: a batch, a state or weights of other sizes, or no target that counts after a
-            split.
+        TypeError: an argument of the wrong type.
+        ValueError: a batch, a state or weights of other sizes, or no unmasked target after a split.
     """
     with prefix_errors("evaluate_handover"):
         check_model(teacher, "`teacher`")
         check_params(teacher_params, teacher.config, "`teacher_params`")
         check_placed(teacher_params, "`teacher_params`")
-        # Only the mask is read.
+        # Weights are ignored.
         batch = Batch.of(batch, "mask").replace(weights=None)
         batch = check_split(batch, teacher.config.vocab_size)
         check_answers(batch)
@@ -92,9 +95,8 @@ def evaluate_handover(
         rows = batch.tokens.shape[0]
         if state.batch == 1:
             state = repeat(state, rows)
-        # Checked after repeating, because a state of batch 1 serves all rows.
         check_state(state, rows, teacher.config)
-    # Other fields would be arguments of the compiled program, which compiles anew for each set.
+    # Other fields would become arguments of the program, which compiles again for each set of them.
     batch = Batch(tokens=batch.tokens, mask=batch.mask, split=batch.split)
     zero = init_state(teacher.config, rows)
     _, own = read_prompts(teacher, teacher_params, batch.inputs, batch.split)
@@ -124,9 +126,8 @@ def proposal_error(
 ) -> Float[Array, " B"]:
     """Measures the error of each row's proposal: 0 is exact, 1 is as bad as the mean state.
 
-    Live traffic is judged by the variance of typical prompts, `state_moments(...).variance`: a
-    single row has no variance, and normalising by a drifting batch's own variance would hide the
-    drift.
+    For live traffic, pass the variance of typical prompts, `state_moments(...).variance`. A single
+    row has no variance, and normalising by a drifting batch's own variance would hide the drift.
 
     Args:
         observer: the shells of both models.
@@ -134,12 +135,12 @@ def proposal_error(
         teacher: the shell around `teacher_params`.
         teacher_params: all weights.
         tokens: prompts.
-        lengths: tokens of each row that count, from the left.
-        variance: of the teacher's states in typical prompts; the rows' own if it is not given.
+        lengths: the number of real tokens of each row; padding is on the right.
+        variance: of the teacher's states in typical prompts; by default that of the rows.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: models, ids or lengths that do not fit, or one row without a variance.
+        TypeError: an argument of the wrong type.
+        ValueError: models, ids or lengths that do not match, or one row without a variance.
     """
     with prefix_errors("proposal_error"):
         check_instance(observer, Observer, "`observer`")

@@ -1,7 +1,7 @@
 """Observers as folders: a checkpoint of the small model, and its maps.
 
-`model.safetensors` is a model checkpoint in the official names. `maps.safetensors` holds left,
-right and bias; its metadata has the sizes that they fit, and the caller's own information.
+`model.safetensors` is a model checkpoint with official names. `maps.safetensors` holds left, right
+and bias; its metadata holds the sizes of both models and the caller's own information.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ MAPS = "maps.safetensors"
 
 _MARK = "rwkv7 observer"
 
-# How the folder begins in which an observer is written among other files.
+# Prefix of the temporary folder in which an observer is written next to other files.
 _WORKSPACE = ".observer."
 
 
@@ -59,11 +59,11 @@ def save_observer(
     """Saves an observer to a folder; dtypes are kept.
 
     Args:
-        folder: made if it does not exist; an observer in it is replaced.
+        folder: created if it does not exist; an observer in it is replaced.
         observer: the shells of both models.
         params: the observer's.
-        info: JSON values that `observer_info` returns: `base_model`, the teacher's `model_hash`,
-            which `load_observer` can compare; the `variance` for `proposal_error`.
+        info: JSON values that `observer_info` returns, such as `base_model`, the teacher's
+            `model_hash`, which `load_observer` can compare, and `variance` for `proposal_error`.
 
     Raises:
         ValueError: parameters of another observer, NaN or Inf, or `info` that is not JSON.
@@ -77,7 +77,7 @@ def save_observer(
     config = observer.model.config
     card = {
         "mark": _MARK,
-        # The implementation is the machine's choice, not the observer's.
+        # The implementation depends on the machine.
         "observer": {**dataclasses.asdict(config), "implementation": None},
         "teacher": {name: getattr(observer.teacher, name) for name in SIZES},
         "model_hash": model_hash(params["model"], config),
@@ -96,7 +96,7 @@ def save_observer(
         entry.name not in names for entry in folder.iterdir()
     )
     if others:
-        # The folder cannot be exchanged as one, so both files are complete before either moves.
+        # The folder cannot be replaced atomically, so both files are completed before either moves.
         with tempfile.TemporaryDirectory(dir=folder, prefix=_WORKSPACE) as workspace:
             fill(Path(workspace))
             for name in (MODEL, MAPS):
@@ -107,7 +107,7 @@ def save_observer(
 
 
 def _finish_interrupted(folder: Path) -> None:
-    """Moves the maps to a model that a killed `save_observer` had already moved."""
+    """Completes a `save_observer` that was killed between moving the model and the maps."""
     for workspace in sorted(folder.glob(f"{_WORKSPACE}*")):
         # Both files were complete before the model moved.
         if (workspace / MAPS).is_file() and not (workspace / MODEL).exists():
@@ -119,7 +119,7 @@ def _finish_interrupted(folder: Path) -> None:
 def _check_writable(
     observer: Observer, params: Params, info: Mapping[str, Any] | None
 ) -> None:
-    """Raises unless the loader would take an observer that is written."""
+    """Raises unless the loader would accept the observer."""
     config = observer.model.config
     check_all_leaves(params["model"], config)
     require_finite_params(params["model"], config)
@@ -134,24 +134,22 @@ def _check_writable(
     try:
         json.dumps(dict(info or {}), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"`info` must hold JSON values that are finite; got {error}."
-        ) from None
+        raise ValueError(f"`info` must hold finite JSON values; got {error}.") from None
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
     """Reads the description that `save_observer` wrote."""
     for name in (MODEL, MAPS):
         if not (folder / name).is_file():
-            raise ValueError(f"`{folder}` is no observer: it has no {name}.")
+            raise ValueError(f"`{folder}` is not an observer: it has no {name}.")
     metadata = read_metadata(folder / MAPS)
     try:
         card = {name: parse_json(text) for name, text in metadata.items()}
     except ValueError:
-        # Some other program's metadata; the mark below is missing then.
+        # Another program's metadata, which does not have the mark.
         card = {}
     if card.get("mark") != _MARK:
-        raise ValueError(f"`{folder / MAPS}` does not say that it is an observer's.")
+        raise ValueError(f"`{folder / MAPS}` is not from an observer.")
     return card
 
 
@@ -159,7 +157,7 @@ def observer_info(folder: str | Path) -> dict[str, Any]:
     """Returns the `info` that was given to `save_observer`.
 
     Raises:
-        ValueError: no observer's folder.
+        ValueError: not an observer's folder.
     """
     with prefix_errors("observer_info"):
         path = _folder_of(folder)
@@ -168,7 +166,7 @@ def observer_info(folder: str | Path) -> dict[str, Any]:
 
 
 def _folder_of(folder: str | Path) -> Path:
-    """Returns a folder to read from; refuses names of models on a hub."""
+    """Returns a folder to read from; rejects names of models on a hub."""
     path = local_path(folder, "`folder`")
     restore_interrupted(path)
     _finish_interrupted(path)
@@ -183,20 +181,15 @@ def _observer_of(card: Mapping[str, Any], folder: Path) -> Observer:
         config = RWKV7Config(**card["observer"])
         teacher = RWKV7Config(**card["teacher"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"`{folder / MAPS}` has no such sizes: {error}.") from None
+        raise ValueError(f"`{folder / MAPS}` has invalid sizes: {error}.") from None
     return Observer(RWKV7(config), teacher)
 
 
 def _check_base(card: Mapping[str, Any], base_model: str | None, folder: Path) -> None:
-    """Raises if the caller names a teacher and the observer belongs to another one."""
-    # An observer without it is refused as well where the caller names a teacher.
+    """Raises if the caller names a teacher and the observer does not name the same one."""
     stored = card["info"].get("base_model")
     if base_model is not None and stored != base_model:
-        origin = (
-            f"belongs to {stored}"
-            if stored
-            else "does not say which teacher it belongs to"
-        )
+        origin = f"belongs to {stored}" if stored else "does not name its teacher"
         raise ValueError(f"`{folder}` {origin}; `base_model` is {base_model}.")
 
 
@@ -207,11 +200,11 @@ def load_observer(
 
     Args:
         folder: from `save_observer`.
-        teacher_config: of the model that states are proposed for.
-        base_model: that model's `model_hash`, to refuse an observer of other weights.
+        teacher_config: of the model for which states are proposed.
+        base_model: that model's `model_hash`, to reject an observer for other weights.
 
     Raises:
-        ValueError: no observer's folder, files that do not belong together or are damaged, or a
+        ValueError: not an observer's folder, files that do not belong together or are damaged, or a
             teacher of other sizes or weights.
     """
     with prefix_errors("load_observer"):
@@ -229,14 +222,16 @@ def _load(
     observer = _observer_of(card, folder)
     check_teacher(observer, teacher_config)
     _check_base(card, base_model, folder)
-    # The file has the teacher's sizes only; dtype and implementation are the caller's.
+    # The file has only the teacher's sizes; dtype and implementation come from the caller.
     observer = dataclasses.replace(observer, teacher=teacher_config)
     with warnings.catch_warnings():
-        # The orientation of square low-rank matrices is ambiguous; ours are in the official one.
+        # The orientation of square low-rank matrices is ambiguous; these have the official one.
         warnings.filterwarnings("ignore", message="the low-rank matrices are square")
         model, _ = load_model(folder / MODEL)
     if model_hash(model, observer.model.config) != card["model_hash"]:
-        raise ValueError(f"`{folder}` has {MODEL} of another {MAPS}.")
+        raise ValueError(
+            f"`{folder}` has a {MODEL} that does not belong to its {MAPS}."
+        )
     params: Params = {"model": without_unused_value_residual(model)}
     for name, tensor in read_safetensors(folder / MAPS, verify=True).items():
         array = tensor.read()

@@ -1,4 +1,4 @@
-"""The loss of an observer: the teacher's states, its logits, and its answers."""
+"""The loss of an observer, with terms for the teacher's states, logits and answers."""
 
 import dataclasses
 import math
@@ -48,13 +48,13 @@ Scalar = Float[Array, ""]
 
 
 class BatchTotals(NamedTuple):
-    """Totals over a batch, which its pieces need under gradient accumulation.
+    """Totals over a batch, which its microbatches need under gradient accumulation.
 
     Attributes:
         variance: [L H] of the teacher's states over all rows; None if states are not compared.
-        prompt_tokens: positions inside the prompts, averaged over the pieces.
-        answer_weight: summed loss weights of the targets after the splits, averaged over the
-            pieces.
+        prompt_tokens: mean number of prompt tokens of a microbatch.
+        answer_weight: mean over microbatches of the summed loss weights of the targets after the
+            splits.
     """
 
     variance: Any
@@ -64,14 +64,14 @@ class BatchTotals(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ObserverLoss:
-    """The loss of an observer's parameters, called with the teacher's weights in front.
+    """The loss of an observer's parameters; the first argument of a call is the teacher's weights.
 
     Attributes:
         observer: the shells of both models.
         teacher: the shell of the teacher.
-        variance: weight of the states' term.
-        divergence: weight of the logits' term.
-        answers: weight of the answers' term.
+        variance: weight of the term for states.
+        divergence: weight of the term for logits.
+        answers: weight of the term for answers.
     """
 
     observer: Observer
@@ -87,13 +87,13 @@ class ObserverLoss:
         batch: BatchLike,
         totals: BatchTotals | None = None,
     ) -> tuple[Scalar, Metrics]:
-        """Computes the weighted sum of the terms, and each of them as a metric.
+        """Computes the weighted sum of the terms, and each term as a metric.
 
         Args:
             teacher_params: all weights of the teacher.
             params: the observer's.
             batch: tokens, mask and split.
-            totals: of the batch that this is a piece of; None for a batch in one piece.
+            totals: of the full batch if `batch` is a microbatch; else None.
         """
         with prefix_errors("observer_loss"):
             batch = self.check_batch(batch)
@@ -102,7 +102,7 @@ class ObserverLoss:
                 self._check_rows(batch.tokens.shape[0])
                 if self.answers:
                     check_answers(batch)
-        # Gradients pass through the teacher's computation, never into its weights.
+        # Gradients pass through the teacher, but not into its weights.
         teacher_params = jax.lax.stop_gradient(teacher_params)
         inputs = jnp.asarray(batch.inputs)
         split = jnp.asarray(batch.split)
@@ -113,7 +113,7 @@ class ObserverLoss:
         metrics: Metrics = {}
         if self.variance or self.divergence:
             teacher_x, own = read_prompts(self.teacher, teacher_params, inputs, split)
-            # Both are targets here, and the same for every value of the parameters.
+            # Targets, which do not depend on the parameters.
             teacher_x = jax.lax.stop_gradient(teacher_x)
             own_wkv = jax.lax.stop_gradient(own.wkv)
         if self.variance:
@@ -141,13 +141,13 @@ class ObserverLoss:
         return total, metrics
 
     def check_batch(self, batch: BatchLike) -> Batch:
-        """Checks a batch; a step calls it on the host, where ids and splits can still be read."""
+        """Checks a batch; a step calls it on the host, where ids and splits are concrete."""
         return check_split(batch, self.teacher.config.vocab_size)
 
     def batch_totals(self, teacher_params: Params, pieces: BatchLike) -> BatchTotals:
-        """Computes the totals of a batch that is cut into pieces along a further leading axis.
+        """Computes the totals of a batch whose arrays have a leading axis of microbatches.
 
-        The states' variance takes one more pass of the teacher over the prompts.
+        The variance of the states takes an additional pass of the teacher over the prompts.
         """
         with prefix_errors("observer_loss"):
             pieces = Batch.of(pieces, "weights", "split")
@@ -156,7 +156,7 @@ class ObserverLoss:
         inputs = jnp.asarray(pieces.tokens)[:, :, :-1]
         split = jnp.asarray(pieces.split)
         length = inputs.shape[2]
-        # For a mean piece: the pieces' losses are averaged, so that each divides by the mean count.
+        # Means, because each microbatch divides by these counts and the losses are averaged.
         prompt_tokens = jnp.sum(jnp.minimum(split, length)) / count
         counts = jax.vmap(lambda split: after_split(split, length))(split)
         answer_weight = jnp.sum(pieces["weights"] * counts) / count
@@ -167,9 +167,9 @@ class ObserverLoss:
             _, own = read_prompts(self.teacher, teacher_params, *piece)
             return moments(own.wkv)
 
-        # Pieces have equally many rows, so the variance over all rows is the mean variance inside
-        # the pieces plus the variance of their means. No more than one piece's states are held.
-        # means [K L H Nv Nk] and variances [K L H] of K pieces.
+        # All microbatches have the same number of rows, so the variance over all rows is the mean
+        # variance inside microbatches plus the variance of their means. Only one microbatch's
+        # states exist at a time. For K microbatches, means [K L H Nv Nk] and variances [K L H].
         means, variances = jax.lax.map(of_piece, (inputs, split))
         between = jnp.mean(
             jnp.square(means - jnp.mean(means, axis=0)[None]), axis=(0, 3, 4)
@@ -180,16 +180,18 @@ class ObserverLoss:
 
     def _check_rows(self, rows: int) -> None:
         if self.variance and rows < 2:
-            raise ValueError("`batch` must have at least two rows, for their variance.")
+            raise ValueError(
+                f"`batch` must have at least 2 rows to compute their variance; got {rows}."
+            )
 
 
 def _prompt_shares(
     batch: Batch, totals: BatchTotals | None, vocab_size: int
 ) -> PerToken:
-    """Returns each prediction's share of a mean over the prompts; NaN if all of them are empty."""
+    """Returns each prediction's share of a mean over the prompts; NaN if all prompts are empty."""
     inside = 1 - after_split(batch["split"], batch.tokens.shape[1] - 1)
     count = jnp.sum(inside) if totals is None else totals.prompt_tokens
-    # A divergence of 0 would look perfect.
+    # NaN, because a divergence of 0 would look perfect.
     mean = inside / jnp.where(count > 0, count, 1.0)
     shares = jnp.where(count > 0, mean, jnp.nan)
     return shares_of_known_ids(shares, batch.tokens, vocab_size)
@@ -202,7 +204,7 @@ def _answer_loss(
     batch: Batch,
     totals: BatchTotals | None,
 ) -> Scalar:
-    """Averages the teacher's loss after the splits, started from `wkv` and zero token shifts."""
+    """Averages the teacher's loss after the splits, from `wkv` and zero token shifts."""
     weights = shares_of_known_ids(
         loss_weights(batch), batch.tokens, teacher.config.vocab_size
     )
@@ -224,7 +226,8 @@ def _check_weights(weights: dict[str, float]) -> None:
     for name, weight in weights.items():
         check_number(weight, 0, math.inf, f"`{name}`")
     if not any(weights.values()):
-        raise ValueError(f"one of {', '.join(weights)} must be above 0.")
+        names = ", ".join(f"`{name}`" for name in weights)
+        raise ValueError(f"one of {names} must be above 0; all are 0.")
 
 
 def observer_loss(
@@ -236,33 +239,33 @@ def observer_loss(
     divergence: float = 0.5,
     answers: float = 1.0,
 ) -> Loss:
-    """Makes the loss of an observer's parameters; the teacher's weights are frozen arguments of it.
+    """Makes the loss of an observer's parameters, with the teacher's weights as frozen arguments.
 
-    A batch has tokens [B T+1], mask [B T] and `split` [B], each row's prompt in tokens, such as
-    `add_prompt_splits` draws them: states are compared, and answers begin, at the splits. Only
-    targets after the split whose mask is 1 are answers. A term of weight 0 is not computed and has
-    no metric, and one without a position to average over is NaN, so that a step leaves the batch
-    out. Under gradient accumulation all terms are those of the batch in one piece.
+    A batch has tokens [B T+1], mask [B T] and `split` [B], the number of prompt tokens of each row,
+    as drawn by `add_prompt_splits`. States are compared, and answers begin, at the splits. Answers
+    are the targets after the split whose mask is 1. A term of weight 0 is not computed and has no
+    metric. A term without a position to average over is NaN, so a step skips the batch. Gradient
+    accumulation gives the terms of the full batch.
 
-    The metrics are `fvu`, `divergence_nats` and `answer_nats`. `loss_nats` is the answers' loss
-    again, under the name that all language model losses have; without answers there is none. The
-    first term alone says little: of observers that explain half the variance one may have kept what
-    the teacher reads, and another lost it.
+    The metrics are `fvu`, `divergence_nats` and `answer_nats`. `loss_nats` repeats the loss of the
+    answers under the name that all language model losses share; without answers there is none. FVU
+    alone is a weak measure: of two observers that explain half the variance, one may have kept what
+    the teacher reads and the other lost it.
 
     Args:
         observer: the shells of both models.
         teacher: the shell around `teacher_params`.
         teacher_params: all weights.
-        variance: weight of the fraction of variance unexplained (FVU) of the teacher's own states,
-            for each layer and head by its variance over the batch's rows: at least two.
+        variance: weight of the fraction of variance unexplained (FVU) of the teacher's own states.
+            Each layer and head is normalised by its variance over the batch's rows, at least two.
         divergence: weight of KL(teacher || observer) of the logits inside the prompts.
         answers: weight of the teacher's cross entropy after the prompts, started from the
             proposals; its gradient passes through the frozen teacher.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: another teacher than the observer's, or weights below 0 or all 0; from the loss,
-            a batch or parameters that do not fit.
+        TypeError: an argument of the wrong type.
+        ValueError: a teacher of other sizes than the observer's, or weights below 0 or all 0; from
+            the loss, a batch or parameters that do not match.
     """
     weights = {"variance": variance, "divergence": divergence, "answers": answers}
     with prefix_errors("observer_loss"):

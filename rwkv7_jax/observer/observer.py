@@ -1,16 +1,16 @@
 """An observer: a small RWKV-7 that proposes start states of a large, frozen one.
 
-The large model is the teacher. The observer reads a prompt in its place; the observer's WKV states
-S_j after the prompt, of every layer and head, are mapped to the state that the teacher starts from:
+The large model is the teacher. The observer reads a prompt in its place. The observer's WKV states
+S_j after the prompt, of every layer and head, are mapped to a start state of the teacher:
 
     proposal[l, h] = sum over j of left[l, h, j] S_j right[l, h, j]^T + bias[l, h]
 
-Its parameters are one tree: "model" (the small RWKV-7's own), "left" [L H J Nv n], "right"
-[L H J Nk n] and "bias" [L H Nv Nk]. L, H, N are the teacher's; J counts the observer's heads of all
-layers, layer by layer, and n is their size.
+Its parameters are one tree: "model" (the small RWKV-7's), "left" [L H J Nv n], "right"
+[L H J Nk n] and "bias" [L H Nv Nk]. L, H, N are the teacher's. J is the number of the observer's
+heads in all layers, layer by layer, and n is their size.
 
 The small model remains a language model: `observer.model.apply({"params": params["model"]}, ...)`
-gives its logits, and with the divergence term in its training it drafts for the teacher.
+gives its logits. If it is trained with the divergence term, it can draft for the teacher.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from rwkv7_jax.model.state import RWKV7State, init_state
 
 WKV = Float[Array, "L B H Nv Nk"]
 
-# The sizes that two teachers must share for one observer to propose states for both.
+# The sizes that determine whether an observer can propose states for a teacher.
 SIZES = ("vocab_size", "num_layers", "width", "head_size")
 
 
@@ -49,7 +49,7 @@ class Observer:
     """The shells of both models; hashable, so it can be a static argument of `jax.jit`.
 
     Attributes:
-        model: the small one's.
+        model: the shell of the small model.
         teacher: sizes of the model whose states are proposed.
 
     Raises:
@@ -83,7 +83,7 @@ class Observer:
         config = self.model.config
         teacher = self.teacher
         heads = (teacher.num_layers, teacher.num_heads)
-        # J of the module's equation: the observer's heads of all its layers.
+        # J of the module's equation: the observer's heads in all layers.
         sources = config.num_layers * config.num_heads
         maps = (*heads, sources, teacher.head_size, config.head_size)
         return {
@@ -98,7 +98,7 @@ class Moments(NamedTuple):
 
     Attributes:
         mean: the bias that a new observer should start from.
-        variance: of every layer and head, averaged over the state's entries.
+        variance: of each layer and head, averaged over the state's entries.
     """
 
     mean: Float[Array, "L H Nv Nk"]
@@ -114,17 +114,17 @@ def init_observer(
 ) -> tuple[Observer, Params]:
     """Makes a new observer and its parameters, float32.
 
-    The maps are scaled so that proposals have about the size of the observer's own states.
+    The maps are scaled so that proposals have about the scale of the observer's own states.
 
     Args:
         config: of the small model.
-        teacher_config: of the large one; width, heads and layers may differ.
+        teacher_config: of the large model; width, heads and layers may differ.
         key: a random key.
-        bias: the proposal before anything is read: the teacher's mean state, from `state_moments`.
-            Zeros if it is not given.
+        bias: the proposal for an empty prompt, preferably the teacher's mean state from
+            `state_moments`; zeros by default.
 
     Raises:
-        TypeError: an argument of the wrong kind.
+        TypeError: an argument of the wrong type.
         ValueError: the vocabularies differ, or a bias of other sizes.
     """
     with prefix_errors("init_observer"):
@@ -141,11 +141,11 @@ def init_observer(
                 f"`bias` must have [layers, heads, value, key] = {shapes['bias']}; "
                 f"got {tuple(first.shape)}."
             )
-    # Three keys, in this order: a seed must keep on giving the same observer.
+    # Keep the order of the keys, so that a seed always gives the same observer.
     model_key, left_key, right_key = jax.random.split(key, 3)
     tokens = jnp.zeros((1, 1), jnp.int32)
     variables = observer.model.init(model_key, tokens, init_state(config))
-    # A proposal is a sum over J products of two maps, each of which sums over n.
+    # A proposal sums J products, each with two sums over n.
     scale = (config.head_size * shapes["left"][2] ** 0.5) ** -0.5
     params = {
         "model": variables["params"],
@@ -157,7 +157,7 @@ def init_observer(
 
 
 def check_teacher(observer: Observer, config: RWKV7Config) -> None:
-    """Checks that `config` is of a model that `observer` proposes states for.
+    """Checks that an observer proposes states for models with the sizes of `config`.
 
     Raises:
         ValueError: a size differs.
@@ -167,7 +167,7 @@ def check_teacher(observer: Observer, config: RWKV7Config) -> None:
         size = getattr(config, name)
         if size != expected:
             raise ValueError(
-                f"`teacher` must have {name} {expected}, as the observer's; got {size}."
+                f"`teacher` must have the observer's {name} {expected}; got {size}."
             )
 
 
@@ -175,12 +175,12 @@ def check_maps(observer: Observer, params: Params) -> None:
     """Checks that `params` hold a model and maps of the observer's sizes.
 
     Raises:
-        TypeError: no dict, or a part that is no array.
-        ValueError: a part is missing, unknown or misshapen.
+        TypeError: not a dict, or a part that is not an array.
+        ValueError: a part is missing, unknown or of the wrong shape.
     """
     if not isinstance(params, Mapping):
         raise TypeError(
-            f"`params` must be the observer's, a dict; got {type(params).__name__}."
+            f"`params` must be an observer's parameters, a dict; got {type(params).__name__}."
         )
     expected = {"model", *observer.shapes}
     if set(params) != expected:
@@ -199,19 +199,19 @@ def check_maps(observer: Observer, params: Params) -> None:
 
 def _map_states(params: Params, wkv: Float[Array, "K B G n n"]) -> WKV:
     """Maps the observer's states to the teacher's sizes, one layer of the teacher at a time."""
-    # [B J n n]: the observer's heads of all layers in one axis, layer by layer.
+    # [B J n n]: the observer's heads in all layers on one axis, layer by layer.
     sources = jnp.moveaxis(wkv, 1, 0).reshape(wkv.shape[1], -1, *wkv.shape[3:])
     product = functools.partial(jnp.einsum, precision="highest")
 
-    # Recomputed in the backward pass: one layer's `half` is J n / N times as large as its states.
+    # Recomputed in the backward pass: a layer's `half` is J n / N times as large as its states.
     @jax.checkpoint
     def layer(maps):
-        # States are float32, also where the observer's weights were saved in 16 bits.
+        # States are float32 even if the observer's weights were saved in 16 bits.
         left, right, bias = (leaf.astype(jnp.float32) for leaf in maps)
         half = product("hjvm,bjmp->bhjvp", left, sources)
         return product("bhjvp,hjkp->bhvk", half, right) + bias[None]
 
-    # [L B H Nv Nk]. A map and not one einsum over L, whose `half` would be L times as large.
+    # [L B H Nv Nk]. A map instead of an einsum over L, whose `half` would be L times as large.
     return jax.lax.map(layer, (params["left"], params["right"], params["bias"]))
 
 
@@ -231,7 +231,7 @@ def read_prompts(
 def propose_wkv(
     observer: Observer, params: Params, tokens: Tokens, lengths: Lengths | None = None
 ) -> tuple[Activations, WKV]:
-    """Computes the small model's normed activations, and the proposed WKV states alone."""
+    """Computes the small model's normed activations and the proposed WKV states."""
     x, end = read_prompts(observer.model, params["model"], tokens, lengths)
     return x, _map_states(params, end.wkv)
 
@@ -239,18 +239,16 @@ def propose_wkv(
 def propose(
     observer: Observer, params: Params, tokens: Tokens, lengths: Lengths | None = None
 ) -> RWKV7State:
-    """Proposes the teacher's start state for each row that the observer reads.
-
-    Token shifts are zero.
+    """Proposes a start state of the teacher for each row, with zero token shifts.
 
     Args:
-        observer: the shells of both models; a static argument if this is called under `jax.jit`.
+        observer: the shells of both models; a static argument under `jax.jit`.
         params: the observer's.
         tokens: prompts.
-        lengths: tokens of each row that count, from the left; later ones have no influence.
+        lengths: the number of real tokens of each row; padding on the right has no influence.
 
     Raises:
-        TypeError: an argument of the wrong kind.
+        TypeError: an argument of the wrong type.
         ValueError: ids or lengths out of range, or parameters of another observer.
     """
     with prefix_errors("propose"):
@@ -267,7 +265,7 @@ def propose(
 def check_prompt_tokens(
     tokens: Any, lengths: Any, vocab_size: int
 ) -> tuple[Tokens, Lengths | None]:
-    """Returns prompts and, if they are given, their lengths, as arrays.
+    """Checks prompts and optional lengths, and returns them as arrays.
 
     Raises:
         TypeError: ids or lengths that are not integers.
@@ -287,7 +285,7 @@ def check_prompt_tokens(
 
 def moments(wkv: WKV) -> Moments:
     """Computes mean and variance of states over their rows."""
-    # Not E[x^2] - E[x]^2, which loses its digits where states hardly vary.
+    # Not E[x^2] - E[x]^2, which loses precision if states hardly vary.
     mean = jnp.mean(wkv, axis=1)
     variance = jnp.mean(jnp.square(wkv - mean[:, None]), axis=(1, 3, 4))
     return Moments(mean, variance)
@@ -298,10 +296,10 @@ def fraction_of_variance_unexplained(
 ) -> Float[Array, " B"]:
     """Divides each row's squared error by the variance, averaged over layers and heads.
 
-    Its mean over rows is the fraction of variance unexplained if the variance is theirs. A head
-    whose states hardly vary counts as if it had a millionth of the average variance.
+    With the variance of the same rows, its mean over rows is the fraction of variance unexplained.
+    The variance of a head is at least a millionth of the average variance.
     """
-    # 1e-12 is for a teacher none of whose states vary, as with one repeated prompt.
+    # 1e-12 applies if no state varies, as with one repeated prompt.
     floor = jnp.maximum(1e-6 * jnp.mean(variance), 1e-12)
     error = jnp.mean(jnp.square(proposed - own), axis=(3, 4))
     return jnp.mean(error / jnp.maximum(variance, floor)[:, None], axis=(0, 2))
@@ -313,16 +311,16 @@ def state_moments(
     tokens: Tokens,
     lengths: Lengths | None = None,
 ) -> Moments:
-    """Measures mean and variance of the teacher's own states after some typical prompts.
+    """Measures mean and variance of the teacher's own states after typical prompts.
 
     Args:
         teacher: the shell around `teacher_params`.
         teacher_params: all weights.
-        tokens: prompts, as many as there is memory for.
-        lengths: tokens of each row that count, from the left.
+        tokens: prompts, as many as fit into memory.
+        lengths: the number of real tokens of each row; padding is on the right.
 
     Raises:
-        TypeError: an argument of the wrong kind.
+        TypeError: an argument of the wrong type.
         ValueError: no rows, ids or lengths out of range, or weights of another model.
     """
     with prefix_errors("state_moments"):

@@ -1,8 +1,8 @@
 """Prompt/continuation splits; only the continuation counts in the loss.
 
-`split` [B] counts the tokens of each row's prompt. The answers are the predictions of a model that
-reads on from there: inputs from position `split` on, their targets one later. The prediction of the
-first token after the prompt still belongs to the prompt.
+`split` [B] is the number of prompt tokens of each row. The answers are the predictions after the
+prompt: their inputs begin at position `split`, their targets one later. The prediction of the first
+token after the prompt still belongs to the prompt.
 """
 
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from rwkv7_jax.checks import (
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.training.losses import check_ids_and_shapes
 
-# Keeps these draws apart from those that a task makes of the same seed and step.
+# Separates these draws from those of a task with the same seed and step.
 _STREAM = 7919
 
 
@@ -33,18 +33,18 @@ def add_prompt_splits(
     most: int | None = None,
     first: int = 0,
 ) -> Batch:
-    """Draws a `split` for every row, uniformly from `least` to `most`, both included.
+    """Draws a `split` for every row, uniformly from `least` to `most` inclusive.
 
     Args:
         batch: tokens [B T+1], and any other fields.
-        seed: the draw depends on it and the step alone.
+        seed: of the draw, which depends only on it and the step.
         step: from 0.
         least: tokens of the shortest prompt.
-        most: tokens of the longest; None for T - 1, which leaves one answer.
-        first: rows of the global batch before these; their splits are drawn and left out.
+        most: tokens of the longest prompt; None for T - 1, which leaves one answer.
+        first: rows of the global batch before these, whose splits are drawn and discarded.
 
     Raises:
-        TypeError: an argument of the wrong kind.
+        TypeError: an argument of the wrong type.
         ValueError: bounds outside of 0 to T, or in the wrong order.
     """
     with prefix_errors("add_prompt_splits"):
@@ -53,7 +53,7 @@ def add_prompt_splits(
         check_count(step, 0, "`step`")
         check_count(least, 0, "`least`")
         check_count(first, 0, "`first`")
-        # The last id of a row is only a target.
+        # The last token of a row is only a target.
         length = batch.tokens.shape[1] - 1
         # A prompt of T tokens is allowed on request, but leaves no answer.
         longest = length - 1 if most is None else check_count(most, 0, "`most`")
@@ -63,19 +63,19 @@ def add_prompt_splits(
                 f"the row's inputs; got {least} and {longest}."
             )
     rows = batch.tokens.shape[0]
-    # From seed and step alone, so that a resumed run draws the same splits.
+    # A resumed run draws the same splits.
     rng = np.random.default_rng([seed, step, _STREAM])
-    # NumPy leaves the upper bound out.
+    # NumPy excludes the upper bound.
     split = rng.integers(least, longest + 1, first + rows)
     return batch.replace(split=split[first:].astype(np.int32))
 
 
 def check_split(batch: BatchLike, vocab_size: int) -> Batch:
-    """Checks that `batch` has tokens [B T+1], a mask [B T] and a split [B] that fit each other.
+    """Checks that `batch` has tokens [B T+1], a mask [B T] and a split [B] that match each other.
 
     Raises:
         TypeError: ids or splits that are not integers.
-        ValueError: a part is missing or misshapen, or an id or a split is out of range.
+        ValueError: a part is missing or of the wrong shape, or an id or a split is out of range.
     """
     Batch.of(batch, "mask", "split")
     batch = check_ids_and_shapes(batch, vocab_size)
@@ -85,7 +85,7 @@ def check_split(batch: BatchLike, vocab_size: int) -> Batch:
 
 
 def count_answers(batch: Batch) -> int:
-    """Counts the targets after the splits that count in the loss."""
+    """Counts the targets after the splits with a nonzero mask or weight."""
     counts = np.asarray(batch.mask if batch.weights is None else batch.weights)
     positions = np.arange(counts.shape[1])[None]
     return int(
@@ -96,16 +96,16 @@ def count_answers(batch: Batch) -> int:
 
 
 def check_answers(batch: Batch) -> None:
-    """Checks that a target after a split counts, where masks and splits can be read here.
+    """Checks that at least one target after a split counts, if masks and splits are concrete.
 
     Raises:
-        ValueError: none does.
+        ValueError: no target after a split counts.
     """
     counts = batch.mask if batch.weights is None else batch.weights
     if is_known(counts) and is_known(batch["split"]) and not count_answers(batch):
         raise ValueError(
-            "`batch.mask` must count a target after a split; it is 0 after all of them, and a "
-            "mean over nothing is no number."
+            "`batch.mask` must be nonzero for at least one target after a split; it is 0 after "
+            "all of them."
         )
 
 
@@ -124,18 +124,18 @@ def continuations(
 ) -> tuple[Int[Array, "B C"], Int[Array, "B C"], Float[Array, "B C"]]:
     """Moves the part after every row's split to the front: inputs, targets, shares of the loss.
 
-    The shares are zero after the end of a row and add up to 1 over the batch; they are NaN if
-    nothing counts. Traced splits cannot be checked: those out of range leave no target.
+    The shares are zero after the end of a row and sum to 1 over the batch; they are NaN if no
+    target counts. Traced splits are not checked: those out of range leave no target.
 
     Args:
         tokens: [B T+1].
-        split: tokens of each row's prompt, from 0 to T.
-        weights: of the T targets, in any scale; those in the prompt do not matter.
-        total: what the shares are taken of; None for the sum of the weights after the splits.
+        split: the number of prompt tokens of each row, from 0 to T.
+        weights: of the T targets, at any scale; those in the prompt are ignored.
+        total: the sum by which weights are divided; None for that of the weights after the splits.
 
     Raises:
-        TypeError: ids or splits that are not integers, or weights that are no numbers.
-        ValueError: shapes that do not fit each other, or a split out of range.
+        TypeError: ids or splits that are not integers, or weights that are not numbers.
+        ValueError: shapes that do not match each other, or a split out of range.
     """
     with prefix_errors("continuations"):
         weights = as_array(weights, "`weights`")
@@ -150,12 +150,12 @@ def continuations(
     tokens = jnp.asarray(tokens)
 
     def move(x):
-        # Positions past the end wrap around to the prompt; their share is zero.
+        # Positions past the end wrap around; their share is zero.
         return jnp.take_along_axis(x, positions % length, axis=1)
 
     weights = move(weights) * inside
     if total is None:
         total = jnp.sum(weights)
-    # NaN and not 0, which would look like perfect answers.
+    # NaN, because 0 would look like perfect answers.
     shares = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), jnp.nan)
     return move(tokens[:, :-1]), move(tokens[:, 1:]), shares

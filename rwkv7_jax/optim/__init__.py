@@ -1,7 +1,7 @@
-"""Optax transformations. Knows trees and paths, nothing of RWKV but its parameter groups.
+"""Optax transformations. They know trees and paths; of RWKV, only its parameter groups.
 
-The function `whitening` is imported from `rwkv7_jax.optim.whitening`: as an attribute of this
-package its name would hide the module's.
+Import the function `whitening` from `rwkv7_jax.optim.whitening`: as an attribute of this package it
+would shadow the module.
 """
 
 from rwkv7_jax.optim.decorrelation import DecorrelationState, Decorrelator, decorrelate

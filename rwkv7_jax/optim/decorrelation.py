@@ -1,12 +1,12 @@
-"""Matrices trained in coordinates in which their inputs are decorrelated.
+"""Trains matrices in coordinates in which their inputs are decorrelated.
 
-A leaf S of shape [..., N, M] acts as y = S x. Where the entries of x are correlated, gradient steps
+A leaf S of shape [..., N, M] acts as y = S x. If the entries of x are correlated, gradient steps
 are long along few directions and short along the others. With z = R x and y = S' z, S' = S R^-1 is
-trained in place of S: its gradient is G R^T, where G is that of S, and its update u' moves S by
-u' R. R lives in the optimizer's state and never in the model: a new R changes no output, saved
-weights are complete without it, and code that reads S needs to know nothing of it.
+trained instead of S: its gradient is G R^T, where G is that of S, and its update u' moves S by
+u' R. R is part of the optimizer's state and never of the model: a new R changes no output, saved
+weights are complete without it, and code that reads S does not depend on it.
 
-Source: arXiv 2405.02385 (R learnt online); arXiv 2504.05097 (used for RWKV-7's state).
+Source: arXiv 2405.02385 (R learned online); arXiv 2504.05097 (used for RWKV-7's state).
 """
 
 import math
@@ -31,7 +31,7 @@ from rwkv7_jax.optim.whitening import (
 
 MODES = ("online", "exact", "whiten")
 
-# The modes by the words that settings use for them; None trains without decorrelation.
+# The modes by their names in settings; None trains without decorrelation.
 Method = Literal["none", "dbp", "whiten"]
 METHODS: dict[Method, str | None] = {"none": None, "dbp": "online", "whiten": "whiten"}
 
@@ -43,8 +43,8 @@ class DecorrelationState(NamedTuple):
     decorrelated. For a decorrelated leaf [..., N, M]:
 
     Attributes:
-        count: how many statistics each matrix has learnt from, int32 [...].
-        covariance: their running average C, in the inputs' own scale, float32 [..., M, M].
+        count: the number of statistics that each matrix has learned from, int32 [...].
+        covariance: their running average C, in the scale of the inputs, float32 [..., M, M].
         whitener: R, float32 [..., M, M]; not symmetric in mode "online".
         inner: the state of the inner optimizer, whose moments belong to S'.
     """
@@ -56,12 +56,12 @@ class DecorrelationState(NamedTuple):
 
 
 class Decorrelator(NamedTuple):
-    """A decorrelated optimizer's two halves, made together so that they always agree.
+    """The wrapper and the statistics of a decorrelated optimizer, made together so that they match.
 
     Attributes:
-        wrap: takes the optimizer and returns the one to train with.
+        wrap: maps an optimizer to the one to train with.
         statistics: `(params, batch) -> stats`, for `make_train_step`; None if the wrapped optimizer
-            takes no statistics.
+            needs no statistics.
     """
 
     wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation]
@@ -86,45 +86,46 @@ def decorrelate(
     """Runs `inner` on S' = S R^-1, whose inputs z = R x are decorrelated.
 
     `update(grads, state, params, *, stats=None, ...)` takes the statistics of the leaves' inputs as
-    `stats`: a tree like the parameters whose leaves are E[x x^T] of shape [..., M, M] for a leaf
-    [..., N, M] (leading axes of size 1 are shared; any floating dtype), or None if there are no new
-    ones. R moves first, then the gradient is turned by the new R. Without `stats` R stays as it is
-    and remains in use. Matrices whose statistics are not finite, or zero, keep C and R for that
-    update; those whose C float32 cannot whiten, as one of deficient rank without damping, keep R.
-    Neither are counted in the state's `count`. Other extra arguments go to `inner`. R and C are
-    float32; gradients reach `inner`, and its updates are returned, in their own dtypes. With R = I
-    the result is `inner`'s, bit for bit.
+    `stats`. This is a tree like the parameters. For a leaf [..., N, M] it holds E[x x^T] of shape
+    [..., M, M], of any floating dtype (leading axes of size 1 are shared), or None without new
+    statistics. An update moves R first, then transforms the gradient with the new R. Without
+    `stats` it uses R unchanged. Other extra arguments are passed to `inner`.
 
-    The defaults let R follow within a few updates: tuning one layer's memory changes the inputs of
-    the next one.
-
-    In a chain, put weight decay after this: `inner` sees gradients of S' but parameters S. If it
-    has to stay inside, set `turn_params`.
-    Under `optax.MultiSteps` only the statistics of the last micro-batch count.
-    `optax.inject_hyperparams` takes a callable `mask` for a schedule unless `static_args` names it.
+    * A matrix whose statistics are non-finite or zero keeps C and R for that update. A matrix whose
+      C cannot be whitened in float32, such as one of deficient rank without damping, keeps R.
+      Neither increases `count`.
+    * R and C are float32. Gradients and updates keep their dtypes.
+    * With R = I the result is bit-exact that of `inner`.
+    * The defaults let R follow within a few updates, since tuning one layer's memory changes the
+      inputs of the next one.
+    * In a chain, put weight decay after this: `inner` sees gradients of S' but parameters S. To
+      keep it inside, set `turn_params`.
+    * Under `optax.MultiSteps`, only the statistics of the last microbatch count.
+    * `optax.inject_hyperparams` treats a callable `mask` as a schedule unless `static_args` names
+      it.
 
     Args:
         inner: the optimizer of S'.
-        mode: "online" (R follows C by the published rule), "exact" (R is `whitening` of C, computed
-            again every `every` statistics) or "whiten" (R is `whitening` of the first statistics,
-            then frozen).
-        rate: step of the online rule, at least 0.
-        balance: kappa in [0, 1]: 0 only decorrelates, 1 only brings variances to 1.
+        mode: "online" (R follows C by the published rule), "exact" (R is `whitening` of C,
+            recomputed after every `every` statistics) or "whiten" (R is `whitening` of the first
+            statistics, then frozen).
+        rate: step size of the online rule, at least 0.
+        balance: kappa in [0, 1]: 0 only decorrelates, 1 only scales variances to 1.
         iterations: steps of the online rule per update.
-        damping: added to the mean-1 eigenvalues of C; see `whitening`. With 0, online R grows
-            without bound along directions that no input has.
-        average: share of the old C in the running average, in [0, 1]; 0 takes the newest alone.
-        clip: largest Frobenius norm of the online rule's relative step; None for no limit.
-        normalise: whiten C M / tr C, which keeps learning rates comparable, and not C.
+        damping: added to the eigenvalues of C, whose mean is 1; see `whitening`. With 0, R grows
+            without bound in mode "online" along directions without inputs.
+        average: weight of the old C in the running average, in [0, 1]; 0 uses only the newest.
+        clip: maximum Frobenius norm of the online rule's relative step; None for no limit.
+        normalise: whiten C M / tr C instead of C, which keeps learning rates comparable.
         every: statistics between two computations of R in mode "exact".
-        mask: which leaves are decorrelated: a tree of bools (or a prefix of one), or a function
-            from parameters to it. None takes every leaf with two axes or more.
-        turn_params: whether `inner` sees the parameters S' = S R^-1 as well, so that its weight
+        mask: the leaves to decorrelate: a tree of bools (or a prefix of one), or a function from
+            parameters to it. None selects every leaf with two axes or more.
+        turn_params: whether `inner` gets the parameters S' = S R^-1 as well, so that its weight
             decay shrinks S as it does without decorrelation. Costs a linear solve per matrix.
 
     Raises:
-        ValueError: an unknown mode, a number out of its range, a mask or statistics that do not
-            fit.
+        ValueError: an unknown mode, a number out of its range, or a mask or statistics of the wrong
+            structure or shape.
         TypeError: statistics that are not floating-point arrays.
 
     Source: arXiv 2405.02385 (its "standard" rule is `iterations=1, damping=0, average=0, clip=None,
@@ -163,7 +164,7 @@ def decorrelate(
 
 
 class _Rule(NamedTuple):
-    """How R follows the statistics of a leaf; the attributes are arguments of `decorrelate`."""
+    """The update rule of R for a leaf; the attributes are arguments of `decorrelate`."""
 
     mode: str
     rate: ArrayLike
@@ -196,7 +197,7 @@ class _Rule(NamedTuple):
                 f"at least {low}" if high == math.inf else f"between {low} and {high}"
             )
             check_number(value, low, high, f"`{name}`", bounds=bounds)
-        # Half a step does not exist: a loop would cut it off without a word.
+        # A loop would silently truncate a fractional count.
         for name in ("iterations", "every"):
             value = getattr(self, name)
             if isinstance(value, float | np.floating) and value != int(value):
@@ -206,7 +207,7 @@ class _Rule(NamedTuple):
             check_number(self.clip, 0, math.inf, "`clip`", above=True, bounds=bounds)
 
     def learn(self, statistics, count, covariance, whitener):
-        """Learns from a leaf's statistics; returns its new count, covariance and whitener."""
+        """Updates a leaf's count, covariance and whitener from its statistics."""
         covariance, usable = _running_average(
             statistics, covariance, self.average, fresh=count == 0
         )
@@ -243,7 +244,8 @@ def _is_masked(node) -> bool:
 
 def _mask_tree(params, mask):
     """Expands `mask` to a tree of bools with the parameters' structure, and checks it."""
-    # A tree without leaves fits any mask: optax masks out all, or asks for the state's structure.
+    # A tree without leaves matches any mask: Optax masks out everything, or asks for the structure
+    # of the state.
     if not jax.tree.leaves(params):
         return params
     if mask is None:
@@ -294,7 +296,7 @@ def _init_state(params, mask, inner) -> DecorrelationState:
 
 
 def _running_average(statistics, covariance, average, *, fresh):
-    """Adds new statistics to the running average; tells for which matrices they were usable."""
+    """Adds new statistics to the running average; returns it and which matrices could use them."""
     new = jnp.broadcast_to(jnp.asarray(statistics, jnp.float32), covariance.shape)
     trace = jnp.trace(new, axis1=-2, axis2=-1)
     # Finite entries are not enough: the trace of entries near 1e38 overflows.
@@ -335,7 +337,7 @@ def _divide_by_whitener(tree, whitener):
 def _learn_from(
     rule: _Rule, updates, stats, state: DecorrelationState
 ) -> DecorrelationState:
-    """Applies the rule to every leaf that comes with statistics."""
+    """Applies the rule to every leaf with statistics."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_masked)
     try:
         stats = tree.flatten_up_to(stats)
@@ -354,7 +356,7 @@ def _learn_from(
     covariances = []
     whiteners = []
     for (path, leaf), statistics, carried in zip(leaves, stats, old, strict=True):
-        # Under `optax.masked` the statistics of masked leaves come along.
+        # Under `optax.masked`, `stats` still holds the statistics of masked leaves.
         if not (_is_masked(leaf) or statistics is None or _is_masked(statistics)):
             _check_statistics(jax.tree_util.keystr(path), leaf, statistics, carried[0])
             carried = rule.learn(statistics, *carried)
@@ -370,7 +372,7 @@ def _learn_from(
 
 
 def _check_statistics(name: str, leaf, statistics, count) -> None:
-    """Raises unless the statistics can be the covariances of this leaf's inputs."""
+    """Raises unless the statistics have the dtype and shape for this leaf."""
     kind = getattr(statistics, "dtype", type(statistics))
     if not jnp.issubdtype(kind, jnp.floating):
         raise TypeError(
@@ -378,7 +380,7 @@ def _check_statistics(name: str, leaf, statistics, count) -> None:
         )
     if _is_masked(count):
         raise ValueError(
-            f"decorrelate: `stats`{name} must be None, because `mask` leaves that leaf out; got "
+            f"decorrelate: `stats`{name} must be None, because `mask` excludes that leaf; got "
             f"shape {statistics.shape}."
         )
     shape = (*leaf.shape[:-2], leaf.shape[-1], leaf.shape[-1])

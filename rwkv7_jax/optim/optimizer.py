@@ -1,4 +1,4 @@
-"""RWKV's parameter groups and schedules as one optax chain."""
+"""RWKV's parameter groups and learning rate schedules as an Optax chain."""
 
 import math
 import re
@@ -18,7 +18,7 @@ class Group(NamedTuple):
 
     Attributes:
         label: the group's name.
-        pattern: a regular expression that finds its members' paths in the tree.
+        pattern: a regular expression that matches the paths of its members.
         rate: factor on the learning rate.
         decays: whether weight decay applies.
     """
@@ -29,7 +29,7 @@ class Group(NamedTuple):
     decays: bool
 
 
-# The first match counts.
+# The first match wins.
 # Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:793-831.
 GROUPS = (
     Group("fast", r"att/w0$", 2.0, False),
@@ -43,14 +43,13 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 KINDS = ("adamw", "muon")
 
-# Muon's updates get the root mean square that Adam's typically have, so one learning rate serves
-# both.
+# Muon's updates get the typical root mean square of Adam's, so one learning rate serves both.
 # Source: arXiv 2502.16982, section 2.2.
 _MUON_RMS = 0.2
 
 
 def check_optimizer(tx: Any, argument: str) -> None:
-    """Raises unless `tx` can initialise and update as Optax's transformations do."""
+    """Raises unless `tx` has the methods of an Optax transformation."""
     if isinstance(tx, type) or not (hasattr(tx, "init") and hasattr(tx, "update")):
         kind = type(tx).__name__
         raise TypeError(
@@ -71,10 +70,10 @@ def group_labels(params) -> Any:
 
 
 def group_table(params: Any) -> str:
-    """Formats the parameter groups as lines to print.
+    """Formats the parameter groups as a table.
 
     Args:
-        params: the trainable parameters; groups without a member are left out.
+        params: the trainable parameters; groups without a member are omitted.
     """
     sizes: dict[str, list[int]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -103,13 +102,13 @@ def learning_rate_schedule(
 
     Args:
         kind: "cosine", "linear", "wsd" (constant, then linear over the last fifth) or "constant".
-        peak: at the end of the warm-up, which starts at a hundredth of it.
-        final: from `total_steps` on, if the warm-up has ended; "constant" stays at `peak`.
-        warmup_steps: steps of the warm-up, whether the run is as long or not; 0 for none.
-        total_steps: steps of the run, warm-up included.
+        peak: the rate at the end of the warm-up, which starts at a hundredth of it.
+        final: the rate from `total_steps` on, if the warm-up has ended; "constant" stays at `peak`.
+        warmup_steps: steps of the warm-up, which may be longer than the run; 0 for none.
+        total_steps: steps of the run, including the warm-up.
 
     Raises:
-        TypeError: a number that is none.
+        TypeError: an argument that is not a number.
         ValueError: an unknown kind, or a number out of its range.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/trainer.py:18-56.
@@ -138,17 +137,16 @@ def learning_rate_schedule(
 
 
 def scale_by_factors(factors: Any) -> optax.GradientTransformation:
-    """Multiplies updates by factors: learning rates of their own for leaves and parts of leaves.
+    """Multiplies updates by factors: separate learning rates for leaves and parts of leaves.
 
-    Last in a chain, so that the factors change no moment and no norm.
+    Put it last in a chain, so that the factors affect neither moments nor norms.
 
     Args:
-        factors: a tree of the parameters' structure, of numbers or of arrays that broadcast to the
-            leaves.
+        factors: a tree like the parameters, of numbers or of arrays that broadcast to the leaves.
 
     Raises:
-        ValueError: from `update`, a tree of another structure, or a factor that would make its
-            leaf larger.
+        ValueError: from `update`, a tree of another structure, or a factor that does not broadcast
+            to the shape of its leaf.
     """
 
     def scale(path, update, factor):
@@ -189,7 +187,7 @@ def _scale_by_moments(
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     if kind == "adamw":
         return adam
-    # Layers are stacked in the leading axis, so a weight's own axes are its last two.
+    # Layers are stacked along the leading axis, so a weight's own axes are its last two.
     last_two = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
 
     def dimension_numbers(params):
@@ -215,20 +213,20 @@ def build_optimizer(
 ) -> optax.GradientTransformation:
     """Builds RWKV's optimizer: Adam, weight decay on the matrices, a doubled rate for `att.w0`.
 
-    Weight decay is decoupled: it does not pass through the moments.
+    Weight decay is decoupled from the moments.
 
     Args:
         learning_rate: a number or a schedule.
         kind: "adamw", or "muon" for orthogonalised momentum on the blocks' matrices and Adam
             elsewhere.
         weight_decay: of the groups that decay.
-        clip: largest global norm of the gradient; None switches clipping off.
+        clip: maximum global norm of the gradient; None disables clipping.
         b1: decay of the first moment.
         b2: decay of the second moment.
         eps: Adam's epsilon, far below the usual 1e-8.
 
     Raises:
-        TypeError: a number that is none.
+        TypeError: an argument that is not a number.
         ValueError: an unknown kind, or a number out of its range.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:793-831, train.py:39-50.
@@ -242,7 +240,7 @@ def build_optimizer(
             check_number(
                 clip, 0, math.inf, "`clip`", above=True, bounds="above 0, or None"
             )
-        # At 1 a moment would never learn, and its bias correction would divide by 0.
+        # At 1 a moment would stay 0, and its bias correction would divide by 0.
         for name, value in (("b1", b1), ("b2", b2)):
             check_number(
                 value,
@@ -266,7 +264,7 @@ def build_optimizer(
         _scale_by_moments(kind, b1, b2, eps),
         optax.add_decayed_weights(weight_decay, mask=mask_of(decaying)),
     ]
-    # One scaling for each factor, in rising order: the order is part of the state's structure in
+    # One scaling per factor in ascending order, which is part of the state's structure in
     # checkpoints.
     for rate in sorted({rule.rate for rule in GROUPS} - {1.0}):
         members = [rule.label for rule in GROUPS if rule.rate == rate]

@@ -1,4 +1,4 @@
-"""Whitening matrices: inverse square roots of covariances, exact or learnt step by step.
+"""Whitening matrices: inverse square roots of covariances, exact or learned online.
 
 A covariance here is E[x x^T] of the inputs x; it is not centred.
 """
@@ -19,14 +19,14 @@ Square = Float[Array, "*heads M M"]
 
 Flags = Bool[Array, "*heads"]
 
-# A GPU or a TPU would shorten float32 operands; R's small directions would not survive that.
+# GPUs and TPUs round float32 operands by default, which would destroy R's small directions.
 _matmul = functools.partial(jnp.matmul, precision="highest")
 
-# Newton-Schulz multiplies the smallest eigenvalue by up to 2.25 a step: 40 steps reach 1 from
-# 1e-14, far below what float32 resolves.
+# Newton-Schulz multiplies the smallest eigenvalue by up to 2.25 per step: 40 steps reach 1 from
+# 1e-14, far below the resolution of float32.
 _MAX_STEPS = 40
 
-# The residual below which the iteration converges quadratically, and the steps taken from there.
+# The iteration converges quadratically below this residual, and takes this many steps from there.
 _NEAR = 0.1
 _LAST_STEPS = 3
 
@@ -39,14 +39,14 @@ def effective_rank(covariance: Covariance) -> Float[Array, "*heads"]:
     """
     covariance = _largest_near_1(covariance)
     trace = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None]
-    # C is divided by its trace first: the squares of small entries would underflow.
+    # C is divided by its trace first, because squares of small entries would underflow.
     scaled = covariance / jnp.where(trace == 0, 1.0, trace)
     squares = jnp.sum(jnp.square(scaled), axis=(-2, -1))
     return jnp.where(squares == 0, 0.0, 1.0 / jnp.where(squares == 0, 1.0, squares))
 
 
 def _largest_near_1(covariance: Covariance) -> Square:
-    """Scales C so that sums of its entries cannot overflow, by a power of 2: no digit changes."""
+    """Scales C exactly, by a power of 2, so that sums of its entries cannot overflow."""
     largest = jnp.max(jnp.abs(covariance), axis=(-2, -1), keepdims=True)
     _, exponent = jnp.frexp(largest)
     return jnp.ldexp(covariance, -exponent)
@@ -58,18 +58,17 @@ def whitening(
 ) -> Square:
     """Computes R = (C M / tr C + damping I)^(-1/2), so that z = R x has a covariance near I.
 
-    R is symmetric and float32. The iteration uses matrix products alone, in float32: R C R^T is I
-    to 1e-2 at condition numbers of 1e5 (M up to 256), to 1e-4 at 1e3.
+    R is symmetric and float32. The iteration uses only float32 matrix products: R C R^T is I to
+    within 1e-2 at condition numbers of 1e5 (M up to 256), and 1e-4 at 1e3.
 
     Args:
         covariance: C = E[x x^T], symmetric, any floating dtype; used as float32.
-        damping: how strongly directions without inputs are held back, in units of the mean
-            eigenvalue (of C's own units if `normalise` is off). Directions far below it are not
-            amplified beyond damping^(-1/2). With 0, C has to be of full rank.
+        damping: limits the amplification of directions without inputs to damping^(-1/2). Its unit
+            is the mean eigenvalue of C, or 1 if `normalise` is off. With 0, C must have full rank.
         normalise: scale C to a mean eigenvalue of 1, so that an isotropic C gives R near I.
 
     Returns:
-        R; NaN for matrices that are not positive definite to float32; the identity for a C of
+        R; NaN for matrices that are not positive definite in float32; the identity for a C of
         zeros if `normalise` is on.
 
     Source: the coupled Newton-Schulz iteration in Higham, Functions of Matrices (2008), eq. 6.35.
@@ -95,8 +94,7 @@ def damped_covariance(
 def inverse_root(matrix: Square) -> Square:
     """Computes the symmetric A^(-1/2); NaN for matrices that are not positive definite.
 
-    The iteration uses matrix products alone: `eigh` inside a compiled program is slow on every
-    device.
+    The iteration uses only matrix products: `eigh` in a compiled program is slow on every device.
     """
     size = _norm(matrix)
     eye = _eye(matrix)
@@ -104,8 +102,8 @@ def inverse_root(matrix: Square) -> Square:
     def step(carry):
         root, inverse, residual, count = carry
         factor = eye + 0.5 * residual
-        # The product is taken in this order: with the matrix itself in place of `root`, rounding
-        # errors grow once the condition number exceeds about ten.
+        # With the matrix itself instead of `root`, rounding errors would grow once the condition
+        # number exceeds about ten.
         root = _matmul(root, factor)
         inverse = _matmul(factor, inverse)
         return root, inverse, eye - _matmul(inverse, root), count + 1
@@ -128,9 +126,9 @@ def inverse_root(matrix: Square) -> Square:
 
 @compiled_when_eager
 def recompute(whitener: Square, target: Square, due: Flags) -> Square:
-    """Recomputes R for the matrices that are due; if none is, nothing is computed."""
+    """Recomputes R for the matrices that are due; computes nothing if none is."""
     due = per_matrix(due)
-    # A matrix that is not due might never converge, and the others would iterate with it.
+    # A matrix that is not due might not converge, and would prolong the loop for the others.
     target = jnp.where(due, target, _eye(target))
     return jax.lax.cond(
         jnp.any(due),
@@ -155,13 +153,13 @@ def online_update(
     diagonal = _eye(whitener) > 0
     rate = jnp.asarray(rate, jnp.float32)
     balance = jnp.asarray(balance, jnp.float32)
-    # `fori_loop` refuses a float as its bound, also a whole one such as 3.0.
+    # `fori_loop` takes no float as its bound, not even 3.0.
     iterations = jnp.asarray(iterations).astype(jnp.int32)
 
     def step(_, whitener):
         moment = _matmul(_matmul(whitener, target), whitener.mT)
-        # The variances' part is a diagonal matrix on R's left, which scales R's rows. The published
-        # program multiplies R's columns by it; that only agrees while R is diagonal.
+        # The term for the variances is a diagonal matrix on the left of R, which scales R's rows.
+        # The published program scales R's columns, which is the same only while R is diagonal.
         move = rate * jnp.where(
             diagonal, balance * (moment - 1), (1 - balance) * moment
         )
@@ -174,12 +172,12 @@ def online_update(
 
 
 def per_matrix(flags: Flags) -> Bool[Array, "*heads 1 1"]:
-    """Adds two axes to the flags, so that each selects a matrix as a whole in `jnp.where`."""
+    """Adds two axes to the flags, so that each selects a whole matrix in `jnp.where`."""
     return flags[..., None, None]
 
 
 def finite(x: Square) -> Flags:
-    """Tells which matrices have finite entries only."""
+    """Tells which matrices have only finite entries."""
     return jnp.all(jnp.isfinite(x), axis=(-2, -1))
 
 
@@ -190,7 +188,7 @@ def _eye(like: Square) -> Square:
 
 def _norm(x: Square) -> Float[Array, "*heads 1 1"]:
     """Computes Frobenius norms."""
-    # The entries are divided by the largest one first: its square might overflow.
+    # Divides by the largest entry first, because its square might overflow.
     peak = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
     unit = x / jnp.where(peak > 0, peak, 1.0)
     return peak * jnp.sqrt(jnp.sum(jnp.square(unit), axis=(-2, -1), keepdims=True))

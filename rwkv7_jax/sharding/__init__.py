@@ -1,8 +1,8 @@
-"""One program on many devices: where arrays lie, and how devices work together.
+"""One program on many devices: the placement of arrays, and collectives.
 
-A program is written as for one device. Rows of a batch are shared by all devices; weights and
-their moments lie in shards. The compiler is told where the arrays lie and partitions the program
-itself, but for the model: that runs on each device with `on_each`.
+A program is written as for one device. The rows of a batch, the weights and their moments are
+sharded. The compiler partitions the program by the shardings of its arrays, except for the model,
+which runs on each device with `on_each`.
 """
 
 from rwkv7_jax.sharding.collectives import (

@@ -1,8 +1,8 @@
-"""The order of devices in a mesh, from where they lie in the slices of a TPU.
+"""The order of devices in a mesh, from their positions in TPU slices.
 
-A slice is a grid of chips. Its compiler refuses groups of devices that no shift takes into each
-other. So a mesh is cut out of the grid: each prime factor of a size of the mesh lies along one
-direction of the grid, for all groups alike.
+A slice is a grid of chips. The TPU compiler rejects groups of devices that are not translations of
+each other. Each prime factor of a mesh size is therefore laid along one direction of the grid, in
+the same way for all groups.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,23 +12,23 @@ import numpy as np
 
 from rwkv7_jax.sharding.layout import AXES, DATA
 
-# The directions of the grid: the cores of a chip, its three coordinates, and the slices, between
-# which the wires are slow.
+# The grid's directions are the cores of a chip, its three coordinates and, at this index, the
+# slices, whose interconnect is slow.
 _SLICES = 4
 
 
 def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
-    """Puts devices in an order in which neighbours of the mesh are neighbours on the board.
+    """Orders devices so that neighbours in the mesh are neighbours in the grid.
 
-    What shares the weights lies in compact tiles, within a process or a slice where it fits; rows
-    lie across them. The devices of a process follow each other if the sizes of the mesh can be cut
-    into those of what it has. Not by JAX's `mesh_utils` (0.10.2): it refuses meshes that cut a
-    direction of the grid in two, and orders the first process of a slice unlike the others, which
-    does not compile.
+    The devices that share the weights form compact tiles, inside one process or slice if they fit;
+    rows are split across these tiles. The devices of a process are adjacent if the sizes of the
+    mesh allow it. JAX's `mesh_utils` (0.10.2) does not do this: it rejects meshes that split a
+    direction of the grid in two, and orders the first process of a slice differently from the
+    others, which does not compile.
 
     Args:
         sizes: of all axes of the mesh, by name.
-        devices: as many as these sizes have.
+        devices: as many as the product of the sizes.
     """
     shape = [sizes[axis] for axis in AXES]
     arranged = np.empty(shape, object)
@@ -41,23 +41,23 @@ def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def _slice(device: Any) -> int:
-    """Returns the number of a device's slice; 0 where there are none."""
+    """Returns the index of a device's slice; 0 without slices."""
     return getattr(device, "slice_index", 0)
 
 
 def _near(device: Any) -> tuple[int, int, int]:
-    """Orders devices of no grid, such as GPUs."""
+    """Returns a sort key for devices without a grid, such as GPUs."""
     return (_slice(device), device.process_index, device.id)
 
 
 def _grid(devices: Sequence[Any]) -> np.ndarray | None:
-    """Returns where devices lie along each direction; None if they do not fill a grid."""
+    """Returns the coordinates of devices along each direction; None if they do not fill a grid."""
     if any(device.platform != "tpu" for device in devices):
         return None
     found = []
     for device in devices:
         found.append((device.core_on_chip, *device.coords, _slice(device)))
-    # Counted from 0, whichever part of a slice they are.
+    # Renumbered from 0, for any part of a slice.
     lines = [
         np.unique(line, return_inverse=True)[1] for line in zip(*found, strict=True)
     ]
@@ -71,7 +71,7 @@ def _extents(grid: np.ndarray) -> np.ndarray:
 
 
 def _of_one_process(grid: np.ndarray, devices: Sequence[Any]) -> np.ndarray:
-    """Returns the extents of what one process has, and all others alike."""
+    """Returns the extents of one process's part of the grid, which are the same for all."""
     processes = np.array([device.process_index for device in devices])
     return _extents(grid[:, processes == processes[0]])
 
@@ -79,12 +79,12 @@ def _of_one_process(grid: np.ndarray, devices: Sequence[Any]) -> np.ndarray:
 def _places(
     sizes: Mapping[str, int], grid: np.ndarray, own: np.ndarray
 ) -> list[np.ndarray]:
-    """Returns the places of devices along each axis of the mesh.
+    """Returns the coordinates of devices along each axis of the mesh.
 
     Args:
         sizes: of the axes.
-        grid: where the devices lie along each direction.
-        own: the extents of what one process has.
+        grid: the coordinates of the devices along each direction.
+        own: the extents of one process's part of the grid.
     """
     left = grid.copy()
     extents = _extents(grid)
@@ -101,7 +101,7 @@ def _places(
             taken[best] *= factor
             step *= factor
             along.append((best, factor))
-        # Rows are not passed around.
+        # The data axis needs no ring.
         places.append(place if axis == DATA else _around_squares(place, along))
     return places[::-1]
 
@@ -114,15 +114,15 @@ def _direction(
     *,
     is_compact: bool,
 ) -> int:
-    """Chooses the direction of the grid along which a factor of a mesh's size lies.
+    """Chooses the direction of the grid for a factor of a mesh size.
 
     Args:
-        factor: a prime number that divides what is left of a direction.
+        factor: a prime number that divides the rest of at least one direction.
         extents: of the grid.
-        taken: of them, by factors before.
-        own: the extents of what one process has.
-        is_compact: whether tiles should be as long as wide. Rows, which need not, follow the order
-            of the processes, one direction after the other.
+        taken: the parts of the extents that earlier factors took.
+        own: the extents of one process's part of the grid.
+        is_compact: whether to prefer square tiles. Otherwise one direction after another is filled,
+            in the order of the processes.
     """
 
     def cost(direction: int) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ def _direction(
 
 
 def _around_squares(place: np.ndarray, along: list[tuple[int, int]]) -> np.ndarray:
-    """Lets four devices of a square follow each other around it, not across."""
+    """Orders the four devices of a square around it, so that consecutive ones are neighbours."""
     factors = [factor for _, factor in along[:2]]
     if factors != [2, 2] or along[0] == along[1]:
         return place

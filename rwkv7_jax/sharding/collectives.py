@@ -1,9 +1,9 @@
-"""Programs in which each device computes its own rows, and weights meet where they are needed.
+"""Programs in which each device computes its own rows and gathers weights when it needs them.
 
-Weights lie in shards. Along `fsdp` a block's matrices are gathered when it runs, so that no device
-holds more than one block of them at a time; the transpose of the gather is the reduce-scatter that
-leaves each device the gradient of its own shard. Along `tensor` they are never gathered: a device
-computes some of the heads and channels of a block, and what they add to the residual stream is
+Weights are sharded. Along `fsdp` a block's matrices are gathered when it runs, so that no device
+holds more than one gathered block at a time. The transpose of the gather is a reduce-scatter, which
+gives each device the gradient of its own shard. Along `tensor` nothing is gathered: a device
+computes some heads and channels of a block, and their contributions to the residual stream are
 summed.
 """
 
@@ -22,18 +22,18 @@ from rwkv7_jax.array_types import Activations, Tokens
 from rwkv7_jax.sharding import layout
 from rwkv7_jax.sharding.layout import FSDP, TENSOR
 
-# Devices next to each other that put their shards together first, and of how many in all. TPUs'
-# compilers know no gather along three axes of a torus, and no reduce-scatter among as many devices:
-# they make all-reduces of them, which send twice as much. In two stages they keep both.
+# With more than `_FEW` devices, groups of `_NEAR` adjacent devices gather their shards first. TPU
+# compilers turn a gather along three axes of a torus, and a reduce-scatter among as many devices,
+# into all-reduces, which send twice as much. In two stages they keep both.
 _NEAR = 4
 _FEW = 8
 
-# Not asked of the mesh: on the same one, a device may also have rows of its own.
+# The mesh does not determine this: on the same mesh, a device may have whole rows.
 _TIME_AXIS: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "time axis", default=None
 )
 
-# Whether `on_each` traces: a `jax.shard_map` of the caller's own may have an axis of the same name.
+# Whether `on_each` is tracing: a caller's own `jax.shard_map` may have an axis of the same name.
 _ON_EACH: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "on each device", default=False
 )
@@ -45,9 +45,8 @@ class Shard:
 
     Attributes:
         values: the part.
-        axis: along which the parts follow each other, from the end: a stack over layers may have
-            an axis more.
-        count: of the parts.
+        axis: the sharded axis, counted from the end, since a stack over layers has another axis.
+        count: the number of parts.
     """
 
     values: Any
@@ -67,15 +66,15 @@ def _is_shard(node: Any) -> bool:
 
 
 def has_shards(tree: Any) -> bool:
-    """Tells whether a tree holds parts of arrays."""
+    """Tells whether a tree holds a `Shard`."""
     return any(map(_is_shard, jax.tree.leaves(tree, is_leaf=_is_shard)))
 
 
 def refuse_explicit_axes(mesh: Mesh | AbstractMesh, argument: str) -> None:
-    """Refuses a mesh whose axes are part of the arrays' types, as `jax.make_mesh` makes them.
+    """Raises for a mesh with explicit axes, which `jax.make_mesh` makes.
 
     Args:
-        mesh: of a caller.
+        mesh: the caller's mesh.
         argument: its name, for the message.
 
     Raises:
@@ -83,17 +82,16 @@ def refuse_explicit_axes(mesh: Mesh | AbstractMesh, argument: str) -> None:
     """
     if AxisType.Explicit in mesh.axis_types:
         raise ValueError(
-            f"{argument} must have axes that the compiler partitions, as those of "
-            "sharding.make_mesh are (AxisType.Auto); got "
-            f"{', '.join(kind.name for kind in mesh.axis_types)} for "
+            f"{argument} must have axes of type AxisType.Auto, as sharding.make_mesh makes them; "
+            f"got {', '.join(kind.name for kind in mesh.axis_types)} for "
             f"{', '.join(map(str, mesh.axis_names))}."
         )
 
 
 def mesh_sizes() -> dict[str, int]:
-    """Returns the sizes of the mesh that the program being traced is shared by; empty if none.
+    """Returns the sizes of the mesh of the program that is traced; empty without a mesh.
 
-    Inside of `on_each` there is none: there a program sees its own device alone.
+    Inside `on_each` it is empty too: each device runs its own program there.
 
     Raises:
         ValueError: a mesh with axes of the type `AxisType.Explicit`.
@@ -109,7 +107,7 @@ def mesh_sizes() -> dict[str, int]:
 
 @contextlib.contextmanager
 def tokens_along(axis: str | None) -> Iterator[None]:
-    """Says, to what is traced inside of `on_each`, along which axis the tokens of a row lie."""
+    """Sets the mesh axis along which the tokens of a row are sharded, for code in `on_each`."""
     token = _TIME_AXIS.set(axis)
     try:
         yield
@@ -118,7 +116,7 @@ def tokens_along(axis: str | None) -> Iterator[None]:
 
 
 def time_axis() -> str | None:
-    """Returns the axis along which the tokens of a row lie; None if each device has all of them."""
+    """Returns the mesh axis along which the tokens of a row are sharded; None if they are not."""
     return _TIME_AXIS.get()
 
 
@@ -126,10 +124,10 @@ def on_each(function: Callable, *arguments: Any, takes: Any, gives: Any) -> Any:
     """Calls a function on each device with its parts of the arguments.
 
     Args:
-        function: of the parts.
-        *arguments: whole arrays, as the program around sees them.
-        takes: a `PartitionSpec` for each argument, or trees of them.
-        gives: the same of the results.
+        function: takes one device's parts of the arguments.
+        *arguments: global arrays.
+        takes: the `in_specs` of `jax.shard_map`.
+        gives: its `out_specs`.
     """
     if not mesh_sizes():
         return function(*arguments)
@@ -145,35 +143,35 @@ def on_each(function: Callable, *arguments: Any, takes: Any, gives: Any) -> Any:
         on_device,
         in_specs=takes,
         out_specs=gives,
-        # Flax scans over layers without the types that the check needs. The transpose sums over
-        # the axes that an input does not name all the same.
+        # Flax's scan over layers does not keep the types that the check needs. Without it, the
+        # transpose still sums over the axes that an input does not name.
         check_vma=False,
     )(*arguments)
 
 
 def refuse_checked_axes(tree: Any) -> None:
-    """Refuses arguments whose types speak of a mesh's axes.
+    """Raises for arguments whose types name axes of a mesh.
 
     Args:
         tree: the arguments of a model.
 
     Raises:
-        ValueError: an array lies on a mesh with axes of the type `AxisType.Explicit`.
-        TypeError: an array varies over an axis. Flax scans over layers without these types, so JAX
-            would raise in the middle of a layer, about a loop's carry.
+        ValueError: an array is on a mesh with axes of the type `AxisType.Explicit`.
+        TypeError: an array varies over an axis. Flax's scan over layers does not keep these types,
+            so JAX would raise inside a layer, about a loop's carry.
     """
     for leaf in jax.tree.leaves(tree):
         refuse_explicit_axes(jax.typeof(leaf).sharding.mesh, "the mesh of the arrays")
         kind = getattr(jax.typeof(leaf), "manual_axis_type", None)
         if kind is not None and kind.varying:
             raise TypeError(
-                "the model must be called inside `jax.shard_map(..., check_vma=False)`; got one "
-                f"that checks which arrays vary over {', '.join(sorted(kind.varying))}."
+                "the model must be called inside `jax.shard_map(..., check_vma=False)`; got arrays "
+                f"whose types vary over {', '.join(sorted(kind.varying))}."
             )
 
 
 def shares_heads() -> bool:
-    """Tells, to what is traced inside of `on_each`, whether a device has only some of the heads."""
+    """Tells whether code inside `on_each` runs on a device with only some of the heads."""
     if not _ON_EACH.get():
         return False
     mesh = jax.sharding.get_abstract_mesh()
@@ -182,10 +180,10 @@ def shares_heads() -> bool:
 
 
 def own_part(name: str, whole: Array) -> Array:
-    """Returns the heads or channels of a weight that a device has; all of them elsewhere.
+    """Returns the device's heads or channels of a weight; all of them if heads are not sharded.
 
     Args:
-        name: path of the weight, which says along which axis they lie.
+        name: path of the weight, which determines the axis of its heads or channels.
         whole: the weight.
     """
     if not shares_heads():
@@ -200,19 +198,19 @@ def own_part(name: str, whole: Array) -> Array:
 
 
 def sum_over_heads(part: Array) -> Array:
-    """Adds up what devices with other heads or channels computed; elsewhere it is the sum already.
+    """Sums the results of devices with different heads or channels; else returns its argument.
 
     The transpose is such a sum as well. Between the two, each device has its own part of the
-    gradient with respect to what all of them have.
+    gradient with respect to replicated arrays.
     """
     return jax.lax.psum(part, TENSOR) if shares_heads() else part
 
 
 def as_shards(tree: Any, specs: Any) -> Any:
-    """Marks which arrays of a device are to be gathered, so that they are not taken for whole ones.
+    """Wraps one device's sharded arrays in `Shard`, which marks them to be gathered.
 
     Args:
-        tree: one device's arrays, inside of `on_each`.
+        tree: one device's arrays, inside `on_each`.
         specs: of each array.
     """
 
@@ -232,7 +230,7 @@ def as_shards(tree: Any, specs: Any) -> Any:
 @jax.named_scope("gather_shards")
 def _gather(shard: Shard, dtype: Any) -> Array:
     values = shard.values
-    # The narrower of the two dtypes travels. Products are taken in `dtype` in any case.
+    # Sends the narrower of the two dtypes. Products use `dtype` in either case.
     is_float = jnp.issubdtype(values.dtype, jnp.floating)
     if is_float and values.dtype.itemsize > jnp.dtype(dtype).itemsize:
         values = values.astype(dtype)
@@ -247,10 +245,10 @@ def _gather(shard: Shard, dtype: Any) -> Array:
 
 
 def _stages(count: int) -> list[list[list[int]] | None]:
-    """Returns the groups of devices among which shards are gathered, one stage after the other.
+    """Returns the groups of devices that gather shards, for each stage; None is a group of all.
 
-    Shards of devices next to each other follow each other, so that nothing is moved afterwards. Two
-    stages send as much as one. None is the group of all.
+    Adjacent devices have adjacent shards, so nothing is moved afterwards. Two stages send as much
+    as one.
     """
     if count <= _FEW or count % _NEAR:
         return [None]
@@ -260,11 +258,11 @@ def _stages(count: int) -> list[list[list[int]] | None]:
 
 
 def gather_shards(tree: Any, dtype: Any) -> Any:
-    """Makes the parts in a tree whole, on each device; inside of `on_each`.
+    """Gathers the shards of a tree on each device, inside `on_each`.
 
     Args:
-        tree: whole arrays stay as they are.
-        dtype: that matrices are used in, and gathered in where it is narrower than theirs.
+        tree: other arrays in it stay as they are.
+        dtype: of the gathered matrices; they are sent in it if it is narrower than their own.
     """
     return jax.tree.map(
         lambda leaf: _gather(leaf, dtype) if _is_shard(leaf) else leaf,
@@ -274,10 +272,10 @@ def gather_shards(tree: Any, dtype: Any) -> Any:
 
 
 def look_up(embed: Callable, tokens: Tokens, columns: Shard) -> Activations:
-    """Embeds each device's tokens in a table whose columns lie in shards; inside of `on_each`.
+    """Embeds each device's tokens in a table with sharded columns, inside `on_each`.
 
-    The tokens of all devices are looked up in the columns of each, and the results change places:
-    B T D numbers travel in place of the table.
+    Each device looks up the tokens of all devices in its columns, and an all-to-all exchanges the
+    results: B T D numbers are sent instead of the table.
 
     Args:
         embed: looks tokens up in a table.

@@ -1,7 +1,7 @@
-"""Where arrays lie: one table from the names of parameters to the axes of a mesh.
+"""The placement of arrays: one table from the names of parameters to the axes of a mesh.
 
-The paths of gradients, moments and checkpoints end in the path of their parameter, so the table
-holds for them as well. This module is data and rules; it runs no program on a device.
+The paths of gradients, moments and checkpoints end with the path of their parameter, so the table
+applies to them as well. This module runs no program on a device.
 """
 
 import math
@@ -12,50 +12,50 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Axes of a mesh, the outermost first: devices next to each other differ in the last one.
+# Axes of a mesh, outermost first: adjacent devices differ in the last one.
 DATA = "data"
 FSDP = "fsdp"
 SEQUENCE = "sequence"
 TENSOR = "tensor"
 AXES = (DATA, FSDP, SEQUENCE, TENSOR)
 
-# The rows of a batch lie along these: devices that hold shards of the weights compute other rows.
-# Along the third axis lie the tokens of a row, in pieces that follow each other; along the fourth
-# the heads of a block, and the channels inside of its channel mix.
+# The axes of the rows of a batch: devices with different shards of the weights compute different
+# rows. The third axis of a mesh shards the tokens of a row into consecutive pieces; the fourth, the
+# heads of a block and the channels inside its channel mix.
 ROWS = (DATA, FSDP)
 
-# The sets of a stack lie along these. A row of a set is on one device, which leaves the third axis
-# without another use.
+# The axes of the sets of a stack. A row of a set is on one device, so the third axis is free.
 SETS = (DATA, FSDP, SEQUENCE)
 
-# An axis of a leaf lies along one axis of the mesh, or along several, the outermost first.
+# For each axis of a leaf, the axis of the mesh, or several of them, outermost first.
 _Axes = tuple[str | tuple[str, ...] | None, ...]
 
-# A device's own heads or channels, of which each shard has some.
+# Heads or channels are split along `tensor`, and each device's part is sharded along `fsdp`.
 _OWN = (TENSOR, FSDP)
 
 _INTO_HEADS = r"(^|/)(att/(receptance|key|value)|ffn/key)/weight"
 _OUT_OF_HEADS = r"(^|/)(att/output|ffn/value)/weight"
 
-# The end of a leaf's path, and the mesh axes of the leaf's last axes. Gathered along `fsdp` is the
-# first axis of a matrix: its rows lie together in a file, and a gather along it moves nothing
-# afterwards. Of the embedding it is the columns: every device looks up all tokens in its own, and
-# no row travels that no token asks for. Along `tensor` nothing is gathered: what a device has there
-# is all that it computes with. Leaves that no line names, such as norms and token shifts, are
-# replicated.
+# The end of a leaf's path, and the mesh axes of the leaf's last axes.
+#
+# * Along `fsdp`, the first axis of a matrix is sharded: its rows are contiguous in a file, and a
+#   gather along it needs no transposition. The embedding is sharded by columns: every device looks
+#   up all tokens in its columns, so rows of unused tokens are never sent.
+# * Along `tensor`, nothing is gathered: a device computes only with its part.
+# * Leaves without a line, such as norms and token shifts, are replicated.
 _TABLE: tuple[tuple[re.Pattern, _Axes], ...] = (
     (re.compile(r"(^|/)emb/weight$"), (None, FSDP)),
     (re.compile(r"(^|/)head/weight(/values)?$"), (FSDP, None)),
     (re.compile(rf"{_INTO_HEADS}(/values)?$"), (_OWN, None)),
     (re.compile(rf"{_OUT_OF_HEADS}(/values)?$"), (FSDP, TENSOR)),
-    # The scales of rows in 8 bits.
+    # The scales of 8-bit rows.
     (re.compile(rf"{_INTO_HEADS}/scale$"), (_OWN,)),
     (re.compile(r"/weight/scale$"), (FSDP,)),
     (re.compile(r"/att/[wavg]1$"), (FSDP, None)),
     (re.compile(r"/att/[wavg]2$"), (None, _OWN)),
     (re.compile(r"/att/([wav]0|k_k|k_a|ln_x/(weight|bias))$"), (TENSOR,)),
     (re.compile(r"/att/r_k$"), (TENSOR, None)),
-    # Of states, and of what is measured of each head.
+    # States and statistics of heads.
     (re.compile(r"(^|/)(wkv|upscaled/(memory|readout))$"), (TENSOR, None, None)),
     (re.compile(r"(^|/)upscaled/write$"), (TENSOR,)),
     (re.compile(r"(^|/)features/(landmarks|map)$"), (TENSOR, None, None)),
@@ -64,12 +64,12 @@ _TABLE: tuple[tuple[re.Pattern, _Axes], ...] = (
 
 
 class Undivided(NamedTuple):
-    """A leaf that stays whole on each device because its size does not divide.
+    """A leaf that is replicated because a mesh axis does not divide its size.
 
     Attributes:
         name: path of the leaf.
-        size: of the axis that the table names.
-        axis: of the mesh.
+        size: of the leaf's axis.
+        axis: the mesh axis.
     """
 
     name: str
@@ -90,7 +90,7 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def _axes(name: str, ndim: int) -> list[tuple[str, ...]]:
-    """Returns the mesh axes of each axis of a leaf, before sizes are looked at."""
+    """Returns the mesh axes of each axis of a leaf, regardless of sizes."""
     for pattern, axes in _TABLE:
         if ndim >= len(axes) and pattern.search(name):
             return [()] * (ndim - len(axes)) + [axes_of(entry) for entry in axes]
@@ -100,7 +100,7 @@ def _axes(name: str, ndim: int) -> list[tuple[str, ...]]:
 def _divide(
     size: int, axes: tuple[str, ...], sizes: Mapping[str, int]
 ) -> tuple[list[str], list[str]]:
-    """Returns the mesh axes of more than one device that divide a size, and those that do not."""
+    """Returns the mesh axes that divide a size, and those that do not; omits axes of size 1."""
     kept = []
     dropped = []
     parts = 1
@@ -117,11 +117,11 @@ def _divide(
 
 
 def spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-    """Returns how a leaf is sharded; a mesh axis that does not divide its size is dropped.
+    """Returns the spec of a leaf, without mesh axes that do not divide its size.
 
     Args:
         name: path of the leaf.
-        shape: of the whole array.
+        shape: of the global array.
         sizes: of the mesh's axes, by name.
     """
     entries: list[str | tuple[str, ...] | None] = []
@@ -135,14 +135,14 @@ def spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Partiti
 
 
 def specs(sizes: Mapping[str, int], tree: Any) -> Any:
-    """Returns a tree of the `spec` of each leaf; leaves are arrays, tracers or shapes."""
+    """Maps a tree of arrays, tracers or shapes to the `spec` of each leaf."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: spec(path_name(path), leaf.shape, sizes), tree
     )
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
-    """Returns a tree of the sharding of each leaf; leaves are arrays, tracers or shapes."""
+    """Maps a tree of arrays, tracers or shapes to the sharding of each leaf."""
     return jax.tree.map(
         lambda one: NamedSharding(mesh, one),
         specs(mesh.shape, tree),
@@ -151,13 +151,13 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def is_abstract(tree: Any) -> bool:
-    """Tells whether a tree describes arrays that are not there."""
+    """Tells whether a tree holds a `jax.ShapeDtypeStruct`."""
     leaves = jax.tree.leaves(tree)
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
 
 def abstract_shards(mesh: Mesh | None, tree: Any) -> Any:
-    """Describes the arrays of a tree with their shardings; without a mesh, as they are.
+    """Describes the arrays of a tree with their shardings; without a mesh, without shardings.
 
     The devices of the mesh need not exist: a program can be compiled for the description.
     """
@@ -173,7 +173,7 @@ def abstract_shards(mesh: Mesh | None, tree: Any) -> Any:
 
 
 def abstract_rows(mesh: Mesh | None, batch: Any) -> Any:
-    """Describes the arrays of a batch with their shardings; without a mesh, as they are."""
+    """Describes the arrays of a batch with their shardings; without a mesh, without shardings."""
 
     def describe(values: Any) -> jax.ShapeDtypeStruct:
         rows = None if mesh is None else row_sharding(mesh, values.shape[0])
@@ -195,19 +195,20 @@ def undivided(mesh: Mesh, tree: Any) -> list[Undivided]:
 
 
 def token_axes(tokens: int, sizes: Mapping[str, int]) -> tuple[str, ...] | None:
-    """Returns the mesh axes that share the tokens of a row outside of the blocks.
+    """Returns the mesh axes over which the tokens of a row are sharded outside the blocks.
 
-    There, devices that share heads in the blocks have all of a row: they take a piece of it each,
-    so that the head is computed once. Tokens that an axis does not divide it does not share.
+    Devices that shard the heads inside the blocks have whole rows. Outside, each takes a part of
+    the row, so that the output head is computed once. Axes that do not divide the tokens are
+    omitted.
     """
     kept, _ = _divide(tokens, (SEQUENCE, TENSOR), sizes)
     return tuple(kept) or None
 
 
 def row_axes(rows: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Returns the mesh axes that share rows: as many devices as divide them evenly.
+    """Returns the mesh axes over which rows are sharded: the first choice that divides them.
 
-    Rows that no axis divides are computed by every device.
+    If none does, every device computes all rows.
     """
     for axes in (ROWS, (FSDP,), (DATA,)):
         count = 1
@@ -219,7 +220,7 @@ def row_axes(rows: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    """Returns how an array of so many rows is sharded."""
+    """Returns the sharding of an array with this number of rows."""
     return NamedSharding(mesh, PartitionSpec(row_axes(rows, mesh.shape) or None))
 
 
@@ -229,5 +230,5 @@ def share_of_rows(rows: int, sizes: Mapping[str, int]) -> int:
 
 
 def share_of_sets(sets: int, sizes: Mapping[str, int]) -> int:
-    """Counts the sets of a stack that one device updates; they need not be divided evenly."""
+    """Counts the sets of a stack that one device updates, rounded up."""
     return -(-sets // math.prod(sizes.get(axis, 1) for axis in SETS))

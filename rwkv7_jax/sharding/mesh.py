@@ -1,4 +1,4 @@
-"""The devices of a program as a mesh, and arrays placed on it."""
+"""The mesh of a program's devices, and the placement of arrays on it."""
 
 import contextlib
 import math
@@ -16,13 +16,13 @@ from rwkv7_jax.sharding.arrangement import arrange
 from rwkv7_jax.sharding.collectives import mesh_sizes, refuse_explicit_axes
 from rwkv7_jax.sharding.layout import AXES, DATA, FSDP, SEQUENCE, TENSOR
 
-# The choice that leaves the sizes of a mesh to `make_mesh`.
+# Lets `make_mesh` choose the sizes.
 AUTO = "auto"
 
-# Digits of the largest size of an axis.
+# Maximum number of digits of an axis size.
 _MOST_DIGITS = 9
 
-# The axes that share one copy of the weights, or one row; within a process where they fit.
+# The axes that share one copy of the weights, or one row.
 _INNER = (FSDP, SEQUENCE, TENSOR)
 
 
@@ -33,19 +33,19 @@ def make_mesh(
     *,
     are_sets: bool = False,
 ) -> Mesh | None:
-    """Makes the mesh of a run; None if it is one device.
+    """Makes the mesh of a run; None for a single device.
 
     Args:
-        choice: the sizes of `data`, `fsdp`, `sequence` and `tensor` by name, or "auto": rows over
-            as many devices as divide them evenly, and all weights on each of them.
+        choice: the sizes of `data`, `fsdp`, `sequence` and `tensor` by name, or "auto": rows
+            sharded over as many devices as divide them evenly, and weights replicated.
         rows: of a step, or the sets of a stack.
         devices: all by default.
         are_sets: whether `rows` counts sets, which need not be divided evenly.
 
     Raises:
-        ValueError: an axis that there is not, a size that is no positive integer, both `sequence`
-            and `tensor`, sizes that the devices do not have, or not all devices of several
-            processes; or "auto" with several processes whose devices do not divide the rows evenly.
+        ValueError: an unknown axis, a size that is not a positive integer, both `sequence` and
+            `tensor`, more devices than there are, or fewer than those of all processes; or "auto"
+            with several processes whose devices do not divide the rows evenly.
     """
     devices = list(jax.devices() if devices is None else devices)
     if isinstance(choice, Mapping):
@@ -53,7 +53,7 @@ def make_mesh(
         sizes = {axis: choice.get(axis, 1) for axis in AXES}
         if math.prod(sizes.values()) > len(devices):
             raise ValueError(
-                f"`config.mesh` must have at most as many devices as there are, {len(devices)}; "
+                f"`config.mesh` must have at most {len(devices)} devices, as many as there are; "
                 f"got {_described(sizes)}."
             )
     else:
@@ -77,14 +77,14 @@ def make_mesh(
 
 
 def stack_mesh(mesh: Mesh | None, sets: int) -> Mesh | None:
-    """Returns the devices that share the sets of a stack.
+    """Returns the mesh over which the sets of a stack are sharded.
 
-    Weights in shards, and several processes, keep the mesh. Weights that every device has leave the
-    choice free.
+    With sharded weights or several processes it is the mesh of the weights; otherwise a mesh that
+    suits the number of sets.
 
     Args:
-        mesh: that the weights lie on.
-        sets: of parameters that are trained together.
+        mesh: of the weights.
+        sets: the number of sets.
     """
     if mesh is not None and (mesh.shape[FSDP] > 1 or mesh.is_multi_process):
         return mesh
@@ -105,9 +105,9 @@ def _described(sizes: Mapping[str, int]) -> str:
 
 
 def _devices_for_rows(rows: int, devices: Sequence[Any]) -> int:
-    """Counts the devices that share a step's rows."""
+    """Returns the number of devices over which a step's rows are sharded."""
     count = len(devices)
-    # Fewer devices rather than padded rows, which every loss and metric would have to leave out.
+    # Fewer devices instead of padded rows, which every loss and metric would have to exclude.
     while rows % count:
         count -= 1
     processes = _processes(devices)
@@ -121,7 +121,7 @@ def _devices_for_rows(rows: int, devices: Sequence[Any]) -> int:
 
 
 def _devices_for_sets(sets: int, devices: Sequence[Any]) -> int:
-    """Counts the devices that share the sets of a stack: the fewest that need no more time."""
+    """Returns the smallest number of devices with the minimum number of sets per device."""
     if _processes(devices) > 1:
         return len(devices)
     of_one = -(-sets // len(devices))
@@ -129,13 +129,12 @@ def _devices_for_sets(sets: int, devices: Sequence[Any]) -> int:
 
 
 def place(mesh: Mesh | None, tree: Any) -> Any:
-    """Puts the arrays of a tree where the layout says; without a mesh, on the first local device.
+    """Places the arrays of a tree by the layout; without a mesh, on the first local device.
 
-    An array that lies there already is not copied. With several processes, each has all arrays and
-    puts its own shards. Shapes are described with their shardings: a step can be compiled for
-    devices that are not there.
+    Arrays that are placed already are not copied. With several processes, each has all arrays and
+    places its own shards. Shapes get shardings, so that a step can be compiled for absent devices.
     """
-    # Without an array nothing tells that the devices of a mesh are there.
+    # Without an array, the devices of a mesh need not exist.
     if not jax.tree.leaves(tree) or layout.is_abstract(tree):
         return layout.abstract_shards(mesh, tree)
     if mesh is None:
@@ -150,10 +149,10 @@ def place(mesh: Mesh | None, tree: Any) -> Any:
 
 
 def _put_own_shards(leaf: Any, sharding: NamedSharding) -> Array:
-    """Places an array over several processes, each of which has it, or shards of it."""
+    """Places an array over several processes, each of which has the array or its shards."""
     if is_spread(leaf):
         return jax.device_put(leaf, sharding)
-    # Not `device_put`: it would first compare the array between all processes.
+    # `device_put` would first compare the array between all processes.
     array = np.asarray(leaf)
     return jax.make_array_from_callback(
         array.shape, sharding, lambda index: array[index]
@@ -163,7 +162,8 @@ def _put_own_shards(leaf: Any, sharding: NamedSharding) -> Array:
 def to_host(tree: Any) -> Any:
     """Returns the arrays of a tree as NumPy arrays.
 
-    What lies in shards over several processes is gathered first, which all of them must do.
+    Arrays that are sharded over several processes are gathered first, so all processes must call
+    this.
     """
 
     def gather(leaf: Any) -> Any:
@@ -171,17 +171,17 @@ def to_host(tree: Any) -> Any:
             return multihost_utils.process_allgather(leaf, tiled=True)
         return leaf
 
-    # All in one transfer: each waits for the device.
+    # One transfer for all arrays, since each transfer waits for the device.
     return jax.device_get(jax.tree.map(gather, tree))
 
 
 def is_spread(leaf: Any) -> bool:
-    """Tells whether an array lies on devices of several processes."""
+    """Tells whether an array is on devices of several processes."""
     return not getattr(leaf, "is_fully_addressable", True)
 
 
 def _on_mesh(mesh: Mesh, leaf: Array) -> Array:
-    """Takes an array's shards on the devices of this process for those of an array on a mesh."""
+    """Makes an array on a mesh from the shards of an array on this process's devices."""
     return jax.make_array_from_single_device_arrays(
         leaf.shape,
         NamedSharding(mesh, cast(NamedSharding, leaf.sharding).spec),
@@ -190,7 +190,7 @@ def _on_mesh(mesh: Mesh, leaf: Array) -> Array:
 
 
 def bytes_on_a_device(tree: Any) -> int:
-    """Counts the bytes of a tree's arrays that one device of this process holds."""
+    """Counts the bytes of a tree's arrays on one device."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         total += leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
@@ -198,23 +198,23 @@ def bytes_on_a_device(tree: Any) -> int:
 
 
 def parse_sizes(text: str, argument: str) -> str | dict[str, int]:
-    """Reads the sizes of a mesh, such as "data=2,fsdp=4", or "auto".
+    """Parses the sizes of a mesh, such as "data=2,fsdp=4", or "auto".
 
     Args:
         text: of a setting or a command line.
         argument: its name in backticks, for messages.
 
     Raises:
-        ValueError: an axis that there is not, a size that is no positive integer, or both
-            `sequence` and `tensor`.
+        ValueError: an unknown axis, a size that is not a positive integer, or both `sequence` and
+            `tensor`.
     """
     if text == AUTO:
         return AUTO
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        # A repeated axis, or a size that is not a number, is refused below as size 0 is.
-        # Python reads no number of thousands of digits.
+        # A repeated axis, or a size that is not a number, becomes 0, which is rejected below.
+        # Python does not parse numbers of thousands of digits.
         is_count = size.isdecimal() and len(size) <= _MOST_DIGITS
         sizes[axis] = int(size) if is_count and axis not in sizes else 0
     _check_sizes(sizes, argument, text)
@@ -232,21 +232,21 @@ def _check_sizes(sizes: Mapping[str, int], argument: str, got: Any) -> None:
             )
     if sizes.get(SEQUENCE, 1) > 1 and sizes.get(TENSOR, 1) > 1:
         raise ValueError(
-            f"{argument} must divide rows along {SEQUENCE} or heads along {TENSOR}, not both; "
+            f"{argument} must shard rows along {SEQUENCE} or heads along {TENSOR}, not both; "
             f"got {got!r}."
         )
 
 
 def check_shared_heads(config: Any, parts: int, argument: str) -> None:
-    """Checks that devices can share the heads of a model.
+    """Checks that the heads of a model can be sharded.
 
     Args:
         config: the model's configuration.
-        parts: devices that share them.
+        parts: the number of devices that share them.
         argument: the argument in backticks; the message begins with it.
 
     Raises:
-        ValueError: they do not divide the heads, or the channels inside of the channel mix.
+        ValueError: they do not divide the heads, or the channels inside the channel mix.
     """
     if config.num_heads % parts or config.ffn_width % parts:
         raise ValueError(
@@ -256,9 +256,9 @@ def check_shared_heads(config: Any, parts: int, argument: str) -> None:
 
 
 def is_shared(mesh: Mesh | None) -> bool:
-    """Tells whether the shards of a weight lie on devices of several processes.
+    """Tells whether a weight is sharded over several processes.
 
-    Then all of them work with the weights together, or none does.
+    Then only all processes together can compute with the weights.
     """
     if mesh is None or not mesh.is_multi_process:
         return False
@@ -267,10 +267,9 @@ def is_shared(mesh: Mesh | None) -> bool:
 
 
 def local_mesh(mesh: Mesh | None) -> Mesh | None:
-    """Returns the devices of a mesh on which this process can work with the weights.
+    """Returns the mesh on which this process can compute with the weights.
 
-    That is the process's own part of the mesh, if this has all shards of a weight; the mesh itself
-    where the shards lie over several processes.
+    This is the process's own part of the mesh if it holds all shards of a weight, else the mesh.
     """
     if mesh is None or not mesh.is_multi_process or is_shared(mesh):
         return mesh
@@ -281,7 +280,7 @@ def local_mesh(mesh: Mesh | None) -> Mesh | None:
 
 
 def local_view(mesh: Mesh | None, tree: Any) -> Any:
-    """Returns arrays as they lie on `local_mesh`; without a copy."""
+    """Returns views of arrays on `local_mesh`, without a copy."""
     own = local_mesh(mesh)
     if own is None or own is mesh:
         return tree
@@ -289,10 +288,7 @@ def local_view(mesh: Mesh | None, tree: Any) -> Any:
 
 
 def own_rows(mesh: Mesh | None, rows: int) -> slice:
-    """Returns the rows of a batch that lie on this process's devices.
-
-    All of them, where those of its devices do not follow each other.
-    """
+    """Returns the rows of a batch on this process's devices; all rows if they are not adjacent."""
     if mesh is None or not mesh.is_multi_process:
         return slice(None)
     placed = layout.row_sharding(mesh, rows)
@@ -306,12 +302,12 @@ def own_rows(mesh: Mesh | None, rows: int) -> slice:
 
 
 def shard_batch(mesh: Mesh | None, batch: Any, *, rows: int | None = None) -> Any:
-    """Shards the rows of a batch; each process puts only its own rows on its devices.
+    """Shards the rows of a batch; each process places only its own rows on its devices.
 
     Args:
-        mesh: the devices; None for one.
-        batch: all rows.
-        rows: how many there are, where each process only has its `own_rows`.
+        mesh: the devices; None for a single device.
+        batch: all rows, or this process's `own_rows`.
+        rows: the number of all rows if `batch` holds `own_rows`; else None.
     """
     if mesh is None:
         return jax.device_put(batch)
@@ -331,12 +327,12 @@ def shard_batch(mesh: Mesh | None, batch: Any, *, rows: int | None = None) -> An
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """Makes the mesh known to everything that is traced inside the block.
+    """Sets the mesh for everything that is traced inside the block.
 
-    The weights must lie on it, as `place` or `load_model(mesh=...)` puts them. Of others, a public
-    function says so; a program of your own, made by `jax.jit`, fails in XLA's words, about a custom
-    call such as `GlobalToLocalShape`. While such a program is traced, nothing tells these weights
-    from those that `jax.set_mesh` will place.
+    The weights must be placed on it by `place` or `load_model(mesh=...)`; otherwise public
+    functions raise. Your own `jax.jit` program fails with an XLA error about a custom call such as
+    `GlobalToLocalShape`: while it is traced, misplaced weights look like those that `jax.set_mesh`
+    will place.
 
     Raises:
         ValueError: a mesh with axes of the type `AxisType.Explicit`.
@@ -348,13 +344,13 @@ def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 
 
 def constrain_rows(tree: Any, axis: int) -> Any:
-    """Shards the rows of a tree's arrays, if the program that is traced has a mesh.
+    """Constrains the rows of a tree's arrays to be sharded, if the traced program has a mesh.
 
     Args:
         tree: arrays with rows.
         axis: of the rows.
     """
-    # Asked while tracing: without a mesh the constraint would be an error.
+    # Without a mesh the constraint would be an error.
     sizes = mesh_sizes()
     if not sizes:
         return tree
@@ -370,7 +366,7 @@ def constrain_rows(tree: Any, axis: int) -> Any:
 
 
 def constrain_layout(tree: Any) -> Any:
-    """Places a tree's arrays as `place` does, if the program that is traced has a mesh."""
+    """Constrains a tree's arrays to the shardings of `place`, if the traced program has a mesh."""
     sizes = mesh_sizes()
     if not sizes:
         return tree

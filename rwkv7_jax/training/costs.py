@@ -1,8 +1,8 @@
-"""The cost of a model by its sizes alone: arithmetic and memory, before anything compiles.
+"""The FLOPs and memory of a model, estimated from its sizes before anything compiles.
 
-A multiplication and an addition count as two operations. Counted are the matrix products and the
-recurrence token by token; norms, activations and recomputation to save memory are left out, so
-that the share of the peak can be compared with other programs'.
+A multiplication and an addition count as two operations. The matrix products and the recurrence,
+token by token, are counted. Norms, activations and rematerialisation are not, so that the MFU can
+be compared with that of other programs.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from rwkv7_jax.training.token_chunks import CHUNK
 # the value's write 2, read-out 2.
 _RECURRENCE = 9
 
-# The same for the gradients of the recurrence's inputs and of the state.
+# The same for the gradients of the recurrence's inputs and state.
 _RECURRENCE_GRADIENTS = 19
 
-# Dense bfloat16 operations a second of one device, by JAX's name for its kind. Other kinds have no
-# entry, even with the same chip: on another board its peak is another one.
+# Peak dense bfloat16 FLOP/s of one device, by JAX's device kind. Other boards with the same chip
+# have no entry, because their peaks differ.
 # Source: the makers' data sheets (NVIDIA without sparsity; Google Cloud per chip).
 PEAKS = (
     (r"^NVIDIA H200$", 989.4e12),
@@ -42,7 +42,7 @@ PEAKS = (
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """Vectors of the width that are stored for the backward pass, per token.
+    """The number of vectors of `width` channels that are saved per token for the backward pass.
 
     Attributes:
         wide: in float32.
@@ -57,12 +57,12 @@ class _Stored:
         return config.width * (4 * self.wide + _activation_bytes(config) * self.narrow)
 
 
-# Vectors that exist while one layer's gradients are computed, by what is trained. Counted in the
+# Vectors that are live while one layer's gradients are computed, by what is trained. Counted in the
 # traced gradient.
 _MADE_BY_LAYER = {"weights": _Stored(1, 26), "state": _Stored(1, 17)}
 
-# Vectors that each layer keeps for its backward pass, by `config.remat`. "block": its input. "op":
-# also what the recurrence read. "none": also the results of products, without those of the
+# Vectors that each layer saves for its backward pass, by `config.remat`. "block": its input. "op":
+# also the result of the recurrence. "none": also the results of products, except those of the
 # feed-forward part and the inner ones of low-rank maps.
 _KEPT_VECTORS = {"block": 1, "op": 2, "none": 10}
 
@@ -72,22 +72,22 @@ _STORED_OUTSIDE = _Stored(4, 4)
 
 @dataclasses.dataclass(frozen=True)
 class _Compiler:
-    """What a platform's compiler makes of a step, in parts of what the step computes.
+    """Factors for the peak memory of a step as a platform's compiler schedules it.
 
     Attributes:
-        block: of one layer's stored activations that exist while it is computed again and its
-            gradients are computed.
-        logits: float32 copies of a chunk's logits that exist next to that.
+        block: multiple of one layer's activations that is live while the layer is recomputed and
+            its gradients are computed.
+        logits: float32 copies of a chunk's logits that are live.
     """
 
     block: float
     logits: float
 
 
-# The compilers of accelerators fuse more of a layer than the one for CPUs, and their gradients of
-# logits have 16 bits. The numbers are fitted to the peaks of state tuning and pre-training of the
-# six published sizes (benchmarks/results/tpu-plan.json). TPUs have small arrays in fast memory, so
-# that a step of 0.4B needs a tenth less than is estimated.
+# The compilers for accelerators fuse more of a layer than the one for CPUs, and gradients of logits
+# have 16 bits there. The numbers are fitted to the peaks of state tuning and pre-training of the
+# six published sizes (benchmarks/results/tpu-plan.json). TPUs keep small arrays in fast memory, so
+# a step of 0.4B needs a tenth less than the estimate.
 _CPU = _Compiler(block=2.0, logits=2.0)
 _ACCELERATOR = _Compiler(block=1.15, logits=1.5)
 
@@ -98,8 +98,8 @@ class Flops:
 
     Attributes:
         forward: of the forward pass.
-        training: of a step on all weights.
-        state: of a step on the start state alone: weights have no gradients.
+        training: of a step that trains all weights.
+        state: of a step that trains only the start state, without gradients of the weights.
     """
 
     forward: float
@@ -115,7 +115,7 @@ class Memory:
         parameters: all weights, and the start state if that is trained.
         moments: the optimizer's.
         gradients: of the trained numbers.
-        activations: of one micro-batch.
+        activations: of one microbatch.
     """
 
     parameters: int
@@ -134,7 +134,7 @@ def _activation_bytes(config: RWKV7Config) -> int:
 
 
 def tree_size(tree: Any) -> int:
-    """Counts the numbers in a tree of arrays, or of their shapes."""
+    """Counts the elements in a tree of arrays, or of their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
@@ -144,7 +144,7 @@ def tree_bytes(tree: Any) -> int:
 
 
 def _parameter_counts(config: RWKV7Config) -> tuple[int, int]:
-    """Counts the numbers of a model: all, and those outside the layers."""
+    """Counts the parameters of a model: all, and those outside the layers."""
 
     def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
         return sum(math.prod(shape) for shape in shapes.values())
@@ -153,7 +153,7 @@ def _parameter_counts(config: RWKV7Config) -> tuple[int, int]:
 
 
 def parameter_count(config: RWKV7Config) -> int:
-    """Counts the numbers of a model, without block 0's value residual that official files have."""
+    """Counts the parameters, without block 0's unused value residual in official files."""
     total, _ = _parameter_counts(config)
     return total
 
@@ -164,7 +164,7 @@ def state_count(config: RWKV7Config) -> int:
 
 
 def _time_mix_inputs(config: RWKV7Config, *, first: bool) -> int:
-    """Counts the weights of the matrices that make the inputs of a layer's recurrence."""
+    """Counts the weights of the matrices that compute the inputs of a layer's recurrence."""
     ranks = config.decay_rank + config.icl_rank + config.gate_rank
     if not first:
         ranks += config.value_rank
@@ -172,7 +172,7 @@ def _time_mix_inputs(config: RWKV7Config, *, first: bool) -> int:
 
 
 def flops_per_token(config: RWKV7Config) -> Flops:
-    """Counts operations per token, for any implementation; an upscaled memory's are not counted."""
+    """Counts operations per token, for any implementation and without an upscaled memory."""
     layers = config.num_layers
     width = config.width
     first = _time_mix_inputs(config, first=True)
@@ -181,7 +181,7 @@ def flops_per_token(config: RWKV7Config) -> Flops:
     products = 2.0 * (inside + config.vocab_size * width)
     states = float(state_count(config))
     forward = products + _RECURRENCE * states
-    # The gradient of a product's input costs as much as the product; so does that of its weights.
+    # The gradients of a product's input and of its weights each cost as much as the product.
     input_gradients = products + _RECURRENCE_GRADIENTS * states
     return Flops(
         forward=forward,
@@ -192,7 +192,7 @@ def flops_per_token(config: RWKV7Config) -> Flops:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Looks up the dense bfloat16 operations a second of a device; None if they are unknown."""
+    """Looks up a device's peak dense bfloat16 FLOP/s; None if it is unknown."""
     for pattern, peak in PEAKS:
         if re.search(pattern, device_kind):
             return peak
@@ -202,12 +202,12 @@ def peak_flops(device_kind: str) -> float | None:
 def mfu(
     tokens_per_second: float, flops: float, *, device_kind: str, devices: int = 1
 ) -> float | None:
-    """Computes the model FLOPs utilisation; None without a known peak.
+    """Computes the model FLOPs utilisation (MFU); None if the peak is unknown.
 
     Args:
         tokens_per_second: of all devices together.
         flops: per token.
-        device_kind: as JAX names it.
+        device_kind: JAX's device kind.
         devices: number of devices.
     """
     peak = peak_flops(device_kind)
@@ -217,12 +217,12 @@ def mfu(
 
 
 def _state_bytes(config: RWKV7Config, chunk: int) -> float:
-    """Computes the bytes per token of the states that one layer's recurrence keeps."""
+    """Computes the bytes per token of the states that one layer's recurrence saves."""
     return 4 * config.width * config.head_size / chunk
 
 
 def _made_bytes(config: RWKV7Config, trained: str, chunk: int) -> float:
-    """Estimates the bytes per token that the gradients of one layer are computed from."""
+    """Estimates the bytes per token that are live while one layer's gradients are computed."""
     size = _activation_bytes(config)
     ffn = 1
     ranks = 2 * config.decay_rank + config.gate_rank
@@ -235,7 +235,7 @@ def _made_bytes(config: RWKV7Config, trained: str, chunk: int) -> float:
 
 
 def _kept_bytes(config: RWKV7Config, trained: str, chunk: int) -> float:
-    """Computes the bytes per token that one layer keeps for the backward pass."""
+    """Computes the bytes per token that one layer saves for the backward pass."""
     channels = _KEPT_VECTORS[config.remat] * config.width
     if config.remat == "none":
         channels += config.ffn_width + config.decay_rank + config.gate_rank
@@ -250,16 +250,16 @@ def _cast_bytes(config: RWKV7Config, weight_bytes: float | int) -> int:
     size = _activation_bytes(config)
     total, outside = _parameter_counts(config)
     copies = size * (total - outside)
-    # Integers are cast in the product of each layer; floats that are wider, once for all layers.
+    # Integers are cast layer by layer; wider floats, once for all layers.
     if weight_bytes < size:
         return copies // config.num_layers
     return copies if weight_bytes > size else 0
 
 
 def _gathered_bytes(config: RWKV7Config, trained: str) -> int:
-    """Estimates the bytes that are gathered from shards at the same time: a block, or the head.
+    """Estimates the bytes of gathered weights that are live at a time: a block, or the head.
 
-    Where weights are trained, their gradients are unsharded for as long.
+    If weights are trained, their unsharded gradients are live as well.
     """
     total, outside = _parameter_counts(config)
     block = (total - outside) // config.num_layers
@@ -276,23 +276,22 @@ def _activations(
     chunk: int,
     compiler: _Compiler,
 ) -> int:
-    """Estimates the bytes stored for the backward pass, and those it works on."""
-    # The backward pass works on one layer at a time: what that layer does not keep is computed
-    # again, and needs as much room as its gradients.
+    """Estimates the bytes that are saved for the backward pass, and its working memory."""
+    # The backward pass computes one layer at a time, and recomputes what the layer did not save.
     layers = config.num_layers * _kept_bytes(config, trained, chunk)
     layers += compiler.block * _made_bytes(config, trained, chunk)
     if compiler is _CPU:
         layers += _STORED_OUTSIDE.bytes(config)
-    # Of a chunk: the logits and their gradient.
+    # The logits of a chunk and their gradient.
     logits = compiler.logits * 4 * config.vocab_size * min(rows * length, CHUNK)
     return round(rows * length * layers + logits)
 
 
 def mean_weight_bytes(frozen: Any, config: RWKV7Config) -> float | int:
-    """Returns the bytes that a weight takes: trained ones are float32, frozen ones as held.
+    """Returns the mean bytes of a weight: 4 for trained ones, as stored for frozen ones.
 
     Args:
-        frozen: the weights; None where they are trained.
+        frozen: the weights; None if they are trained.
         config: of their model.
     """
     if frozen is None:
@@ -314,18 +313,18 @@ def training_memory(
 ) -> Memory:
     """Estimates the memory of one step on one device with Adam, before it is compiled.
 
-    The compiler may need less by fusing, and more for intermediate results.
+    The compiler may need less memory by fusing, and more for intermediate results.
 
     Args:
         config: sizes, dtype of activations, rematerialisation.
         batch: rows.
         length: tokens of a row.
         trained: "weights", or "state" if the weights are frozen.
-        accumulate: pieces of a batch.
-        weight_bytes: of a weight: 4, 2 of frozen ones in 16 bit, or the mean of a mixture.
-        chunk: tokens between two states that the recurrence stores.
+        accumulate: microbatches of a batch.
+        weight_bytes: of a weight: 4, or 2 for frozen 16-bit weights, or the mean of a mixture.
+        chunk: tokens between two states that the recurrence saves.
         platform: of the device, "cpu" or another one.
-        shards: that each weight and its moments are cut into; the device holds one of them.
+        shards: of each weight and its moments; the device holds one of them.
 
     Raises:
         ValueError: an unknown value of `trained`.
@@ -342,7 +341,7 @@ def training_memory(
     return Memory(
         parameters=parameters,
         moments=2 * trained_bytes,
-        # Under accumulation there is a running sum besides the newest piece's.
+        # Gradient accumulation also holds a running sum.
         gradients=trained_bytes * (2 if accumulate > 1 else 1),
         activations=_activations(
             config,

@@ -1,4 +1,4 @@
-"""The gradient of a batch, in one piece or in several, and the statistics that come with it."""
+"""The gradient of a batch, with gradient accumulation, and the statistics for the optimizer."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -20,32 +20,32 @@ Scalar = Float[Array, ""]
 
 
 class LossWithTotals(Protocol):
-    """A loss with terms that a piece of a batch cannot compute from its own rows.
+    """A loss with terms that a microbatch cannot compute from its own rows.
 
-    A sum over targets needs nothing of this kind: `loss_weights` are shares of the batch. A
-    variance over rows, or a mean over other positions than the targets, does.
+    A sum over targets is no such term: `loss_weights` are shares of the batch. A variance over
+    rows, or a mean over positions other than the targets, is one.
     """
 
     def __call__(self, *arguments: Any, totals: Any = None) -> tuple[Any, Metrics]:
-        """Computes the loss; `totals` is None where the batch comes in one piece."""
+        """Computes the loss; `totals` is None without gradient accumulation."""
         ...
 
     def batch_totals(self, *arguments: Any) -> Any:
-        """Computes what every piece must know, from the frozen arguments and the pieces.
+        """Computes the values that every microbatch needs, from the frozen arguments and the batch.
 
-        The pieces are a batch with `weights`, whose arrays have a further leading axis.
+        The batch has `weights`, and its arrays have an additional leading axis of microbatches.
         """
         ...
 
 
 class Gradients(NamedTuple):
-    """The results of a batch.
+    """The results for a batch.
 
     Attributes:
         loss: of the batch.
         metrics: of the loss.
         gradients: a tree like the parameters.
-        statistics: for the optimizer; None where there are none.
+        statistics: for the optimizer, or None.
     """
 
     loss: Scalar
@@ -70,13 +70,13 @@ def compute_gradients(
         statistics: `(params, batch) -> stats` for the optimizer, or None.
         params: the trainable parameters.
         batch: its rows.
-        accumulate: pieces into which the batch is cut.
-        share_pass: whether the statistics are read from the loss's forward pass; see
+        accumulate: microbatches of the batch.
+        share_pass: whether to read the statistics from the loss's forward pass; see
             `can_share_pass`.
 
     Raises:
-        ValueError: rows that `accumulate` does not divide, or a loss that divides by the mask of a
-            piece.
+        ValueError: rows that `accumulate` does not divide, or a loss that divides by a microbatch's
+            mask.
     """
     if statistics is None or not share_pass:
         (value, metrics), grads = _gradients(loss, params, batch, accumulate)
@@ -90,7 +90,7 @@ def compute_gradients(
 
 
 def cut_rows(batch: Any, accumulate: int) -> Any:
-    """Cuts the rows of every array into `accumulate` pieces, along a new leading axis."""
+    """Splits the rows of every array into `accumulate` microbatches, along a new leading axis."""
 
     def cut(array):
         return array.reshape(accumulate, -1, *array.shape[1:])
@@ -99,8 +99,8 @@ def cut_rows(batch: Any, accumulate: int) -> Any:
 
 
 def with_weights(batch: Mapping[str, Any], weights: PerToken) -> Mapping[str, Any]:
-    """Returns a batch with other weights."""
-    # A mapping with names of its own stays a mapping: it belongs to the user's loss.
+    """Returns a batch with its weights replaced."""
+    # A mapping may have other names, for a user's loss, so it stays a mapping.
     if isinstance(batch, Batch):
         return batch.replace(weights=weights)
     return {**batch, "weights": weights}
@@ -113,14 +113,14 @@ def _check_rows(batch: Any, accumulate: int) -> None:
             f"make_train_step: `accumulate` must divide the batch of {rows} rows; got {accumulate}."
         )
     if accumulate == 1:
-        # The loss gets the batch as it is, with whatever the user's own arrays are.
+        # The loss gets the batch as it is, so a user's own arrays need no rows.
         return
     for path, array in jax.tree_util.tree_leaves_with_path(batch):
         name = path_name(path)
         if not array.ndim:
             raise ValueError(
-                f"make_train_step: the batch's {name} must have rows where `accumulate` is above "
-                "1; got a single number."
+                f"make_train_step: the batch's {name} must have rows if `accumulate` is above 1; "
+                "got a single number."
             )
         if array.shape[0] % accumulate:
             raise ValueError(
@@ -130,34 +130,35 @@ def _check_rows(batch: Any, accumulate: int) -> None:
 
 
 def _check_reads_weights(jaxpr: Any, piece: Any) -> None:
-    """Raises for a loss that reads the mask of a piece and not its weights.
+    """Raises for a loss that reads a microbatch's mask but not its weights.
 
-    Such a loss divides by the piece's own count of targets, and the mean over pieces is then not
-    the loss of the batch. A loss that reads neither takes means over all positions, which is right.
+    Such a loss divides by the microbatch's number of targets, and the mean over microbatches is not
+    the batch's loss. A loss that reads neither averages over all positions, which is correct.
     """
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(piece)]
-    # A compiled function inside of the loss gets arrays that it may not read: it is looked into.
+    # Dead code elimination looks into compiled functions inside the loss, which may not read all of
+    # their arguments.
     _, is_used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    # The piece is the last argument.
+    # The microbatch is the last argument.
     is_read = dict(zip(names, is_used[len(is_used) - len(names) :], strict=True))
     if is_read.get("mask") and not is_read["weights"]:
         raise ValueError(
-            "make_train_step: `loss` must weigh targets by `loss_weights(batch)` where "
-            "`accumulate` is above 1, because a piece cannot know the sum of the batch's mask; "
-            "it reads the mask alone."
+            "make_train_step: `loss` must weight targets by `loss_weights(batch)` if `accumulate` "
+            "is above 1, because a microbatch does not know the sum of the batch's mask; it reads "
+            "only the mask."
         )
 
 
 def _gradients_with_trace(
     loss: Partial, params: Any, batch: Mapping[str, Any], names: tuple[str, ...]
 ) -> tuple[tuple[Scalar, Metrics], Any, dict[str, Array]]:
-    """Computes what `_gradients` does from one piece, and arrays of the forward pass."""
+    """Works as `_gradients` without accumulation, and also returns arrays of the forward pass."""
 
     def value(params, batch):
         loss_value, (metrics, trace) = loss.func.with_trace(
             *loss.args, params, batch, names
         )
-        # They shape the update and are no part of the loss.
+        # The trace feeds the statistics and is not part of the loss.
         return loss_value, (metrics, jax.lax.stop_gradient(trace))
 
     grad = jax.value_and_grad(value, has_aux=True)
@@ -166,8 +167,8 @@ def _gradients_with_trace(
 
 
 def with_shares(batch: Mapping[str, Any], accumulate: int) -> Mapping[str, Any]:
-    """Returns a batch whose weights are each target's share of the loss, times the pieces."""
-    # Multiplied by the number of pieces, so that the mean over pieces is the sum over the batch.
+    """Returns a batch whose weights are the targets' shares of the loss, times `accumulate`."""
+    # With this factor, the mean over microbatches is the sum over the batch.
     weights = target_shares(batch)
     if "weights" in batch:
         weights = nan_where_all_zero(weights)
@@ -175,10 +176,10 @@ def with_shares(batch: Mapping[str, Any], accumulate: int) -> Mapping[str, Any]:
 
 
 def loss_and_metrics(result: Any) -> tuple[Scalar, Metrics]:
-    """Returns what a loss gave as its value and its metrics, of which there may be none.
+    """Splits the result of a loss into its value and its metrics, which may be missing.
 
     Raises:
-        TypeError: neither a scalar, nor one with a mapping.
+        TypeError: neither a scalar, nor a scalar and a mapping.
     """
     value, metrics = result if isinstance(result, tuple) else (result, None)
     metrics = {} if metrics is None else metrics
@@ -198,7 +199,7 @@ def _describe(value: Any) -> str:
 def _gradients(
     loss: Partial, params: Any, batch: Mapping[str, Any], accumulate: int
 ) -> tuple[tuple[Scalar, Metrics], Any]:
-    """Computes the batch's loss, metrics and gradient, in `accumulate` pieces one by one."""
+    """Computes the batch's loss, metrics and gradient, one microbatch after another."""
     _check_rows(batch, accumulate)
     batch = with_shares(batch, accumulate)
     if accumulate == 1:

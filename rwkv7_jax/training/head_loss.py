@@ -1,8 +1,8 @@
-"""The head and the losses after it, without the logits of all tokens.
+"""The head and its losses, without materialising the logits of all tokens.
 
-Positions (rows x tokens) are taken a chunk at a time. A loss whose weights are known beforehand
-makes its gradients in the same pass: a chunk's logits are still there when their gradient becomes
-that of the activations and of the head, so none of them is stored or computed twice.
+Positions (rows x tokens) are processed in chunks. A loss whose weights are known in advance
+computes its gradients in the same pass: while a chunk's logits exist, their gradient is turned into
+that of the activations and of the head. No logits are saved or recomputed.
 """
 
 import functools
@@ -44,10 +44,10 @@ class TokenStatistics(NamedTuple):
         correct: whether the target has the largest logit; None without targets.
         largest: the largest logit.
         kl: divergence between the model and the reference in nats; None without a reference.
-        entropy: of the prediction in nats, at the temperature of `nats`; None unless asked for.
+        entropy: of the prediction in nats, at the temperature of `nats`; None unless requested.
     """
 
-    # PerToken, bool and PerToken, or None; a caller knows from its own arguments which are there.
+    # `Any` stands for an array or None; the caller's arguments determine which.
     nats: Any
     correct: Any
     largest: Float[Array, "..."]
@@ -70,13 +70,13 @@ class TermWeights(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """The arguments that are no arrays.
+    """The static arguments.
 
     Attributes:
-        reverse_kl: whether the divergence is KL(model || reference) in place of
+        reverse_kl: whether the divergence is KL(model || reference) instead of
             KL(reference || model).
-        entropy: whether the entropy is computed.
-        chunk: rows x tokens that are computed at once.
+        entropy: whether to compute the entropy.
+        chunk: positions (rows x tokens) whose logits exist at the same time.
     """
 
     reverse_kl: bool
@@ -85,7 +85,7 @@ class _Form(NamedTuple):
 
 
 class _Positions(NamedTuple):
-    """The arrays that are cut into chunks, [B T ...] each; None where they are absent."""
+    """The arrays that are split into chunks, [B T ...] each; None if absent."""
 
     hidden: Any
     targets: Any
@@ -94,7 +94,7 @@ class _Positions(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """The arrays that every chunk reads; None where they are absent."""
+    """The arrays that every chunk reads; None if absent."""
 
     head: Any
     reference_head: Any
@@ -102,13 +102,13 @@ class _Shared(NamedTuple):
 
 
 def is_id(ids: Int[Array, "..."], vocab_size: int) -> Bool[Array, "..."]:
-    """Tells which numbers are ids; a gather would take a negative one from the end."""
+    """Tells which numbers are ids of the vocabulary; negative ones are not."""
     ids = at_least_int32(ids)
     return (ids >= 0) & (ids < vocab_size)
 
 
 def weighted_sum(weights: Float[Array, "..."], values: Any) -> Float[Array, ""]:
-    """Sums weights x values; a value that is no number does not count where its weight is 0."""
+    """Sums weights x values; ignores non-finite values whose weight is 0."""
     ignored = (weights == 0) & ~jnp.isfinite(values)
     return jnp.sum(weights.astype(values.dtype) * jnp.where(ignored, 0.0, values))
 
@@ -116,9 +116,9 @@ def weighted_sum(weights: Float[Array, "..."], values: Any) -> Float[Array, ""]:
 def _is_predicted(
     logits: Float[Array, "... V"], targets: Int[Array, "..."]
 ) -> Bool[Array, "..."]:
-    """Tells whether a target's logit is the largest, and the first one of those that are equal."""
-    # On a CPU `argmax`, a reduction of pairs, goes number by number: for 65,536 ids it takes a
-    # third of the time of the product that makes them from a width of 384.
+    """Tells whether a target is the first id with the largest logit."""
+    # On CPUs `argmax`, a reduction of pairs, is not vectorised: for 65,536 ids it takes a third of
+    # the time of the product that computes the logits from a width of 384.
     ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     target = targets[..., None]
     chosen = jnp.take_along_axis(logits, target, axis=-1)
@@ -135,16 +135,16 @@ def _cross_entropy(
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-# JAX's own rules would make three further arrays as large as the logits: the exponentials, zeros,
-# and the zeros into which the gather's transpose scatters. This one needs the gradient alone.
+# JAX's own rules would make three additional arrays of the logits' size: the exponentials, zeros,
+# and the zeros into which the gather's transpose scatters. This rule needs only the gradient.
 @_cross_entropy.defjvp
 def _cross_entropy_jvp(primals, tangents):
     logits, targets = primals
-    # The logarithm is taken off after the largest logit: it is small where a prediction is nearly
-    # right, and the gradient a small difference of the softmax and 1.
+    # Subtracts the largest logit before the logarithm of the sum, which is small if a prediction is
+    # nearly right; the gradient is then a small difference between the softmax and 1.
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     log_sum = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True))
-    # With a barrier, or XLA would store the summands to use them here again.
+    # Without the barrier, XLA would save the summands to reuse them here.
     softmax = jnp.exp(logits - jax.lax.optimization_barrier(largest) - log_sum)
     ids = jnp.arange(logits.shape[-1], dtype=targets.dtype)
     is_target = jax.lax.broadcast_to_rank(ids, logits.ndim) == targets[..., None]
@@ -168,7 +168,7 @@ def _entropy(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
 def _chunk_statistics(
     form: _Form, x: _Positions, shared: _Shared, make_logits=head_logits
 ) -> TokenStatistics:
-    """Computes the statistics of one chunk, all of whose logits exist at once."""
+    """Computes the statistics of one chunk, whose logits exist at the same time."""
     logits = make_logits(x.hidden, shared.head)
     scaled = logits if shared.temperature is None else logits / shared.temperature
     nats = None
@@ -185,7 +185,7 @@ def _chunk_statistics(
     if x.targets is not None:
         correct = _is_predicted(logits, x.targets)
         nats = _cross_entropy(scaled, x.targets)
-        # The loss of no id is no number: 0 would look like a prediction that is always right.
+        # NaN for targets that are not ids: 0 would look like a perfect prediction.
         nats = jnp.where(is_id(x.targets, logits.shape[-1]), nats, jnp.nan)
     entropy = _entropy(scaled) if form.entropy else None
     return TokenStatistics(nats, correct, jnp.max(logits, axis=-1), kl, entropy)
@@ -205,14 +205,14 @@ def _statistics(form: _Form, x: _Positions, shared: _Shared) -> TokenStatistics:
 def _positions(
     hidden: Activations, targets: Any, reference: Any, weights: TermWeights
 ) -> _Positions:
-    """Collects the arrays that are cut into chunks; ids may still lie on the host."""
+    """Collects the arrays that are split into chunks; ids may be on the host."""
     if targets is not None:
         targets = at_least_int32(targets)
     return _Positions(hidden, targets, reference, weights)
 
 
 def _shared(head: Any, reference_head: Any, temperature: Any) -> _Shared:
-    """Collects the arrays that every chunk reads; a temperature may be Python's number."""
+    """Collects the arrays that every chunk reads; the temperature may be a Python number."""
     if temperature is not None:
         temperature = jnp.asarray(temperature)
     return _Shared(head, reference_head, temperature)
@@ -230,10 +230,10 @@ def token_statistics(
     entropy: bool = False,
     chunk: int = CHUNK,
 ) -> TokenStatistics:
-    """Computes loss, accuracy and divergence per token, without holding the logits of all tokens.
+    """Computes loss, accuracy and divergence per token, without materialising all logits.
 
-    Fields that a caller does not use cost nothing: XLA removes them. Gradients compute the logits
-    again; `weighted_loss` makes those of a weighted sum in the forward pass.
+    Unused fields cost nothing: XLA removes them. Gradients recompute the logits; `weighted_loss`
+    computes the gradient of a weighted sum in the forward pass.
 
     Args:
         hidden: normed activations, from the model's `hidden`.
@@ -242,11 +242,11 @@ def token_statistics(
             never correct.
         reference: normed activations of another model, or of this one from another state.
         reference_head: the reference's output projection, if it is not `head`.
-        reverse_kl: whether the divergence is KL(model || reference) in place of
+        reverse_kl: whether the divergence is KL(model || reference) instead of
             KL(reference || model).
-        temperature: of the distribution in which the targets' `nats` are measured; None for 1. The
-            divergence is always that at 1.
-        entropy: whether the entropy is computed as well.
+        temperature: of the distribution of `nats` and `entropy`; None for 1. The divergence is
+            always computed at temperature 1.
+        entropy: whether to compute the entropy.
         chunk: positions (rows x tokens) whose logits exist at the same time.
     """
     check_count(chunk, 1, "token_statistics: `chunk`")
@@ -270,24 +270,24 @@ def weighted_loss(
     entropy: bool = False,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, ""], TokenStatistics]:
-    """Sums the weighted terms of all positions, and makes the sum's gradients in the same pass.
+    """Sums the weighted terms of all positions, and computes the sum's gradients in the same pass.
 
-    Where a gradient is taken, it costs one more product with the head for the activations, and
-    another one for the head if that is trained: two passes over the head where logits that are
-    computed again would take three. Derivatives of all orders and both modes are right. Those of
-    the statistics compute the logits again; second ones in reverse mode store all logits.
+    A gradient costs one additional product with the head for the activations, and another one for
+    the head if it is trained: two passes over the head, where recomputed logits would take three.
+    Derivatives of all orders are correct in forward and reverse mode. Derivatives of the statistics
+    recompute the logits; second derivatives in reverse mode save all logits.
 
     Args:
-        hidden: as in `token_statistics`, which says more of the other arguments as well.
+        hidden: as in `token_statistics`, which describes the other arguments in detail.
         head: the output projection.
-        targets: ids; None for the divergence alone. One that is out of range and has a weight
-            makes the loss NaN.
+        targets: ids; None for the divergence alone. One that is out of range and has a nonzero
+            weight makes the loss NaN.
         weights: of the terms.
         reference: normed activations of another model.
         reference_head: the reference's output projection, if it is not `head`.
         reverse_kl: the direction of the divergence.
-        temperature: of the targets' distribution.
-        entropy: whether the entropy is among the statistics.
+        temperature: of the distribution of the targets' cross entropy.
+        entropy: whether the statistics include the entropy.
         chunk: positions whose logits exist at the same time.
     """
     form = _Form(reverse_kl, entropy, chunk)
@@ -305,12 +305,12 @@ def weighted_loss(
 def _on_each_device(
     function: Callable[[_Positions, _Shared], Any], x: _Positions, shared: _Shared
 ) -> Any:
-    """Calls a function on each device, with its own rows or tokens and unsharded heads.
+    """Calls a function on each device, with its own rows or tokens and unsharded output heads.
 
     Args:
-        function: its results have two leading axes, rows and tokens, or one of each for a device.
-        x: of all rows.
-        shared: without a head for the reference if that has the same.
+        function: its results have leading axes of rows and tokens, which may have size 1.
+        x: arrays of all rows.
+        shared: `reference_head` is None if the reference has the same head.
     """
     sizes = mesh_sizes()
     batch, tokens = x.hidden.shape[:2]
@@ -331,7 +331,7 @@ def _on_each_device(
 
 
 def _head_specs(sizes: dict[str, int], head: Any) -> Any:
-    """Returns how a head is sharded, whatever it is called where it comes from."""
+    """Returns the specs of an output head."""
     return specs(sizes, {"head": {"weight": head}})["head"]["weight"]
 
 
@@ -347,9 +347,9 @@ def _sum_terms(weights: TermWeights, statistics: TokenStatistics) -> Float[Array
     return sum(terms, jnp.zeros((), statistics.largest.dtype))
 
 
-# As a rule for forward mode, of which JAX derives the backward pass: the tangent of a sum is an
-# inner product with its gradient, which depends on the primal values alone. A rule for the backward
-# pass would refuse forward mode.
+# A forward-mode rule, from which JAX derives the backward pass: the tangent of the sum is an inner
+# product with its gradient, which depends only on primal values. A `custom_vjp` would not support
+# forward mode.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _loss(form: _Form, x: _Positions, shared: _Shared):
     statistics = _statistics(form, x, shared)
@@ -358,7 +358,7 @@ def _loss(form: _Form, x: _Positions, shared: _Shared):
 
 @functools.partial(_loss.defjvp, symbolic_zeros=True)
 def _loss_jvp(form: _Form, primals, tangents):
-    # A frozen array has a symbolic zero for its tangent, and gets no gradient.
+    # A frozen array has a symbolic zero as its tangent, and gets no gradient.
     moving = jax.tree.map(lambda x, t: None if _is_zero(t) else x, primals, tangents)
     tangents = jax.tree.map(lambda t: None if _is_zero(t) else t, tangents)
     statistics, gradients = _statistics_and_gradients(form, primals, moving)
@@ -369,7 +369,7 @@ def _loss_jvp(form: _Form, primals, tangents):
     ):
         product = gradient.astype(loss.dtype) * tangent.astype(loss.dtype)
         loss_tangent = loss_tangent + jnp.sum(product)
-    # Where only the loss is differentiated, as in training, XLA removes this.
+    # XLA removes this if only the loss is differentiated, as in training.
     _, statistics_tangents = jax.jvp(
         lambda moving: _statistics(form, *_merge(moving, primals)),
         (moving,),
@@ -386,7 +386,7 @@ def _is_zero(tangent: Any) -> bool:
 
 
 def _merge(moving: Any, given: Any) -> Any:
-    """Fills the places of None in a tree."""
+    """Replaces None leaves of a tree by those of another one."""
     return jax.tree.map(
         lambda leaf, other: other if leaf is None else leaf,
         moving,
@@ -396,12 +396,12 @@ def _merge(moving: Any, given: Any) -> Any:
 
 
 def _statistics_and_gradients(form: _Form, primals: Any, moving: Any):
-    """Computes the statistics and the loss's gradients with respect to the arrays that move.
+    """Computes the statistics, and the loss's gradients with respect to the moving arrays.
 
     Args:
-        form: how.
+        form: the static arguments.
         primals: `_Positions` and `_Shared`.
-        moving: the same trees, with None where no gradient is wanted.
+        moving: the same trees, with None for arrays that need no gradient.
     """
     positions, shared = primals
     moving_positions, moving_shared = moving
@@ -428,7 +428,7 @@ def _statistics_and_gradients(form: _Form, primals: Any, moving: Any):
 
 
 def _zero_sum(leaf: Array) -> Array:
-    """Makes the zero of a sum over chunks, which would lose small terms in 16 bits."""
+    """Makes the initial value of a sum over chunks, which would lose small terms in 16 bits."""
     return jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
 
 
@@ -448,7 +448,7 @@ def _logits_forward(x, head):
 
 def _logits_backward(operands, gradient):
     x, _ = operands
-    # Left alone, a product of 16-bit weights with a float32 gradient would run at float32's speed.
+    # Without the cast, a product of 16-bit weights and a float32 gradient would run in float32.
     _, transposed = jax.vjp(linear, *operands)
     return transposed(gradient.astype(x.dtype))
 

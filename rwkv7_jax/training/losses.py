@@ -1,8 +1,8 @@
-"""Next-token losses of batches, and what a batch must hold.
+"""Next-token losses of batches, and checks of batches.
 
-A batch is a `data.Batch`, or a mapping of its fields. Losses are weighted sums over positions
-whose weights add up to 1 over the full batch, so that micro-batches of any make-up add up to the
-same gradient as the batch in one piece.
+A batch is a `data.Batch`, or a mapping of its fields. A loss is a weighted sum over positions whose
+weights sum to 1 over the full batch. The gradients of any microbatches therefore sum to the
+gradient of the batch.
 """
 
 import dataclasses
@@ -38,61 +38,62 @@ from rwkv7_jax.training.shared_pass import hidden_of_batch
 
 Metrics = dict[str, Float[Array, ""]]
 
-# Of the trainable parameters and a batch. A user's own loss may read a mapping of its own; see
-# `make_train_step`.
+# A function of the trainable parameters and a batch. A user's own loss may take another mapping:
+# see `make_train_step`.
 Loss = Callable[[Any, Any], tuple[Float[Array, ""], Metrics]]
 
 
 def loss_weights(batch: Mapping[str, Any]) -> PerToken:
-    """Returns each target's share of the loss: the batch's `weights`, or its mask over the sum.
+    """Returns each target's share of the loss: the batch's `weights`, or its mask over its sum.
 
-    Where no target counts the shares are 0; see `target_shares`.
+    If no target counts, all shares are 0; see `target_shares`.
     """
     if "weights" in batch:
         return jnp.asarray(batch["weights"])
     mask = jnp.asarray(batch["mask"], jnp.float32)
     total = jnp.sum(mask)
-    # Not max(total, 1): a mask of fractions may add up to less than 1 and still has a mean.
+    # Not max(total, 1): a mask of fractions may sum to less than 1.
     return mask / jnp.where(total > 0, total, 1.0)
 
 
 def target_shares(batch: Mapping[str, Any], vocab_size: int | None = None) -> PerToken:
-    """Returns `loss_weights`, or NaN where no target counts: a mean over nothing is no number.
+    """Returns `loss_weights`, or NaN if no target counts.
 
-    A train step leaves such a batch out, as it does any loss that is not finite.
+    A train step skips such a batch, as it skips any non-finite loss.
 
     Args:
-        batch: the shares of a piece of another batch are its weights.
-        vocab_size: as in `shares_of_known_ids`; None does not look at the ids.
+        batch: a batch, or a microbatch with weights.
+        vocab_size: as in `shares_of_known_ids`; None does not check the ids.
     """
     shares = loss_weights(batch)
     if vocab_size is not None:
         shares = shares_of_known_ids(shares, batch["tokens"], vocab_size)
-    # The weights of a piece of a batch may be 0 everywhere: other pieces have targets.
+    # The weights of a microbatch may all be 0: other microbatches have targets.
     if "weights" in batch:
         return shares
     return nan_where_all_zero(shares)
 
 
 def nan_where_all_zero(shares: PerToken) -> PerToken:
-    """Returns the shares of a batch that is no piece of another one; NaN if all of them are 0."""
+    """Returns the shares of a full batch; NaN if all of them are 0."""
     return jnp.where(jnp.any(shares != 0), shares, jnp.nan)
 
 
 def check_ids_and_shapes(
     batch: BatchLike, vocab_size: int, name: str = "batch", *, packed: bool = False
 ) -> Batch:
-    """Returns a batch whose ids lie inside the vocabulary and whose fields fit each other.
+    """Checks that ids are inside the vocabulary and fields match each other; returns a `Batch`.
 
     Args:
-        batch: the values of traced fields are not known, and pass.
-        vocab_size: the number of ids that the model has.
+        batch: the values of traced fields are not checked.
+        vocab_size: the size of the model's vocabulary.
         name: the argument's name, for messages.
-        packed: whether the caller knows rows of several sequences.
+        packed: whether the caller supports rows of several sequences.
 
     Raises:
-        TypeError: no batch, or a field of the wrong kind.
-        ValueError: fields that do not fit each other, ids out of range, or rows without a target.
+        TypeError: not a batch, or a field of the wrong type.
+        ValueError: fields that do not match each other, ids out of range, or rows of fewer than two
+            ids.
     """
     batch = Batch.of(batch, name=name, packed=packed)
     if batch.mask is None and batch.weights is None:
@@ -116,9 +117,9 @@ def check_ids_and_shapes(
         values = np.asarray(values)
         if not np.all(np.isfinite(values)):
             raise ValueError(
-                f"`{name}.{field}` must be finite; it holds NaN or an infinity."
+                f"`{name}.{field}` must be finite; it holds NaN or infinity."
             )
-        # Masks that add up to 0 have no mean, and negative ones may.
+        # A mask with negative entries may sum to 0.
         if field == "mask" and np.any(values < 0):
             raise ValueError(
                 f"`{name}.mask` must be at least 0; it holds {np.min(values):g}."
@@ -127,7 +128,7 @@ def check_ids_and_shapes(
 
 
 def check_targets(batch: Batch, name: str = "batch") -> None:
-    """Checks that a target counts, where the mask can be read here.
+    """Checks that at least one target counts, if the mask is concrete.
 
     Raises:
         ValueError: the mask, or the weights, are 0 everywhere.
@@ -136,17 +137,16 @@ def check_targets(batch: Batch, name: str = "batch") -> None:
     values = getattr(batch, field)
     if values is not None and is_known(values) and not np.any(np.asarray(values)):
         raise ValueError(
-            f"`{name}.{field}` must count a target; it is 0 everywhere, and a mean over "
-            "nothing is no number."
+            f"`{name}.{field}` must be nonzero for at least one target; it is 0 everywhere."
         )
 
 
 def check_masked_batch(batch: BatchLike, vocab_size: int, name: str = "batch") -> Batch:
-    """Returns a batch whose mask counts a target, for readers that look at no `weights`.
+    """Checks a batch whose mask must select a target, for callers that ignore `weights`.
 
     Raises:
-        TypeError: as `check_ids_and_shapes`.
-        ValueError: as `check_ids_and_shapes`, or a mask that is 0 everywhere.
+        TypeError: as in `check_ids_and_shapes`.
+        ValueError: as in `check_ids_and_shapes`, or a mask that is 0 everywhere.
     """
     batch = Batch.of(batch, "mask", name=name).replace(weights=None)
     batch = check_ids_and_shapes(batch, vocab_size, name)
@@ -157,15 +157,15 @@ def check_masked_batch(batch: BatchLike, vocab_size: int, name: str = "batch") -
 def shares_of_known_ids(
     shares: PerToken, tokens: Int[Array | np.ndarray, "B T1"], vocab_size: int
 ) -> PerToken:
-    """Returns the shares of the targets that follow ids of the vocabulary; NaN for others.
+    """Returns the shares, with NaN for targets from the first id out of range on.
 
-    Ids that can be read here were checked. One that is known inside a compiled program alone, and
-    is out of range, would be embedded as zeros, and all targets after it would get some loss.
+    Concrete ids were checked before. A traced id that is out of range is embedded as zeros, so the
+    losses of all later targets would be meaningless.
 
     Args:
         shares: of the targets [B T].
-        tokens: one more than the targets; the first one is only read.
-        vocab_size: the number of ids that the model has.
+        tokens: one more than the targets.
+        vocab_size: the size of the model's vocabulary.
     """
     outside = ~is_id(jnp.asarray(tokens), vocab_size)
     read = jnp.cumsum(outside, axis=1)[:, 1:] > 0
@@ -182,17 +182,15 @@ def next_token_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Computes the weighted cross entropy plus L2Wrap's penalty.
 
-    `next_token_loss_with_trace` hands out intermediate values of the same forward pass as well. The
-    metric `loss_nats` is the cross entropy alone.
+    The metric `loss_nats` is the cross entropy alone.
 
     Args:
         model: the shell around `params`.
         params: all weights.
-        state: the start state of every row; of packed rows, that of every sequence.
+        state: the start state of every row or, in packed rows, of every sequence.
         batch: tokens and mask.
-        l2wrap: pull of the largest logit of every position towards zero; its gradient is
-            `l2wrap / (B T)` times that logit, masked positions included. Official training uses
-            1e-4.
+        l2wrap: strength of the pull of each position's largest logit towards zero. Its gradient is
+            `l2wrap / (B T)` times that logit, at masked positions too. Official training uses 1e-4.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:758-771.
     """
@@ -216,7 +214,7 @@ def next_token_loss_with_trace(
 ) -> tuple[Float[Array, ""], tuple[Metrics, dict[str, Array]]]:
     """Computes `next_token_loss`, its metrics, and the arrays `names` of the model's trace.
 
-    The callers have checked the batch.
+    Callers must have checked the batch.
     """
     targets = jnp.asarray(batch.targets)
     shares = target_shares(batch, model.config.vocab_size)
@@ -231,10 +229,10 @@ def next_token_loss_with_trace(
     return loss, ({"loss_nats": nats}, trace)
 
 
-# By identity, as functions are compared: a number may be an array, which has no hash.
+# Compared by identity, like functions: a number may be an array, which is not hashable.
 @dataclasses.dataclass(frozen=True, eq=False)
 class _PretrainLoss:
-    """The loss of all weights that `pretrain_loss` makes.
+    """The loss of all weights that `pretrain_loss` returns.
 
     Attributes:
         model: the shell around the weights.
@@ -263,22 +261,20 @@ class _PretrainLoss:
         )
 
     def check_batch(self, batch: BatchLike) -> Batch:
-        """Checks a batch; a step calls it on the host, where ids can still be read."""
+        """Checks a batch; a step calls it on the host, where ids are concrete."""
         return check_ids_and_shapes(batch, self.model.config.vocab_size, packed=True)
 
 
 def pretrain_loss(model: RWKV7, *, l2wrap: float = 1e-4) -> Loss:
-    """Makes the loss of all weights, in which every row starts from the zero state.
-
-    So does every sequence of packed rows.
+    """Makes the loss of all weights, with every row or packed sequence starting from zeros.
 
     Args:
         model: the shell around the weights.
         l2wrap: as in `next_token_loss`.
 
     Raises:
-        TypeError: not a model, or a weight that is no number.
-        ValueError: a negative weight; from the loss, a batch that does not fit the model.
+        TypeError: not a model, or an `l2wrap` that is not a number.
+        ValueError: a negative `l2wrap`; from the loss, a batch that does not match the model.
     """
     with prefix_errors("pretrain_loss"):
         check_model(model)

@@ -18,7 +18,7 @@ from rwkv7_jax.model.state import init_state
 from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, Method, decorrelate
 from rwkv7_jax.training.shared_pass import hidden_of_batch
 
-# For each projection of a block, the name in the model's trace of the vectors it multiplies.
+# For each projection of a block, the name of its input in the model's trace.
 INPUTS = {
     ("att", "receptance"): "receptance_input",
     ("att", "key"): "key_input",
@@ -40,7 +40,7 @@ def projections(params: Params) -> Params:
 
 
 def _second_moment(x: Float[Array, "L B T I"]) -> Float[Array, "L I I"]:
-    """Averages x x^T of every layer over rows and tokens; not centred."""
+    """Averages x x^T of every layer over rows and tokens, without centring."""
     x = x.astype(jnp.float32)
     total = jnp.einsum("lbti,lbtj->lij", x, x, precision="highest")
     return total / (x.shape[1] * x.shape[2])
@@ -53,7 +53,7 @@ class _LayerStatistics:
     Attributes:
         model: the shell around the weights.
         rows: rows of the batch that are read.
-        names: of the model's trace.
+        names: of arrays in the model's trace.
     """
 
     model: RWKV7
@@ -61,12 +61,12 @@ class _LayerStatistics:
     names: tuple[str, ...] = tuple(INPUTS.values())
 
     def __call__(self, params: Params, batch: BatchLike) -> Params:
-        """Measures them in a forward pass of their own."""
+        """Measures the moments in a separate forward pass."""
         with prefix_errors("layer_statistics"):
             batch = Batch.of(batch, packed=True).select_rows(slice(self.rows))
             if not batch.inputs.size:
                 raise ValueError(
-                    "`batch.tokens` must hold a token to read; got shape "
+                    "`batch.tokens` must hold at least one input token; got shape "
                     f"{tuple(batch.tokens.shape)}."
                 )
         start = init_state(self.model.config, batch.sequences)
@@ -76,8 +76,8 @@ class _LayerStatistics:
     def of_trace(
         self, params: Params, batch: BatchLike, trace: dict[str, Array]
     ) -> Params:
-        """Measures them in the trace of a batch."""
-        del batch  # All of its positions count.
+        """Measures the moments in the trace of a batch, at all positions."""
+        del batch
         moments: Any = jax.tree.map(lambda _: None, params)
         for (part, name), source in INPUTS.items():
             moment = _second_moment(trace[source][:, : self.rows])
@@ -92,12 +92,12 @@ def layer_statistics(
 ) -> Callable[[Params, BatchLike], Params]:
     """Makes the function that measures the second moments of the projections' inputs.
 
-    It is called as `statistics(params, batch)` and returns a tree like the weights, with E[x x^T]
-    for the six projections of every block and None elsewhere (tables, norms and low-rank maps).
-    Called alone it costs a forward pass over `rows` rows; in a train step of the same model's
-    `pretrain_loss` it reads the loss's own. With `decorrelate(..., mask=projections)` this is
-    decorrelated backpropagation for training weights; unlike in the paper, a new R does not change
-    the outputs of the model.
+    The function is called as `statistics(params, batch)` and returns a tree like the weights, with
+    E[x x^T] for the six projections of every block and None elsewhere (tables, norms and low-rank
+    maps). Alone it costs a forward pass over `rows` rows; in a train step of the same model's
+    `pretrain_loss` it uses the loss's forward pass. With `decorrelate(..., mask=projections)` this
+    is decorrelated backpropagation for training weights. Unlike in the paper, updating R does not
+    change the outputs of the model.
 
     Args:
         model: the shell around the weights.
@@ -105,7 +105,7 @@ def layer_statistics(
 
     Raises:
         TypeError: not a model, or rows that are not an integer.
-        ValueError: rows below 1; from the function, a batch without a token to read.
+        ValueError: rows below 1; from the function, a batch without an input token.
 
     Source: arXiv 2405.02385.
     """
@@ -120,12 +120,12 @@ def weight_decorrelator(
 ) -> Decorrelator:
     """Prepares decorrelated training of all weights: the optimizer's wrapper and its statistics.
 
-    The projections of the blocks are decorrelated, all other weights move as they do without this.
+    The projections of the blocks are decorrelated; the updates of all other weights do not change.
     The wrapped optimizer may contain weight decay, which acts on the weights themselves.
 
     Args:
         model: the shell around the weights.
-        method: "none", "dbp" (learnt online) or "whiten" (once, from the first batch).
+        method: "none", "dbp" (learned online) or "whiten" (once, from the first batch).
         rows: rows of the batch that are read.
         **numbers: further settings of `decorrelate`, such as `rate` and `damping`.
 

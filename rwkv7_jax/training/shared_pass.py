@@ -1,4 +1,4 @@
-"""One forward pass for a loss and for the statistics that an optimizer wants with every update."""
+"""One forward pass for a loss and for the optimizer's statistics."""
 
 import operator
 from typing import Any, Protocol, runtime_checkable
@@ -16,15 +16,15 @@ from rwkv7_jax.model.state import RWKV7State
 
 @runtime_checkable
 class LossWithTrace(Protocol):
-    """A loss that hands out intermediate values of its forward pass."""
+    """A loss that can return intermediate values of its forward pass."""
 
     model: RWKV7
 
     def with_trace(self, *arguments: Any) -> Any:
-        """Computes the loss; the last argument has names of the model's trace.
+        """Computes the loss; the last argument names arrays of the model's trace.
 
         Returns:
-            The loss, and its metrics with the arrays of these names.
+            The loss; a pair of its metrics and the named arrays.
         """
         ...
 
@@ -33,14 +33,14 @@ class LossWithTrace(Protocol):
 class StatisticsOfTrace(Protocol):
     """Statistics that can be read from the forward pass of a loss.
 
-    `names` are those of the model's trace that they read.
+    `names` lists the arrays of the model's trace that they read.
     """
 
     model: RWKV7
     names: tuple[str, ...]
 
     def of_trace(self, *arguments: Any) -> Any:
-        """Computes the statistics; the last argument has the arrays of the trace."""
+        """Computes the statistics; the last argument holds the arrays of the trace."""
         ...
 
 
@@ -76,10 +76,10 @@ def hidden_of_batch(
 
 
 def can_share_pass(loss: Partial, statistics: Partial | None, accumulate: int) -> bool:
-    """Tells whether a loss's forward pass is the one from which the statistics are read.
+    """Tells whether the statistics can be read from the loss's forward pass.
 
-    It is that of the same model with the same frozen arrays, which can be compared only before they
-    are traced, and of all rows at once.
+    They can if both use the same model and frozen arrays, and the batch is not split. The arrays
+    can be compared only before they are traced.
     """
     if statistics is None or accumulate > 1:
         return False

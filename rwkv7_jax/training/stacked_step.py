@@ -1,8 +1,8 @@
-"""A stack: K sets of parameters that are trained at once, each as if it were alone.
+"""A stack: K sets of parameters that are trained together and independently of each other.
 
-All leaves of a stack's parameters and moments have a leading axis K. A batch holds K times the
-rows of one run: row i belongs to set i // rows. One program computes all of them, and what happens
-to one set, such as a gradient that is not finite, is nothing to the others.
+All leaves of a stack's parameters and moments have a leading axis K. A batch holds K times the rows
+of one run: row i belongs to set i // rows. One program computes all sets. A non-finite gradient of
+one set does not affect the others.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from rwkv7_jax.training.train_step import TrainState, apply_update
 
 
 def _axes(of_sets: Any, shared: Any) -> Any:
-    """Says of each field of a stack's `TrainState` whether it has the axis K."""
+    """Returns a stack's `TrainState` with one value for fields with the axis K, one for others."""
     return TrainState(step=shared, params=of_sets, opt_state=of_sets, skipped=of_sets)
 
 
@@ -59,7 +59,7 @@ def stack_params(params: Sequence[Any]) -> Any:
 
 
 def params_of(stack: Any, index: int) -> Any:
-    """Takes one set of parameters out of a stack."""
+    """Selects one set of parameters of a stack."""
     return jax.tree.map(lambda leaf: leaf[index], stack)
 
 
@@ -75,10 +75,10 @@ def create_stack(params: Any, tx: optax.GradientTransformation) -> TrainState:
 
 
 def _on_each_device(update: Callable, mesh: Mesh, sets: int) -> Callable:
-    """Lets each device update its own sets; only frozen weights are gathered from the others.
+    """Makes each device update its own sets; only frozen weights are gathered.
 
-    Where the devices do not divide the sets evenly, some are updated twice, and the copies dropped:
-    no device has more of them than it would with the next larger number that is divided.
+    If the devices do not divide the sets evenly, some sets are updated twice and the copies
+    dropped, so every device has the same number of sets.
     """
     axes = tuple(axis for axis in SETS if mesh.shape.get(axis, 1) > 1)
     parts = math.prod(mesh.shape[axis] for axis in axes)
@@ -97,7 +97,7 @@ def _on_each_device(update: Callable, mesh: Mesh, sets: int) -> Callable:
             mesh=mesh,
             in_specs=(weights, fields, shared, shared),
             out_specs=(fields, shared),
-            # The carries of scans begin as constants, which every device has.
+            # The initial carries of scans are constants, which do not vary over devices.
             check_vma=False,
         )
         if len(filled) == sets:
@@ -129,7 +129,7 @@ def _update_sets(
     share_pass: bool,
     at_once: int | None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Updates every set with its own rows and rate; further arguments are `make_stacked_step`'s."""
+    """Updates every set with its own rows and rate; see `make_stacked_step`."""
 
     def update_set(inputs):
         alone, rows, rate = inputs
@@ -144,7 +144,7 @@ def _update_sets(
             share_pass=share_pass,
         )
 
-    # One number of steps for all: they are made together.
+    # All sets share one step counter.
     steps = jnp.broadcast_to(train.step, rates.shape)
     sets = (dataclasses.replace(train, step=steps), batch, rates)
     if at_once is None or at_once >= len(rates):
@@ -167,25 +167,24 @@ def make_stacked_step(
 ) -> CheckedProgram:
     """Compiles `step(train, batch) -> (train, metrics)` for a stack; see `make_train_step`.
 
-    Gradients, clipping, moments, statistics and skipped updates are each set's own. So are the
-    metrics: each is an array [K].
+    Gradients, clipping, moments, statistics and skipped updates are separate for each set. Each
+    metric is an array [K].
 
     Args:
         loss: of one set and its own rows.
         tx: the optimizer of one set.
-        rates: [K], a factor on each set's updates: its learning rate where that of `tx` peaks
-            at 1.
+        rates: [K], a factor on each set's updates: its learning rate if that of `tx` peaks at 1.
         statistics: of one set and its own rows.
-        accumulate: pieces into which each set's rows are cut.
-        at_once: sets that are computed at the same time, if memory is short; None for all.
-        mesh: devices that share the sets, also those along `sequence`; the arrays of `loss` and
-            `statistics` are placed there, without one on the default device.
+        accumulate: microbatches of each set's rows.
+        at_once: sets that are computed at the same time, to limit memory; None for all.
+        mesh: devices over which the sets are sharded, along `sequence` too. The arrays of `loss`
+            and `statistics` are placed on it, or on the default device without a mesh.
         donate: as in `make_train_step`.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: pieces below 1, no rates, or a mesh that shares heads; from the step, rows that
-            cannot be shared by the sets, and what `make_train_step` refuses.
+        TypeError: an argument of the wrong type.
+        ValueError: `accumulate` below 1, no rates, or a mesh with a tensor axis; from the step,
+            rows that the sets do not divide, or as in `make_train_step`.
     """
     with prefix_errors("make_stacked_step"):
         loss, statistics = check_step_arguments(loss, tx, statistics, accumulate, mesh)
@@ -218,7 +217,7 @@ def make_stacked_step(
             moved = update(loss, statistics, train, sets, rates)
             return constrain_layout(moved)
 
-    # Also without a mesh: frozen weights may lie on more devices than the sets need.
+    # Needed without a mesh too: frozen weights may be on more devices than the sets need.
     loss, statistics, rates = place(mesh, (loss, statistics, rates))
     return CheckedProgram(
         step,
@@ -236,13 +235,13 @@ def _check_rates(rates: ArrayLike) -> Array:
     rates = jnp.asarray(rates, jnp.float32)
     if rates.ndim != 1 or not rates.size:
         raise ValueError(
-            f"`rates` must be one number for each set; got shape {rates.shape}."
+            f"`rates` must hold one number per set; got shape {rates.shape}."
         )
     return rates
 
 
 def _check_no_shared_heads(mesh: Mesh | None) -> None:
-    """Raises if devices share the heads of a set."""
+    """Raises if a mesh shards heads."""
     if mesh is not None and mesh.shape.get(TENSOR, 1) > 1:
         raise ValueError(
             "`mesh` must have no tensor axis: each device computes all heads of its sets; "
@@ -255,6 +254,6 @@ def _check_rows(batch: Any, sets: int) -> None:
         if array.shape[0] % sets:
             name = path_name(path)
             raise ValueError(
-                f"make_stacked_step: `rates` must have as many numbers as share the "
-                f"{array.shape[0]} rows of the batch's {name} evenly; got {sets}."
+                "make_stacked_step: the number of `rates` must divide the "
+                f"{array.shape[0]} rows of the batch's {name}; got {sets}."
             )

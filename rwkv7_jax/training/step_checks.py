@@ -30,7 +30,7 @@ def check_parameters(params: Any) -> None:
         raise ValueError(f"`params` must hold an array; got {params!r}.")
     check_not_donated(params, "`params`")
     for path, leaf in leaves:
-        # Python's numbers become arrays; strings, functions and integers cannot be trained.
+        # Python floats become arrays; strings, functions and integers cannot be trained.
         kind = getattr(leaf, "dtype", type(leaf))
         is_trainable = kind in (float, complex) or (
             hasattr(leaf, "dtype") and jnp.issubdtype(kind, jnp.inexact)
@@ -44,7 +44,7 @@ def check_parameters(params: Any) -> None:
 
 
 def as_partial(function: Any, argument: str) -> Partial:
-    """Returns a function as a `Partial`, whose arrays are arguments of a compiled program."""
+    """Converts a function to a `Partial`, whose arrays become arguments of a compiled program."""
     check_function(function, argument)
     return function if isinstance(function, Partial) else Partial(function)
 
@@ -52,14 +52,14 @@ def as_partial(function: Any, argument: str) -> Partial:
 def check_step_arguments(
     loss: Any, tx: Any, statistics: Any, accumulate: Any, mesh: Any
 ) -> tuple[Partial, Partial | None]:
-    """Checks the arguments that all train steps have.
+    """Checks the arguments that all train steps share.
 
     Returns:
         The loss and the statistics as `Partial`s.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: pieces below 1, or a mesh with axes of the type `AxisType.Explicit`.
+        TypeError: an argument of the wrong type.
+        ValueError: `accumulate` below 1, or a mesh with axes of the type `AxisType.Explicit`.
     """
     loss = as_partial(loss, "`loss`")
     check_optimizer(tx, "`tx`")
@@ -73,10 +73,10 @@ def check_step_arguments(
 
 
 def check_optimizer_state(opt_state: Any, statistics: Any) -> None:
-    """Checks that an optimizer which decorrelates gets statistics.
+    """Checks that a decorrelating optimizer gets statistics.
 
     Raises:
-        ValueError: it would get none, and do what its inner optimizer does.
+        ValueError: it gets none, and would act like its inner optimizer.
     """
     if statistics is not None:
         return
@@ -86,13 +86,13 @@ def check_optimizer_state(opt_state: Any, statistics: Any) -> None:
 
     if any(map(is_decorrelated, jax.tree.leaves(opt_state, is_leaf=is_decorrelated))):
         raise ValueError(
-            "`statistics` must be given where `tx` decorrelates, such as state_statistics(model, "
+            "`statistics` must be given if `tx` decorrelates, such as state_statistics(model, "
             "params); got None."
         )
 
 
 def _check_fields(batch: Any, *, needs_shares: bool) -> None:
-    """Raises unless a batch has what a step needs, with the same rows in every array."""
+    """Raises unless a batch has the fields that a step needs, all with the same rows."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"`batch` must be a Batch or a mapping; got {type(batch).__name__}."
@@ -107,26 +107,26 @@ def _check_fields(batch: Any, *, needs_shares: bool) -> None:
         if name not in batch:
             continue
         shape = tuple(as_array(batch[name], f"`batch.{name}`").shape)
-        # Broadcasting would hide it: a mask of one row multiplies the loss of B rows by B.
+        # Broadcasting would hide this: a mask of one row would multiply the loss of B rows by B.
         if shape[:1] != rows:
             raise ValueError(
-                f"`batch.{name}` must have the {rows} rows of its tokens; got shape {shape}."
+                f"`batch.{name}` must have the same {rows} rows as its tokens; got shape {shape}."
             )
 
 
 class CheckedProgram:
-    """A compiled program with its frozen arguments, which looks at batches before they are traced.
+    """A compiled program with its frozen arguments, which checks batches before they are traced.
 
-    Shapes are looked at once for each new set of them. Ids are looked at in every batch that still
-    lies in NumPy arrays, and in the first one of each shape that lies on a device: to read later
-    ones would wait for their transfer.
+    Shapes are checked once for each new set of shapes. Ids are checked in every batch of NumPy
+    arrays, and in the first batch of each shape on a device: reading later ones would wait for
+    their transfer.
 
-    `lower` and `trace` are those of `jax.jit`, after the same checks: for programs that are
-    compiled ahead, and for what they cost. Their arguments may be described by shapes and dtypes.
-    What is compiled takes the frozen arguments too: `compiled(*step.args, train, batch)`.
+    `lower` and `trace` are those of `jax.jit` after the same checks, for ahead-of-time compilation
+    and cost analysis. Their arguments may be shapes and dtypes. A program that is compiled this way
+    takes the frozen arguments too: `compiled(*step.args, train, batch)`.
 
     Attributes:
-        func: the function that `jax.jit` made, of the frozen arguments and those of a call.
+        func: the function from `jax.jit`, which takes the frozen arguments and those of a call.
         args: the frozen arguments; the first is the loss.
     """
 
@@ -146,8 +146,8 @@ class CheckedProgram:
             *args: the frozen arguments; the first is the loss.
             caller: the public function's name, for messages.
             trained: the name of a call's first argument, which holds the trainable parameters.
-            needs_shares: whether a batch must tell how much each target counts.
-            mesh: devices that share the program; None is that of `use_mesh`.
+            needs_shares: whether a batch must have a mask or weights.
+            mesh: the program's mesh; None is that of `use_mesh`.
         """
         self.func = func
         self.args = args
@@ -155,7 +155,7 @@ class CheckedProgram:
         self._trained = trained
         self._needs_shares = needs_shares
         self._mesh = mesh
-        # Shapes and dtypes of batches that were looked at.
+        # Shapes and dtypes of batches that were checked.
         self._seen: set[Any] = set()
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -174,7 +174,7 @@ class CheckedProgram:
         return self.func.trace(*self.args, *arguments, **named)
 
     def _check(self, arguments: tuple, named: Mapping[str, Any]) -> None:
-        """Raises unless the program can take a call's parameters and batch."""
+        """Raises unless a call's parameters and batch are valid."""
         trained = arguments[0] if arguments else named.get(self._trained)
         with prefix_errors(self._caller):
             check_not_donated(trained, f"`{self._trained}`")
@@ -195,6 +195,6 @@ class CheckedProgram:
             check_placed(given, "the arguments", self._mesh)
             if check is not None:
                 check(batch)
-        # The ids of a batch that is only described have not been looked at.
+        # The ids of an abstract batch have not been checked.
         if not is_abstract(batch):
             self._seen.add(key)

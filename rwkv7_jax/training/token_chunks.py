@@ -1,4 +1,4 @@
-"""Positions of a batch cut into chunks, which are computed one after the other."""
+"""Positions of a batch split into chunks, which are computed one after another."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,9 +12,9 @@ CHUNK = 256
 
 
 class Cut(NamedTuple):
-    """How rows and tokens are cut: into groups of `rows` rows and spans of `tokens` tokens.
+    """How positions are split: into groups of `rows` rows and spans of `tokens` tokens.
 
-    Where a chunk can have all rows, it has: a sharded batch then stays on its devices.
+    A chunk has all rows if they fit: a sharded batch then stays on its devices.
 
     Attributes:
         groups: of rows.
@@ -30,22 +30,22 @@ class Cut(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, tokens: int, chunk: int) -> "Cut":
-        """Cuts [rows tokens] into chunks of equal size, of at most `chunk` positions."""
+        """Splits [rows tokens] into chunks of equal size, of at most `chunk` positions."""
         groups = max(-(-rows // chunk), 1)
-        # Chunks of equal size: the last one is not filled up with more than it has to be.
+        # Equal sizes minimise the padding of the last chunk.
         rows = -(-rows // groups)
         spans = max(-(-tokens // max(chunk // max(rows, 1), 1)), 1)
         return cls(groups, rows, spans, -(-tokens // spans))
 
     def chunks(self, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "P C ..."]:
-        """Cuts an array; zeros fill it up."""
+        """Splits an array, padded with zeros."""
         rows = self.rows * self.groups - x.shape[0]
         tokens = self.tokens * self.spans - x.shape[1]
         x = jnp.pad(x, ((0, rows), (0, tokens), *((0, 0),) * (x.ndim - 2)))
-        # A group takes every `groups`-th row, so that it has rows of every device.
+        # A group takes every `groups`-th row, so it has rows of every device.
         x = x.reshape(self.rows, self.groups, self.spans, self.tokens, *x.shape[2:])
         x = jnp.moveaxis(x, (1, 2), (0, 1))
-        # One axis of positions: XLA then writes the gradient of the logits in their place.
+        # One axis of positions lets XLA write the gradient of the logits in place.
         return x.reshape(
             self.groups * self.spans, self.rows * self.tokens, *x.shape[4:]
         )
@@ -61,18 +61,18 @@ class Cut(NamedTuple):
 def map_token_chunks(
     per_token: Callable, *arrays: Shaped[Array, "B T ..."], chunk: int = CHUNK
 ) -> Any:
-    """Applies `per_token` to chunks of the positions one after the other, and joins the results.
+    """Applies `per_token` to one chunk of positions after another, and joins the results.
 
-    A chunk's intermediate values are not stored but computed again in the backward pass.
+    The backward pass recomputes a chunk's intermediate values.
 
     Args:
         per_token: maps arrays [C ...] to a tree of arrays [C].
-        *arrays: arrays to cut; zeros fill the last chunks.
+        *arrays: arrays to split; the last chunks are padded with zeros.
         chunk: the largest C.
     """
     rows, tokens = arrays[0].shape[:2]
     cut = Cut.of(rows, tokens, chunk)
-    # Without the checkpoint, the scan of the backward pass would store every chunk's logits.
+    # Without the checkpoint, the scan would save every chunk's logits for the backward pass.
     per_chunk = jax.checkpoint(per_token)
     chunks = tuple(cut.chunks(x) for x in arrays)
     results = jax.lax.map(lambda xs: per_chunk(*xs), chunks)

@@ -1,8 +1,8 @@
-"""One step of training, for any loss and any tree of trainable parameters.
+"""A training step for any loss and any tree of trainable parameters.
 
-A loss is a function of the trainable parameters and a batch. One that needs large frozen arrays,
-such as a model's weights, is a `jax.tree_util.Partial` over them: the compiled step then takes them
-as arguments instead of holding them as constants.
+A loss is a function of the trainable parameters and a batch. If it needs large frozen arrays, such
+as a model's weights, make it a `jax.tree_util.Partial` over them: the compiled step then takes them
+as arguments instead of constants.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from rwkv7_jax.training.step_checks import (
     check_step_arguments,
 )
 
-# A step's function: from the training state and a batch to the next state and the metrics.
+# Maps the training state and a batch to the next state and the metrics.
 TrainStep = Callable[["TrainState", Mapping[str, Any]], tuple["TrainState", Metrics]]
 
 
@@ -48,10 +48,10 @@ class TrainState:
     """The state that training carries from step to step.
 
     Attributes:
-        step: updates tried so far.
+        step: steps so far, skipped updates included.
         params: the trainable parameters: weights, or the start state.
-        opt_state: optax's.
-        skipped: updates left out because the loss or a gradient was not finite.
+        opt_state: the state of the Optax optimizer.
+        skipped: updates that were skipped because a loss, gradient or update was not finite.
     """
 
     step: Int[Array, ""]
@@ -64,10 +64,10 @@ class TrainState:
     def create(cls, params: Any, tx: optax.GradientTransformation) -> "TrainState":
         """Makes the state before the first step.
 
-        `params` are copied, because a step donates its input and the caller's arrays would be gone.
+        `params` are copied: a step donates its input and would delete the caller's arrays.
 
         Raises:
-            TypeError: parameters that are not arrays of numbers, or no optimizer.
+            TypeError: parameters that are not floating-point arrays, or not an optimizer.
             ValueError: no parameters.
         """
         with prefix_errors("TrainState.create"):
@@ -83,9 +83,9 @@ class TrainState:
 
 
 def _without_shared_arrays(opt_state: Any, params: Any) -> Any:
-    """Copies the arrays of an optimizer's state that it shares with parameters, or has twice.
+    """Copies arrays of an optimizer's state that are shared with parameters or occur twice.
 
-    A step donates its input, and one array cannot be donated twice.
+    A step donates its input, and an array cannot be donated twice.
     """
     seen = set(map(id, jax.tree.leaves(params)))
 
@@ -100,17 +100,17 @@ def _without_shared_arrays(opt_state: Any, params: Any) -> Any:
 
 @contextlib.contextmanager
 def _naming_optimizer(*arguments: Any) -> Iterator[None]:
-    """Names the optimizer where it needs what a train step does not give, as a line search does."""
+    """Explains errors of optimizers that need more than a train step passes, as a line search."""
     try:
         yield
     except (TypeError, AttributeError) as error:
-        # A mistake inside of a transformation stays what it is.
+        # Other errors inside a transformation stay as they are.
         is_call = "required keyword-only argument" in str(error)
         is_tree = any(getattr(error, "obj", None) is tree for tree in arguments)
         if not (is_call or is_tree):
             raise
         raise TypeError(
-            f"`tx` must make updates from gradients, parameters and the loss's value; {error}."
+            f"`tx` must need only gradients, parameters and the loss's value; got {error}."
         ) from error
 
 
@@ -125,7 +125,7 @@ def apply_update(
     rate: Float[Array, ""] | None = None,
     share_pass: bool = False,
 ) -> tuple[TrainState, Metrics]:
-    """Computes one update and leaves it out if it is not finite; inside a compiled program.
+    """Computes one update inside a compiled program; skips it if it is not finite.
 
     Args:
         loss: `(params, batch) -> (loss, metrics)`.
@@ -133,9 +133,9 @@ def apply_update(
         train: the state before the update.
         batch: its rows.
         tx: the optimizer.
-        accumulate: pieces into which the batch is cut.
-        rate: a further factor on the update, or None.
-        share_pass: whether the statistics are read from the loss's forward pass; see
+        accumulate: microbatches of the batch.
+        rate: an additional factor on the update, or None.
+        share_pass: whether to read the statistics from the loss's forward pass; see
             `can_share_pass`.
     """
     check_optimizer_state(train.opt_state, statistics)
@@ -148,11 +148,11 @@ def apply_update(
         accumulate=accumulate,
         share_pass=share_pass,
     )
-    # Under Optax's own names: `reduce_on_plateau` and `polyak_sgd` read the loss.
+    # Optax's names: `reduce_on_plateau` and `polyak_sgd` read the loss.
     extra = {"value": value, "grad": grads}
     if statistics is not None:
         extra["stats"] = stats
-    # Optax counts in integers and relies on their promotion, which JAX can be told to refuse.
+    # Optax relies on the promotion of integer counters, which strict promotion forbids.
     naming = _naming_optimizer(grads, train.params)
     scope = jax.named_scope("optimizer")
     with jax.numpy_dtype_promotion("standard"), naming, scope:
@@ -160,8 +160,7 @@ def apply_update(
     if rate is not None:
         updates = jax.tree.map(lambda leaf: rate.astype(leaf.dtype) * leaf, updates)
     norm = optax.tree.norm(grads)
-    # A finite gradient can still give an update that is not finite: the learning rate may
-    # overflow it.
+    # A finite gradient can give a non-finite update, since the learning rate may overflow it.
     finite = (
         jnp.isfinite(value)
         & jnp.isfinite(norm)
@@ -197,39 +196,40 @@ def make_train_step(
 ) -> CheckedProgram:
     """Compiles `step(train, batch) -> (train, metrics)`; the old `train` must not be used again.
 
-    An update whose loss or gradient is not finite is left out: parameters and moments stay as they
-    are, bit for bit, `skipped` counts it and the metric `updated` is 0 in place of 1. So is a batch
-    in which no target counts: its loss is NaN. Metrics stay on the device.
+    An update is skipped if its loss or gradient is not finite: parameters and moments stay
+    bit-exact, `skipped` counts it, and the metric `updated` is 0 instead of 1. This includes a
+    batch in which no target counts, whose loss is NaN. Metrics stay on the device.
 
-    A batch is a `data.Batch` or a mapping. A mapping may hold arrays of its own for the caller's
-    own loss, which gets a mapping with `weights` added; it must hold `tokens`, and `mask` or
-    `weights`. The losses of this package take a mapping of `Batch`'s fields alone.
+    A batch is a `data.Batch` or a mapping with `tokens`, and `mask` or `weights`. The losses of
+    this package take only the fields of `Batch`. For other losses, a mapping may hold further
+    arrays; the loss gets it with `weights` added.
 
     `step.lower(train, batch)` and `step.trace(train, batch)` are those of `jax.jit`, after the
     checks of a call; see `CheckedProgram`.
 
     Args:
-        loss: `(params, batch) -> (loss, metrics)`, or the loss alone; arrays inside a `Partial` are
+        loss: `(params, batch) -> (loss, metrics)`, or the loss alone. Arrays inside a `Partial` are
             passed as arguments. A loss with terms that are not sums over targets may be a
             `LossWithTotals`.
-        tx: the optimizer. One that reads the loss gets it, as `value` and `grad`; a line search,
-            which computes the loss again, cannot be used.
-        statistics: `(params, batch) -> stats`, which an optimizer such as `decorrelate` gets with
-            every update; always from the full batch. Those of this package are read from the
-            forward pass of the same model's loss, where it takes the batch in one piece.
-        accumulate: pieces into which a batch is cut; K pieces give the gradient of the full batch.
-        mesh: devices that share the rows of `batch`; `train`, and the arrays of `loss` and
-            `statistics`, lie on them as `sharding.place` puts them.
-        donate: whether the memory of the old `train` is reused for the new one, so that there is
-            one set of parameters and moments at a time. The old one is gone then, also where an
-            interrupt ends the call and there is no new one; False keeps it.
+        tx: the optimizer. It gets the loss and its gradient as `value` and `grad`. A line search,
+            which evaluates the loss again, is not supported.
+        statistics: `(params, batch) -> stats`, computed from the full batch and passed to an
+            optimizer such as `decorrelate` with every update. Those of this package use the forward
+            pass of the same model's loss if `accumulate` is 1.
+        accumulate: microbatches for gradient accumulation; any number gives the gradient of the
+            full batch.
+        mesh: the devices over which the rows of `batch` are sharded. `train` and the arrays of
+            `loss` and `statistics` must lie as `sharding.place` puts them.
+        donate: whether to reuse the memory of the old `train` for the new one, so that only one set
+            of parameters and moments exists. The old one is then deleted, even if an interrupt ends
+            the call before there is a new one. False keeps it.
 
     Raises:
-        TypeError: an argument of the wrong kind; from the step: an optimizer that needs more than
+        TypeError: an argument of the wrong type; from the step: an optimizer that needs more than
             gradients, parameters and the loss's value.
-        ValueError: pieces below 1; from the step: a batch whose arrays do not fit each other or
-            whose ids are out of range, rows that `accumulate` does not divide, a loss that divides
-            by the mask of a piece, or a `train` that was donated.
+        ValueError: `accumulate` below 1; from the step: a batch whose arrays do not match each
+            other or whose ids are out of range, rows that `accumulate` does not divide, a loss that
+            divides by a microbatch's mask, or a `train` that was donated.
     """
     with prefix_errors("make_train_step"):
         loss, statistics = check_step_arguments(loss, tx, statistics, accumulate, mesh)
@@ -264,14 +264,14 @@ def make_train_step(
 
 
 def make_eval_step(loss: Loss) -> CheckedProgram:
-    """Compiles `evaluate(params, batch) -> metrics`, without gradients; it has `lower` and `trace`.
+    """Compiles `evaluate(params, batch) -> metrics`, without gradients, as a `CheckedProgram`.
 
     A loss gets the batch as in a train step, with `weights` where there is a mask. Here a mapping
     may have neither, for a loss that reads neither.
 
     Raises:
         TypeError: not a function.
-        ValueError: from `evaluate`: arrays that do not fit each other, or ids out of range.
+        ValueError: from `evaluate`: arrays that do not match each other, or ids out of range.
     """
     with prefix_errors("make_eval_step"):
         loss = as_partial(loss, "`loss`")
@@ -281,7 +281,7 @@ def make_eval_step(loss: Loss) -> CheckedProgram:
         if "mask" in batch or "weights" in batch:
             batch = with_shares(batch, 1)
         value, metrics = loss_and_metrics(loss(params, batch))
-        # A loss without metrics is one itself.
+        # A loss without metrics becomes the metric.
         return metrics or {"loss": value}
 
     return CheckedProgram(

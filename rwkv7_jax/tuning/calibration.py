@@ -1,4 +1,4 @@
-"""Kernel features fitted to the vectors that a model reads with."""
+"""Kernel features fitted to a model's read vectors."""
 
 import math
 from collections.abc import Iterable
@@ -30,19 +30,19 @@ LANDMARKS = ("random", "kmeans")
 
 PREPARATIONS = ("none", "centre", "whiten")
 
-# Distinct read vectors of a head among which landmarks are placed.
+# Maximum number of distinct read vectors of a head for placing landmarks.
 _MAX_POINTS = 4096
 
-# Points and landmarks between which distances are measured for the median.
+# Points and landmarks whose distances give the median.
 _DISTANCE_POINTS = 512
 _DISTANCE_LANDMARKS = 64
 
-# Of a head's features, the least variance as a share of their mean square; less is rounding.
+# Variances below this fraction of the features' mean square are rounding errors.
 _LEAST_VARIANCE = 1e-6
 
 
 class FeatureSettings(NamedTuple):
-    """How features are made, without anything left open.
+    """The settings of features, with all defaults filled in.
 
     Attributes:
         kind: of `model.FEATURE_MAPS`.
@@ -63,16 +63,16 @@ def resolve_features(
     widths: tuple[float, ...] | None = None,
     whiten: bool = True,
 ) -> FeatureSettings:
-    """Fills in the settings of features that are left open; nothing else knows these defaults.
+    """Fills in the defaults of the settings of features.
 
-    A setting is left open by None, or by "" or () in config files.
+    A setting takes its default if it is None, or "" or () in config files.
 
     Args:
         dynamics: of the memory, of `model.MEMORY_FORMS`.
-        kind: by default "gaussian", or "gaussian_raw" under "replace".
-        prepare: by default "whiten", or "none" under "replace" and where `whiten` is off.
-        widths: by default 1, 4 and 16; 1 alone where `prepare` is "none".
-        whiten: whether features are whitened if `prepare` does not say otherwise.
+        kind: by default "gaussian", or "gaussian_raw" in the paper's form.
+        prepare: by default "whiten", or "none" in the paper's form and if `whiten` is off.
+        widths: by default 1, 4 and 16; only 1 if `prepare` is "none".
+        whiten: whether the default of `prepare` may be "whiten".
 
     Raises:
         ValueError: unknown dynamics.
@@ -86,19 +86,19 @@ def resolve_features(
     if not prepare:
         prepare = "whiten" if whiten and not replaces else "none"
     if not widths:
-        # Features of very different widths only work together once they are centred and scaled.
+        # Features of different widths can be combined only if they are centred and scaled.
         widths = (1.0,) if prepare == "none" else (1.0, 4.0, 16.0)
     return FeatureSettings(kind, prepare, widths)
 
 
 def _kmeans(points: np.ndarray, centres: np.ndarray, rounds: int = 8) -> np.ndarray:
-    """Moves the centres by Lloyd's algorithm; one nearest to no point stays in its place."""
+    """Moves the centres by Lloyd's algorithm; a centre without points does not move."""
     for _ in range(rounds):
-        # [points, centres], up to |point|^2, which does not change which centre is nearest.
+        # [points, centres], without |point|^2, which does not affect the nearest centre.
         distances = np.sum(centres**2, 1) - 2 * points @ centres.T
         nearest = distances.argmin(1)
         sums = np.zeros_like(centres)
-        # Not `sums[nearest] += points`, which counts only one point of each centre.
+        # Not `sums[nearest] += points`, which would add only one point per centre.
         np.add.at(sums, nearest, points)
         counts = np.bincount(nearest, minlength=len(centres))[:, None]
         centres = np.where(counts > 0, sums / np.maximum(counts, 1), centres)
@@ -108,8 +108,8 @@ def _kmeans(points: np.ndarray, centres: np.ndarray, rounds: int = 8) -> np.ndar
 def _place_landmarks(
     points: np.ndarray, count: int, rng: np.random.Generator, method: str
 ) -> np.ndarray:
-    """Places `count` landmarks among the distinct points, with noise on points used twice."""
-    # Vectors that agree to four decimals are one point: a second landmark there would add nothing.
+    """Places `count` landmarks among the distinct points, with noise on repeated points."""
+    # Vectors that agree to four decimals count as one point.
     points = np.unique(np.round(points, 4), axis=0)
     points = points[rng.permutation(len(points))[:_MAX_POINTS]]
     centres = points[rng.permutation(len(points))[:count]]
@@ -138,10 +138,10 @@ def _fit_head(
     landmarks: str,
     widths: tuple[float, ...],
 ) -> tuple[Float[np.ndarray, "M N"], Float[np.ndarray, " M"]]:
-    """Fits the landmarks and widths of one head; of "fourier", the frequencies and phases."""
+    """Fits the landmarks and widths of one head; for "fourier", the frequencies and phases."""
     centres = _place_landmarks(points, size, rng, landmarks)
     gamma = _inverse_median_distance(points, centres, rng)
-    # Each width in turn, so that every head has features of all widths.
+    # Cycles through the widths, so every head has features of all widths.
     gammas = gamma * np.asarray(widths)[np.arange(size) % len(widths)]
     if kind != "fourier":
         return centres, gammas
@@ -151,7 +151,7 @@ def _fit_head(
 
 
 def _check_widths(widths: Any) -> tuple[float, ...]:
-    """Returns widths as a tuple: an array of several is neither true nor false."""
+    """Checks widths and returns them as a tuple, whose truth value is defined."""
     if isinstance(widths, str) or not isinstance(widths, Iterable):
         raise TypeError(
             f"`widths` must be a tuple of numbers; got {type(widths).__name__}."
@@ -179,18 +179,18 @@ def calibrate(
         reads: R vectors of each layer and head, finite.
         size: features of a head (M).
         kind: of `model.FEATURE_MAPS`; None takes "gaussian".
-        landmarks: "random" takes read vectors, "kmeans" their centres.
-        widths: factors on 1 / the median squared distance, given to the features in turn; None
+        landmarks: "random" takes read vectors, "kmeans" their cluster centres.
+        widths: factors on 1 / the median squared distance, which the features cycle through; None
             takes the default of `resolve_features`.
-        prepare: "none", "centre" (and scale to a mean variance of 1) or "whiten" (to the unit
-            matrix as covariance); None takes "whiten".
-        damping: added to the covariance, as a share of its mean eigenvalue.
+        prepare: "none", "centre" (and scale to a mean variance of 1) or "whiten" (to the identity
+            as covariance); None takes "whiten".
+        damping: added to the covariance, as a fraction of its mean eigenvalue.
         seed: of the random choices.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: an unknown choice, a number out of its range, reads that are not finite, or too
-            small a damping where the reads are too few to tell all features apart.
+        TypeError: an argument of the wrong type.
+        ValueError: an unknown choice, a number out of its range, non-finite reads, or too small a
+            damping for reads whose features have a singular covariance.
     """
     with prefix_errors("calibrate"):
         kind, prepare, widths = resolve_features(
@@ -217,13 +217,13 @@ def calibrate(
 
 
 def _check_reads(reads: Any) -> np.ndarray:
-    """Returns read vectors as float32."""
+    """Checks read vectors and converts them to float32."""
     reads = np.asarray(as_array(reads, "`reads`"), np.float32)
     if reads.ndim != 4 or not reads.size:
         raise ValueError(f"`reads` must have shape [L R H N]; got {reads.shape}.")
     # One NaN would spread over all features of its head.
     if not np.isfinite(reads).all():
-        raise ValueError("`reads` must be finite; they hold NaN or an infinity.")
+        raise ValueError("`reads` must be finite; they hold NaN or infinity.")
     return reads
 
 
@@ -281,10 +281,10 @@ def _moments(
 def _prepare(
     features: Features, reads: np.ndarray, prepare: str, damping: float
 ) -> Features:
-    """Centres the features on `reads`, and whitens them if asked."""
+    """Centres the features on `reads`, and whitens or scales them."""
     means = []
     covariances = []
-    # One layer at a time: the features of all reads of all layers may not fit.
+    # One layer at a time: the features of all layers may not fit into memory.
     for index, x in enumerate(reads):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], features)
         # mean [1 H M] and covariance [1 H M M]; the axis of 1 is the batch's.
@@ -293,19 +293,20 @@ def _prepare(
         covariances.append(covariance)
     mean = jnp.stack(means)
     covariance = jnp.stack(covariances)
-    # [L 1 H 1 1], of a head's features; both preparations end at a mean variance of 1.
+    # [L 1 H 1 1], per head; both preparations give a mean variance of 1.
     size = mean.shape[-1]
     variance = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None] / size
     mean_square = variance + jnp.mean(jnp.square(mean), axis=-1)[..., None, None]
-    # Where nothing varies in `reads`, a variance of 1 would be enormous in other text.
+    # Features that are constant in `reads` may vary in other text: scaled to a variance of 1 here,
+    # they would become enormous there.
     varies = variance > _LEAST_VARIANCE * mean_square
     scale = jnp.where(varies, variance, jnp.where(mean_square > 0, mean_square, 1.0))
-    turn = jnp.broadcast_to(jnp.eye(size, dtype=jnp.float32), covariance.shape)
+    whitener = jnp.broadcast_to(jnp.eye(size, dtype=jnp.float32), covariance.shape)
     if prepare == "whiten":
-        turn = jnp.where(varies, whitening(covariance, damping), turn)
-        if not np.isfinite(turn).all():
+        whitener = jnp.where(varies, whitening(covariance, damping), whitener)
+        if not np.isfinite(whitener).all():
             raise ValueError(
-                f"calibrate: `damping` must be larger where {reads.shape[1]} reads of a head do "
-                f"not tell {size} features apart; got {damping:g}."
+                f"calibrate: `damping` must be larger, because {reads.shape[1]} reads of a head "
+                f"give a singular covariance of {size} features; got {damping:g}."
             )
-    return features.replace(mean=mean, map=turn / jnp.sqrt(scale))
+    return features.replace(mean=mean, map=whitener / jnp.sqrt(scale))

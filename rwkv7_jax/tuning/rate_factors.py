@@ -1,4 +1,4 @@
-"""Learning rates of their own for the leaves and the layers of a start state."""
+"""Separate learning rates for the leaves and layers of a start state."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,15 +25,15 @@ def rate_factors(
 
     Args:
         state: the start state that is tuned, or its shapes; leaves have a leading axis of layers.
-        leaf_rates: factors by the names of leaves, of `state_tuning.LEAVES`; 1 of the others.
-        layer_rates: factors of the layers, from the first on; none means 1 for all.
+        leaf_rates: factors by leaf name, of `state_tuning.LEAVES`; other leaves have 1.
+        layer_rates: factors of the layers, from the first on; empty means 1 for all.
 
     Returns:
-        A state whose leaves are factors [L 1 ...]; a leaf's and a layer's are multiplied.
+        A state whose leaves are factors [L 1 ...], the products of leaf and layer factors.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: a leaf that the state does not have, another number of layers, or a negative
+        TypeError: an argument of the wrong type.
+        ValueError: a leaf that the state does not have, a wrong number of layers, or a negative
             factor.
     """
     with prefix_errors("rate_factors"):
@@ -56,7 +56,7 @@ def rate_factors(
             )
         for factor in layer_rates:
             check_number(factor, 0, math.inf, "`layer_rates`")
-    # By its length: an array of several numbers is neither true nor false.
+    # `len`, because the truth value of an array is undefined.
     of_layers = np.asarray(layer_rates if len(layer_rates) else 1.0, np.float32)
     of_layers = np.broadcast_to(of_layers, layers)
 
@@ -73,7 +73,7 @@ def rate_factors(
 def with_rate_factors(decorrelator: Decorrelator, factors: RWKV7State) -> Decorrelator:
     """Adds factors on the learning rate to a decorrelated optimizer.
 
-    Outside of the change of coordinates, which a factor for a leaf or a layer commutes with.
+    They apply outside the change of coordinates, which commutes with factors per leaf or layer.
     """
 
     def wrap(tx):

@@ -1,6 +1,6 @@
-"""Finds a learning rate: many are tried at once for a short while, and held-out text decides.
+"""Finds a learning rate: tunes briefly at many rates in parallel and compares held-out losses.
 
-No rate is right for every model: published ones for start states lie between 1e-5 and 1. A state is
+No rate suits every model: published rates for start states lie between 1e-5 and 1. A state is
 small, so copies of it are tuned as a stack, each at its own rate on the same rows.
 """
 
@@ -25,17 +25,17 @@ from rwkv7_jax.training.stacked_step import (
 # From the smallest published rate that was measured on a model to the largest, by half decades.
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 
-# A found rate falls to this share of itself.
+# The final rate of a schedule, as a fraction of the rate that was found.
 FINAL_SHARE = 0.01
 
-# Below so many steps rates cannot be told from each other.
+# With fewer steps, rates cannot be distinguished.
 LEAST_STEPS = 12
 
-# Gains this much smaller than the best one, as a share of it, count as equal to it.
+# Gains within this relative distance of the best one count as equal to it.
 _TOLERANCE = 0.03
 
-# Gains this much smaller are nearly equal: another seed, or a program that rounds otherwise, may
-# put their rates in another order.
+# Gains within this relative distance are nearly equal: another seed or other rounding may reverse
+# the order of their rates.
 _NEARLY = 0.2
 
 
@@ -45,7 +45,7 @@ class SearchPlan(NamedTuple):
     Attributes:
         steps: of every rate.
         rows: of a step, for every rate.
-        share: the search's arithmetic as a share of the run's.
+        share: the cost of the search as a fraction of the run's.
     """
 
     steps: int
@@ -56,18 +56,18 @@ class SearchPlan(NamedTuple):
 def plan_search(
     rates: int, *, steps: int, rows: int, share: float, measuring: float = 0.0
 ) -> SearchPlan:
-    """Sizes a search so that it costs a share of the run.
+    """Sizes a search so that it costs a given fraction of the run.
 
     Args:
-        rates: how many are tried.
+        rates: the number of rates.
         steps: of the run.
         rows: of a step of the run.
-        share: of the run's arithmetic. A search has `LEAST_STEPS` steps, or as many as the run if
-            those are fewer, even where that costs more.
-        measuring: what it costs to measure one rate at the end, in rows of a step.
+        share: the fraction. A search has at least `LEAST_STEPS` steps, or as many as the run if
+            that has fewer, even if it then costs more.
+        measuring: cost of measuring one rate at the end, in rows of a step.
     """
-    # As many rows at a time as a step of the run has, shared by the rates: many small steps say
-    # more about a rate than a few large ones.
+    # All rates together have the rows of one step of the run: many small steps tell more about a
+    # rate than a few large ones.
     own_rows = max(rows // rates, 1)
     budget = share * steps * rows / rates - measuring
     own_steps = max(int(budget / own_rows), min(LEAST_STEPS, steps))
@@ -76,15 +76,15 @@ def plan_search(
 
 
 class RateChoice(NamedTuple):
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        rate: the chosen one; None if no rate is better than not tuning at all.
+        rate: the chosen rate; None if no rate is better than not tuning.
         base: the loss without tuning.
         losses: by rate.
-        edge: "smallest" or "largest" where the chosen rate is at an end of the list, else "".
-        near: the rates whose gains are at least nearly as good as the best one, ascending.
-        why: the reason for the choice, as the end of a sentence; "" where there is no rate.
+        edge: "smallest" or "largest" if the chosen rate is at an end of the list, else "".
+        near: the rates whose gains are equal or nearly equal to the best one, ascending.
+        why: the reason for the choice, as the end of a sentence; "" without a rate.
     """
 
     rate: float | None
@@ -102,22 +102,23 @@ def choose_rate(
     forgetting: Mapping[float, float] | None = None,
     guess: float | None = None,
 ) -> RateChoice:
-    """Chooses the rate whose held-out loss is lowest, or another one that is nearly as good.
+    """Chooses the rate with the lowest held-out loss, or another one that is nearly as good.
 
-    A step of a search has fewer rows than one of the run, and noisy gradients favour small rates:
-    those of Adam grow with the root of the rows, so nine times as many make half a decade. So the
-    next larger rate is taken if it is nearly as good. Where the model is worse than guessing, the
-    gradients of all rows say the same, that it is too sure, and large rates are best in a
-    short search only: the smallest of the nearly equal ones is taken.
+    The first case that applies decides:
 
-    Where it is measured what is forgotten, rates whose gains are as good as equal are told apart
-    by that.
+    1. Forgetting is measured: of the rates with equal gains, the one that forgets least.
+    2. The model is worse than guessing: the smallest of the nearly equal rates. The gradients of
+       all rows then agree that the model is overconfident, and large rates are best only in a short
+       search.
+    3. The next larger rate is nearly as good: that rate. A step of a search has fewer rows than one
+       of the run, and noisy gradients favour small rates: Adam's best rate grows with the square
+       root of the rows, so nine times the rows make half a decade.
 
     Args:
         base: the loss without tuning.
-        losses: of every rate on held-out text, lower is better; not finite where it diverged.
+        losses: held-out loss of every rate, lower is better; non-finite if it diverged.
         forgetting: of every rate, the loss on text that must not be forgotten.
-        guess: the loss on the same text of guessing by how often each token occurs.
+        guess: the held-out loss of guessing by the frequencies of tokens.
     """
     gains = {rate: base - loss for rate, loss in losses.items() if math.isfinite(loss)}
     best = max(gains.values(), default=0.0)
@@ -152,7 +153,7 @@ def choose_rate(
 
 
 def _within(gains: Mapping[float, float], share: float) -> tuple[float, ...]:
-    """Returns the rates, ascending, whose gains are smaller than the best by a share at most."""
+    """Returns the rates, ascending, whose gains are within a relative distance of the best."""
     least = (1 - share) * max(gains.values())
     return tuple(sorted(rate for rate, gain in gains.items() if gain >= least))
 
@@ -169,16 +170,16 @@ def find_rate(
     statistics: Callable[[Any, Any], Any] | None = None,
     guess: float | None = None,
 ) -> RateChoice:
-    """Finds the learning rate of any parameters: a start state, low-rank changes or all weights.
+    """Finds the learning rate for any parameters: a start state, low-rank changes or all weights.
 
     Args:
         loss: of the parameters and a batch.
         tx: an optimizer whose learning rate peaks at 1.
-        params: from which every rate starts.
+        params: the initial parameters of every rate.
         batches: `steps` of them are read; each rate gets all rows.
-        measure: from parameters to their held-out loss, lower is better.
+        measure: maps parameters to their held-out loss, lower is better.
         steps: of every rate.
-        rates: to try.
+        rates: the rates to try.
         statistics: as in `make_train_step`.
         guess: as in `choose_rate`.
 
@@ -203,5 +204,5 @@ def find_rate(
 
 
 def repeat_rows(batch: Any, times: int) -> Any:
-    """Repeats all rows of a batch, as they are for each set of a stack."""
+    """Repeats all rows of a batch, once for each set of a stack."""
     return jax.tree.map(lambda rows: np.concatenate([rows] * times), batch)

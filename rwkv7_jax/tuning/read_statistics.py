@@ -54,7 +54,7 @@ def initial_state_read_vectors(
         parts: one layer's arrays of a trace.
         implementation: of the WKV op.
         segment_ids: the sequence of each token of packed rows.
-        sequences: how many there are in all rows; None for one a row.
+        sequences: the number of sequences in all rows; None for one per row.
     """
     return _read_vectors(
         wkv_inputs_of(parts), implementation, segment_ids, sequences=sequences
@@ -66,7 +66,7 @@ def memory_read_vectors(
 ) -> Float[Array, "B T H M"]:
     """Computes the effective read vector psi of the upscaled memory at every token.
 
-    A static memory is read with phi(r) itself; elsewhere psi has decay and removals in it.
+    A static memory is read with phi(r); otherwise psi includes decay and removals.
 
     Args:
         upscaled: one layer's memory.
@@ -96,7 +96,7 @@ def _read_vectors(
     sequences: int | None = None,
 ) -> Float[Array, "B T H Nk"]:
     rows, _, heads, size = inputs.r.shape
-    # Started from the identity and with nothing written (k = v = 0), the op returns psi itself.
+    # From the identity and without writes (k = v = 0), the op returns psi.
     start = jnp.broadcast_to(
         jnp.eye(size, dtype=jnp.float32), (sequences or rows, heads, size, size)
     )
@@ -110,28 +110,28 @@ def _read_vectors(
 def second_moment(
     psi: Float[Array, "B T H M"], weights: Float[Array, "B T"]
 ) -> Float[Array, "1 H M M"]:
-    """Averages psi psi^T per head over tokens, weighted by the sizes of `weights`; not centred.
+    """Averages psi psi^T per head over tokens, weighted by |weights| and without centring.
 
-    The average over nothing, where all weights are 0, is 0; `decorrelate` passes over it.
+    If all weights are 0 the average is 0, which `decorrelate` ignores.
     """
-    # A target of negative weight, as one with a reward below the mean, is read like any other.
+    # A target of negative weight, such as one with a reward below the mean, counts like any other.
     weights = jnp.abs(weights)
     # Full precision: DBP inverts these matrices, and their small eigenvalues matter most.
     psi = psi.astype(jnp.float32)
-    # Not centred: the constant part of psi conditions the tuning as any other direction does.
+    # Not centred: the constant part of psi affects the conditioning like any other direction.
     total = jnp.einsum("bthm,bthn,bt->hmn", psi, psi, weights, precision="highest")
     return (total / jnp.maximum(jnp.sum(weights), 1e-9))[None]
 
 
 @dataclasses.dataclass(frozen=True)
 class _StateStatistics:
-    """Moments of the read vectors, called with the frozen weights in front.
+    """Moments of the read vectors; the first argument of a call is the frozen weights.
 
     Attributes:
         model: the shell around the weights.
         leaves: the tuned arrays, of `LEAVES`.
         rows: rows of the batch that are read.
-        names: of the model's trace.
+        names: of arrays in the model's trace.
     """
 
     model: RWKV7
@@ -142,7 +142,7 @@ class _StateStatistics:
     def __call__(
         self, params: Params, state: RWKV7State, batch: BatchLike
     ) -> RWKV7State:
-        """Measures them in a forward pass of their own."""
+        """Measures the moments in a separate forward pass."""
         with prefix_errors("state_statistics"):
             batch = Batch.of(batch, packed=True)
         read = batch.select_rows(slice(self.rows))
@@ -157,11 +157,11 @@ class _StateStatistics:
         batch: BatchLike,
         trace: dict[str, Array],
     ) -> RWKV7State:
-        """Measures them in the trace of a batch."""
-        del params  # How a memory is read is in the trace.
+        """Measures the moments in the trace of a batch."""
+        del params
         trace = jax.tree.map(lambda array: array[:, : self.rows], trace)
         batch = Batch.of(batch, packed=True)
-        # Of all rows, then cut: so they are shares of the batch.
+        # Computed for all rows before slicing, so that they are shares of the batch.
         weights = loss_weights(batch)[: self.rows]
         batch = batch.select_rows(slice(self.rows))
         found = _moments(
@@ -172,7 +172,7 @@ class _StateStatistics:
             weights,
         )
         moments = replace_parts(jax.tree.map(lambda _: None, state), found)
-        # They shape the update and are no part of the loss.
+        # The moments are not part of the loss.
         return jax.lax.stop_gradient(moments)
 
 
@@ -184,7 +184,7 @@ def _moments(
     batch: Batch,
     weights: Float[Array, "B T"],
 ) -> dict[str, Array]:
-    """Computes the moments of the tuned memories that are read linearly, by their names."""
+    """Computes the moments of the tuned memories that are read linearly, by name."""
 
     def of_wkv(layer):
         reads = initial_state_read_vectors(
@@ -200,8 +200,7 @@ def _moments(
         reads = memory_read_vectors(upscaled, parts, implementation=implementation)
         return second_moment(reads, weights)
 
-    # `lax.map` takes one layer at a time: the read vectors of all layers would need too much memory
-    # next to the model.
+    # One layer at a time: the read vectors of all layers would need too much memory.
     functions = {"wkv": of_wkv, "memory": of_memory}
     return {
         name: jax.lax.map(function, layers)
@@ -216,8 +215,8 @@ def state_statistics(
     """Makes the function that measures how the tuned memories are read, for `decorrelate`.
 
     It is called as `statistics(state, batch)`. A memory is read linearly, y_t = S_0 psi_t + terms
-    that do not depend on S_0 in this layer, so E[psi psi^T] over the targets that count decides how
-    well its tuning is conditioned. The result is a state whose "wkv" [L 1 H Nk Nk] and "memory"
+    that do not depend on S_0 in this layer, so E[psi psi^T] over the targets determines the
+    conditioning of its tuning. The result is a state whose "wkv" [L 1 H Nk Nk] and "memory"
     [L 1 H M M] are these moments if they are tuned, and None elsewhere.
 
     Args:
@@ -227,7 +226,7 @@ def state_statistics(
         rows: rows of the batch that are read.
 
     Raises:
-        TypeError: an argument of the wrong kind.
+        TypeError: an argument of the wrong type.
         ValueError: an unknown leaf, weights of another model, or rows below 1.
     """
     with prefix_errors("state_statistics"):
@@ -248,16 +247,16 @@ def state_decorrelator(
     rows: int = 8,
     **numbers: Any,
 ) -> Decorrelator:
-    """Prepares the optimizer of a start state: masked to the tuned arrays, decorrelated if asked.
+    """Prepares the optimizer of a start state: masked to the tuned arrays, optionally decorrelated.
 
     Args:
         model: the shell around `params`.
         params: all weights.
         start: the state before tuning (batch 1).
         leaves: the tuned arrays, of `LEAVES`.
-        method: "none", "dbp" (learnt online) or "whiten" (once, from the first batch). An upscaled
-            memory is whitened by its features instead, when they are calibrated, so "whiten" leaves
-            its optimizer as it is.
+        method: "none", "dbp" (learned online) or "whiten" (once, from the first batch). The
+            features of an upscaled memory are whitened at calibration, so "whiten" does not change
+            its optimizer.
         rows: rows of the batch that are read.
         **numbers: further settings of `decorrelate`, such as `rate` and `damping`.
 
@@ -275,14 +274,14 @@ def state_decorrelator(
     mode = METHODS[typing.cast(Method, method)]
     if mode is None or (mode == "whiten" and "memory" in leaves):
         return Decorrelator(wrap=lambda tx: optax.masked(tx, tuned))
-    # Token shifts, and the strength of writes, are not read linearly: they have no statistics.
+    # Token shifts and the strength of writes are not read linearly, so they have no statistics.
     linear = [name for name in leaves if name in ("wkv", "memory")]
     mask = trainable_mask(start, tuple(linear))
     if mask.upscaled is not None:
         mask = mask.replace(upscaled=mask.upscaled.replace(write=False))
 
     def wrap(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        # Masked outside: frozen leaves get no moments and no decay, and their gradients are zero.
+        # Masked outside, so frozen leaves get no moments and no weight decay.
         return optax.masked(decorrelate(tx, mode=mode, mask=mask, **numbers), tuned)
 
     return Decorrelator(wrap, state_statistics(model, params, leaves=leaves, rows=rows))

@@ -23,23 +23,23 @@ from rwkv7_jax.checks import (
 from rwkv7_jax.model.state import RWKV7State, check_whole_state, map_linear_leaves
 from rwkv7_jax.model.upscaled_memory import Upscaled
 
-# Trained numbers for each fact of 5 bits that tuning of 300 to 1000 steps stored in toy models:
-# 64 facts in 2,048 numbers, 129 in 4,096, 394 in 8,192, 628 in 16,384, 876 in 32,768. Bounds around
-# these measurements, which depend on steps and optimiser; not a law.
+# Trained numbers per fact of 5 bits in toy models after 300 to 1000 steps of tuning: 64 facts in
+# 2,048 numbers, 129 in 4,096, 394 in 8,192, 628 in 16,384, 876 in 32,768. These are bounds around
+# measurements that depend on steps and optimizer, not a law.
 NUMBERS_PER_FACT = (20, 35)
 
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-    """Estimate of how much a start state can hold.
+    """An estimate of how much a start state can hold.
 
     Attributes:
-        wkv: numbers of its WKV states.
-        memory: numbers of its upscaled memory; 0 if there is none.
-        trained: numbers of the parts that are not zero; of a new state, of the part that is usually
-            tuned, the upscaled memory if there is one.
-        facts: the fewest and the most facts of 5 bits to expect in them, by `NUMBERS_PER_FACT`:
-            measured on toy tasks, after 300 to 1000 steps of tuning.
+        wkv: numbers in its WKV states.
+        memory: numbers in its upscaled memory; 0 if there is none.
+        trained: numbers in the parts that are not zero; for a new state, in the part that is tuned
+            by default: the upscaled memory if there is one, else the WKV states.
+        facts: the expected range of facts of 5 bits in them, by `NUMBERS_PER_FACT`: measured on toy
+            tasks, after 300 to 1000 steps of tuning.
     """
 
     wkv: int
@@ -49,9 +49,9 @@ class Capacity:
 
 
 def capacity(state: RWKV7State) -> Capacity:
-    """Counts the numbers that were, or can be, trained in a state, and estimates the facts in them.
+    """Counts the trained or trainable numbers of a state, and estimates the facts in them.
 
-    Shift states are not counted: they are few, and were not measured.
+    Shift states are not counted: they are few and were not measured.
 
     Args:
         state: batch 1.
@@ -69,7 +69,7 @@ def capacity(state: RWKV7State) -> Capacity:
         if np.any(state.upscaled.memory):
             trained += memory
     trained = trained or memory or wkv
-    # Fewest facts with the most numbers for each, and the reverse.
+    # The most numbers per fact give the fewest facts.
     least, most = NUMBERS_PER_FACT
     return Capacity(
         wkv=wkv,
@@ -84,19 +84,19 @@ def weighted_sum(
 ) -> RWKV7State:
     """Computes the weighted sum of start states of one model.
 
-    [0.5, 0.5] averages, [1 - t, t] interpolates, [1, -1] subtracts the second state. What a state
-    adds to a layer's read-out is linear in the state; the layers that follow are not, so a mixture
-    of two states may lose abilities of both.
+    [0.5, 0.5] averages, [1 - t, t] interpolates, [1, -1] subtracts the second state. A layer's
+    read-out is linear in the state, but the following layers are not, so a mixture of two states
+    may lose abilities of both.
 
     Args:
-        states: batch 1; upscaled ones only together, with the same features and dynamics. Traced
-            features cannot be compared: those of the first state are taken.
+        states: batch 1. All or none are upscaled, with the same features and dynamics. Traced
+            features are not compared; the result has those of the first state.
         weights: one for each state.
 
     Raises:
         TypeError: an element that is not an `RWKV7State`.
-        ValueError: no states, another number of weights, a weight that is not finite, or states
-            that do not fit each other.
+        ValueError: no states, a different number of weights, a non-finite weight, or states that
+            do not match each other.
     """
     with prefix_errors("weighted_sum"):
         for name, value in (("states", states), ("weights", weights)):
@@ -106,7 +106,7 @@ def weighted_sum(
         weights = list(weights)
         for weight in weights:
             check_number(weight, -math.inf, math.inf, "`weights`")
-        # A traced one may be learnt.
+        # A traced weight may be trained.
         weights = [
             weight if is_traced(weight) else float(np.asarray(weight))
             for weight in weights
@@ -117,7 +117,7 @@ def weighted_sum(
             _check_alike(states[0], state, f"states[{index}]")
             _check_factor(weights[index], state, "`weights`")
 
-    # Weights take the leaf's dtype: one state with weight 1 comes out as it is, bit for bit.
+    # Weights take the leaf's dtype, so a single state with weight 1 stays bit-exact.
     def weighted(*leaves):
         first, *others = leaves
         total = first * jnp.asarray(weights[0], first.dtype)
@@ -131,7 +131,7 @@ def weighted_sum(
 def _check_weights(weights: list, count: int) -> None:
     if not count or count != len(weights):
         raise ValueError(
-            "`weights` must be one for each state, at least one; "
+            "`weights` must hold one number for each state, at least one; "
             f"got {len(weights)} weights and {count} states."
         )
 
@@ -143,7 +143,7 @@ def _check_single(state: RWKV7State, name: str) -> None:
 
 
 def _check_alike(first: RWKV7State, other: RWKV7State, name: str) -> None:
-    """Raises unless both states belong to one model and are read in the same way."""
+    """Raises unless both states belong to the same model and are read in the same way."""
     for leaf in ("att_shift", "wkv", "ffn_shift"):
         expected = tuple(getattr(first, leaf).shape)
         shape = tuple(getattr(other, leaf).shape)
@@ -162,7 +162,7 @@ def _check_alike(first: RWKV7State, other: RWKV7State, name: str) -> None:
 
 
 def _check_same_reading(first: Upscaled, other: Upscaled, name: str) -> None:
-    """Raises unless two memories are read through the same features and have the same dynamics."""
+    """Raises unless two memories have the same features and dynamics."""
     properties = (
         ("dynamics", first.dynamics, other.dynamics),
         ("features.kind", first.features.kind, other.features.kind),
@@ -195,7 +195,7 @@ def _check_factor(factor: ArrayLike, state: RWKV7State, argument: str) -> None:
 
 
 def _equal(first: jax.Array | None, second: jax.Array | None) -> bool:
-    """Tells whether two arrays are equal; in a program, where they are not known, they may be."""
+    """Tells whether two arrays are equal; arrays that are not concrete count as equal."""
     if first is None or second is None:
         return first is second
     if not (is_known(first) and is_known(second)):
@@ -207,7 +207,7 @@ def scaled(state: RWKV7State, alpha: ArrayLike) -> RWKV7State:
     """Multiplies a state by `alpha`: 0 gives the base model's zeros, 1 the tuned state.
 
     Raises:
-        TypeError: not an `RWKV7State`, or a factor that is no number.
+        TypeError: not an `RWKV7State`, or a factor that is not a number.
         ValueError: a factor that is not finite.
     """
     with prefix_errors("scaled"):
@@ -221,7 +221,7 @@ def scaled(state: RWKV7State, alpha: ArrayLike) -> RWKV7State:
 
 
 def check_memory(memory: Any) -> Any:
-    """Returns the matrices of one sequence as an array.
+    """Checks the matrices of one sequence and returns them as an array.
 
     Raises:
         TypeError: not an array of numbers.

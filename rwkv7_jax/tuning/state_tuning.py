@@ -33,7 +33,7 @@ from rwkv7_jax.training.losses import (
 
 LEAVES = ("wkv", "att_shift", "ffn_shift", "memory")
 
-# The arrays of an upscaled state that the name "memory" stands for.
+# The arrays of an upscaled state that "memory" selects.
 _MEMORY_PARTS = ("memory", "write")
 
 
@@ -41,10 +41,10 @@ def check_leaves(leaves: tuple[str, ...]) -> None:
     """Checks that all names are among `LEAVES`.
 
     Raises:
-        TypeError: no list of names.
-        ValueError: a name is not among them, or there is none.
+        TypeError: not a sequence of names.
+        ValueError: an unknown name, or no name.
     """
-    # A string is a sequence of letters; one name alone is the usual mistake.
+    # A single string is a common mistake, and is a sequence of letters.
     if isinstance(leaves, str) or not isinstance(leaves, Sequence):
         raise TypeError(
             f'`leaves` must be a tuple of names, such as ("wkv",); got {leaves!r}.'
@@ -59,10 +59,10 @@ def check_leaves(leaves: tuple[str, ...]) -> None:
 
 
 def default_leaves(state: RWKV7State | None) -> tuple[str, ...]:
-    """Names what is tuned by default: an upscaled state's memory, else the WKV state.
+    """Returns the arrays that are tuned by default: an upscaled state's memory, or the WKV state.
 
     Args:
-        state: where tuning starts; None is zeros.
+        state: the state before tuning; None is zeros.
     """
     if isinstance(state, RWKV7State) and state.upscaled is not None:
         return ("memory",)
@@ -70,10 +70,10 @@ def default_leaves(state: RWKV7State | None) -> tuple[str, ...]:
 
 
 def tuned_parts(state: RWKV7State, leaves: tuple[str, ...]) -> dict[str, Any]:
-    """Collects the tuned arrays, or what stands for them in a tree, by their names in the state."""
+    """Collects the tuned arrays, or their leaves in a similar tree, by name."""
     if "memory" in leaves and state.upscaled is None:
         raise ValueError(
-            "`leaves` has memory, but the state is not upscaled (see `upscale`)."
+            "`leaves` must not hold memory, because the state is not upscaled (see `upscale`)."
         )
     parts: dict[str, Any] = {}
     for leaf in leaves:
@@ -86,7 +86,7 @@ def tuned_parts(state: RWKV7State, leaves: tuple[str, ...]) -> dict[str, Any]:
 
 
 def replace_parts(state: RWKV7State, parts: dict[str, Any]) -> RWKV7State:
-    """Replaces arrays of the state, those of its upscaled memory included."""
+    """Replaces arrays of the state, including those of its upscaled memory."""
     inner = {}
     outer = {}
     for name, part in parts.items():
@@ -94,7 +94,7 @@ def replace_parts(state: RWKV7State, parts: dict[str, Any]) -> RWKV7State:
         target[name] = part
     if inner:
         upscaled = state.upscaled
-        assert upscaled is not None  # `tuned_parts` refuses a memory that is not there.
+        assert upscaled is not None  # `tuned_parts` raises otherwise.
         outer["upscaled"] = upscaled.replace(**inner)
     return state.replace(**outer)
 
@@ -103,14 +103,15 @@ def stop_gradient_except(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7Sta
     """Stops gradients at all arrays but those of `leaves`.
 
     Raises:
-        ValueError: "memory" of a state that has none, or an upscaled state without it.
+        ValueError: "memory" for a state that is not upscaled, or an upscaled state without it.
     """
-    # Its WKV part would be tuned in silence, and the memory stay what it was.
+    # Otherwise the WKV part would silently be tuned instead of the memory.
     if state.upscaled is not None and "memory" not in leaves:
         raise ValueError(
-            f"`leaves` must have memory where the state is upscaled; got {tuple(leaves)}."
+            "`leaves` must hold memory, because the state is upscaled; got "
+            f"{tuple(leaves)}."
         )
-    # All stopped, then the tuned ones put back: a leaf that is added later is frozen by default.
+    # Stops all and puts the tuned ones back: leaves that are added later are frozen by default.
     return replace_parts(jax.lax.stop_gradient(state), tuned_parts(state, leaves))
 
 
@@ -118,8 +119,8 @@ def trainable_mask(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
     """Builds the mask of the tuned arrays, for `optax.masked` and `decorrelate`.
 
     Raises:
-        TypeError: not a state, or no list of names.
-        ValueError: an unknown name, or "memory" of a state that has none.
+        TypeError: not a state, or not a sequence of names.
+        ValueError: an unknown name, or "memory" for a state that is not upscaled.
     """
     with prefix_errors("trainable_mask"):
         check_instance(state, RWKV7State, "`state`")
@@ -143,10 +144,11 @@ def hidden_states_from(
     return model.apply({"params": params}, tokens, start, method="hidden")[0]
 
 
-# By identity, as functions are compared: a field of a subclass may be an array, which has no hash.
+# Compared by identity, like functions: a field of a subclass may be an array, which is not
+# hashable.
 @dataclasses.dataclass(frozen=True, eq=False)
 class StartStateLoss:
-    """What the losses of a start state of a frozen model share.
+    """The base class of the losses of a start state of a frozen model.
 
     Attributes:
         model: the shell around the frozen weights.
@@ -159,7 +161,7 @@ class StartStateLoss:
     anchor: float
 
     def check_batch(self, batch: BatchLike) -> Batch:
-        """Checks a batch; a step calls it on the host, where ids can still be read."""
+        """Checks a batch; a step calls it on the host, where ids are concrete."""
         return check_ids_and_shapes(batch, self.model.config.vocab_size)
 
     def with_anchor(
@@ -176,15 +178,15 @@ class StartStateLoss:
             params: all weights.
             state: the start state that is tuned (batch 1).
             batch: holds unlabelled tokens [B T+1] as `anchor` if the weight is not 0.
-            value: the loss so far.
-            metrics: the metrics so far; `anchor_nats`, `state_max` and `state_rms` are added. The
-                sizes are the upscaled memory's if there is one.
+            value: the loss without the penalty.
+            metrics: its metrics, to which `anchor_nats`, `state_max` and `state_rms` are added. The
+                last two describe the upscaled memory if there is one.
         """
         if self.anchor:
             divergence = _divergence_from_base(self.model, params, state, batch)
             value = value + self.anchor * divergence
             metrics = metrics | {"anchor_nats": divergence}
-        # The WKV part of an upscaled state stays zero, so its size would say nothing.
+        # The WKV part of an upscaled state stays zero.
         tuned_memory = state.wkv if state.upscaled is None else state.upscaled.memory
         sizes = {
             "state_max": jnp.max(jnp.abs(tuned_memory)),
@@ -216,7 +218,7 @@ def _divergence_from_base(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _StateLoss(StartStateLoss):
-    """The loss of a start state that `state_loss` makes, called with the frozen weights in front.
+    """The loss that `state_loss` returns; the first argument of a call is the frozen weights.
 
     Attributes:
         l2wrap: as in `next_token_loss`.
@@ -268,12 +270,12 @@ def state_loss(
     anchor: float = 0.0,
     l2wrap: float = 0.0,
 ) -> Loss:
-    """Makes the loss of a start state of batch 1; the weights are frozen arguments of it.
+    """Makes the loss of a start state of batch 1, with the weights as frozen arguments.
 
-    Every row of a batch, or every sequence of packed rows, starts from that state, so its gradient
-    is the sum over them. The metrics watch the state: `state_max` is its largest entry, `state_rms`
-    its root mean square. Above a few tens, the norm after the read-out has made the early tokens
-    insensitive to the state's size.
+    Every row of a batch, or every packed sequence, starts from that state, so its gradient is the
+    sum over them. The metric `state_max` is the state's largest entry, `state_rms` its root mean
+    square. Above a few tens, the norm after the read-out makes early tokens insensitive to the
+    state's scale.
 
     Args:
         model: the shell around `params`.
@@ -284,9 +286,9 @@ def state_loss(
         l2wrap: as in `next_token_loss`.
 
     Raises:
-        TypeError: an argument of the wrong kind.
+        TypeError: an argument of the wrong type.
         ValueError: an unknown leaf, weights of another model, or a number out of its range; from
-            the loss, a batch or a state that does not fit the model.
+            the loss, a batch or a state that does not match the model.
     """
     with prefix_errors("state_loss"):
         check_model(model)

@@ -1,4 +1,4 @@
-"""Upscaled start states: empty ones, their stability, and feature maps folded into them."""
+"""Upscaled start states: creation, stability, and folding of feature maps into the memory."""
 
 import functools
 import math
@@ -44,22 +44,22 @@ from rwkv7_jax.tuning.calibration import (
 # Rows of calibration text that the model reads at once.
 _ROWS = 8
 
-# Of a state with a smaller decay a millionth is left after 20 tokens.
+# With a smaller decay, less than a millionth of a state is left after 20 tokens.
 _SHORTEST_DECAY = 0.5
 
 
 def _memory_inputs(upscaled: Upscaled, parts: LayerTrace) -> WKVInputs:
-    """Computes the inputs of the op whose state is a layer's memory."""
+    """Computes the inputs of the WKV op whose state is a layer's memory."""
     form = upscaled.form
     assert isinstance(form, RecurrentMemory)
     return form.wkv_inputs(upscaled, wkv_inputs_of(parts), parts["icl_rate"])
 
 
 def stability_ratio(upscaled: Upscaled, parts: LayerTrace) -> Float[Array, ""]:
-    """Measures the removal under "replace" in units of the stable limit; above 1 it can diverge.
+    """Measures the removal under "replace" relative to the stable limit; above 1 it can diverge.
 
-    One step's matrix diag(phi(w)) - phi(k) (phi(a) phi(k))^T has its eigenvalues inside the unit
-    circle if sum_m phi_m(a) phi_m(k)^2 <= 1 + min_m phi_m(w).
+    The transition matrix diag(phi(w)) - phi(k) (phi(a) phi(k))^T has its eigenvalues inside the
+    unit circle if sum_m phi_m(a) phi_m(k)^2 <= 1 + min_m phi_m(w).
     """
     inputs = _memory_inputs(upscaled, parts)
     # [B T H]; a is the negative key and b the key times the rate.
@@ -73,16 +73,16 @@ def empty_memory(
     """Makes a memory of zeros, batch 1, that is read through features.
 
     Args:
-        features: of `calibrate`; their landmarks [L 1 H M N] have its sizes.
+        features: from `calibrate`; their landmarks [L 1 H M N] determine its sizes.
         dynamics: of `model.MEMORY_FORMS`.
-        seed: of the fixed map by which the paper's form is read; other dynamics have none.
+        seed: of the fixed readout of the paper's form; other dynamics have none.
     """
     layers, _, heads, width, size = features.landmarks.shape
     lead = (layers, 1, heads)
     readout = None
     rows = size
     if MEMORY_FORMS[dynamics].replaces_wkv:
-        # In the paper's form the values are features as well, and a fixed random map reads them.
+        # In the paper's form values are features as well, and a fixed random map reads them.
         rows = width
         noise = jax.random.normal(
             jax.random.key(seed), (*lead, size, width), jnp.float32
@@ -98,23 +98,23 @@ def empty_memory(
 
 
 def fold_feature_map(upscaled: Upscaled) -> Upscaled:
-    """Multiplies the feature map into the memory, so that reads are the same without it.
+    """Multiplies the feature map into the memory, so that reads no longer need it.
 
     Raises:
-        ValueError: a memory that changes in context, where keys need the map themselves; or one
-            with writes that are traced, which may not be 0.
+        ValueError: a memory that changes in context, whose keys need the map; or a memory whose
+            write strength is traced and may be nonzero.
     """
     if upscaled.features.map is None:
         return upscaled
     form = upscaled.form
-    # A static memory is never written, whatever its strength of writes.
+    # A static memory is never written, for any write strength.
     may_write = form.has_own_rows and (
         is_traced(upscaled.write) or np.any(upscaled.write)
     )
     if form.erases or may_write:
         raise ValueError(
-            "fold_feature_map: `upscaled` must be static, or decay without writes; "
-            f"got {upscaled.dynamics}, whose keys are mapped features."
+            "fold_feature_map: `upscaled` must have dynamics static, or decay without writes; "
+            f"got {upscaled.dynamics}, whose keys need the feature map."
         )
     memory = jnp.matmul(upscaled.memory, upscaled.features.map, precision="highest")
     return upscaled.replace(memory=memory, features=upscaled.features.replace(map=None))
@@ -128,7 +128,7 @@ def describe_upscaled(
     kind: str,
     prepare: str,
 ) -> Upscaled:
-    """Describes the memory that `upscale` makes: no text decides its shapes.
+    """Describes the shapes of the memory that `upscale` makes, which do not depend on text.
 
     Args:
         config: of the model.
@@ -165,8 +165,8 @@ def _recurrence_inputs(model: RWKV7, params: Params, tokens: Array) -> dict[str,
 def _read_vectors(
     model: RWKV7, params: Params, tokens: np.ndarray, *, with_keys: bool
 ) -> np.ndarray:
-    """Collects the read vectors [L R H N] of some text, and on request its removal keys too."""
-    # On the host: the read vectors of all layers of some thousand tokens may not fit on the device.
+    """Collects the read vectors [L R H N] of some text, and optionally its removal keys."""
+    # On the host: all layers' read vectors of some thousand tokens may not fit on the device.
     pieces = []
     for first in range(0, len(tokens), _ROWS):
         parts = to_host(
@@ -176,7 +176,7 @@ def _read_vectors(
         if with_keys:
             # The op's `a` is the negative of the removal key.
             pieces.append(-np.asarray(parts["a"], np.float32))
-    # [L B T H N] to [L B*T H N]: which text a vector came from does not matter.
+    # [L B T H N] to [L B*T H N].
     flat = [piece.reshape(len(piece), -1, *piece.shape[3:]) for piece in pieces]
     return np.concatenate(flat, axis=1)
 
@@ -194,27 +194,27 @@ def upscale(
     prepare: str | None = None,
     seed: int = 0,
 ) -> RWKV7State:
-    """Makes a start state, batch 1, with an empty memory read through features fitted to some text.
+    """Makes a start state, batch 1, with an empty memory and features that are fitted to text.
 
-    An empty memory leaves the model's outputs as they were, bit for bit, unless dynamics "replace"
-    or "replace_raw" discard its own state (the paper's form, kept for comparison).
+    An empty memory leaves the model's outputs bit-exact, except with dynamics "replace" or
+    "replace_raw", which discard the WKV state (the paper's form, kept for comparison).
 
     Args:
         model: the shell around `params`.
         params: all weights.
-        tokens: text of the kind that will be tuned on; some thousand tokens.
+        tokens: some thousand tokens of the kind of text to tune on.
         size: features of a head (M); 0 takes four times the head size.
-        dynamics: of `model.MEMORY_FORMS`. "static" never fades and is shared by all sequences;
-            "decay" fades with the mean decay; "delta" is erased where the context writes.
+        dynamics: of `model.MEMORY_FORMS`. "static" never changes and is shared by all sequences;
+            "decay" decays with the mean decay; "delta" is also erased where the context writes.
         kind: of `model.FEATURE_MAPS`; None takes "gaussian", or "gaussian_raw" in the paper's form.
         landmarks: "random" or "kmeans".
-        widths: factors on 1 / the median squared distance, given to the landmarks in turn; None
-            takes 1, 4 and 16, or 1 alone where `prepare` is "none".
+        widths: factors on 1 / the median squared distance, which the landmarks cycle through; None
+            takes 1, 4 and 16, or only 1 if `prepare` is "none".
         prepare: "none", "centre" or "whiten"; None takes "whiten", or "none" in the paper's form.
         seed: of the landmarks.
 
     Raises:
-        TypeError: an argument of the wrong kind.
+        TypeError: an argument of the wrong type.
         ValueError: an unknown choice, a number out of its range, weights of another model, no text,
             or ids outside the vocabulary.
     """
@@ -239,7 +239,7 @@ def upscale(
         check_tokens(tokens, model.config.vocab_size)
     form = MEMORY_FORMS[dynamics]
     features = calibrate(
-        # An additive memory that is erased is also addressed by removal keys.
+        # Removal keys also address an additive memory that is erased.
         _read_vectors(
             model, params, tokens, with_keys=form.erases and not form.replaces_wkv
         ),
@@ -263,7 +263,7 @@ def upscale(
 def _ratios_and_decays(
     upscaled: Upscaled, parts: dict[str, Array]
 ) -> tuple[Array, Array]:
-    """Computes each layer's stability ratio and median decay, one layer after the other."""
+    """Computes each layer's stability ratio and median decay, one layer after another."""
 
     def of_layer(layer):
         log_w = _memory_inputs(*layer).log_w
@@ -273,19 +273,19 @@ def _ratios_and_decays(
 
 
 def _warn_of_fading(dynamics: str, decays: np.ndarray) -> None:
-    """Warns if a start state is gone before anything could be learnt of it."""
+    """Warns if a start state decays too fast to be tuned."""
     layer = int(np.argmin(decays))
     if decays[layer] < _SHORTEST_DECAY:
         warnings.warn(
             f"upscale: `dynamics` {dynamics} keeps {decays[layer]:.2g} of a state at each "
-            f"token (median of layer {layer}): a start state is gone after a few, and so are its "
-            "gradients. Smaller `widths` keep more.",
+            f"token (median of layer {layer}). A start state and its gradients vanish after a few "
+            "tokens; smaller `widths` keep more.",
             stacklevel=3,
         )
 
 
 def _warn_of_growth(dynamics: str, excess: float) -> None:
-    """Warns if one step can make the state grow."""
+    """Warns if a step can make the state grow."""
     if excess > 1:
         warnings.warn(
             f"upscale: `dynamics` {dynamics} removes up to {excess:.3g} times what a "

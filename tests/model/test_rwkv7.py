@@ -279,7 +279,7 @@ def test_a_mesh_with_explicit_axes_is_rejected_everywhere(tmp_path):
     params = lively()
     mesh, ids = on_an_explicit_mesh(IDS)
     call = RWKV7(CONFIG).apply
-    sentence = r"must have axes that the compiler partitions.* got Explicit for data"
+    sentence = r"must have axes of type AxisType.Auto.* got Explicit for data"
     for run_model in (call, jax.jit(call)):
         with pytest.raises(
             ValueError, match=f"RWKV7: the mesh of the arrays {sentence}"

@@ -202,10 +202,10 @@ def test_memories_of_different_forms_are_not_stacked():
         upscaled=static.upscaled.replace(memory=memory, features=features)
     )
     with pytest.raises(
-        ValueError, match=r"one form; got static gaussian with 24 .* with 12"
+        ValueError, match=r"same form; got static gaussian with 24 .* with 12"
     ):
         stack([static, narrow])
-    with pytest.raises(ValueError, match=r"one form; got static .* and delta"):
+    with pytest.raises(ValueError, match=r"same form; got static .* and delta"):
         stack([static, one_state("delta", seed=1)])
 
 

@@ -46,7 +46,7 @@ def test_weights_of_the_terms_are_checked(made, teacher):
     ):
         observer_loss(made[0], *teacher, answers=-1.0)
     with pytest.raises(
-        ValueError, match=r"one of variance, divergence, answers must be above 0"
+        ValueError, match="one of `variance`, `divergence`, `answers` must be above 0"
     ):
         observer_loss(made[0], *teacher, variance=0.0, divergence=0.0, answers=0.0)
 
@@ -101,7 +101,7 @@ def test_malformed_calls_are_rejected(made, teacher, batch):
     ):
         propose(observer, params, tokens, np.array([1, 2, 15, 3]))
     with pytest.raises(
-        ValueError, match="observer_loss: `batch` must have at least two rows"
+        ValueError, match="observer_loss: `batch` must have at least 2 rows"
     ):
         row = {name: part[:1] for name, part in batch.items()}
         observer_loss(observer, *teacher)(params, row)

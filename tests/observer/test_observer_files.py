@@ -55,15 +55,15 @@ def test_a_folder_of_another_teacher_is_rejected(made, tmp_path):
     for change, sentence in (
         (
             {"num_layers": 3},
-            "`teacher` must have num_layers 2, as the observer's; got 3",
+            "`teacher` must have the observer's num_layers 2; got 3",
         ),
         (
             {"vocab_size": 24},
-            "`teacher` must have vocab_size 23, as the observer's; got 24",
+            "`teacher` must have the observer's vocab_size 23; got 24",
         ),
         (
             {"head_size": 8},
-            "`teacher` must have head_size 16, as the observer's; got 8",
+            "`teacher` must have the observer's head_size 16; got 8",
         ),
     ):
         with pytest.raises(ValueError, match=f"load_observer: {sentence}"):
@@ -75,11 +75,11 @@ def test_a_folder_of_another_teacher_is_rejected(made, tmp_path):
 def test_a_damaged_folder_is_rejected(made, tmp_path):
     observer, params = made
     with pytest.raises(
-        ValueError, match=r"is no observer: it has no model\.safetensors"
+        ValueError, match=r"is not an observer: it has no model\.safetensors"
     ):
         load_observer(tmp_path, TEACHER)
     save_observer(tmp_path, observer, params)
-    with pytest.raises(ValueError, match="does not say which teacher it belongs to"):
+    with pytest.raises(ValueError, match="does not name its teacher"):
         load_observer(tmp_path, TEACHER, base_model="abc")
     maps = (tmp_path / MAPS).read_bytes()
     save_observer(tmp_path, observer, params | {"model": alive(params["model"], 9)})
@@ -103,5 +103,5 @@ def test_a_damaged_folder_is_rejected(made, tmp_path):
     with pytest.raises(ValueError, match="has NaN or Inf in bias"):
         load_observer(tmp_path, TEACHER)
     write_safetensors(tmp_path / MAPS, [("left", np.zeros(3))])
-    with pytest.raises(ValueError, match="does not say that it is an observer's"):
+    with pytest.raises(ValueError, match="is not from an observer"):
         load_observer(tmp_path, TEACHER)

@@ -187,7 +187,9 @@ def test_weights_on_no_mesh_are_rejected_before_compilation():
     for caller, call in unplaced(mesh).items():
         # The mesh of a step is its own.
         outside = caller == "make_train_step"
-        sentence = f"^{caller}: .* must lie on the 2 devices of the mesh, as sharding"
+        sentence = (
+            f"^{caller}: .* must be placed on the 2 devices of the mesh by sharding"
+        )
         with sharding.use_mesh(None if outside else mesh):
             with pytest.raises(ValueError, match=sentence):
                 call()

@@ -14,7 +14,7 @@ MODEL = rwkv.RWKV7(TINIEST)
 TX = optax.adam(0.1)
 RATES = np.array([0.1, 0.2])
 BATCH = {"tokens": tokens(2, 5, TINIEST), "mask": np.ones((2, 4), np.float32)}
-DONATED = "must hold arrays that are still there; they were donated to an earlier call"
+DONATED = "must not hold deleted arrays; they were donated to an earlier call"
 
 
 @jax.tree_util.register_pytree_node_class

@@ -233,10 +233,10 @@ def test_all_sets_are_one_program_which_compiles_once():
 
 
 def test_arguments_of_the_wrong_size_are_rejected_in_one_sentence():
-    with pytest.raises(ValueError, match="`rates` must be one number for each set"):
+    with pytest.raises(ValueError, match="`rates` must hold one number per set"):
         make_stacked_step(square, PLAIN, np.ones((2, 2)))
     step = make_stacked_step(square, PLAIN, RATES)
     train = create_stack({"x": jnp.ones((SETS, 3))}, PLAIN)
-    sentence = "`rates` must have as many numbers as share the 6 rows of the batch's"
+    sentence = "the number of `rates` must divide the 6 rows of the batch's"
     with pytest.raises(ValueError, match=sentence):
         step(train, numbers(6))

@@ -90,7 +90,7 @@ def test_a_loss_that_normalizes_by_the_mask_of_a_microbatch_is_rejected():
     batch = {"tokens": BATCH["tokens"], "mask": MASK}
     train = TrainState.create({"x": jnp.ones(3)}, PLAIN)
     make_train_step(forgetful, PLAIN)(train, batch)
-    sentence = "make_train_step: `loss` must weigh targets by `loss_weights.*reads the mask alone"
+    sentence = "make_train_step: `loss` must weight targets by `loss_weights.*reads only the mask"
     # A compiled function gets all arrays, whether it reads them or not.
     for loss in (forgetful, jax.jit(forgetful), jax.checkpoint(forgetful)):
         train = TrainState.create({"x": jnp.ones(3)}, PLAIN)
@@ -161,7 +161,7 @@ def test_an_optimizer_that_decorrelates_needs_statistics():
     # Alone, and inside of others.
     for tx in (decorrelate(PLAIN), optax.chain(optax.clip(1.0), decorrelate(PLAIN))):
         train = TrainState.create(lively(CONFIG), tx)
-        with pytest.raises(ValueError, match=r"^`statistics` must be given where `tx`"):
+        with pytest.raises(ValueError, match=r"^`statistics` must be given if `tx`"):
             make_train_step(LOSS, tx)(train, BATCH)
 
 
@@ -308,7 +308,7 @@ def first_step(tx):
 
 
 def test_an_optimizer_that_needs_other_arguments_is_named():
-    said = "`tx` must make updates from gradients"
+    said = "`tx` must need only gradients"
     with pytest.raises(TypeError, match=f"^{said}.*'value_fn'"):
         first_step(optax.lbfgs())
     # Its parameters are pairs.

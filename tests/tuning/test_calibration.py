@@ -90,7 +90,9 @@ def test_constant_reads_get_features_of_their_own_scale(kind, prepare, count):
 
 def test_too_small_a_damping_is_rejected():
     reads = noise((1, 5, 2, N), 7)
-    sentence = "calibrate: `damping` must be larger where 5 reads of a head do not tell"
+    sentence = (
+        "calibrate: `damping` must be larger, because 5 reads of a head give a singular"
+    )
     with pytest.raises(ValueError, match=sentence):
         calibrate(reads, size=16, damping=0.0)
     assert np.isfinite(calibrate(reads, size=16).map).all()

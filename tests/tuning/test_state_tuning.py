@@ -309,7 +309,8 @@ def test_targets_with_negative_weights_count_in_statistics():
 def test_tuning_an_absent_memory_is_rejected(shallow, batch):
     loss = state_loss(*shallow, leaves=("memory",))
     with pytest.raises(
-        ValueError, match="`leaves` has memory, but the state is not upscaled"
+        ValueError,
+        match="`leaves` must not hold memory, because the state is not upscaled",
     ):
         loss(init_state(SHALLOW), batch)
 
