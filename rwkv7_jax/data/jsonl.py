@@ -103,16 +103,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     A killed process may leave an incomplete line, which the next one is appended to, so lines that
     are not objects are skipped.
     """
-    if not path.is_file():
-        return []
-    return list(
-        read_jsonl(
-            path,
-            check_object,
-            on_bad="skip",
-            allow_nan=True,
-        )
-    )
+    return list(iterate_log(path))
+
+
+def iterate_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a log one at a time, for one that memory need not hold.
+
+    Args:
+        path: as of `read_log`.
+    """
+    if path.is_file():
+        yield from read_jsonl(path, check_object, on_bad="skip", allow_nan=True)
 
 
 def _refuse_constant(name: str) -> None:

@@ -26,7 +26,7 @@ from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.evaluation.ratio import Ratio
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, repeat
-from rwkv7_jax.sharding import to_host
+from rwkv7_jax.sharding import filled_rows, mesh_sizes, to_host
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.head_loss import TokenStatistics, token_statistics
 from rwkv7_jax.training.losses import check_masked_batch
@@ -104,14 +104,15 @@ def _nats_and_correct(model: RWKV7, *arguments: Any) -> tuple[Any, Any]:
 def map_rows(
     per_token: Callable[..., Any], state: RWKV7State, tokens: np.ndarray, rows: int
 ) -> Any:
-    """Calls `per_token(start, tokens)` on `rows` windows at a time and joins the results.
+    """Calls `per_token(start, tokens)` on some windows at a time and joins the results.
 
     Args:
-        per_token: function compiled for `rows` windows.
+        per_token: a compiled function.
         state: batch 1; every window starts from it.
         tokens: tokens of all windows.
-        rows: windows per call.
+        rows: windows per call; more if devices share them.
     """
+    rows = filled_rows(rows, mesh_sizes())
     # Broadcast once: every call starts from the same arrays.
     start = repeat(state, rows)
     results = []

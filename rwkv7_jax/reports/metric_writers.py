@@ -5,21 +5,29 @@ import functools
 import importlib
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.atomic_write import append_line, atomic_write
-from rwkv7_jax.data.jsonl import read_log
+from rwkv7_jax.data.jsonl import iterate_log
 from rwkv7_jax.json_files import number_of
 
 JSONL = "metrics.jsonl"
 CSV = "metrics.csv"
 
+# Rows in one event file of TensorBoard; some megabytes.
+_WRITES_TO_A_FILE = 5000
+
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
     """Reads the lines of a log that have a step; none if the file is missing."""
-    return [row for row in read_log(path) if _has_step(row)]
+    return list(iterate_steps(path))
+
+
+def iterate_steps(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a log that have a step, one at a time; see `read_steps`."""
+    return filter(_has_step, iterate_log(path))
 
 
 def merged(rows: Iterable[Mapping[str, Any]]) -> list[dict]:
@@ -35,8 +43,8 @@ def merged(rows: Iterable[Mapping[str, Any]]) -> list[dict]:
 class MetricFiles:
     """`metrics.jsonl` and `metrics.csv` of one run, and the trackers that the settings name.
 
-    Both files hold every number. Each write appends to them, so a killed process leaves its
-    metrics behind. A new name adds a column to the CSV file.
+    Both files hold every number; memory holds none of them. Each write appends to them, so a killed
+    process leaves its metrics behind. A new name adds a column to the CSV file.
     """
 
     def __init__(self, folder: str | Path, *, also: Iterable[str] = ()):
@@ -52,11 +60,8 @@ class MetricFiles:
         """
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._rows = read_steps(self._jsonl)
-        self._columns = _column_names(self._rows)
-        if self._jsonl.exists():
-            # Drops an unfinished last line, which the next write would extend.
-            self._rewrite()
+        # Columns of the CSV file; empty until the first write.
+        self._columns: list[str] = []
         self._openers = [_tracker_opener(name) for name in also]
         self._trackers: list[Tracker] = []
 
@@ -67,7 +72,9 @@ class MetricFiles:
     def write(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Appends the numbers of a step; a step may be written more than once."""
         row = {"step": step, **numbers}
-        self._rows.append(row)
+        if not self._columns:
+            # Without an unfinished last line of an earlier process.
+            self._rewrite(self.iterate())
         append_line(self._jsonl, json.dumps(row))
         new_columns = [name for name in row if name not in self._columns]
         if new_columns:
@@ -77,7 +84,7 @@ class MetricFiles:
             # Only after the write: later rows must match the header on disk.
             self._columns = columns
         else:
-            append_line(self._folder / CSV, _csv_text(self._columns, [row]))
+            append_line(self._folder / CSV, _csv_text(self._columns, row))
         self._track(step, numbers)
 
     def _track(self, step: int, numbers: Mapping[str, Any]) -> None:
@@ -92,9 +99,19 @@ class MetricFiles:
         for tracker in self._trackers:
             tracker.write(step, numeric)
 
-    def rows(self) -> list[dict]:
-        """Returns one row per step, in order, including rows of earlier processes."""
-        return merged(self._rows)
+    def iterate(self) -> Iterator[dict]:
+        """Yields all rows as written, including rows of earlier processes."""
+        return iterate_steps(self._jsonl)
+
+    def rows(self, steps: Collection[int] | None = None) -> list[dict]:
+        """Returns one row per step, in order, including rows of earlier processes.
+
+        Args:
+            steps: the steps to return; None for all.
+        """
+        return merged(
+            row for row in self.iterate() if steps is None or row["step"] in steps
+        )
 
     def truncate_after(self, step: int) -> None:
         """Drops the rows of later steps, which a run restored at `step` repeats.
@@ -105,24 +122,30 @@ class MetricFiles:
         Args:
             step: last step to keep; -1 keeps none.
         """
-        self._rows = [row for row in self._rows if row["step"] <= step]
-        self._columns = _column_names(self._rows)
-        self._rewrite()
+        self._rewrite(row for row in self.iterate() if row["step"] <= step)
         # Reopening the trackers at the restored step hides their later points.
         self.close()
 
-    def _rewrite(self) -> None:
+    def _rewrite(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replaces both files by some of their rows."""
+        # A dict keeps the order of appearance; a set does not.
+        names = {"step": None}
         with atomic_write(self._jsonl) as file:
-            for row in self._rows:
+            for row in rows:
+                names |= dict.fromkeys(row)
                 file.write(json.dumps(row).encode() + b"\n")
-        self._write_csv(self._columns)
+        self._write_csv(list(names))
+        self._columns = list(names)
 
     def _write_csv(self, columns: Sequence[str]) -> None:
-        header = dict(zip(columns, columns, strict=True))
-        text = _csv_text(columns, [header, *self._rows])
         with atomic_write(self._folder / CSV) as file:
             # A damaged line may hold an unpaired surrogate, which UTF-8 cannot encode.
-            file.write(f"{text}\n".encode("utf-8", "replace"))
+            text = io.TextIOWrapper(file, "utf-8", errors="replace", newline="")
+            writer = csv.DictWriter(text, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.iterate())
+            # Flushes the text without closing the file.
+            text.detach()
 
     def close(self) -> None:
         """Flushes and closes the trackers; another write reopens them."""
@@ -131,10 +154,10 @@ class MetricFiles:
         self._trackers = []
 
 
-def _csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Returns lines of a CSV file, without the last line break."""
+def _csv_text(columns: Sequence[str], row: Mapping[str, Any]) -> str:
+    """Returns a line of a CSV file, without the line break."""
     text = io.StringIO(newline="")
-    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
+    csv.DictWriter(text, columns, lineterminator="\n").writerow(row)
     return text.getvalue().removesuffix("\n")
 
 
@@ -146,25 +169,26 @@ def _has_step(row: Mapping[str, Any]) -> bool:
     return is_integer and number_of(step) is not None
 
 
-def _column_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Returns all names in order of appearance; the step comes first."""
-    names = {"step": None}
-    for row in rows:
-        # A dict keeps the order; a set does not.
-        names |= dict.fromkeys(row)
-    return list(names)
-
-
 class _TensorBoard:
-    """Event files under `tensorboard/`."""
+    """Event files under `tensorboard/`, of limited size, because a backup copies changed files."""
 
     def __init__(self, package: Any, folder: Path, first_step: int):
-        where = str(folder / "tensorboard")
+        self._where = str(folder / "tensorboard")
+        self._package = package
         # The purge hides the later steps that a resumed run wrote before.
-        self._writer = package.SummaryWriter(where, purge_step=first_step or None)
+        self._writer = self._open(purge_step=first_step or None)
+        self._writes = 0
+
+    def _open(self, purge_step: int | None) -> Any:
+        return self._package.SummaryWriter(self._where, purge_step=purge_step)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Queues the numbers of a step."""
+        if self._writes == _WRITES_TO_A_FILE:
+            self._writer.close()
+            self._writer = self._open(purge_step=None)
+            self._writes = 0
+        self._writes += 1
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 

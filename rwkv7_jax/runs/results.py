@@ -117,7 +117,7 @@ def _harm(
     if progress.since:
         return None
     name = f"{prefix}{progress.measure}"
-    found = {row["step"]: row.get(name) for row in folder.rows()}
+    found = {row["step"]: row.get(name) for row in folder.rows({0, step})}
     base = found.get(0)
     result = found.get(step)
     if not isinstance(base, int | float) or not isinstance(result, int | float):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rwkv7_jax.atomic_write import append_line, atomic_write
-from rwkv7_jax.data.jsonl import read_log
+from rwkv7_jax.data.jsonl import iterate_log
 from rwkv7_jax.json_files import number_of, read_json, read_object, write_json
 from rwkv7_jax.local_paths import require_unicode
 from rwkv7_jax.reports.html_report import write_report
@@ -131,8 +131,12 @@ class RunDirectory:
     def note_sample(self, step: int, prompt: str, text: str) -> None:
         """Notes what the model wrote after a prompt."""
 
-    def rows(self) -> list[dict]:
-        """Returns all metrics so far, one row a step, those before a resume included."""
+    def rows(self, steps: Collection[int] | None = None) -> list[dict]:
+        """Returns the metrics so far, one row a step, those before a resume included.
+
+        Args:
+            steps: whose rows they are; None for all, which may be more than memory holds.
+        """
         return []
 
 
@@ -256,7 +260,7 @@ class OwnedRunDirectory(RunDirectory):
         # First of all: the report and the release of the lock must come after the last save.
         self.checkpoints.leave()
         self._metrics.close()
-        if self._metrics.rows():
+        if next(self._metrics.iterate(), None):
             try:
                 write_report(self.path)
             except (OSError, ValueError) as error:
@@ -325,9 +329,10 @@ class OwnedRunDirectory(RunDirectory):
         for name in (_BAD_BATCHES, _SAMPLES):
             self._truncate_after(last_step, name)
         # The run's clock goes on from where the last process left it.
-        seconds = [number_of(row.get("seconds")) for row in self.rows()]
-        spent = [value for value in seconds if value is not None]
-        self._began -= max(spent, default=0.0)
+        spent = 0.0
+        for row in self._metrics.iterate():
+            spent = max(spent, number_of(row.get("seconds")) or 0.0)
+        self._began -= spent
         path = self.path / "system.json"
         self._try(path.name, lambda: write_json(path, system()))
 
@@ -336,14 +341,12 @@ class OwnedRunDirectory(RunDirectory):
         path = self.path / name
         if not path.exists():
             return
-        kept = []
-        for row in read_log(path):
-            step = row.get("step", 0)
-            # A line of junk has no step to compare.
-            if _is_number(step) and step <= last_step:
-                kept.append(json.dumps(row) + "\n")
         with atomic_write(path) as file:
-            file.write("".join(kept).encode())
+            for row in iterate_log(path):
+                step = row.get("step", 0)
+                # A line of junk has no step to compare.
+                if _is_number(step) and step <= last_step:
+                    file.write(f"{json.dumps(row)}\n".encode())
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Writes the numbers of a step to the metrics files."""
@@ -386,9 +389,9 @@ class OwnedRunDirectory(RunDirectory):
                 warn(f"{self.path / name} cannot be written: {error}; training goes on")
             self._warned = True
 
-    def rows(self) -> list[dict]:
-        """Returns all metrics so far, one row a step, those before a resume included."""
-        return self._metrics.rows()
+    def rows(self, steps: Collection[int] | None = None) -> list[dict]:
+        """Returns the metrics so far; see `RunDirectory.rows`."""
+        return self._metrics.rows(steps)
 
 
 class NullRunDirectory(RunDirectory):

@@ -229,6 +229,15 @@ def share_of_rows(rows: int, sizes: Mapping[str, int]) -> int:
     return rows // math.prod(sizes[axis] for axis in row_axes(rows, sizes))
 
 
+def filled_rows(rows: int, sizes: Mapping[str, int]) -> int:
+    """Counts rows with those that fill them up, so that all devices have equally many of their own.
+
+    For programs that compute each row by itself, and leave the results of the others out.
+    """
+    count = math.prod(sizes.get(axis, 1) for axis in ROWS)
+    return -(-rows // count) * count
+
+
 def share_of_sets(sets: int, sizes: Mapping[str, int]) -> int:
     """Counts the sets of a stack that one device updates, rounded up."""
     return -(-sets // math.prod(sizes.get(axis, 1) for axis in SETS))

@@ -3,10 +3,12 @@
 import csv
 import json
 import sys
+import tracemalloc
 import types
 
 import pytest
 
+from rwkv7_jax.reports import metric_writers
 from rwkv7_jax.reports.metric_writers import MetricFiles
 
 
@@ -66,6 +68,22 @@ def test_a_step_has_one_row_with_the_last_values(tmp_path):
     files.write(2, {"loss": 0.5})
     expected = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 0.5, "held_out": 4.0}]
     assert files.rows() == MetricFiles(tmp_path).rows() == expected
+
+
+def test_memory_does_not_hold_the_log(tmp_path):
+    numbers = {f"metric_{index}": 0.123456789 for index in range(40)}
+    log = tmp_path / "metrics.jsonl"
+    rows = [json.dumps({"step": step, **numbers}) for step in range(3000)]
+    log.write_text("\n".join(rows) + "\n")
+    tracemalloc.start()
+    files = MetricFiles(tmp_path)
+    files.write(3000, {"another": 1.0})
+    files.truncate_after(2999)
+    assert next(files.iterate())["step"] == 0
+    assert [row["step"] for row in files.rows({0, 2999})] == [0, 2999]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < log.stat().st_size / 4
 
 
 def test_a_resumed_run_has_no_duplicate_steps(tmp_path):
@@ -194,6 +212,29 @@ def test_tensorboard_purges_the_steps_that_a_resumed_run_repeats(tmp_path, monke
         (where, 1), ("loss", 1.0, 1), ("rate", 0.5, 1), ("loss", 0.9, 2), "closed",
         (where, 2), ("loss", 0.8, 2), "closed",
     ]  # fmt: skip
+
+
+def test_tensorboard_files_have_a_bounded_size(tmp_path, monkeypatch):
+    opened = []
+
+    class Writer:
+        def __init__(self, where, purge_step):
+            opened.append((purge_step, []))
+
+        def add_scalar(self, name, value, step):
+            opened[-1][1].append(step)
+
+        def close(self):
+            pass
+
+    monkeypatch.setitem(
+        sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Writer)
+    )
+    monkeypatch.setattr(metric_writers, "_WRITES_TO_A_FILE", 3)
+    files = MetricFiles(tmp_path, also=("tensorboard",))
+    for step in range(1, 8):
+        files.write(step, {"loss": 1.0})
+    assert opened == [(1, [1, 2, 3]), (None, [4, 5, 6]), (None, [7])]
 
 
 def test_real_tensorboard_files_are_written(tmp_path):

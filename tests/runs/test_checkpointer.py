@@ -195,7 +195,7 @@ def test_the_last_every_kth_and_the_best_stay(tmp_path):
 def test_a_save_that_fails_says_what_it_needs_and_leaves_the_old_ones(
     folder, capfd, monkeypatch
 ):
-    def full(place):
+    def full(*arguments):
         raise OSError(28, "No space left on device")
 
     checkpoints = open_checkpoints(folder)

@@ -12,7 +12,7 @@ from tiny_models import SCANNED, SHALLOW, lively, random_state, tokens
 from tolerances import SAME, assert_close, assert_trees_close
 
 from rwkv7_jax import sharding
-from rwkv7_jax.evaluation.scoring import token_nats
+from rwkv7_jax.evaluation.scoring import map_rows, token_nats
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state, repeat
@@ -214,6 +214,23 @@ def test_functions_that_run_nothing_accept_weights_on_no_mesh(tmp_path):
 def score(params):
     ids = np.asarray(tokens(5, LENGTH, SCANNED))
     return token_nats(MODEL, params, init_state(SCANNED), ids, rows=2)
+
+
+def test_windows_are_padded_to_rows_that_devices_share():
+    mesh = sharding.make_mesh({"fsdp": 2}, 2)
+    ids = np.asarray(tokens(5, LENGTH, SCANNED))
+    read = []
+
+    def per_token(start, part):
+        read.append(part.shape[0])
+        assert sharding.row_axes(part.shape[0], mesh.shape) == ("fsdp",)
+        return part
+
+    with sharding.use_mesh(mesh):
+        joined = map_rows(per_token, init_state(SCANNED), ids, rows=1)
+    assert read == [2, 2, 2]
+    assert joined.tolist() == ids.tolist()
+    assert sharding.filled_rows(8, {"data": 3, "fsdp": 4, "tensor": 5}) == 12
 
 
 def test_scores_match_one_device(mesh):

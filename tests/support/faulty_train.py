@@ -53,10 +53,10 @@ def slowed(write):
     """Delays all calls but the first."""
     times = iter(range(1000))
 
-    def slow(folder):
+    def slow(*arguments):
         if next(times):
             time.sleep(float(NUMBERS))
-        write(folder)
+        write(*arguments)
 
     return slow
 

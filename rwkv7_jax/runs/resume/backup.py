@@ -21,6 +21,7 @@ from rwkv7_jax.runs.resume.step_directories import (
     verify_manifest,
 )
 from rwkv7_jax.runs.resume.steps import MANIFEST
+from rwkv7_jax.runs.resume.stored_logs import PARTS, StoredLogs, is_long_log
 from rwkv7_jax.runs.resume.stored_steps import StoredSteps
 from rwkv7_jax.runs.run_lock import (
     HEARTBEATS,
@@ -38,8 +39,8 @@ STEPS = "checkpoints"
 # key in a second, and ask money for it.
 HEARTBEAT_SECONDS = 10.0
 
-# Folders of a run that another machine does not need.
-_NOT_COPIED = {STEPS, "profile"}
+# Folders of a run that another machine does not need, or gets in another way.
+_NOT_COPIED = {STEPS, PARTS, "profile"}
 
 
 class Backup:
@@ -69,6 +70,7 @@ class Backup:
         self._workdir = workdir
         _refuse_inside(store, workdir)
         self.steps = StoredSteps(store, STEPS, self._require_lock)
+        self._logs = StoredLogs(store, self._require_lock)
         # Size and time of the files that the store has already.
         self._copied: dict[str, tuple[int, int]] = {}
         self._released = threading.Event()
@@ -138,6 +140,7 @@ class Backup:
         if self.newer_steps():
             keys = filter(_is_copied, self._store.list())
             self._store.download({key: self._workdir / key for key in keys})
+            self._logs.download(self._workdir)
 
     def fetch_step(self) -> None:
         """Copies the newest intact step to the run's folder if it is newer than all steps there.
@@ -193,15 +196,21 @@ class Backup:
     def copy_files(self) -> None:
         """Copies the run's files that are new or have changed, without its steps.
 
+        Of a long log, what is new of it.
+
         Raises:
             DiskError: the store cannot be written, or another process has taken it over.
         """
         self._require_lock()
         changed = {}
         versions = {}
+        logs = {}
         for path in sorted(self._workdir.rglob("*")):
             key = path.relative_to(self._workdir).as_posix()
             if not _is_copied(key) or not path.is_file():
+                continue
+            if is_long_log(path):
+                logs[key] = path
                 continue
             status = path.stat()
             version = (status.st_size, status.st_mtime_ns)
@@ -211,6 +220,7 @@ class Backup:
         self._store.upload(changed)
         # Only now: files of a batch that failed are copied with the next one.
         self._copied |= versions
+        self._logs.upload(logs)
 
     def release(self) -> None:
         """Gives the store back; a process that takes it then need not wait."""

@@ -190,8 +190,10 @@ class Checkpointer(CheckpointStore):
             # Of several processes, until all have written.
             self._orbax_checkpointer().wait_until_finished()
             if not self._group.is_primary:
+                self.steps.note_digests(job.step, self._group.index)
                 return
-            self.steps.commit(job.step)
+            others = self._group.members[1:]
+            self.steps.commit(job.step, others=others, seconds=SAVE_SECONDS)
             keep = steps_to_keep(
                 self.steps.complete(),
                 newest=self._settings.keep,

@@ -77,18 +77,18 @@ class ObjectStore:
                 f"`config.backup` {self.url} needs {package}, because each process writes its own "
                 f"shards there: pip install 'rwkv7_jax[{extra}]'"
             )
-        with self._named_errors():
+        with self.named_errors():
             self.folder().exists()
 
     def list(self) -> list[str]:
         """Returns all keys that are paths inside of a folder."""
-        with self._named_errors():
+        with self.named_errors():
             keys = [key.decode() for key in self._keys.list().result()]
         return [key for key in keys if is_inside(key)]
 
     def read(self, key: str) -> tuple[bytes, bytes]:
         """Returns the value of a key, which is empty if there is none, and its generation."""
-        with self._named_errors():
+        with self.named_errors():
             found = self._keys.read(key).result(timeout=_TIMEOUT_SECONDS)
             return found.value, found.stamp.generation
 
@@ -98,13 +98,13 @@ class ObjectStore:
         Returns:
             The new generation; empty if the key had another one and nothing was written.
         """
-        with self._named_errors():
+        with self.named_errors():
             written = self._keys.write(key, value, if_equal=expected)
             return written.result(timeout=_TIMEOUT_SECONDS).generation
 
     def put(self, key: str, value: str | bytes | None) -> None:
         """Writes the value of a key; None deletes it."""
-        with self._named_errors():
+        with self.named_errors():
             self._keys.write(key, value).result()
 
     def delete_folder(self, prefix: str) -> None:
@@ -118,7 +118,7 @@ class ObjectStore:
         def delete(key: str, _: None) -> None:
             self._keys.write(key, None).result()
 
-        with self._named_errors():
+        with self.named_errors():
             _in_parallel(delete, dict.fromkeys(doomed))
 
     def upload(self, files: Mapping[str, Path]) -> None:
@@ -127,7 +127,7 @@ class ObjectStore:
         def put(key: str, path: Path) -> None:
             self._keys.write(key, path.read_bytes()).result()
 
-        with self._named_errors():
+        with self.named_errors():
             _in_parallel(put, files)
 
     def download(self, files: Mapping[str, Path]) -> None:
@@ -139,7 +139,7 @@ class ObjectStore:
             with atomic_write(path) as file:
                 file.write(content)
 
-        with self._named_errors():
+        with self.named_errors():
             _in_parallel(get, files)
 
     def digests(self, keys: Mapping[str, str]) -> dict[str, str]:
@@ -150,15 +150,17 @@ class ObjectStore:
             value = self._keys.read(key).result().value
             found[name] = new_hash(value).hexdigest()
 
-        with self._named_errors():
+        with self.named_errors():
             _in_parallel(read, keys)
         return found
 
     @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
+    def named_errors(self) -> Iterator[None]:
         """Turns whatever a store or a disk raises into one sentence that names the store."""
         try:
             yield
+        except DiskError:
+            raise
         # TensorStore raises ValueError for most failures.
         except Exception as error:
             raise DiskError(

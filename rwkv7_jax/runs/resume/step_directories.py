@@ -9,11 +9,13 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.runs.exit_codes import warn
+from rwkv7_jax.runs.resume.noted_digests import collect, names_of, note_name
 from rwkv7_jax.runs.resume.steps import (
     MANIFEST,
     Steps,
@@ -79,10 +81,30 @@ class StepDirectories(Steps):
         # With its parents: the run's folder may have been deleted while the run worked.
         self.unfinished(number).parent.mkdir(parents=True, exist_ok=True)
 
-    def commit(self, number: int) -> None:
+    def note_digests(self, number: int, process: int) -> None:
+        """Writes a note into the directory."""
+        written = self.unfinished(number)
+        files = _files(written)
+        digests = {name: _file_digest(files[name]) for name in names_of(process, files)}
+        with atomic_write(written / note_name(process)) as file:
+            file.write(manifest_text(digests).encode())
+
+    def commit(
+        self, number: int, *, others: Sequence[int] = (), seconds: float = 0
+    ) -> None:
         """Writes the manifest, and then gives the directory its number."""
         written = self.unfinished(number)
-        write_manifest(written)
+
+        def read(name: str) -> bytes:
+            with contextlib.suppress(FileNotFoundError):
+                return (written / name).read_bytes()
+            return b""
+
+        noted = collect(read, others, seconds)
+        # Before the manifest: notes are no files of a step.
+        for process in others:
+            (written / note_name(process)).unlink()
+        write_manifest(written, noted)
         path = self.path(number)
         if os.path.lexists(path):
             warn(f"{path} was in the way; it lies in {self.set_aside(number)} now")
@@ -190,11 +212,18 @@ def _files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def write_manifest(folder: Path) -> None:
-    """Writes the manifest, and waits until the disk has it and all the other files."""
+def write_manifest(folder: Path, noted: Mapping[str, str] | None = None) -> None:
+    """Writes the manifest, and waits until the disk has it and all the other files.
+
+    Args:
+        folder: of a step.
+        noted: digests that are known, by the names of files.
+    """
     files = _files(folder)
-    text = manifest_text({name: _file_digest(path) for name, path in files.items()})
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    digests = {}
+    for name, path in files.items():
+        digests[name] = (noted or {}).get(name) or _file_digest(path)
+    (folder / MANIFEST).write_text(manifest_text(digests), encoding="utf-8")
     directories = [path for path in folder.rglob("*") if path.is_dir()]
     # In parallel: one after the other, each call would wait for the disk.
     with ThreadPoolExecutor(max_workers=_SYNC_THREADS) as threads:

@@ -8,7 +8,7 @@ saved.
 import abc
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rwkv7_jax.json_files import parse_json
@@ -54,8 +54,28 @@ class Steps(abc.ABC):
         """Makes way for the folder that a step is written to."""
 
     @abc.abstractmethod
-    def commit(self, number: int) -> None:
-        """Lets a step count that was begun and is written."""
+    def note_digests(self, number: int, process: int) -> None:
+        """Notes the digests of what a process wrote of a step, for the one that commits it.
+
+        Args:
+            number: of the step.
+            process: its number; it is not the first one.
+        """
+
+    @abc.abstractmethod
+    def commit(
+        self, number: int, *, others: Sequence[int] = (), seconds: float = 0
+    ) -> None:
+        """Lets a step count that was begun and is written.
+
+        Args:
+            number: of the step.
+            others: processes that note the digests of their files.
+            seconds: to wait for them at most.
+
+        Raises:
+            TimeoutError: one of them did not note any.
+        """
 
     @abc.abstractmethod
     def keep_only(self, numbers: Iterable[int]) -> None:

@@ -5,9 +5,10 @@ manifest is there, which is written after all its other files, and no longer onc
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from rwkv7_jax.runs.resume.noted_digests import collect, names_of, note_name
 from rwkv7_jax.runs.resume.object_store import ObjectStore
 from rwkv7_jax.runs.resume.steps import (
     MANIFEST,
@@ -112,10 +113,30 @@ class StoredSteps(Steps):
         if folder.exists():
             folder.rmtree()
 
-    def commit(self, number: int) -> None:
+    def note_digests(self, number: int, process: int) -> None:
+        """Writes a note, with the digests of what the store has."""
+        files = self.files(number)
+        own = {name: files[name] for name in names_of(process, files)}
+        note = manifest_text(self._store.digests(own))
+        self._store.put(self.key(number, note_name(process)), note)
+
+    def commit(
+        self, number: int, *, others: Sequence[int] = (), seconds: float = 0
+    ) -> None:
         """Writes the manifest, with the digests of what the store has."""
+
+        def read(name: str) -> bytes:
+            return self._store.read(self.key(number, name))[0]
+
+        noted = collect(read, others, seconds)
         self._check()
-        digests = self._store.digests(self.files(number))
+        # Before the manifest: notes are no files of a step.
+        for process in others:
+            self._store.put(self.key(number, note_name(process)), None)
+        files = self.files(number)
+        digests = {name: noted[name] for name in files if name in noted}
+        left = {name: key for name, key in files.items() if name not in noted}
+        digests |= self._store.digests(left)
         self._store.put(self.key(number, MANIFEST), manifest_text(digests))
 
     def keep_only(self, numbers: Iterable[int]) -> None:
