@@ -195,7 +195,7 @@ def test_what_cannot_be_states_is_refused_in_one_sentence(tmp_path, base_model):
         ({"a/b": "x.txt"}, "must have only names of letters, digits"),
         ({"a": ""}, "`config.tuning.states.a` must name a text"),
         (str(tmp_path / "nowhere"), "must be texts by name, or a folder"),
-        (str(tmp_path), "poet.txt and poet.jsonl would be one state"),
+        (str(tmp_path), "poet.txt and poet.jsonl would be the same state"),
     ):
         with pytest.raises(ValueError, match=sentence):
             state_sources(states)

@@ -59,7 +59,7 @@ class DataSettings:
         batch_size: rows of a batch, over all hosts.
         length: tokens of a row.
         on_bad: "error" or "skip", for invalid lines of a .jsonl file.
-        packing: how documents become rows.
+        packing: how documents are packed into the rows of a batch.
 
             * "stream" cuts rows from the concatenated documents. It uses every token, and the state
               leaks from one document into the next in a row, as in RWKV's own training.
