@@ -1,4 +1,4 @@
-"""What follows a step of a run: an evaluation, a checkpoint, the end."""
+"""What follows a step of a run: an evaluation, a checkpoint, or the end."""
 
 import contextlib
 import sys
@@ -14,7 +14,7 @@ from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.training_run import TrainingRun
 from rwkv7_jax.training.train_step import TrainState
 
-# Prompts, and the text that the model writes after each.
+# Pairs of a prompt and the text that the model generates after it.
 _Samples = list[tuple[str, str]]
 
 
@@ -26,27 +26,27 @@ def evaluate_and_save(
     log: MetricsLogger,
     stop: StopSignals,
 ) -> bool:
-    """Evaluates and saves if that is due after a step; returns whether the run ends there.
+    """Evaluates and saves if that is due after a step; returns whether the run ends.
 
     Args:
-        run: with the settings that say which steps are evaluated and saved.
-        state: after the step.
-        step: counted from 1; 0 is before the first.
-        folder: takes the checkpoint and the results.
-        log: takes the metrics, and knows how the run goes.
-        stop: the signals.
+        run: the run. Its settings say which steps to evaluate and save.
+        state: the train state after the step.
+        step: the number of steps so far; 0 before the first.
+        folder: receives the checkpoint and the results.
+        log: receives the metrics, and holds the progress.
+        stop: the stop request.
     """
     settings = run.settings
-    # Not "==": a run that is continued may have made more steps than it is asked for now.
+    # Not "==": a resumed run may already have taken more steps than its settings now ask for.
     is_last = step >= settings.steps
-    # A run that is continued from this step may have evaluated it already.
+    # A run that resumes at this step may already have evaluated it.
     if _evaluation_is_due(run, step, is_last) and log.progress.evaluated != step:
         _evaluate_unless_stopped(run, state, folder, log, stop)
     reason = None
     if log.progress.evaluated == step:
         reason = log.progress.stop_reason(settings.evaluation)
     if reason and not is_last:
-        print(f"ends early at step {step}: {reason}")
+        print(f"stops early at step {step}: {reason}")
     ends = bool(is_last or reason or stop.should_stop())
     is_best = step in log.progress.best_steps(settings.kept_best)
     save_due = settings.save_every and step % settings.save_every == 0
@@ -61,7 +61,7 @@ def evaluate_and_save(
 
 
 def _evaluation_is_due(run: TrainingRun, step: int, is_last: bool) -> bool:
-    """Tells whether a step is evaluated: the start, the last, and every few between them."""
+    """Returns whether to evaluate a step: the start, the last, or one that `every` divides."""
     if is_last or (step == 0 and run.mode.measures_start):
         return True
     every = run.settings.evaluation.every
@@ -75,21 +75,21 @@ def _evaluate_unless_stopped(
     log: MetricsLogger,
     stop: StopSignals,
 ) -> None:
-    """Evaluates, until a signal ends it; the continued run makes up for that."""
-    # Several processes first have to agree that they stop, which they do after the evaluation.
+    """Evaluates unless a signal interrupts it; the resumed run then evaluates instead."""
+    # Several processes must agree to stop, and they do so only after the evaluation.
     one_process = jax.process_count() == 1
     interruptible = stop.interruptible() if one_process else contextlib.nullcontext()
     with log.paused():
         measured = None
         with contextlib.suppress(Stopped), interruptible:
             measured = _measure(run, state)
-        # All of it or nothing: a step that counts as evaluated is not evaluated again.
+        # All or nothing: a step recorded as evaluated is not evaluated again.
         if measured is not None:
             _record(int(state.step), *measured, folder, log)
 
 
 def _measure(run: TrainingRun, state: TrainState) -> tuple[Metrics, _Samples]:
-    """Measures the trainable parameters on held-out data and makes sample text."""
+    """Measures the trainable parameters on held-out data and generates sample text."""
     params = run.local_params(state)
     with sharding.use_mesh(run.mode.mesh):
         return run.mode.evaluate(params), list(run.mode.sample_texts(params))
@@ -102,7 +102,7 @@ def _record(
     folder: RunDirectory,
     log: MetricsLogger,
 ) -> None:
-    """Writes the results to the run's folder before the first of them is printed."""
+    """Writes all results to the run directory, then prints them."""
     log.log_evaluation(step, metrics)
     for prompt, text in samples:
         folder.note_sample(step, prompt, text)

@@ -1,4 +1,4 @@
-"""What eval.py compares: a model from several start states, on the same held-out rows."""
+"""What eval.py compares: one model from several start states, on the same held-out rows."""
 
 import dataclasses
 import functools
@@ -20,13 +20,13 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A model with the start states that are compared.
+    """A model and the start states to compare.
 
     Attributes:
-        model: the shell around `params`.
+        model: the model of `params`.
         params: all weights.
         tokenizer: of the model's vocabulary.
-        starts: start states by the names of their rows in a table; the first is the base.
+        starts: start states by the label of their row in a table; the first is the base.
     """
 
     model: RWKV7
@@ -35,11 +35,11 @@ class Comparison:
     starts: dict[str, RWKV7State]
 
     def with_prompts(self, text: np.ndarray, sizes: tuple[int, ...]) -> "Comparison":
-        """Adds the states after prompts, which are the end of a text.
+        """Adds the state after each of several prompts, taken from the end of a text.
 
         Args:
             text: token ids.
-            sizes: of the prompts, in tokens; -1 is all of the text.
+            sizes: lengths of the prompts in tokens; -1 for the whole text.
         """
         starts = dict(self.starts)
         for size in sizes:
@@ -61,7 +61,7 @@ def load_comparison(settings: Settings) -> Comparison:
     """Loads the model and the tuned states that the settings name.
 
     Raises:
-        ValueError: a file cannot be read, or is of another model.
+        ValueError: a file cannot be read, or belongs to another model.
     """
     model, params = load_or_init(settings)
     tokenizer = tokenizer_of(settings, model.config)
@@ -73,11 +73,11 @@ def load_comparison(settings: Settings) -> Comparison:
 def _tuned_states(
     settings: Settings, model: RWKV7, params: Params
 ) -> dict[str, RWKV7State]:
-    """Loads the tuned states, by the names of their rows."""
+    """Loads the tuned states, by the label of their row."""
     starts: dict[str, RWKV7State] = {}
     if not settings.state_paths:
         return starts
-    # By it, `load_state` refuses states that were tuned on other weights.
+    # With the hash `load_state` rejects states that were tuned on other weights.
     base_model = model_hash(params, model.config)
     for path in settings.state_paths:
         state = load_state(
@@ -87,20 +87,21 @@ def _tuned_states(
             any_base=settings.any_base,
         )
         label = "tuned state" if state.upscaled is None else "upscaled state"
-        # Of several states of a kind, all but the first are named by their files.
+        # The first state of a kind is labelled by its kind, the others by their paths.
         starts[path if label in starts else label] = state
     return starts
 
 
 def read_held_out(settings: Settings, tokenizer: Tokenizer) -> dict[str, HeldOutRows]:
-    """Reads all rows that states are measured on, by title.
+    """Reads all rows to measure states on, by title.
 
-    They are of the run's own data, and of the tasks and texts in `config.evaluation.retention`.
+    They come from the run's own data and from the tasks and texts in
+    `config.evaluation.retention`.
 
     Raises:
-        ValueError: there is nothing to read, too little of it, or no target counts.
+        ValueError: there is nothing to read, there is too little, or no target counts.
     """
-    # A start state is for where a question begins.
+    # A start state applies where a question begins, so no row may begin within a question.
     read = functools.partial(HeldOutRows.read, settings, tokenizer, answers="documents")
     own = read()
     found = {"new task" if own.is_task else "new text": own}

@@ -1,4 +1,4 @@
-"""Compiled programs that are kept from run to run, and the time that compiling takes."""
+"""The persistent compilation cache, and the time spent compiling."""
 
 import os
 import tempfile
@@ -9,14 +9,15 @@ from etils import epath
 
 from rwkv7_jax.runs.exit_codes import warn
 
-# Every program is kept: a run has dozens of small ones, and each is read eight times as fast.
+# Cache every program: a run has dozens of small ones, and reading one is eight times as fast as
+# compiling it.
 _MIN_COMPILE_SECONDS = 0.0
 
 
 def user_folder() -> str | None:
-    """Returns the folder of this user's programs; None where there is no place for it.
+    """Returns the folder for this user's compiled programs; None if the environment has none.
 
-    The one that the environment names may lie in an object store, which several hosts share.
+    `JAX_COMPILATION_CACHE_DIR` may name a folder in an object store, which several hosts share.
     """
     if named := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return named
@@ -25,31 +26,31 @@ def user_folder() -> str | None:
     if not caches and not home:
         return None
     root = Path(caches) if caches else Path(home or "") / ".cache"
-    # One folder a version: JAX never deletes programs of others.
+    # One folder per version: JAX never deletes the programs of other versions.
     return str(root / "rwkv7_jax" / f"jax-{jax.__version__}")
 
 
 def enable_compilation_cache(folder: str | None) -> str | None:
-    """Lets JAX read compiled programs from a folder and write them to it.
+    """Makes JAX read compiled programs from a folder and write them to it.
 
     Args:
-        folder: from `user_folder`; None for none.
+        folder: from `user_folder`; None disables the cache.
 
     Returns:
-        The folder, or None, after a warning, where it cannot be written.
+        The folder. None, after a warning, if there is no folder or it cannot be written.
     """
     try:
         if folder is None:
             raise OSError("neither HOME nor XDG_CACHE_HOME is set")
-        # JAX's own kind of path, for object stores.
+        # JAX's own path class, which also opens object stores.
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
-        # Tried here: JAX would only warn, once for each program that it cannot write.
+        # Try to write here: JAX would only warn, once for each program that it cannot write.
         if "://" not in folder:
             with tempfile.TemporaryFile(dir=folder):
                 pass
-    # Of an object store whose package is not installed.
+    # ImportError: the package for the object store is not installed.
     except (OSError, ImportError) as error:
-        warn(f"programs are compiled anew each time: {error}")
+        warn(f"the compilation cache is disabled: {error}")
         jax.config.update("jax_enable_compilation_cache", False)
         return None
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -60,16 +61,16 @@ def enable_compilation_cache(folder: str | None) -> str | None:
 
 
 class CompileClock:
-    """The seconds that this process has spent compiling.
+    """The time that this process spends compiling.
 
     Attributes:
-        seconds: since the clock was made.
+        seconds: the time spent since the clock was created.
     """
 
     def __init__(self):
-        """Begins to count."""
+        """Starts counting."""
         self.seconds = 0.0
-        # JAX keeps its listeners for good: make one clock a run.
+        # JAX never removes a listener, so a run should create only one clock.
         jax.monitoring.register_event_duration_secs_listener(self._add)
 
     def _add(self, event: str, duration_secs: float, **_: str | int) -> None:

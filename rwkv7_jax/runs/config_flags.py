@@ -1,17 +1,19 @@
 """The command line of programs that take a config file: `--config=FILE[:ARGUMENT]`.
 
-The file's `get_config` gives an `ml_collections.ConfigDict` or another mapping, which
-`--config.GROUP.NAME=VALUE` changes. Beyond this module settings are dataclasses.
+The file's `get_config` returns an `ml_collections.ConfigDict` or another mapping, and
+`--config.GROUP.NAME=VALUE` overrides a setting in it. Only this module handles ConfigDicts; the
+rest of the package uses dataclasses.
 
-The changes are read here and not by `ml_collections.config_flags`, which was tried (1.1) and
-* takes the type of a value from the config file, so that a setting which a file sets to None, such
-  as `clip`, can be set to nothing else; here the type is the setting's own;
-* ends with a traceback where a group is set after one of its settings, or a setting of a group that
-  the file does not mention;
-* goes on with an error object in place of the config where there is no such file;
-* takes `--config.data.length 64` (a space in place of "=") as `length = true`, and the next flag as
-  the value of one that has none;
-* reports errors of `get_config` over many lines, where users of this program get one.
+`ml_collections.config_flags` (1.1) is not used, because it
+
+* infers the type of a value from the config file, so a setting that the file sets to None, such as
+  `clip`, accepts no other value; here the type is that of the setting;
+* ends with a traceback if a group is set after one of its settings, or if the file does not mention
+  the group of a setting;
+* continues with an error object in place of the config if the file does not exist;
+* reads `--config.data.length 64` (a space in place of "=") as `length = true`, and takes the next
+  flag as the value of a flag that has none;
+* reports errors of `get_config` over many lines; here an error takes one line.
 """
 
 import ast
@@ -36,28 +38,28 @@ from rwkv7_jax.runs.settings.fields import shown
 from rwkv7_jax.runs.settings.help import describe_settings
 from rwkv7_jax.runs.settings.names import nearest_name, setting_types
 
-# A flag of a config file, or of one of its settings.
+# The flag of a config file, or of one of its settings.
 _CONFIG_FLAG = re.compile(r"--?(no)?config(?:\.([\w.]+))?(?:=(.*))?", re.DOTALL)
 
 _HELP = ("-h", "-help", "--help")
 
-# A word that is a flag; a number may begin with a minus.
+# The beginning of a flag. A number may also begin with a minus sign.
 _FLAG = re.compile(r"-(?![\d.])")
 
-# The type of each setting by its dotted name.
+# The type of each setting, by dotted name.
 _TYPES = setting_types(Settings)
 
 _TRUE = ("true", "t", "1", "yes")
 _FALSE = ("false", "f", "0", "no")
 
-# The values of the config file as the command line changed them; None without a file.
+# The values of the config file with the command line's overrides; None without a file.
 _config: dict[str, Any] | None = None
 
 
 def run(program: str, main: Callable[[list[str]], None]) -> None:
-    """Parses the flags, calls `main` with the words that are no flags, and ends the process.
+    """Parses the flags, calls `main` with the words that are not flags, and ends the process.
 
-    A flag that does not exist or has a value of another type ends it in one line, with exit code 2.
+    An unknown flag or a value of the wrong type prints one line and exits with code 2.
 
     Args:
         program: the name that messages begin with.
@@ -67,7 +69,7 @@ def run(program: str, main: Callable[[list[str]], None]) -> None:
 
 
 def config_values() -> dict[str, Any]:
-    """Returns the values of the config file, as the command line changed them.
+    """Returns the values of the config file with the command line's overrides.
 
     Raises:
         ValueError: no config file was named.
@@ -78,12 +80,12 @@ def config_values() -> dict[str, Any]:
 
 
 def has_config() -> bool:
-    """Tells whether a config file was named."""
+    """Returns whether a config file was named."""
     return _config is not None
 
 
 def _parse(program: str, words: list[str]) -> list[str]:
-    """Parses the flags and returns the words that are none."""
+    """Parses the flags and returns the words that are not flags."""
     global _config
     _config = None
     with exit_with_code(program):
@@ -92,12 +94,12 @@ def _parse(program: str, words: list[str]) -> list[str]:
             print(_help(), flush=True)
             sys.exit(0)
         files, changes, rest = _sort_words(words)
-        # As with other flags, the last one counts.
+        # As with other flags, the last one wins.
         if files:
             _config = _load_config(files[-1])
         elif changes:
             raise ValueError(
-                f"`--config` must name a file whose `config.{changes[0][0]}` is changed."
+                f"`--config` must name a file in which to set `config.{changes[0][0]}`."
             )
         for name, value in changes:
             _change(_config, name, value)
@@ -110,16 +112,16 @@ def _parse(program: str, words: list[str]) -> list[str]:
 
 
 def _unknown_flag(name: str) -> str:
-    """Says that a word is no flag; a setting without its "config." is the usual case."""
+    """Returns the message for an unknown flag, usually a setting without its "config."."""
     nearest = nearest_name(name, [*_TYPES, *flags.FLAGS])
     hint = f"the nearest is `--{nearest}`" if nearest else "--help lists them"
-    return f"`--{name}` is no flag; {hint}."
+    return f"`--{name}` is not a flag; {hint}."
 
 
 def _sort_words(
     words: list[str],
 ) -> tuple[list[str], list[tuple[str, Any]], list[str]]:
-    """Sorts the words of a command line.
+    """Sorts the words of a command line by kind.
 
     Returns:
         The config files; pairs of a setting's dotted name and its new value; all other words.
@@ -130,7 +132,7 @@ def _sort_words(
     files: list[str] = []
     changes: list[tuple[str, Any]] = []
     rest = [words[0]]
-    # The words that are left, the next one last.
+    # The remaining words in reverse, so that `pop` returns the next one.
     left = words[:0:-1]
     while left:
         word = left.pop()
@@ -145,7 +147,7 @@ def _sort_words(
             changes.append((name or "", False))
             continue
         if text is None and _TYPES.get(f"config.{name}") is bool:
-            # The value of a switch may be left out.
+            # The value of a boolean setting is optional.
             is_value = left and left[-1].lower() in _TRUE + _FALSE
             text = left.pop() if is_value else "true"
         if text is None:
@@ -159,7 +161,7 @@ def _sort_words(
 
 
 def _needs_value(word: str) -> bool:
-    """Tells whether a word is a flag of the program, without "=", whose value is the next word."""
+    """Returns whether a word is a flag of the program whose value is the next word."""
     name = word.lstrip("-")
     if not _FLAG.match(word) or name not in flags.FLAGS:
         return False
@@ -170,7 +172,7 @@ def _next_value(word: str, left: list[str]) -> str:
     """Takes the next word as the value of a flag.
 
     Raises:
-        ValueError: there is none, or it is a flag itself.
+        ValueError: there is no next word, or it is a flag.
     """
     if not left:
         raise ValueError(
@@ -184,11 +186,11 @@ def _next_value(word: str, left: list[str]) -> str:
 
 
 def _read_value(kind: Any, text: str) -> Any:
-    """Reads a value as its setting's type; whether it is one, `read_settings` checks.
+    """Parses a value as its setting's type; `read_settings` checks the result.
 
     Args:
-        kind: of the setting; None of an unknown one.
-        text: from the command line.
+        kind: the type of the setting; None if the setting is unknown.
+        text: the value on the command line.
     """
     kinds = (kind,)
     if typing.get_origin(kind) is None or type(None) in typing.get_args(kind):
@@ -205,14 +207,14 @@ def _read_value(kind: Any, text: str) -> Any:
         if float in kinds:
             return float(text)
     except ValueError:
-        # Something like 0x10, or no number.
+        # Perhaps a literal such as 0x10.
         pass
     try:
         with warnings.catch_warnings():
-            # Of what is no value, Python warns before it says so.
+            # Python may warn about an invalid literal before it raises.
             warnings.simplefilter("ignore")
             value = ast.literal_eval(text)
-    # A set or a key that cannot be hashed is a TypeError; deep nesting ends in one of the last two.
+    # An unhashable key or element raises TypeError; deep nesting raises one of the last two.
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         value = text
     is_tuple = any(typing.get_origin(one) is tuple for one in kinds)
@@ -223,7 +225,7 @@ def _read_value(kind: Any, text: str) -> Any:
 
 
 def _change(config: dict[str, Any] | None, name: str, value: Any) -> None:
-    """Changes one setting of a config; groups that it does not have are made."""
+    """Sets one setting of a config; creates the groups that the config lacks."""
     assert config is not None
     *groups, last = name.split(".")
     inner: Any = config
@@ -231,7 +233,7 @@ def _change(config: dict[str, Any] | None, name: str, value: Any) -> None:
         inner = inner.setdefault(group, {})
         if not isinstance(inner, dict):
             raise ValueError(
-                f"`--config`: `{group}` is one setting, not a group of them."
+                f"`--config`: `{group}` is a setting, not a group of settings."
             )
     inner[last] = value
 
@@ -240,24 +242,25 @@ def _load_config(file: str) -> dict[str, Any]:
     """Runs a config file and returns the values of its config.
 
     Args:
-        file: its path, and after a colon the argument of `get_config`.
+        file: the path, optionally with a colon and the argument of `get_config`.
 
     Raises:
-        ValueError: there is no such file, or it gives no config; the message has the line.
+        ValueError: the file does not exist, or it fails to return a config; the message names the
+            line if it is known.
     """
-    # The whole word first: an address would be cut at its colon.
+    # Check the whole word first: the colon of a URL would be taken for the separator.
     local_path(file, "`--config`")
     name, _, argument = file.partition(":")
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ValueError(f"`--config` must name a file; there is no {name!r}.")
+        raise ValueError(f"`--config` must name a file; {name!r} does not exist.")
     arguments = [argument] if argument else []
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         values = _as_dict(get_config(*arguments)) if callable(get_config) else None
     except KeyboardInterrupt:
         raise
-    # The file is the user's own program. It may end in any way, also with `sys.exit`.
+    # The file is the user's own program and may raise anything, even SystemExit.
     except BaseException as error:
         where = _place_of_error(error, path)
         raise ValueError(f"`--config`: {where}: {_reason(error)}") from None
@@ -267,7 +270,7 @@ def _load_config(file: str) -> dict[str, Any]:
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
-    """Copies a config into dictionaries, which may be changed."""
+    """Copies a config into nested dictionaries that may be modified."""
     if isinstance(config, ConfigDict):
         return config.to_dict()
     if not isinstance(config, Mapping):
@@ -276,13 +279,13 @@ def _as_dict(config: Any) -> dict[str, Any]:
     values = {}
     for name, value in config.items():
         is_group = isinstance(value, Mapping | ConfigDict)
-        # A key that is no text names no setting, which `read_settings` says.
+        # `read_settings` rejects a key that is not a string, because no setting has its name.
         values[str(name)] = _as_dict(value) if is_group else value
     return values
 
 
 def _place_of_error(error: BaseException, path: Path) -> str:
-    """Names the file and, where it is known, the line in it that an error comes from."""
+    """Returns the path of the file and, if known, the line in it that raised an error."""
     line = None
     if isinstance(error, SyntaxError):
         line = error.lineno
@@ -298,9 +301,9 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"syntax error: {error.msg}."
     if isinstance(error, SystemExit):
-        return f"it ends the program: exit({shown(error.code)})."
+        return f"it exits the program: exit({shown(error.code)})."
     text = _on_one_line(error)
-    # A sentence of the config's own, such as "the size must be one of ...".
+    # A message that the config itself raises, such as "the size must be one of ...".
     if isinstance(error, ValueError) and text:
         return text if text.endswith(".") else f"{text}."
     return f"{type(error).__name__}: {text}."
@@ -311,11 +314,11 @@ def _on_one_line(error: BaseException) -> str:
 
 
 def _help() -> str:
-    """Makes the text of `--help`."""
+    """Returns the text of `--help`."""
     lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
-    lines.append("  --config=FILE[:ARGUMENT]   file of settings, such as configs/*.py")
+    lines.append("  --config=FILE[:ARGUMENT]   config file, such as configs/*.py")
     for flag in flags.FLAGS.get_flags_for_module("__main__"):
         lines.append(f"  --{flag.name}={flag.default!r}   {flag.help}")
-    lines += ["", "Settings and their defaults, which the config file may change:"]
+    lines += ["", "Settings with their defaults, which the config file may override:"]
     lines += describe_settings()
     return "\n".join(lines)

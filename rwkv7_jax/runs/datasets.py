@@ -1,4 +1,4 @@
-"""The data of a run: what it trains on, and what it is measured on."""
+"""The data of a run: training batches and held-out rows."""
 
 import hashlib
 import itertools
@@ -25,15 +25,15 @@ from rwkv7_jax.data.token_streams import TokenStream, as_stream, data_hash
 from rwkv7_jax.runs.settings import DataSettings, Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-# Examples of a synthetic task, which has no end, that stand for its data in digests.
+# The number of examples that stand for a synthetic task, which is infinite, in its digest.
 _TASK_EXAMPLES = 64
 
 
 def digest_of(path: str, stream: TokenStream | None) -> str:
-    """Hashes the ids that a run reads or, where there is no stream, the file at `path`."""
+    """Hashes the token ids that a run reads or, without a stream, the file at `path`."""
     if stream is not None:
         return data_hash(stream)
-    # The path counts as well: it may be a task, whose name says all.
+    # Hash the path too: it may name a task, which its name defines completely.
     digest = hashlib.blake2b(path.encode(), digest_size=16)
     file = Path(path).expanduser()
     if file.is_file():
@@ -49,17 +49,17 @@ def read_stream(
     *,
     setting: str = "config.data.path",
 ) -> TokenStream:
-    """Reads the ids of one split of some texts.
+    """Reads the token ids of one split of some texts.
 
     Args:
         data: the group of settings.
         source: the texts.
         tokenizer: of the model's vocabulary.
         split: one of `data.choices.SPLITS`.
-        setting: the one that names the texts, for the message.
+        setting: the setting that names the texts, for the error message.
 
     Raises:
-        ValueError: no path.
+        ValueError: the source has no path.
     """
     if not source.paths:
         raise ValueError(f"`{setting}` must name what to read.")
@@ -79,12 +79,13 @@ def packing_of(data: DataSettings, stream: TokenStream, answers: Packing) -> Pac
 
     Args:
         data: the group of settings.
-        stream: the ids; questions with answers have some that are not in the loss.
-        answers: what packing "auto" is for these; for all other text it is "stream".
+        stream: the token ids. Those of questions with answers include some outside the loss.
+        answers: what packing "auto" means for questions with answers; for other text it means
+            "stream".
     """
     if data.packing != "auto":
         return data.packing
-    # The cubic order numbers windows of one long stream.
+    # The cubic order is defined only for the windows of one long stream.
     return answers if stream.masked and data.order != "cubic" else "stream"
 
 
@@ -94,51 +95,51 @@ def _check_enough(
     """Checks that packing "stream" can cut a batch of rows.
 
     Raises:
-        ValueError: the text has less than two rows, or three in the cubic order; the message names
+        ValueError: the text has fewer than two rows, or three in the cubic order; the message names
             the settings.
     """
     windows_needed = fewest_windows(data.order)
-    # Documents are filled up.
+    # The other packings pad rows.
     if packing != "stream" or len(stream) >= windows_needed * data.length:
         return
     share = {2: "half", 3: "a third"}[windows_needed]
     raise ValueError(
         f"`config.data.length` must be at most {share} of the {len(stream):,} tokens that "
         f"`{setting}` has for training; got {data.length}. "
-        '`config.data.packing="documents"` fills short samples up instead.'
+        '`config.data.packing="documents"` pads short samples instead.'
     )
 
 
 def _count_targets(
     stream: TokenStream, data: DataSettings, packing: Packing
 ) -> TargetCounts:
-    """Counts the training targets, and warns where rows have none.
+    """Counts the training targets, and warns about rows without any.
 
     Raises:
-        ValueError: no target counts: the loss would be 0 whatever the model predicts.
+        ValueError: no target counts, so the loss would always be 0.
     """
     counts = count_targets(stream, length=data.length, packing=packing)
     if counts.targets and not counts.in_loss:
         useful = shortest_useful_length(stream)
-        advice = "" if useful is None else f"; one first counts at a length of {useful}"
+        advice = "" if useful is None else f"; the shortest useful length is {useful}"
         raise ValueError(
-            "`config.data.length` must be long enough for an answer: no target counts within the "
-            f"first {data.length} tokens of any of {counts.rows:,} documents, whose prompts are "
-            f'longer{advice}; with `config.data.packing="stream"` rows may begin within a prompt.'
+            "`config.data.length` must be large enough to reach an answer: no target counts within "
+            f"the first {data.length} tokens of any of {counts.rows:,} documents{advice}; with "
+            '`config.data.packing="stream"` rows may begin within a prompt.'
         )
     if counts.empty_rows:
         warnings.warn(
             f"{counts.empty_rows:,} of {counts.rows:,} documents have no target that counts within "
-            f"`config.data.length` = {data.length} tokens: nothing is learnt from them",
+            f"`config.data.length` = {data.length} tokens: the run learns nothing from them",
             stacklevel=3,
         )
     return counts
 
 
 def training_stream(settings: Settings, tokenizer: Tokenizer) -> TokenStream:
-    """Reads the ids that a run trains on; for a synthetic task, some of its examples.
+    """Reads the token ids that a run trains on; for a synthetic task, some of its examples.
 
-    `data_hash` of the stream is what a run stores to recognise its data.
+    A run stores `data_hash` of this stream to recognise its data.
     """
     data = settings.data
     source = parse_source(data.path, "`config.data.path`")
@@ -151,7 +152,7 @@ def training_stream(settings: Settings, tokenizer: Tokenizer) -> TokenStream:
         length=data.length,
         seed=settings.seed,
     )
-    # The digest of these examples changes with the task, its seed and the length, as it should.
+    # The digest of these examples changes with the task, the seed and the length, as intended.
     return as_stream(np.asarray(examples.tokens).reshape(-1))
 
 
@@ -159,9 +160,9 @@ class TrainingData:
     """The rows that a run trains on, and the general text of its anchor.
 
     Attributes:
-        stream: the ids that it trains on; see `training_stream`.
-        anchor: the ids of the anchor; None without one, and where it is a synthetic task.
-        packing: how its rows are cut.
+        stream: the token ids to train on; see `training_stream`.
+        anchor: the token ids of the anchor; None if there is none, or if it is a synthetic task.
+        packing: how rows are cut from `stream`.
         targets: how many targets there are and how many count; None for a synthetic task.
     """
 
@@ -169,8 +170,8 @@ class TrainingData:
         """Opens the data.
 
         Args:
-            settings: of the run. Where its anchor has a weight, general text or a task whose rows
-                go next to the training rows.
+            settings: of the run. If the anchor has a weight, each batch also gets rows of the
+                anchor's text or task.
             tokenizer: of the model's vocabulary.
 
         Raises:
@@ -182,10 +183,10 @@ class TrainingData:
         self._seed = settings.seed
         self._answers: Packing = settings.packing_of_answers
         self._source = parse_source(data.path, "`config.data.path`")
-        # Without a weight the anchor's text would be read for nothing.
+        # Without a weight the anchor is unused.
         anchor_path = tuning.anchor_path if tuning.anchor else None
         self._anchor_path = anchor_path
-        # Read here, so that a wrong path ends the run before its first step.
+        # Parsed here, so that a wrong path ends the run before its first step.
         self._anchor_source: Source | None = None
         if anchor_path is not None:
             self._anchor_source = parse_source(
@@ -208,33 +209,33 @@ class TrainingData:
 
     @property
     def sequences(self) -> int:
-        """How many sequences a packed row may hold; 0 where every row is one."""
+        """The largest number of sequences in a packed row; 0 if every row is one sequence."""
         if self.packing != "packed":
             return 0
         return pack_documents(self.stream, self._data.length).sequences
 
     def digests(self) -> dict[str, str]:
-        """Hashes what the run reads, by name: "data" and, with an anchor's text, "anchor"."""
+        """Hashes what the run reads: "data" and, if the anchor is a text, "anchor"."""
         digests = {"data": digest_of(self._data.path, self.stream)}
         if self._anchor_path is not None and self.anchor is not None:
             digests["anchor"] = digest_of(self._anchor_path, self.anchor)
         return digests
 
     def describe(self) -> str:
-        """Names the data and its size."""
+        """Describes the data and its size."""
         if isinstance(self._source, TaskSource):
-            return f"{self._data.path}: made as it goes"
+            return f"{self._data.path}: generated on the fly"
         tokens = f"{self._data.path}: {len(self.stream):,} tokens"
         if self.targets is None:
             return tokens
         shown = f"{tokens}, {self.targets.share:.1%} of targets count"
-        # What the user wrote is known; what was chosen is not.
+        # Show a packing only if the user did not choose it.
         if self._data.packing == "auto" and self.packing != "stream":
             shown += f', packing "{self.packing}"'
         return shown
 
     def calibration_text(self, rows: int) -> Int[np.ndarray, "R T"]:
-        """Returns rows of the training text, to which features and moments are fitted."""
+        """Returns rows of the training text for fitting features and moments."""
         length = self._data.length
         if isinstance(self._source, TextSource):
             if len(self.stream) <= length:
@@ -256,11 +257,11 @@ class TrainingData:
     def batches(
         self, *, start_step: int = 0, rows: slice = slice(None)
     ) -> Iterator[Batch]:
-        """Makes the batches from a step on, as a pure function of the seed and the step.
+        """Generates the batches from a step on, as a pure function of the seed and the step.
 
         Args:
-            start_step: of the first batch, from 0.
-            rows: the part of the global batch that this host makes; see `data.host_rows`.
+            start_step: the step of the first batch, counted from 0.
+            rows: the rows of the global batch that this host generates; see `data.host_rows`.
         """
         batches = self._batches_of(
             self._source,
@@ -277,13 +278,13 @@ class TrainingData:
             self._anchor_source,
             self.anchor,
             "config.tuning.anchor_path",
-            # Another seed: an anchor of the same task must not repeat the training rows.
+            # A different seed: an anchor of the same task must not repeat the training rows.
             seed=self._seed + 1,
             start_step=start_step,
             rows=rows,
             order="shuffled",
         )
-        # Both are endless, so `strict` never raises in a run that works.
+        # Both are infinite, so `strict` only catches a bug.
         pairs = zip(batches, anchors, strict=True)
         return (batch.replace(anchor=anchor.tokens) for batch, anchor in pairs)
 
@@ -298,7 +299,7 @@ class TrainingData:
         rows: slice,
         order: Order,
     ) -> Iterator[Batch]:
-        """Makes batches of a task's examples, or of the stream of a text that a setting names."""
+        """Generates batches of a task's examples, or of a text's token stream."""
         data = self._data
         if isinstance(source, TaskSource):
             return self._examples(source, seed=seed, start_step=start_step, rows=rows)
@@ -319,7 +320,7 @@ class TrainingData:
     def _examples(
         self, task: TaskSource, *, seed: int, start_step: int, rows: slice
     ) -> Iterator[Batch]:
-        """Makes batches of a synthetic task."""
+        """Generates batches of a synthetic task."""
         for step in itertools.count(start_step):
             batch = task_batch(
                 task.name,
@@ -328,19 +329,19 @@ class TrainingData:
                 batch_size=self._data.batch_size,
                 length=self._data.length,
             )
-            # All rows are drawn first: a row must not depend on how many hosts there are.
+            # Generate all rows first: a row must not depend on the number of hosts.
             yield batch.select_rows(rows)
 
 
 def held_out_source(data: DataSettings, path: str | None = None) -> Source:
-    """Parses what `held_out` reads."""
+    """Parses the source that `held_out` reads."""
     return parse_source(
         path or data.evaluation or data.path, f"`{_held_out_setting(data, path)}`"
     )
 
 
 def _held_out_setting(data: DataSettings, path: str | None) -> str:
-    """Names the setting that says what `held_out` reads."""
+    """Returns the name of the setting that names the source of `held_out`."""
     if path:
         return "config.evaluation.retention"
     return "config.data.evaluation" if data.evaluation else "config.data.path"
@@ -353,19 +354,20 @@ def held_out(
     answers: Packing | None = None,
     path: str | None = None,
 ) -> Batch:
-    """Makes the rows that evaluations read, cut as those of the run.
+    """Returns the rows for evaluations, cut like the run's training rows.
 
-    Documents that share a row in training have rows of their own here.
+    Documents that share a row in training get rows of their own here.
 
     Args:
         settings: of the run.
         tokenizer: of the model's vocabulary.
-        answers: what packing "auto" is for questions with answers; None for what it is in the run.
-        path: what to read; None takes `config.data.evaluation`, and without that the held-out
+        answers: what packing "auto" means for questions with answers; None for the same as in
+            training.
+        path: what to read; None for `config.data.evaluation` or, if that is unset, the held-out
             documents of `config.data.path`.
 
     Raises:
-        ValueError: there is nothing to read, too little of it, or no target counts.
+        ValueError: there is nothing to read, there is too little, or no target counts.
     """
     data = settings.data
     evaluation = settings.evaluation
@@ -379,14 +381,14 @@ def held_out(
             batch_size=evaluation.windows,
             length=evaluation.length,
         )
-    # Data that is only for evaluation is read in full; nothing of it was trained on.
+    # `config.data.evaluation` is read in full, because none of it is trained on.
     split = "all" if not path and data.evaluation else "held_out"
     setting = _held_out_setting(data, path)
     stream = read_stream(data, source, tokenizer, split, setting=setting)
     length = evaluation.length
     packing = packing_of(data, stream, answers or settings.packing_of_answers)
     if packing == "stream" and len(stream) <= length:
-        share = f", of which `config.data.held_out` is {data.held_out:g}"
+        share = f" (`config.data.held_out` is {data.held_out:g})"
         raise ValueError(
             f"`config.evaluation.length` must be below the {len(stream):,} tokens that "
             f"`{setting}` has for evaluation{share if split == 'held_out' else ''}; got {length}."
@@ -394,7 +396,7 @@ def held_out(
     batch = windows(stream, length, evaluation.windows, packing=packing)
     if not np.any(batch.mask):
         raise ValueError(
-            "`config.evaluation.length` must be long enough for an answer: no target of "
+            "`config.evaluation.length` must be large enough to reach an answer: no target of "
             f"`{setting}` counts within {length} tokens."
         )
     return batch

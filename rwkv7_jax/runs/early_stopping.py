@@ -1,6 +1,6 @@
-"""Early stopping and the best checkpoints: bookkeeping that is saved with every checkpoint.
+"""Early stopping and the best checkpoints.
 
-A run that was killed therefore decides as an unbroken one does.
+Every checkpoint stores this progress, so a resumed run decides as an uninterrupted one would.
 """
 
 import dataclasses
@@ -15,17 +15,17 @@ from rwkv7_jax.text.tokenizer import text_digest
 
 @dataclasses.dataclass(frozen=True)
 class RunProgress:
-    """The progress of a run, as its checkpoints hold it.
+    """The progress of a run, as its checkpoints store it.
 
     Attributes:
         evaluated: the step of the last evaluation; -1 before the first.
         measure: the name of the metric that decides; "" before the first evaluation.
-        waited: evaluations since the best one.
-        best: pairs of the metric's value and its step, the best first; as many as are kept, and at
-            least one.
-        bad: updates in a row that were not finite.
-        reads: digest of what its evaluations read and measure; "" of checkpoints that did not know.
-        since: the step from which on evaluations read the same as the last one.
+        waited: the number of evaluations since the best one.
+        best: pairs of the metric's value and its step, best first; limited to the number of best
+            steps to keep, but to no fewer than one.
+        bad: the number of consecutive non-finite updates.
+        reads: digest of what evaluations read and measure; "" in checkpoints that did not store it.
+        since: the step from which on all evaluations read and measure the same.
     """
 
     # These names are keys in checkpoints.
@@ -39,27 +39,27 @@ class RunProgress:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "RunProgress":
-        """Reads the fields that `dataclasses.asdict` gave and JSON stored."""
+        """Restores the progress from the fields that `to_json` returned."""
         best = tuple((value, step) for value, step in fields["best"])
         return cls(**{**fields, "best": best})
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields as they stand in checkpoints."""
+        """Returns the fields as checkpoints store them."""
         return dataclasses.asdict(self)
 
     def for_evaluation(
         self, evaluation: EvaluationSettings, step: int
     ) -> "RunProgress":
-        """Returns the progress of a run that goes on, or begins, with these evaluations.
+        """Returns the progress of a run that starts or resumes with these evaluations.
 
-        Where they differ from those before, the best steps so far are forgotten.
+        If they differ from the previous evaluations, the best steps so far are forgotten.
 
         Args:
             evaluation: the group of settings.
-            step: from which on the run works with them.
+            step: the step at which the run starts or resumes.
         """
         measure = evaluation.measure or "held_out"
-        # A change of the held-out data itself is refused by the run's identity.
+        # The run's identity already rejects a change of the held-out data itself.
         other = "" if measure.startswith("held_out") else evaluation.retention
         reads = text_digest(
             repr((evaluation.windows, evaluation.length, evaluation.measure, other))
@@ -71,30 +71,30 @@ class RunProgress:
         )
 
     def with_update(self, updated: Any, limit: int | None) -> "RunProgress":
-        """Returns the progress after an update that was made, or left out as not finite.
+        """Returns the progress after an update that was applied, or skipped as non-finite.
 
         Args:
-            updated: whether it was made.
-            limit: updates left out in a row at which the run is given up; not read here.
+            updated: whether the update was applied.
+            limit: the number of consecutive skipped updates that ends the run; unused here.
         """
         bad = 0 if updated else self.bad + 1
         return self if bad == self.bad else dataclasses.replace(self, bad=bad)
 
     def skipped(self, updated: Any, limit: int | None) -> list[tuple[int, str]]:
-        """Lists what was left out at a step: nothing, or place 0 without a name."""
+        """Lists the skipped updates of a step: none, or index 0 with an empty name."""
         return [] if updated else [(0, "")]
 
     @property
     def by_name(self) -> Mapping[str, "RunProgress"]:
-        """This progress under the name "", which a run of one state has."""
+        """This progress under the name "", because the state of a single run has no name."""
         return {"": self}
 
     def given_up(self, limit: int | None) -> list[str]:
-        """Lists the states that are given up by name: a run of one state has no names."""
+        """Returns an empty list, because the state of a single run has no name."""
         return []
 
     def is_given_up(self, limit: int | None) -> bool:
-        """Tells whether as many updates in a row were left out as end a run; None for never."""
+        """Returns whether enough consecutive updates were skipped to end the run; None: never."""
         return limit is not None and self.bad >= limit
 
     def with_evaluation(
@@ -108,13 +108,13 @@ class RunProgress:
         """Returns the progress after the evaluation of a step.
 
         Args:
-            step: of the evaluation.
+            step: the evaluated step.
             metrics: of the evaluation, by name.
-            evaluation: says which metric decides.
-            kept: how many best steps are remembered.
+            evaluation: names the metric that decides.
+            kept: how many best steps to remember.
 
         Raises:
-            ValueError: the metric that decides is not among them.
+            ValueError: `metrics` lacks the metric that decides.
         """
         check_measure(evaluation, metrics)
         name = evaluation.measure or next(iter(metrics), "")
@@ -123,9 +123,9 @@ class RunProgress:
             return dataclasses.replace(
                 self, evaluated=step, measure=name, waited=self.waited + 1
             )
-        # Sorted upwards, so that the first pair is the best one.
+        # Sorted in ascending order, so that the first pair is the best.
         sign = -1 if metric.higher_is_better else 1
-        # Of equal values the earlier step is the better one.
+        # Ties go to the earlier step.
         ranked = sorted(
             [*self.best, (metric.value, step)],
             key=lambda pair: (sign * pair[0], pair[1]),
@@ -140,22 +140,22 @@ class RunProgress:
         )
 
     def best_steps(self, kept: int) -> tuple[int, ...]:
-        """Lists the best steps, whose checkpoints are kept."""
+        """Returns the best steps, whose checkpoints are kept."""
         return tuple(step for _, step in self.best[:kept])
 
     def stop_reason(self, evaluation: EvaluationSettings) -> str | None:
-        """Tells why the run ends before its last step; None if it does not."""
+        """Returns why the run ends before its last step; None if it continues."""
         if evaluation.patience and self.waited >= evaluation.patience:
-            # `best` is empty where every value so far was NaN.
+            # `best` is empty if every value so far was NaN.
             value = math.nan
             step = 0
             if self.best:
                 value, step = self.best[0]
             return f"no better than {value:.4g} of step {step} in {self.waited} evaluations"
-        # A best value of an earlier evaluation has been compared with `enough` then.
+        # An earlier best value was compared with `enough` when it was measured.
         if evaluation.enough is None or not self.best or self.waited:
             return None
-        # A checkpoint holds the metric's name and not its unit.
+        # A checkpoint stores the metric's name but not its unit.
         metric = logged_metric(self.measure, self.best[0][0])
         if metric.higher_is_better:
             reached = metric.value >= evaluation.enough
@@ -166,23 +166,23 @@ class RunProgress:
 
 @dataclasses.dataclass(frozen=True)
 class StackProgress:
-    """The progress of start states that are tuned together, each as if it were alone.
+    """The progress of start states that are tuned together, each as if in a run of its own.
 
     Attributes:
-        states: the progress of each state by its name. That of a state whose own run would have
-            ended stays as it was then.
+        states: the progress of each state, by name. The progress of a state stays fixed once a run
+            of its own would have ended.
     """
 
     states: Mapping[str, RunProgress]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields as they stand in checkpoints."""
+        """Returns the fields as checkpoints store them."""
         return {"states": {name: one.to_json() for name, one in self.states.items()}}
 
     def for_evaluation(
         self, evaluation: EvaluationSettings, step: int
     ) -> "StackProgress":
-        """Returns the progress of a run that goes on, or begins, with these evaluations."""
+        """Returns the progress of a run that starts or resumes with these evaluations."""
         states = {}
         for name, one in self.states.items():
             states[name] = one.for_evaluation(evaluation, step)
@@ -190,7 +190,7 @@ class StackProgress:
 
     @property
     def since(self) -> int:
-        """The step from which on evaluations read the same as the last one."""
+        """The step from which on all evaluations read and measure the same."""
         return max(one.since for one in self.states.values())
 
     @property
@@ -200,41 +200,41 @@ class StackProgress:
 
     @property
     def bad(self) -> int:
-        """The longest row of updates that were not finite."""
+        """The largest number of consecutive non-finite updates of any state."""
         return max(one.bad for one in self.states.values())
 
     def with_update(self, updated: Any, limit: int | None) -> "StackProgress":
         """Returns the progress after a step.
 
         Args:
-            updated: for each state, whether its update was made.
-            limit: updates left out in a row at which a state is given up for good.
+            updated: for each state, whether its update was applied.
+            limit: the number of consecutive skipped updates at which a state is given up for good.
         """
         states = {}
-        for (name, one), made in zip(self.states.items(), updated, strict=True):
+        for (name, one), applied in zip(self.states.items(), updated, strict=True):
             given_up = one.is_given_up(limit)
-            states[name] = one if given_up else one.with_update(made, limit)
+            states[name] = one if given_up else one.with_update(applied, limit)
         return StackProgress(states)
 
     def skipped(self, updated: Any, limit: int | None) -> list[tuple[int, str]]:
-        """Lists the states whose update was left out, by place and name; not those given up."""
+        """Lists the index and name of each state whose update was skipped and that continues."""
         found = []
-        for place, (name, one) in enumerate(self.states.items()):
-            if not updated[place] and not one.is_given_up(limit):
-                found.append((place, name))
+        for index, (name, one) in enumerate(self.states.items()):
+            if not updated[index] and not one.is_given_up(limit):
+                found.append((index, name))
         return found
 
     @property
     def by_name(self) -> Mapping[str, RunProgress]:
-        """The progress of each state by its name."""
+        """The progress of each state, by name."""
         return self.states
 
     def given_up(self, limit: int | None) -> list[str]:
-        """Lists the states that are given up."""
+        """Returns the names of the states that are given up."""
         return [name for name, one in self.states.items() if one.is_given_up(limit)]
 
     def is_given_up(self, limit: int | None) -> bool:
-        """Tells whether every state is given up."""
+        """Returns whether every state is given up."""
         return all(one.is_given_up(limit) for one in self.states.values())
 
     def with_evaluation(
@@ -248,13 +248,13 @@ class StackProgress:
         """Returns the progress after the evaluation of a step.
 
         Args:
-            step: of the evaluation.
+            step: the evaluated step.
             metrics: of all states, by names such as "poet/held_out_bits_per_byte".
-            evaluation: says which metric decides.
-            kept: how many best steps of each state are remembered.
+            evaluation: names the metric that decides.
+            kept: how many best steps of each state to remember.
 
         Raises:
-            ValueError: the metric that decides is not among them.
+            ValueError: `metrics` lacks the metric that decides.
         """
         states = {}
         for name, one in self.states.items():
@@ -268,14 +268,14 @@ class StackProgress:
         return StackProgress(states)
 
     def best_steps(self, kept: int) -> tuple[int, ...]:
-        """Lists the best steps of all states, whose checkpoints are kept."""
+        """Returns the best steps of all states, whose checkpoints are kept."""
         steps: list[int] = []
         for one in self.states.values():
             steps += one.best_steps(kept)
         return tuple(sorted(set(steps)))
 
     def stop_reason(self, evaluation: EvaluationSettings) -> str | None:
-        """Tells why the run ends before its last step: no state goes on. None if one does."""
+        """Returns why every state ends before the last step; None if a state continues."""
         reasons = []
         for name, one in self.states.items():
             reason = one.stop_reason(evaluation)
@@ -289,7 +289,7 @@ Progress = RunProgress | StackProgress
 
 
 def read_progress(fields: Mapping[str, Any]) -> Progress:
-    """Reads the progress that a checkpoint holds."""
+    """Reads the progress that a checkpoint stores."""
     if "states" not in fields:
         return RunProgress.from_json(fields)
     states = {}
@@ -299,7 +299,7 @@ def read_progress(fields: Mapping[str, Any]) -> Progress:
 
 
 def check_measure(evaluation: EvaluationSettings, metrics: Collection[str]) -> None:
-    """Raises if `config.evaluation.measure` names none of the metrics.
+    """Checks that `config.evaluation.measure`, if set, names one of the metrics.
 
     Raises:
         ValueError: it does not.

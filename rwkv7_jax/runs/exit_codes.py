@@ -1,8 +1,14 @@
-"""Errors that end a program of runs, and the exit code of each.
+"""Errors that end a program, and the exit code of each.
 
-0 done, or saved on a signal where `--stopped_code` names no code for that; 2 bad settings or data;
-3 no valid checkpoint; 4 stopped because numbers were not finite; 5 disk; 6 another process of the
-run was lost; 7 out of memory; 75 another process works there; 130 Ctrl-C.
+* 0: done, or saved on a signal (for the latter `--stopped_code` may name another code)
+* 2: bad settings or data
+* 3: no valid checkpoint
+* 4: stopped after non-finite updates
+* 5: disk error
+* 6: another process of the run was lost
+* 7: out of memory
+* 75: another process uses the folder or the store
+* 130: Ctrl-C
 """
 
 import errno
@@ -15,9 +21,9 @@ from rwkv7_jax.checks import escape_controls, first_line
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO}
 
-# The same in the words of libraries whose errors have no number, in small letters. TensorStore's
-# begin with RESOURCE_EXHAUSTED where a disk is full, as XLA's do where memory is.
-_DISK_SIGNS = (
+# The same errors in lower-case words, from libraries whose errors have no number. TensorStore's
+# message for a full disk begins with RESOURCE_EXHAUSTED, as XLA's does for full memory.
+_DISK_PHRASES = (
     "no space left on device",
     "file too large",
     "disk quota exceeded",
@@ -25,7 +31,7 @@ _DISK_SIGNS = (
     "input/output error",
 )
 
-# What allocators of the host's memory say, in small letters: C++, the operating system, NumPy.
+# Lower-case words of the allocators of host memory: C++, the operating system, NumPy.
 _OUT_OF_HOST_MEMORY = (
     "bad_alloc",
     "bad allocation",
@@ -33,7 +39,7 @@ _OUT_OF_HOST_MEMORY = (
     "unable to allocate",
 )
 
-# The same of all: XLA on every platform; CUDA and its libraries; TPU.
+# Lower-case words of all allocators: also XLA on every platform, CUDA and its libraries, TPU.
 _OUT_OF_MEMORY = (
     *_OUT_OF_HOST_MEMORY,
     "resource_exhausted",
@@ -46,56 +52,56 @@ _OUT_OF_MEMORY = (
     "failed to allocate",
 )
 
-# How the collectives of CPU processes say that one of them is gone: "Gloo all-reduce failed: ...".
+# How the collectives of CPU processes report a lost process: "Gloo all-reduce failed: ...".
 _LOST_PROCESS = re.compile(r"\bGloo [\w -]+ failed\b")
 
-# Paths and other words of the user's, as messages have them.
+# Quoted text in messages, such as paths.
 _QUOTED = re.compile(r"`[^`]*`|\"[^\"]*\"")
 
-# What `sysexits.h` calls a temporary failure.
+# A temporary failure (EX_TEMPFAIL) in `sysexits.h`.
 _LATER = 75
 
-# Exit codes without a meaning here, or with that of "later"; from 126 on they are the shell's.
+# The range of `--stopped_code`: codes without a meaning here, and _LATER. Shells use 126 and above.
 _FREE_CODES = (8, 125)
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 
 class InUse(ValueError):
-    """A folder or a store in which another process works, which may end at any time."""
+    """A folder or a store that another process uses; a later attempt may succeed."""
 
 
 class NoValidCheckpoint(RuntimeError):
-    """A run that has checkpoints, all of them damaged."""
+    """A run whose checkpoints are all damaged."""
 
 
 class NotFinite(RuntimeError):
-    """Too many updates in a row whose loss or gradient was not finite."""
+    """Too many consecutive updates with a non-finite loss or gradient."""
 
 
 class DiskError(OSError):
-    """Something that must be kept and could not be written."""
+    """A failure to write data that must be kept."""
 
 
 class OutOfMemory(RuntimeError):
-    """A device, or the host, that has no room for an array."""
+    """A device or host without enough memory for an array."""
 
 
 class EndedElsewhere(RuntimeError):
-    """The end of a run that process 0 decided on.
+    """An error in another process of the run, which ends this process too.
 
     Attributes:
         code: the exit code.
     """
 
     def __init__(self, reason: str, code: int):
-        """Takes the reason and the exit code of process 0."""
+        """Takes the reason and the exit code of the other process."""
         super().__init__(reason)
         self.code = code
 
 
 class Stopped(BaseException):
-    """A signal that asked the run to end; like KeyboardInterrupt it passes `except Exception`.
+    """A signal that asked the run to end; `except Exception` does not catch it.
 
     Attributes:
         code: the exit code.
@@ -108,10 +114,10 @@ class Stopped(BaseException):
 
 
 def check_stopped_code(code: int) -> int:
-    """Returns the exit code of stopped runs that `--stopped_code` names.
+    """Checks and returns the exit code of stopped runs that `--stopped_code` names.
 
     Raises:
-        ValueError: it means something else already.
+        ValueError: the code has another meaning.
     """
     if code != 0 and not _FREE_CODES[0] <= code <= _FREE_CODES[1]:
         raise ValueError(
@@ -123,7 +129,7 @@ def check_stopped_code(code: int) -> int:
 
 def warn(text: str) -> None:
     """Prints a warning to stderr."""
-    # None where it was closed before the program began; `print` would take stdout in its place.
+    # stderr is None if it was closed before the program began; `print` would write to stdout.
     if sys.stderr is not None:
         text = escape_controls(text)
         print(f"warning: {text}", file=sys.stderr, flush=True)
@@ -139,7 +145,7 @@ def exit_code(error: BaseException) -> int | None:
         return 4
     if isinstance(error, InUse):
         return _LATER
-    # Before the classes below: for a lost process JAX also raises ValueError, which is code 2.
+    # Before the classes below: for a lost process JAX may raise ValueError, which is code 2.
     if _is_lost_process(error):
         return 6
     if is_out_of_memory(error):
@@ -152,49 +158,52 @@ def exit_code(error: BaseException) -> int | None:
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Tells whether an error is that a disk has no room, cannot be written or fails."""
+    """Returns whether an error means that a disk is full, cannot be written, or fails."""
     if isinstance(error, DiskError):
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _DISK_ERRORS
     is_of_library = isinstance(error, ValueError | RuntimeError | OSError)
-    return is_of_library and _says(error, _DISK_SIGNS)
+    return is_of_library and _has_phrase(error, _DISK_PHRASES)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tells whether an error, or one that it was raised from, is that memory ran out.
+    """Returns whether an error, or an error that caused it, means that memory ran out.
 
-    No class tells: JAX raises its one class of run-time errors, with the allocator's text.
+    The class of an error is not enough: JAX raises its one class of run-time errors, with the
+    allocator's text.
     """
     if is_disk_error(error):
         return False
-    return _is_of(error, (MemoryError, OutOfMemory), _OUT_OF_MEMORY)
+    return _is_any_cause(error, (MemoryError, OutOfMemory), _OUT_OF_MEMORY)
 
 
 def is_out_of_host_memory(error: BaseException) -> bool:
-    """Tells whether the memory that ran out is this machine's rather than an accelerator's."""
-    return _is_of(error, (MemoryError,), _OUT_OF_HOST_MEMORY)
+    """Returns whether the host ran out of memory, rather than an accelerator."""
+    return _is_any_cause(error, (MemoryError,), _OUT_OF_HOST_MEMORY)
 
 
-def _is_of(
-    error: BaseException, kinds: tuple[type[BaseException], ...], signs: tuple[str, ...]
+def _is_any_cause(
+    error: BaseException,
+    classes: tuple[type[BaseException], ...],
+    phrases: tuple[str, ...],
 ) -> bool:
-    """Tells whether an error, or one that it was raised from, is of a kind or has a sign."""
+    """Returns whether an error, or an error that caused it, has one of the classes or phrases."""
     cause: BaseException | None = error
     # A chain of errors may be circular.
     for _ in range(10):
         if cause is None:
             return False
-        if isinstance(cause, kinds):
+        if isinstance(cause, classes):
             return True
-        if _is_of_allocator(cause) and _says(cause, signs):
+        if _may_quote_allocator(cause) and _has_phrase(cause, phrases):
             return True
         cause = cause.__cause__
     return False
 
 
-def _is_of_allocator(error: BaseException) -> bool:
-    """Tells whether an error may have an allocator's words rather than a path of the user's."""
+def _may_quote_allocator(error: BaseException) -> bool:
+    """Returns whether the text of an error may come from an allocator."""
     if type(error).__module__.startswith(f"{__name__.partition('.')[0]}."):
         return False
     if isinstance(error, OSError):
@@ -202,26 +211,26 @@ def _is_of_allocator(error: BaseException) -> bool:
     return isinstance(error, RuntimeError)
 
 
-def _says(error: BaseException, signs: tuple[str, ...]) -> bool:
-    """Tells whether a message has a sign outside of what it quotes."""
+def _has_phrase(error: BaseException, phrases: tuple[str, ...]) -> bool:
+    """Returns whether a message contains one of the phrases outside its quotes."""
     text = _QUOTED.sub("", str(error)).lower()
-    return any(sign in text for sign in signs)
+    return any(phrase in text for phrase in phrases)
 
 
 def memory_sentence(error: BaseException, changes: str) -> str:
-    """Returns the sentence of a program that ran out of memory.
+    """Returns the message of a program that ran out of memory.
 
     Args:
-        error: of the allocator.
-        changes: what to change, after a semicolon and without a full stop.
+        error: the allocator's error.
+        changes: what to change, without a full stop.
     """
     return f"out of memory ({first_line(error)}); {changes}."
 
 
 def _is_lost_process(error: BaseException) -> bool:
-    """Tells whether an error is that another process of the run is gone."""
-    # JAX (0.10.2) has no class of its own for this, and raises ValueError as well.
-    # Gloo is what CPU processes talk through; on other platforms JAX ends the process itself.
+    """Returns whether an error means that another process of the run is gone."""
+    # JAX (0.10.2) has no class for this error and may raise ValueError.
+    # CPU processes communicate through Gloo; on other platforms JAX ends the process itself.
     if not isinstance(error, RuntimeError | ValueError):
         return False
     is_joined = jax.distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""Rows that models and start states are measured on, so that differences are their own."""
+"""The held-out rows on which models and start states are measured and compared."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from rwkv7_jax.runs.datasets import held_out, held_out_source
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-# Questions of a task that are read at the same time.
+# The largest number of task questions in a batch.
 _ROWS_AT_ONCE = 32
 
 
@@ -22,8 +22,8 @@ class HeldOutRows(NamedTuple):
 
     Attributes:
         batch: the rows.
-        tokenizer: tells how many bytes a token has.
-        is_task: whether they are questions of a synthetic task; else they are text.
+        tokenizer: knows how many bytes a token has.
+        is_task: whether the rows are questions of a synthetic task rather than text.
     """
 
     batch: Batch
@@ -39,7 +39,7 @@ class HeldOutRows(NamedTuple):
         answers: Packing | None = None,
         path: str | None = None,
     ) -> "HeldOutRows":
-        """Reads the rows; the arguments are those of `datasets.held_out`."""
+        """Reads the rows; see `datasets.held_out` for the arguments."""
         batch = held_out(settings, tokenizer, answers=answers, path=path)
         source = held_out_source(settings.data, path)
         return cls(batch, tokenizer, isinstance(source, TaskSource))
@@ -49,29 +49,29 @@ class HeldOutRows(NamedTuple):
     ) -> Score | Answers:
         """Measures how well the model predicts the rows from a start state."""
         if self.is_task:
-            # Fewer would be filled up.
+            # A larger batch would only be padded.
             rows = min(len(self.batch.tokens), _ROWS_AT_ONCE)
             return score_answers(model, params, start, self.batch, rows=rows)
         return score(model, params, start, self.batch, self.tokenizer)
 
     def some(self, windows: int) -> "HeldOutRows":
-        """Takes some of the rows, spread over all of them."""
+        """Selects at most `windows` of the rows, at equal distances."""
         apart = max(len(self.batch.tokens) // windows, 1)
         chosen = slice(0, apart * windows, apart)
         return self._replace(batch=self.batch.select_rows(chosen))
 
 
 def retention_paths(retention: str, *, texts: str = "retention") -> dict[str, str]:
-    """Splits `config.evaluation.retention` into paths to measure, by names for what they measure.
+    """Splits `config.evaluation.retention` into named paths to measure separately.
 
-    Each task of a list such as "task:dictionary,task:mapping" is measured by itself, under the
-    task's name; all other text is measured together.
+    Each task of a list such as "task:dictionary,task:mapping" is measured separately, under its own
+    name. All text is measured together.
 
     Args:
         retention: the setting.
         texts: the name for the text.
     """
-    # Tasks have accuracies that would hide each other in a mean; text has one loss.
+    # A mean over tasks would hide the accuracy of each; texts share one loss.
     tasks, source = parse_sources(retention, "`config.evaluation.retention`")
     paths = {task.name: str(task) for task in tasks}
     if source.paths:

@@ -1,7 +1,7 @@
-"""Which questions start states were tuned on, so that an evaluation can leave them out.
+"""The questions that start states were tuned on, so that an evaluation can leave them out.
 
-A run's folder holds its settings next to its states. They name the files that it read and say how
-these were divided, so the questions that it learnt from can be found again.
+A run directory holds the run's settings next to its states. The settings name the data files and
+their split, so the training questions can be computed again.
 """
 
 import warnings
@@ -22,12 +22,12 @@ _SETTINGS = "settings.json"
 
 
 class TuningRecord(NamedTuple):
-    """What a run read.
+    """What a run was tuned on.
 
     Attributes:
-        name: of the run's folder, or of the setting, for messages.
-        texts: the files of its data.
-        values: its settings, as config files spell them.
+        name: the name of the run directory or of the setting, for messages.
+        texts: the data files.
+        values: the run's settings, as config files spell them.
     """
 
     name: str
@@ -36,15 +36,15 @@ class TuningRecord(NamedTuple):
 
     @property
     def _asks_questions(self) -> bool:
-        """Whether the run divided its data as questions and not as texts."""
+        """Whether the run split its data as questions rather than as texts."""
         method = self.values["test_time"]["method"]
         return self.values["mode"] == "test_time" and method != "context"
 
     def learnt_prompts(self, tokenizer: Tokenizer) -> set[Prompt]:
-        """Returns the prompts of the questions that the run learnt from.
+        """Returns the prompts of the run's training questions.
 
         Raises:
-            OSError, ValueError: a file that cannot be read, or that is not one of questions.
+            OSError, ValueError: a file cannot be read, or does not hold questions.
         """
         if self._asks_questions:
             return self._prompts_by_questions(tokenizer)
@@ -53,7 +53,7 @@ class TuningRecord(NamedTuple):
     def _prompts_by_questions(self, tokenizer: Tokenizer) -> set[Prompt]:
         data = self.values["data"]
         with warnings.catch_warnings():
-            # The run itself has said which questions it leaves out.
+            # The run itself has already warned about the questions that it leaves out.
             warnings.simplefilter("ignore")
             questions = QuestionSet(
                 data["path"],
@@ -82,16 +82,17 @@ def _content_hash(record: Any) -> int:
 
 
 def tuning_records(settings: Settings) -> dict[str, TuningRecord | None]:
-    """Finds what each state was tuned on; None of a state that lies outside of a run's folder.
+    """Finds what each state was tuned on.
 
-    What `config.data.path` names is among them, divided as the settings say. Where it is named, a
-    state without a run is taken to be tuned on it.
+    If `config.data.path` is set, its data is one of the records, split as the settings say. A state
+    outside a run directory is then assumed to be tuned on it.
 
     Args:
         settings: of eval.py.
 
     Returns:
-        The records by the state's path or the setting.
+        The records by the path of the state or the name of the setting. The record of a state
+        outside a run directory is None, or absent if `config.data.path` is set.
     """
     records = {}
     for path in settings.state_paths:
@@ -106,8 +107,8 @@ def tuning_records(settings: Settings) -> dict[str, TuningRecord | None]:
 
 
 def _record_of_state(path: Path) -> TuningRecord | None:
-    """Reads the settings of the run that wrote a state; None where it lies elsewhere."""
-    # One of several states of a run lies in a folder of the run's folder.
+    """Reads the settings of the run that wrote a state; None outside a run directory."""
+    # A run that tunes several states saves them in a folder inside the run directory.
     for folder in (path.parent, path.parent.parent):
         values = _read_settings(folder / _SETTINGS)
         if values is not None:
@@ -119,9 +120,9 @@ def _record_of_state(path: Path) -> TuningRecord | None:
 
 
 def _read_settings(path: Path) -> dict[str, Any] | None:
-    """Reads the settings of a run's folder, with defaults for those that an older run has not."""
+    """Reads the settings of a run, with defaults for those that an older run lacks."""
     values = read_object(path)
-    # Other programs have files of this name, too.
+    # Other programs also write files of this name.
     if values is None or not isinstance(values.get("data"), dict):
         return None
     defaults = as_config(Settings())
@@ -136,7 +137,7 @@ def _read_settings(path: Path) -> dict[str, Any] | None:
 
 
 def _are_settings(values: Mapping[str, Any]) -> bool:
-    """Tells whether the settings that are read here have their kinds, as those of a run do."""
+    """Returns whether the settings that this module reads have the types that runs write."""
     data = values["data"]
     states = values["tuning"]["states"]
     named = states.values() if isinstance(states, dict) else [states]
@@ -149,13 +150,13 @@ def _are_settings(values: Mapping[str, Any]) -> bool:
 
 
 def _texts(path: str) -> tuple[str, ...]:
-    """Splits a path of data into its files; a synthetic task has none."""
+    """Splits a data path into its files; a synthetic task has none."""
     source = parse_source(path)
     return source.paths if isinstance(source, TextSource) else ()
 
 
 def _texts_of_states(states: str | Mapping[str, str], name: str) -> tuple[str, ...]:
-    """Returns the text of one of the states that a run tuned together."""
+    """Returns the text files of one of the states that a run tuned together."""
     if not states:
         return ()
     if isinstance(states, str):

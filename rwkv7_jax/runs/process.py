@@ -1,7 +1,8 @@
 """Side effects of train.py and eval.py on their process: signals, exit codes, streams and hooks.
 
 `main` installs all of them once, with `program`. The rest of the package never replaces a hook, a
-stream or a signal handler: it raises the errors of `exit_codes` and asks `StopSignals.should_stop`.
+stream or a signal handler: it raises the errors of `exit_codes` and calls
+`StopSignals.should_stop`.
 """
 
 import contextlib
@@ -32,12 +33,12 @@ from rwkv7_jax.runs.exit_codes import (
 
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 
-# Seconds that the loop has to notice a signal: longer than one step should take, and within the
-# five seconds after which cluster schedulers begin to kill.
+# Seconds that the loop has to notice a signal: longer than one step should take, and shorter than
+# the five seconds after which cluster schedulers begin to kill.
 _GRACE_SECONDS = 3.0
 
-# Seconds after which a signal's handler runs again if what it raised was dropped.
-_AGAIN_SECONDS = 0.05
+# Seconds until a signal handler runs again whose exception Python dropped.
+_RETRY_SECONDS = 0.05
 
 _LESS_MEMORY = (
     "lower `config.data.batch_size`, `config.data.length`, `config.evaluation.length` or "
@@ -45,23 +46,23 @@ _LESS_MEMORY = (
     "`config.optimizer.accumulate`, or use a mesh of more devices"
 )
 
-# Seconds that process 0 gives the others to say why they end.
-_LAST_WORDS_SECONDS = 1.0
+# Seconds that process 0 gives the others to report why they end.
+_REPORT_SECONDS = 1.0
 
 
 @contextlib.contextmanager
 def program(name: str, *, less_memory: str = _LESS_MEMORY) -> Iterator[None]:
-    """Runs the body of `main` with every side effect on the process in place.
+    """Runs the body of `main` with all side effects on the process installed.
 
-    The stream proxies and the hook stay installed when the block ends: Python flushes the streams
-    and collects the remains of failed reads only after that.
+    The stream proxies and the hook stay installed after the block: only then does Python flush the
+    streams and collect what failed reads left behind.
 
     Args:
-        name: how the last line on stderr begins, such as "train.py".
-        less_memory: what to change where memory ran out.
+        name: the beginning of the last line on stderr, such as "train.py".
+        less_memory: what to change if memory runs out.
 
     Raises:
-        SystemExit: the user caused an error; the code is from `exit_codes`.
+        SystemExit: the user caused an error; the code comes from `exit_codes`.
     """
     # Orbax logs every save and restore at lower levels.
     absl_logging.set_verbosity(absl_logging.ERROR)
@@ -70,7 +71,7 @@ def program(name: str, *, less_memory: str = _LESS_MEMORY) -> Iterator[None]:
     ignore_broken_pipe()
     ignore_abandoned_reads()
     warn_in_one_line()
-    # In this order: `exit_on_failure` has to see the SystemExit that `exit_with_code` raises.
+    # The order matters: `exit_on_failure` must see the SystemExit that `exit_with_code` raises.
     with (
         exit_on_failure(),
         exit_with_code(name, less_memory=less_memory),
@@ -84,14 +85,14 @@ def open_closed_streams() -> None:
     """Opens /dev/null in place of standard streams that were closed before the program began.
 
     Otherwise the next file that is opened gets the descriptor of the closed stream, and messages
-    that C++ code writes to descriptor 2 end up in that file. Python's own stream is None then, and
-    `print(file=None)` would write to the other one.
+    that C++ code writes to descriptor 2 end up in that file. Python's own stream would be None, and
+    `print(file=None)` writes to stdout.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            # It gets the lowest free descriptor, which is this one.
+            # `os.open` returns the lowest free descriptor, which is this one.
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
             mode = "w" if number else "r"
@@ -100,18 +101,18 @@ def open_closed_streams() -> None:
 
 @contextlib.contextmanager
 def exit_with_code(name: str, *, less_memory: str = _LESS_MEMORY) -> Iterator[None]:
-    """Ends the program in one line and with an exit code where the user can mend the cause.
+    """Turns an error that the user can fix into one line on stderr and an exit code.
 
     Args:
-        name: how that line begins.
-        less_memory: what to change where memory ran out.
+        name: the beginning of that line.
+        less_memory: what to change if memory runs out.
 
     Raises:
-        SystemExit: an error that has an exit code. Others keep their traceback.
+        SystemExit: the error has an exit code. Other errors keep their traceback.
     """
     try:
         yield
-    # Also `Stopped` and KeyboardInterrupt, which are no `Exception`.
+    # `Stopped` and KeyboardInterrupt are not subclasses of `Exception`.
     except BaseException as error:
         code = exit_code(error)
         if code is None:
@@ -119,12 +120,12 @@ def exit_with_code(name: str, *, less_memory: str = _LESS_MEMORY) -> Iterator[No
         _flush(sys.stdout)
         if sys.stderr is not None:
             print(
-                f"{name}: {_sentence(error, less_memory)}", file=sys.stderr, flush=True
+                f"{name}: {_last_line(error, less_memory)}", file=sys.stderr, flush=True
             )
         sys.exit(code)
 
 
-def _sentence(error: BaseException, less_memory: str) -> str:
+def _last_line(error: BaseException, less_memory: str) -> str:
     """Returns the last line of a program that ends with an error."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted."
@@ -134,7 +135,7 @@ def _sentence(error: BaseException, less_memory: str) -> str:
 
 
 def _flush(stream: Any) -> None:
-    """Flushes a stream; one that was closed before the program began is None."""
+    """Flushes a stream, unless it is None because it was closed before the program began."""
     if stream is not None:
         stream.flush()
 
@@ -143,17 +144,17 @@ def _flush(stream: Any) -> None:
 def exit_on_failure() -> Iterator[None]:
     """Exits with `os._exit` where Python's own clean-up would hang or crash.
 
-    * One of several processes fails: the `atexit` hook of JAX (0.10.2) waits at a barrier for the
-      others, which wait for this process in a collective operation.
-    * A signal interrupted a compilation: XLA's threads still run, and crash when the interpreter
+    * If one of several processes fails, the `atexit` hook of JAX (0.10.2) waits at a barrier for
+      the others, which wait for this process in a collective.
+    * If a signal interrupted a compilation, XLA's threads still run and crash when the interpreter
       frees what they use (jaxlib 0.10.2).
     """
     try:
         yield
-    # SystemExit from `exit_with_code` is the usual case here.
+    # Usually the SystemExit of `exit_with_code`.
     except BaseException as error:
         distributed = jax.distributed.is_initialized()
-        # The SystemExit was raised while `Stopped` was handled, which Python notes as its context.
+        # `exit_with_code` raised the SystemExit while it handled `Stopped`.
         interrupted = isinstance(error.__context__, Stopped | KeyboardInterrupt)
         if not distributed and not interrupted:
             raise
@@ -165,40 +166,40 @@ def exit_on_failure() -> Iterator[None]:
         _flush(sys.stdout)
         _flush(sys.stderr)
         if distributed and jax.process_index() == 0:
-            # Process 0 is also the coordinator. Once it is gone JAX aborts the others, which in
-            # most cases are about to end for the same reason and can still say it.
-            time.sleep(_LAST_WORDS_SECONDS)
+            # Process 0 is also the coordinator: when it exits, JAX aborts the others. They usually
+            # end for the same reason, and need a moment to report it.
+            time.sleep(_REPORT_SECONDS)
         os._exit(code)
 
 
 def ignore_abandoned_reads() -> None:
-    """Hides the complaints about what a failed Orbax read leaves; see `hide_abandoned_reads`."""
+    """Hides warnings about what a failed Orbax read leaves; see `hide_abandoned_reads`."""
     hide_abandoned_reads()
-    # Of coroutines that were never even started. The programs have none of their own.
+    # Orbax's coroutines that never started. The programs have no coroutines of their own.
     warnings.filterwarnings(
         "ignore", message="coroutine .* was never awaited", category=RuntimeWarning
     )
 
 
 def warn_in_one_line() -> None:
-    """Shows warnings for users as one line, without the place in the code that gave them."""
-    of_python = warnings.formatwarning
+    """Shows warnings for users on one line, without their place in the code."""
+    default_format = warnings.formatwarning
 
     def one_line(message, category, *place: Any, **text: Any) -> str:
         if category is UserWarning:
             return f"warning: {escape_controls(str(message))}\n"
-        return of_python(message, category, *place, **text)
+        return default_format(message, category, *place, **text)
 
     warnings.formatwarning = one_line
 
 
-# How writes to a stream fail: its reader is gone, the terminal is gone (EIO), the disk that it was
-# redirected to is full, or somebody closed it (ValueError).
+# How writes to a stream fail: its reader is gone, the terminal is gone (EIO), the disk that it is
+# redirected to is full, or the stream is closed (ValueError).
 _LOST_STREAM = (OSError, ValueError)
 
 
 class _QuietStream:
-    """A text stream that swallows failing writes and writes to /dev/null from then on."""
+    """A text stream that ignores a failing write and writes to /dev/null from then on."""
 
     def __init__(self, stream: TextIO):
         """Wraps a stream that has a file descriptor."""
@@ -208,7 +209,7 @@ class _QuietStream:
         return getattr(self._stream, name)
 
     def _discard(self) -> None:
-        # Python flushes once more when it exits: the descriptor itself has to lead nowhere.
+        # Python flushes again at exit, so the descriptor itself must point to /dev/null.
         with (
             contextlib.suppress(*_LOST_STREAM),
             open(os.devnull, "w", encoding="utf-8") as nowhere,
@@ -216,16 +217,16 @@ class _QuietStream:
             os.dup2(nowhere.fileno(), self._stream.fileno())
 
     def write(self, text: str) -> int:
-        """Writes the text, or drops it once the stream has no reader."""
+        """Writes the text, or drops it if the write fails."""
         try:
             return self._stream.write(text)
-        # Once is enough: from here on the descriptor leads to /dev/null and no write fails.
+        # Happens only once: afterwards the descriptor points to /dev/null.
         except _LOST_STREAM:
             self._discard()
             return len(text)
 
     def flush(self) -> None:
-        """Flushes the stream, or does nothing once it has no reader."""
+        """Flushes the stream; ignores a failure."""
         try:
             self._stream.flush()
         except _LOST_STREAM:
@@ -233,98 +234,102 @@ class _QuietStream:
 
 
 def escape_unencodable() -> None:
-    """Shows characters that a terminal's encoding lacks as escapes.
+    """Escapes characters that the encoding of stdout or stderr lacks.
 
-    Otherwise a sample with a Chinese character would end a run on a terminal of cp1252.
+    Otherwise a sample with a Chinese character would end a run on a cp1252 terminal.
     """
     for stream in (sys.stdout, sys.stderr):
-        # Streams that a test or another program put in place may not have it.
+        # A stream that a test or another program installed may lack `reconfigure`.
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
 
 
 def shown_on(stream: TextIO, text: str) -> str:
-    """Returns a text that others or a model wrote as a stream should get it.
+    """Returns untrusted text, such as a model's, in the form that is safe for a stream.
 
-    A terminal would obey the controls in it, so they are escaped there; files and pipes get the
-    text as it is.
+    A terminal would obey control characters, so they are escaped there. Files and pipes get the
+    text unchanged.
     """
     return escape_controls(text) if stream.isatty() else text
 
 
 def ignore_broken_pipe() -> None:
-    """Lets the program go on when the pipe that its output goes into is closed.
+    """Keeps the program running when the reader of its output closes the pipe.
 
-    A run must not end because `| head` has seen enough. Ignoring SIGPIPE does not help: Python
-    ignores it already, and raises BrokenPipeError instead.
+    A run must not end because `| head` has read enough. Ignoring SIGPIPE does not help: Python
+    already ignores it, and raises BrokenPipeError instead.
     """
     sys.stdout = _QuietStream(sys.stdout)
     sys.stderr = _QuietStream(sys.stderr)
 
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP as a request that the training loop asks for.
+    """SIGTERM, SIGINT and SIGHUP as a stop request that the training loop polls.
 
-    The loop says whether it has unsaved updates, and asks `should_stop` after each step. A second
-    SIGINT ends the process at once. A program without a loop is all `interruptible`.
+    The loop sets `has_unsaved_updates`, and calls `should_stop` after each step. A second SIGINT
+    ends the process at once. A program without a loop runs entirely in `interruptible`.
 
-    Python runs signal handlers only between two of its own instructions, and a compilation is one
-    long instruction. So a thread watches, too: it ends the process at a second SIGINT, and also
-    where nothing has to be saved and the loop does not ask in time. A handler may also run inside a
-    callback of the garbage collector (JAX has one), where Python drops what it raises: it is raised
-    once more. (The preemption service of JAX 0.10.2 notices no signal in a run of one process.)
+    Python runs signal handlers only between two bytecode instructions, and a compilation is one
+    long instruction. So a thread watches too. It ends the process on a second SIGINT, and also if
+    there is nothing to save and the loop does not notice the signal in time.
+
+    A handler may run inside a callback of the garbage collector (JAX has one), where Python drops
+    the exception that it raises. The handler then runs again.
+
+    The preemption service of JAX 0.10.2 notices no signal in a run of one process.
 
     Attributes:
         requested: the name of the first signal; empty before.
-        has_unsaved_updates: whether updates have been made that are on no disk yet.
+        has_unsaved_updates: whether there are updates that no checkpoint holds yet.
     """
 
     def __init__(self, code: int | None = 0):
-        """Starts without a request; `with` begins to listen.
+        """Starts without a request; `with` installs the handlers.
 
         Args:
-            code: with which a run that was stopped exits; None for 128 and the signal's number, as
-                shells count.
+            code: the exit code of a stopped run; None for 128 plus the signal's number, as in
+                shells.
         """
         self._code = code
         self.requested = ""
         self.has_unsaved_updates = False
         self._raise_at_once = False
         self._noticed = threading.Event()
-        # `bool` gives a flag back as it is: one process decides for itself.
+        # `bool` returns a flag unchanged: a single process decides for itself.
         self._agree: Callable[[bool], bool] = bool
 
     def __enter__(self) -> "StopSignals":
         """Installs the handlers and starts the thread."""
         self._reader, self._writer = socket.socketpair()
-        # `set_wakeup_fd` demands it: a signal handler in C must never block.
+        # `set_wakeup_fd` requires this: a signal handler in C must never block.
         self._writer.setblocking(False)
         self._old_handlers: dict[int, Any] = {}
         for name in _SIGNALS:
             number = getattr(signal, name)
-            # A run under nohup has to stay deaf to SIGHUP.
+            # Under nohup a run must keep ignoring SIGHUP.
             if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             self._old_handlers[number] = signal.signal(number, self._handle)
-        # Python writes a byte per signal into this socket from C, however busy its main thread is.
+        # Python's C code writes one byte per signal into this socket, even if the main thread is
+        # busy.
         writer = self._writer.fileno()
         self._old_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self._old_hook = sys.unraisablehook
         sys.unraisablehook = self._repeat_dropped
-        # A daemon: a thread that waits for signals must not keep the process alive.
+        # A daemon thread: waiting for signals must not keep the process alive.
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
         return self
 
     def __exit__(self, *error) -> None:
-        """Puts the old handlers back."""
+        """Restores the previous handlers."""
         sys.unraisablehook = self._old_hook
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         self._noticed.set()
-        # The thread's `recv` returns nothing once the other end is closed, which ends its loop.
+        # When this end is closed, the thread's `recv` returns nothing and its loop ends.
         self._writer.close()
         self._watcher.join()
         self._reader.close()
@@ -333,48 +338,49 @@ class StopSignals:
         """Lets several processes decide together, so that all stop after the same step.
 
         Args:
-            vote: from whether this process wants to stop to whether all do, as `AnyProcess`.
+            vote: takes whether this process wants to stop and returns, the same in all processes,
+                whether to stop; such as `AnyProcess`.
         """
         self._agree = vote
 
     def should_stop(self) -> bool:
-        """Tells whether to save and end now."""
+        """Returns whether to save and end now."""
         if not self._agree(bool(self.requested)):
             return False
-        # The vote of another process: this one has had no signal of its own.
+        # Another process asked to stop: this one received no signal.
         self.requested = self.requested or "a signal to another process"
         self._noticed.set()
         return True
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Lets a signal end the block at once, also one that came before it.
+        """Lets a signal end the block at once, even a signal that came before the block.
 
         Raises:
-            Stopped: there is a request.
+            Stopped: there is a stop request.
         """
-        # Set before the test, so that a signal between the two lines is not lost.
+        # Set before the check, so that a signal between the two lines is not lost.
         self._raise_at_once = True
         try:
             if self.requested:
                 raise self.stopped()
             yield
         except Stopped:
-            # Here and not where it is raised: there it may be dropped.
+            # Not where it is raised, because Python may drop it there.
             self._noticed.set()
             raise
         finally:
             self._raise_at_once = False
 
     def _repeat_dropped(self, unraisable: Any) -> None:
-        """Lets the handler run again after it raised in vain; the body of `sys.unraisablehook`."""
+        """Makes the handler run again if Python dropped its exception; `sys.unraisablehook`."""
         if not isinstance(unraisable.exc_value, Stopped):
             self._old_hook(unraisable)
             return
-        # Later: now it would be dropped again. Not SIGINT, of which a second one ends at once.
+        # Not now, because it would be dropped again. Not SIGINT: a second one ends the process.
         main = threading.main_thread().ident
         again = [main, signal.SIGTERM]
-        threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, again).start()
+        threading.Timer(_RETRY_SECONDS, signal.pthread_kill, again).start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = self.requested or signal.Signals(number).name
@@ -382,10 +388,10 @@ class StopSignals:
             raise self.stopped()
 
     def stopped(self, text: str = "") -> Stopped:
-        """Makes the error that ends the run.
+        """Creates the error that ends the run.
 
         Args:
-            text: what the user should know besides the signal.
+            text: what to tell the user besides the signal.
         """
         code = self._code
         if code is None:
@@ -393,16 +399,16 @@ class StopSignals:
         return Stopped(f"stopped by {self.requested}{text}.", code)
 
     def _watch(self) -> None:
-        """Reads one byte per signal; the body of the thread."""
+        """Reads one byte per signal, as the body of the thread."""
         requests = 0
         while received := self._reader.recv(1):
             requests += 1
-            # Not a second SIGTERM, which some schedulers send again and again.
+            # Not a second SIGTERM, which some schedulers send repeatedly.
             if requests > 1 and received[0] == signal.SIGINT:
                 _exit_at_once(
-                    130, "left at once; the newest checkpoint is what counts."
+                    130, "exited at once; only the newest checkpoint is saved."
                 )
-            # A thread of its own: this one has to go on reading, for a second SIGINT.
+            # In another thread, because this one must keep reading for a second SIGINT.
             if requests == 1:
                 threading.Thread(
                     target=self._exit_if_ignored, args=[received[0]], daemon=True
@@ -411,32 +417,32 @@ class StopSignals:
     def _exit_if_ignored(self, number: int) -> None:
         noticed = self._noticed.wait(_GRACE_SECONDS)
         if not noticed and not self.has_unsaved_updates:
-            # Where no Python has run since, `_handle` has not noted it.
+            # `_handle` has not recorded the signal if no Python instruction has run since.
             self.requested = self.requested or signal.Signals(number).name
-            end = self.stopped("; nothing was left to save")
+            end = self.stopped("; there was nothing to save")
             _exit_at_once(end.code, str(end))
 
 
 @contextlib.contextmanager
 def hold_interrupt() -> Iterator[Callable[[], bool]]:
-    """Holds the first Ctrl-C of the block back; a second one does what it did before the block.
+    """Holds back the first Ctrl-C in the block; a second one calls the previous handler.
 
     Yields:
-        A function that tells whether it has come.
+        A function that returns whether Ctrl-C was pressed.
     """
-    came = threading.Event()
+    pressed = threading.Event()
     before = signal.getsignal(signal.SIGINT)
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if came.is_set() and callable(before):
+    def record(number: int, frame: FrameType | None) -> None:
+        if pressed.is_set() and callable(before):
             before(number, frame)
-        came.set()
+        pressed.set()
 
-    # The thread of `StopSignals` would take it for a request to end the program.
+    # The thread of `StopSignals` would take Ctrl-C for a request to end the program.
     wakeup = signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, record)
     try:
-        yield came.is_set
+        yield pressed.is_set
     finally:
         signal.signal(signal.SIGINT, before)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)

@@ -1,7 +1,7 @@
-"""The processes of a run as a group: what they tell each other, and how they fail together.
+"""The processes of a run as a group: what they exchange, and how they fail together.
 
-All processes of a group make the same calls in the same order; one that makes another waits for
-ever, or until JAX ends it.
+All processes of a group must make the same calls in the same order. A process that makes another
+call waits forever, or until JAX ends it.
 """
 
 import json
@@ -20,33 +20,33 @@ _Result = TypeVar("_Result")
 
 
 def is_single_process() -> bool:
-    """Returns whether this process has not joined others."""
+    """Returns whether this process has not joined a distributed run."""
     # `jax.process_count()` would start the backend, which takes seconds.
     return not jax.distributed.is_initialized()
 
 
 def is_process_0() -> bool:
-    """Returns whether this is the process that writes and prints."""
+    """Returns whether this is process 0, which writes and prints."""
     return jax.process_index() == 0
 
 
 def group_of_run() -> "ProcessGroup":
-    """Returns all processes of the run, wherever its arrays lie."""
+    """Returns all processes of the run, regardless of where its arrays are."""
     return ProcessGroup() if is_single_process() else AllProcesses()
 
 
 def group_of_mesh(mesh: Mesh | None) -> "ProcessGroup":
-    """Returns the processes that share the arrays of a mesh: all of the run, or this one alone."""
+    """Returns the processes that share the arrays of a mesh: all processes, or only this one."""
     return AllProcesses() if is_shared(mesh) else ProcessGroup()
 
 
 class ProcessGroup:
-    """Processes that do something together; here one that acts for itself.
+    """A group of processes; this base class is a group of one process.
 
     Attributes:
-        is_primary: whether this is the process of the group that writes.
-        index: of this process in the group.
-        members: numbers of the processes.
+        is_primary: whether this process writes for the group.
+        index: the index of this process in the group.
+        members: the numbers of the processes.
     """
 
     is_primary: bool = True
@@ -59,9 +59,9 @@ class ProcessGroup:
         return len(self.members)
 
     def from_process_0(self, call: Callable[[], _Result]) -> _Result:
-        """Calls a function in process 0 only and returns its result, fit for JSON, in all.
+        """Calls a function in process 0 and returns its JSON-serialisable result in all processes.
 
-        An error of `call` is raised in process 0 as it is.
+        An error of `call` is raised unchanged in process 0.
 
         Raises:
             EndedElsewhere: in the other processes, if `call` raised.
@@ -69,7 +69,7 @@ class ProcessGroup:
         return call()
 
     def broadcast_arrays(self, tree: Any) -> Any:
-        """Returns the arrays of process 0, bit for bit; those of others have the same shapes."""
+        """Returns the arrays of process 0, bit-exactly; the others pass arrays of equal shapes."""
         return tree
 
     def run_in_all(
@@ -78,26 +78,27 @@ class ProcessGroup:
         """Calls a function in all processes; an error in one of them is raised in all.
 
         Args:
-            call: where it waits for others, it has to do so even if it fails.
-            expected: a class of errors that the others raise as well, with the same text.
+            call: the function. If it synchronises with other processes, it must do so even when it
+                fails.
+            expected: a class of errors that the other processes raise too, with the same text.
 
         Returns:
             This process's own result.
 
         Raises:
-            EndedElsewhere: in the others, for an error of another class than `expected`.
+            EndedElsewhere: in the other processes, for an error that is not `expected`.
         """
         return call()
 
     def allgather(self, value: Any) -> list[Any]:
-        """Returns the value of each process, fit for JSON, in the order of `members`."""
+        """Returns the JSON-serialisable value of each process, in the order of `members`."""
         return [value]
 
     def allgather_results(self, call: Callable[[], Any]) -> list[Any]:
-        """Returns in all processes what a function computes in each of them, fit for JSON.
+        """Calls a function in all processes and returns all of its JSON-serialisable results.
 
         Raises:
-            EndedElsewhere: in the others, if `call` raised in one.
+            EndedElsewhere: in the other processes, if `call` raised in one.
         """
         return [call()]
 
@@ -112,16 +113,16 @@ class AllProcesses(ProcessGroup):
         self.members = tuple(range(jax.process_count()))
 
     def from_process_0(self, call: Callable[[], _Result]) -> _Result:
-        """Sends what process 0 computes to the others; see `ProcessGroup.from_process_0`."""
+        """Sends the result of process 0 to the others; see `ProcessGroup.from_process_0`."""
         result = ""
         error: Exception | None = None
         if self.is_primary:
             try:
                 result = json.dumps(call())
-            # Whatever it is, the others wait for an answer.
+            # Any error, because the others wait for an answer.
             except Exception as caught:
                 error = caught
-        # An error without an exit code is a bug: the other processes end with Python's usual 1.
+        # An error without an exit code is a bug: the other processes exit with 1, as Python does.
         code = None if error is None else exit_code(error) or 1
         answer = {"result": result, "error": str(error or ""), "code": code}
         answer = json.loads(self._broadcast_text(json.dumps(answer)))
@@ -143,7 +144,7 @@ class AllProcesses(ProcessGroup):
         error: Exception | None = None
         try:
             result = call()
-        # Whatever it is, the others wait for an answer.
+        # Any error, because the others wait for an answer.
         except Exception as caught:
             error = caught
         is_expected = expected is not None and isinstance(error, expected)
@@ -151,7 +152,7 @@ class AllProcesses(ProcessGroup):
         answer = {"error": str(error or ""), "code": code, "expected": is_expected}
         answers = self.allgather(answer)
         own = error if code else None
-        # Errors that end the run come first: an expected one may be answered by going on.
+        # Errors that end the run come first: the caller may handle an expected one and continue.
         for one in answers:
             if one["code"] is not None:
                 raise own or EndedElsewhere(one["error"], one["code"])
@@ -165,15 +166,15 @@ class AllProcesses(ProcessGroup):
         return [json.loads(text) for text in _allgather_texts(json.dumps(value))]
 
     def allgather_results(self, call: Callable[[], Any]) -> list[Any]:
-        """Exchanges what all processes compute; see `ProcessGroup.allgather_results`."""
-        # As text from here on: a result that is not fit for JSON fails in all of them.
+        """Exchanges the results of all processes; see `ProcessGroup.allgather_results`."""
+        # Serialise inside `run_in_all`, so that a failure to do so is raised in all processes.
         text = self.run_in_all(lambda: json.dumps(call()))
         return [json.loads(one) for one in _allgather_texts(text)]
 
     def _broadcast_text(self, text: str) -> str:
         """Returns the text of process 0."""
         raw = np.frombuffer(text.encode(), np.uint8)
-        # The others have to know the size first: an array of another shape would hang.
+        # The others need the size first: a broadcast with another shape would hang.
         size = int(_broadcast_array(np.asarray(len(raw), np.int32)))
         if not self.is_primary:
             raw = np.zeros(size, np.uint8)
@@ -181,9 +182,9 @@ class AllProcesses(ProcessGroup):
 
 
 def _broadcast_array(array: np.ndarray) -> np.ndarray:
-    """Returns the array of process 0; those of the others only have its shape and dtype."""
+    """Returns the array of process 0; the others pass an array of the same shape and dtype."""
     array = np.asarray(array)
-    # As bytes: JAX would turn float64 into float32, and NaN payloads must survive.
+    # As bytes: JAX would convert float64 to float32, and NaN payloads must survive.
     raw = np.frombuffer(array.tobytes(), np.uint8)
     received = np.asarray(multihost_utils.broadcast_one_to_all(raw))
     return np.frombuffer(received.tobytes(), array.dtype).reshape(array.shape)

@@ -1,4 +1,4 @@
-"""Questions of the user's own files, answered greedily from every start state that is compared."""
+"""Questions from the user's files, answered greedily from every start state in a comparison."""
 
 import dataclasses
 import hashlib
@@ -18,19 +18,19 @@ from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.verifiers import VERIFIERS
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-# Any share will do: all questions are taken, and no run learns from them.
+# Any held-out share will do, because `every_prompt` has all questions.
 _ANY_SHARE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class AskedQuestions:
-    """The questions that an evaluation asks, and how their answers are judged.
+    """The questions that an evaluation asks, and the reward of an answer.
 
     Attributes:
         settings: of the evaluation.
-        prompts: of the questions.
-        stop_ids: ids that end an answer.
-        reward: of a prompt and a completion.
+        prompts: the prompts of the questions.
+        stop_ids: the token ids that end an answer.
+        reward: a function of a prompt and a completion.
         notes: sentences for the user: which questions are asked and which are left out.
     """
 
@@ -42,10 +42,10 @@ class AskedQuestions:
 
     @classmethod
     def read(cls, settings: Settings, tokenizer: Tokenizer) -> "AskedQuestions":
-        """Reads the questions of `config.questions` and leaves out what states were tuned on.
+        """Reads the questions of `config.questions` without those that a state was tuned on.
 
         Raises:
-            ValueError: a bad file, an unknown verifier, or no question is left.
+            ValueError: the file is bad, the verifier is unknown, or no question is left.
         """
         name = settings.test_time.verifier
         is_own = name not in VERIFIERS
@@ -62,7 +62,7 @@ class AskedQuestions:
             unknown = sum(not questions.has_answer(prompt) for prompt in prompts)
             if unknown:
                 notes.append(
-                    f"the verifier finds no known answer of {unknown:,} of them, which count as "
+                    f"the verifier finds no known answer to {unknown:,} of them; they count as "
                     "wrong"
                 )
         options = settings.test_time
@@ -81,7 +81,7 @@ class AskedQuestions:
 
     @property
     def _metric(self) -> str:
-        """What the verifier gives: a function of the user's may give any number."""
+        """The name of the metric: a reward function of the user's may return any number."""
         return "accuracy" if self.settings.test_time.verifier in VERIFIERS else "reward"
 
     def answer(
@@ -90,15 +90,15 @@ class AskedQuestions:
         """Answers every question from a start state.
 
         Args:
-            comparison: has the model.
+            comparison: the model, its weights and its tokenizer.
             start: the state.
 
         Returns:
-            The accuracy, or the mean reward of a function of the user's, and the share of answers
-            that had the most tokens allowed.
+            The accuracy (the mean reward for a function of the user's), and as "cut off" the share
+            of answers that reached the token limit.
 
         Raises:
-            ValueError: a reward that is not a finite number.
+            ValueError: a reward is not a finite number.
         """
         options = self.settings.test_time
         sampler = RolloutSampler(
@@ -116,9 +116,9 @@ class AskedQuestions:
         cut = []
         for first in range(0, len(self.prompts), rows):
             part = self.prompts[first : first + rows]
-            # Filled up to the same number, so that one program answers all.
-            filled = part + part[-1:] * (rows - len(part))
-            drawn = sampler.draw(start, filled, None)
+            # Pad the batch, so that one compiled program serves all of them.
+            padded = part + part[-1:] * (rows - len(part))
+            drawn = sampler.draw(start, padded, None)
             found = sampler.judge(
                 drawn, self.reward, name="`config.test_time.verifier`"
             )
@@ -130,7 +130,7 @@ class AskedQuestions:
         }
 
     def _scores(self, values: list[np.ndarray]) -> QuestionScores:
-        """Makes scores of a number for each question."""
+        """Builds the scores from one value per question."""
         totals = np.concatenate(values).astype(np.float64)
         hashes = tuple(_prompt_hash(prompt) for prompt in self.prompts)
         return QuestionScores(totals, np.ones(len(totals)), hashes)
@@ -155,22 +155,22 @@ def _prompt_hash(prompt: Prompt) -> str:
 def _without_learnt(
     prompts: list[Prompt], settings: Settings, tokenizer: Tokenizer
 ) -> tuple[list[Prompt], list[str]]:
-    """Leaves out what any of the states was tuned on, and says for each what is known of it."""
+    """Removes the questions that a state was tuned on; also returns a note on each state."""
     kept = prompts
     notes = []
     for path, record in tuning_records(settings).items():
         if record is None:
             notes.append(
-                f"not known: whether {path} was tuned on some of them. It is in no folder of a "
-                "run; name its data as `config.data.path`, and they are left out"
+                f"unknown: whether {path} was tuned on some of them, because it is not in a run "
+                "directory; set `config.data.path` to its data to leave them out"
             )
             continue
         try:
             learnt = record.learnt_prompts(tokenizer)
-        # Of a run whose data is gone, or was text of another kind.
+        # The run's data is gone, or does not hold questions.
         except (OSError, ValueError) as error:
             notes.append(
-                f"not known: whether some are in the training part of {record.name}: {error}"
+                f"unknown: whether some are in the training part of {record.name}: {error}"
             )
             continue
         kept = [prompt for prompt in kept if prompt not in learnt]
@@ -183,6 +183,6 @@ def _without_learnt(
     if not kept:
         raise ValueError(
             f"`config.questions` must hold a question that no state was tuned on; got "
-            f"{settings.questions!r}, all of whose {len(prompts):,} were learnt from."
+            f"{settings.questions!r}, whose {len(prompts):,} questions were all used for tuning."
         )
     return kept, notes

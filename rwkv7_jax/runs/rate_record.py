@@ -1,8 +1,8 @@
-"""The record of a run's learning rates: found by a search, printed, written and read again.
+"""The learning rates that a search finds for a run, and the record that stores them.
 
-The search itself is a run of mode `RateStackMode` in a folder of its own inside the run's folder,
-with checkpoints: one that was killed goes on as any other run does. What it found is written next
-to the run's other files, and counts from then on.
+The search itself is a run of mode `RateStackMode` in its own folder within the run directory. It
+has checkpoints, so a killed search resumes as any run does. The record of its result lies next to
+the run's other files, and applies from then on.
 """
 
 import math
@@ -21,7 +21,7 @@ from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.tuning.rate_search import choose_rate
 
-# What the search found, in the run's folder.
+# The file name of the record in the run directory.
 RECORD = "rate_search.json"
 
 
@@ -31,33 +31,33 @@ def find_rates(
     identity: Identity,
     search: Callable[[RateStackMode], Any],
 ) -> bool:
-    """Gives a mode its learning rates; returns whether there is one that is worth a run.
+    """Sets the learning rates of a mode; returns whether any state has a rate to train with.
 
     Args:
         mode: of the run.
-        folder: of the run, where an earlier process may have left what it found.
+        folder: of the run, where an earlier process may have left a record.
         identity: of the run.
-        search: runs the search to its end and returns the parameters; called only where nothing is
-            found yet.
+        search: runs the search to its end and returns the parameters; called only if there is no
+            record.
 
     Raises:
-        ValueError: what was found is of another run.
-        DiskError: what was found cannot be written.
+        ValueError: the record is damaged or belongs to another run.
+        DiskError: the record cannot be written.
     """
     path = folder.path / RECORD
     group = group_of_run()
     names = [_name(subject) for subject in subjects_of(mode)]
     record = group.from_process_0(lambda: _read_record(path, names, identity))
     if record is None:
-        made = RateStackMode(mode)
-        _announce(made)
-        params = search(made)
-        if not made.results:
-            # An earlier process evaluated the last step.
-            made.evaluate(params)
+        stack = RateStackMode(mode)
+        _announce(stack)
+        params = search(stack)
+        if not stack.results:
+            # An earlier process evaluated the last step; this one lacks the results.
+            stack.evaluate(params)
         found = {
-            "plan": made.plan._asdict(),
-            "states": {_name(one): _choose(made, one) for one in made.subjects},
+            "plan": stack.plan._asdict(),
+            "states": {_name(one): _choose(stack, one) for one in stack.subjects},
             "identity": {name: dict(fields) for name, fields in identity.items()},
         }
         record = group.from_process_0(lambda: _write_record(path, found))
@@ -67,7 +67,7 @@ def find_rates(
 def _read_record(
     path: Path, names: Collection[str], identity: Identity
 ) -> dict[str, Any] | None:
-    """Reads what an earlier process found for states of these names; None if there is nothing."""
+    """Reads the record that an earlier process wrote for these states; None if there is none."""
     if not path.is_file():
         return None
     try:
@@ -77,18 +77,18 @@ def _read_record(
             _check_found(record["states"][name])
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
         raise ValueError(
-            f"`{path}` must be the record of a search of learning rates; it is damaged. Delete it "
-            "to search again."
+            f"`{path}` must be the record of a learning-rate search; it is damaged. Delete it to "
+            "search again."
         ) from None
     require_same_identity(path.parent, was, identity)
     return record
 
 
 def _check_found(found: Mapping[str, Any]) -> None:
-    """Raises an error of whatever kind where a record of a state is not what `_choose` returns."""
+    """Raises an error of any class if the record of a state is not what `_choose` returns."""
     if found["rate"] is not None:
         check_number(found["rate"], 0, math.inf, "`rate`")
-    # It reads all other entries.
+    # `_sentence` reads all other entries.
     _sentence(found, None)
 
 
@@ -102,7 +102,7 @@ def _write_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name(subject: str) -> str:
-    """Returns the name of a state, without what divides it from a rate; "" of a run's only one."""
+    """Returns the name of a state without its trailing "/"; "" for a run's only state."""
     return subject.removesuffix("/")
 
 
@@ -111,25 +111,25 @@ def _announce(search: RateStackMode) -> None:
     plan = search.plan
     wanted = search.settings.tuning.search_share
     print(
-        f"rate      {len(rates)} learning rates from {min(rates):g} to {max(rates):g} are tried, "
+        f"rate      searches {len(rates)} learning rates from {min(rates):g} to {max(rates):g}, "
         f"{plan.steps} steps of {plan.rows} rows each: about {plan.share:.0%} of the run's "
-        "arithmetic (--config.optimizer.learning_rate names one instead)"
+        "arithmetic (set --config.optimizer.learning_rate to skip the search)"
     )
     if plan.share > 1.05 * wanted:
         print(
-            f"rate      that is more than `config.tuning.search_share` ({wanted:g}), with which "
-            "the rates could not be told from each other"
+            f"rate      that is more than `config.tuning.search_share` ({wanted:g}), which is too "
+            "little to tell the rates apart"
         )
 
 
 def _choose(search: RateStackMode, subject: str) -> dict[str, Any]:
-    """Chooses the rate of one state by its loss on held-out data.
+    """Chooses the rate of one state by its held-out loss.
 
     Returns:
-        What the record holds of it, fit for JSON.
+        The state's part of the record, JSON-serialisable.
     """
     base = search.results[subject][BASE]
-    # The others are of what must not be forgotten. All are losses: lower is better.
+    # The other losses measure forgetting. Lower is better for all.
     decides, *others = base
     losses: dict[float, float] = {}
     forgetting: dict[float, float] = {}
@@ -158,7 +158,7 @@ def _choose(search: RateStackMode, subject: str) -> dict[str, Any]:
 
 
 def _use(mode: TrainingMode, found: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Gives each state the rate that was found for it, and says so."""
+    """Sets the rate of each state and prints it; returns whether any state has one."""
     for subject, state in subjects_of(mode).items():
         one = found[_name(subject)]
         state.found_rate = one["rate"]
@@ -169,7 +169,7 @@ def _use(mode: TrainingMode, found: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def _sentence(found: Mapping[str, Any], start: str | None) -> str:
-    """Says what was chosen for a state, and why."""
+    """Describes the rate that was chosen for a state, and why."""
     measure = found["measure"]
     base = found["base"][measure]
     curve = ", ".join(f"{one['rate']:g}: {one[measure]:.4f}" for one in found["curve"])
@@ -180,15 +180,17 @@ def _sentence(found: Mapping[str, Any], start: str | None) -> str:
         if start is not None:
             untuned = "the state of `config.start`"
         return f"{text}No rate is better than {untuned}: nothing is tuned, and no state is saved"
-    text += f"{rate:g} is taken, from step 0 on, as if it had been named"
-    # Records of earlier versions have neither.
+    text += f"Rate {rate:g} is used from step 0 on"
+    # Records of earlier versions lack these two.
     why = found.get("why", "")
     near = found.get("near", ())
     if why:
         text += f": {why}"
     if len(near) > 1:
         listed = ", ".join(f"{one:g}" for one in near)
-        text += f"; nearly equal are {listed}: so short a search cannot tell them apart"
+        text += (
+            f"; {listed} are nearly equal: a search this short cannot tell them apart"
+        )
     if found["edge"]:
         text += f"; it is the {found['edge']} of `config.tuning.rates`: one beyond it may be better"
     return text

@@ -1,4 +1,4 @@
-"""The result of a run: which parameters it is, and how it is saved."""
+"""The result of a run: which parameters it consists of, and how it is saved."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,10 +26,10 @@ from rwkv7_jax.training.train_step import TrainState
 def _result_step(
     progress: RunProgress, evaluation: EvaluationSettings, last: int
 ) -> int:
-    """Returns the step whose parameters are the result: the last one, or with patience the best."""
+    """Returns the step whose parameters are the result: with patience the best, else the last."""
     if evaluation.patience and progress.best:
         return progress.best[0][1]
-    # A state of a stack may have been good enough before the run ended for the others.
+    # A state of a stack may have reached `enough` before the run ended for the others.
     return progress.evaluated if progress.stop_reason(evaluation) else last
 
 
@@ -40,17 +40,17 @@ def _params_at(
     folder: RunDirectory,
     identity: Identity,
 ) -> Any:
-    """Returns the parameters of a step; the last ones where its checkpoint is damaged."""
+    """Returns the parameters of a step, or the last ones if its checkpoint is damaged."""
     last = int(state.step)
     if step == last:
         return state.params
-    # Step 0 has no checkpoint; it is made again.
+    # Step 0 has no checkpoint, so initialise the parameters again.
     if step <= 0:
         return mode.init_params()
     try:
         return folder.checkpoints.load(step, state, identity).params
     except NoValidCheckpoint as error:
-        # The last parameters are better than none after a long run.
+        # After a long run the last parameters are better than none.
         warn(f"{error}; the result is that of the last step, {last}")
         return state.params
 
@@ -62,20 +62,22 @@ def final_params(
     folder: RunDirectory,
     identity: Identity,
 ) -> Any:
-    """Returns the result of a run: the last parameters, or with patience the best ones."""
+    """Returns the result of a run: with patience the best parameters, else the last ones."""
     evaluation = mode.settings.evaluation
     last = int(state.step)
     if isinstance(progress, RunProgress):
         step = _result_step(progress, evaluation, last)
         if step != last:
-            print(f"step {step} measured best: the result is that of this step")
+            print(f"step {step} measured best: its parameters are the result")
         return _params_at(step, mode, state, folder, identity)
     found: dict[int, Any] = {}
     results = []
     for index, (name, one) in enumerate(progress.states.items()):
         step = _result_step(one, evaluation, last)
         if step != last:
-            print(f"step {step} measured best for {name}: its result is of this step")
+            print(
+                f"step {step} measured best for {name}: its parameters are the result"
+            )
         if step not in found:
             found[step] = _params_at(step, mode, state, folder, identity)
         results.append(params_of(found[step], index))
@@ -85,34 +87,34 @@ def final_params(
 def check_stopped(
     state: TrainState, folder: RunDirectory, stop: StopSignals, *, what: str = ""
 ) -> None:
-    """Tells of updates that were skipped, and ends a run that a signal has stopped.
+    """Reports skipped updates, and ends a run that a signal stopped.
 
     Args:
-        state: that the run ends with.
+        state: the last train state.
         folder: of the run.
-        stop: the signals.
-        what: whose steps they are, for the message.
+        stop: the stop request.
+        what: what the steps belong to, for the message.
 
     Raises:
-        Stopped: a signal ended the run.
+        Stopped: a signal stopped the run.
     """
     step = int(state.step)
-    # Of a stack of states, all of them together.
+    # The sum over all states of a stack.
     skipped = int(state.skipped.sum())
     if skipped:
-        print(f"warning: {skipped} updates were skipped: loss or gradient not finite")
+        print(f"warning: {skipped} updates were skipped: non-finite loss or gradient")
     if stop.requested:
         saved = f"step {step}{what} is saved" if step else "there was nothing to save"
         folder.note_event(step, "stopped", f"by {stop.requested}")
-        raise stop.stopped(f"; {saved}. The same command continues the run")
+        raise stop.stopped(f"; {saved}. The same command resumes the run")
 
 
 def _harm(
     folder: RunDirectory, progress: RunProgress, step: int, prefix: str
 ) -> str | None:
-    """Says how much worse the result is than no training; None where it is not, or not known.
+    """Describes how much worse the result is than no training; None if not worse or unknown.
 
-    It is not known where the start and the result were measured by different evaluations.
+    It is unknown if different evaluations measured the start and the result.
     """
     if progress.since:
         return None
@@ -134,10 +136,10 @@ def _decide_to_save(
     step: int,
     name: str,
 ) -> bool:
-    """Decides whether a tuned state is saved, and says where it is worse than before tuning.
+    """Decides whether to save a tuned state, and reports if it is worse than before tuning.
 
-    A state whose rate was found is not saved then. One whose rate was named is: it is what was
-    asked for.
+    A worse state is not saved if the run searched for its learning rate. It is saved if the user
+    set the rate, because the user asked for it.
     """
     if not mode.tunes_state:
         return True
@@ -151,7 +153,9 @@ def _decide_to_save(
     if mode.settings.finds_rate:
         print(f"{text}. It is not saved")
         return False
-    warn(f"{text}; try another `config.optimizer.learning_rate`, or name none")
+    warn(
+        f"{text}; try another `config.optimizer.learning_rate`, or leave it to the search"
+    )
     return True
 
 
@@ -162,15 +166,15 @@ def save_result(
     folder: RunDirectory,
     identity: Identity,
 ) -> None:
-    """Saves the result of a run that has ended, and draws the picture of it.
+    """Saves the result of a run that has ended, and plots it.
 
     Raises:
         DiskError: the result cannot be written.
-        NotFinite: a state of a stack was given up; those of the others are saved.
+        NotFinite: a state of a stack was given up; the other states are saved.
     """
     last = int(state.step)
     params = final_params(mode, state, progress, folder, identity)
-    # By the first process, which has the log.
+    # Process 0 decides, because it has the log.
     without, given_up, kept = group_of_mesh(mode.mesh).from_process_0(
         lambda: _left_out(mode, progress, folder, last)
     )
@@ -179,19 +183,19 @@ def save_result(
     files = mode.state_files(folder.path)
     for name in without:
         if files[name].exists():
-            print(f"{files[name]} was saved by an earlier end of this run")
+            print(f"{files[name]} was saved when this run ended earlier")
     folder.note_event(last, "finished", "" if kept else "no result is worth saving")
     if given_up:
         raise NotFinite(
-            f"no state was saved for {', '.join(given_up)}: too many updates in a row were not "
-            "finite; the other states are saved."
+            f"no state was saved for {', '.join(given_up)}: too many consecutive updates were "
+            "non-finite; the other states are saved."
         )
 
 
 def _left_out(
     mode: TrainingMode, progress: Progress, folder: RunDirectory, last: int
 ) -> tuple[list[str], list[str], bool]:
-    """Names the states that are not saved, and those given up; tells whether anything is saved."""
+    """Returns the states not to save, those given up, and whether anything is saved."""
     evaluation = mode.settings.evaluation
     given_up = progress.given_up(mode.settings.stop_after_bad)
     without = list(given_up)
@@ -208,7 +212,7 @@ def _left_out(
 def _write_result(
     mode: TrainingMode, params: Any, folder: RunDirectory, without: Sequence[str]
 ) -> None:
-    # Somebody may have deleted the folder while the run worked.
+    # The folder may have been deleted during the run.
     folder.path.mkdir(parents=True, exist_ok=True)
 
     def save() -> str:
@@ -222,4 +226,4 @@ def _write_result(
     try:
         draw(folder, mode, params)
     except OSError as error:
-        warn(f"the picture of the state cannot be written: {error}")
+        warn(f"the plot of the state cannot be written: {error}")

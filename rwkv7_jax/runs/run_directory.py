@@ -1,4 +1,4 @@
-"""The run directory: settings, metrics, checkpoints, and the lock that keeps others out."""
+"""The run directory: settings, metrics, checkpoints, and the lock against other processes."""
 
 import contextlib
 import json
@@ -47,12 +47,12 @@ _PROTECTED = "protected_steps.json"
 
 
 class RunDirectory:
-    """The place for everything that a run leaves; what is noted in it is kept by process 0 alone.
+    """The outputs of a run. Only process 0 keeps what is logged to it.
 
     Attributes:
-        path: a directory to work in.
-        workdir: the run's directory as this process would name it.
-        settings: of the run; what the command leaves open is settled as the run began.
+        path: the directory that this process writes to.
+        workdir: the run directory as this process would name it.
+        settings: of the run; what the command leaves open has the value that the run began with.
         began: the settings that the run began with, from `settings_of_run`.
         checkpoints: of the run.
     """
@@ -64,21 +64,21 @@ class RunDirectory:
     checkpoints: CheckpointStore
 
     def share_checkpoints(self) -> None:
-        """Lets all processes write and read each checkpoint together; all of them call it.
+        """Makes all processes write and read each checkpoint together; all of them must call it.
 
-        They do so in the run's directory if all see it, and otherwise in its backup.
+        They use the run directory if all of them see it, and its backup otherwise.
 
         Raises:
-            ValueError: this process does not see the directory of the first one, and the run has
-                no backup.
-            EndedElsewhere: another process does not.
+            ValueError: a process does not see the directory of process 0, and the run has no
+                backup.
+            EndedElsewhere: another process cannot use the backup.
         """
         raise NotImplementedError
 
     def _store_to_share(self, group: AllProcesses) -> ObjectStore | None:
-        """Returns the store for the shards of all; None if all see one directory."""
+        """Returns the store for the shards of all processes; None if all see one directory."""
         holder = group.from_process_0(self._holder)
-        # By the lock of the first process: any machine may have a directory of that name.
+        # Compare the locks: another machine may have its own directory of that name.
         seen = group.allgather(self._holder() == holder)
         if all(seen):
             return None
@@ -97,7 +97,7 @@ class RunDirectory:
         return group.run_in_all(open_store)
 
     def _holder(self) -> str:
-        """Returns what the lock of the run's directory says; empty where there is none."""
+        """Returns the content of the run directory's lock; empty if there is none."""
         with contextlib.suppress(OSError):
             return (self.workdir / LOCK).read_text(encoding="utf-8")
         return ""
@@ -105,16 +105,16 @@ class RunDirectory:
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
     ) -> tuple[TrainState, Progress]:
-        """Restores a checkpoint, as `CheckpointStore.restore`, and cuts the logs back to it."""
+        """Restores a checkpoint as `CheckpointStore.restore` does, and truncates the logs to it."""
         train, progress = self.checkpoints.restore(abstract, identity, init)
         self.resume_at(int(train.step))
         return train, progress
 
     def resume_at(self, step: int) -> None:
-        """Cuts the logs back to a step, from which the run goes on.
+        """Truncates the logs to the step from which the run resumes.
 
         Args:
-            step: the restored one; 0 starts anew.
+            step: the restored step; 0 starts anew.
         """
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
@@ -123,19 +123,19 @@ class RunDirectory:
     def log_bad(
         self, step: int, numbers: Mapping[str, float], tokens: np.ndarray
     ) -> None:
-        """Notes why an update was skipped, with the ids of its batch."""
+        """Records why an update was skipped, with the token ids of its batch."""
 
     def note_event(self, step: int, event: str, detail: str = "") -> None:
-        """Notes what happened at a step: start, resume, skipped, stopped or finished."""
+        """Records an event at a step: start, resume, skipped, stopped or finished."""
 
     def note_sample(self, step: int, prompt: str, text: str) -> None:
-        """Notes what the model wrote after a prompt."""
+        """Records the text that the model generated after a prompt."""
 
     def rows(self, steps: Collection[int] | None = None) -> list[dict]:
-        """Returns the metrics so far, one row a step, those before a resume included.
+        """Returns the metrics so far, one row per step, including those before a resume.
 
         Args:
-            steps: whose rows they are; None for all, which may be more than memory holds.
+            steps: the steps to return; None for all, which may be more than memory holds.
         """
         return []
 
@@ -143,32 +143,32 @@ class RunDirectory:
 class OwnedRunDirectory(RunDirectory):
     """The run directory on disk, which one process at a time owns.
 
-    `settings.json`, `system.json`, `metrics.jsonl` and `metrics.csv` (all numbers),
+    It holds `settings.json`, `system.json`, `metrics.jsonl` and `metrics.csv` (all metrics),
     `samples.jsonl`, `events.jsonl`, `bad_batches.jsonl` (why updates were skipped), `checkpoints/`,
-    and at the end of the run `report.html`.
+    and after the run `report.html`.
     """
 
     checkpoints: Checkpointer
 
     def __init__(self, path: str | Path, settings: Settings):
-        """Makes or opens the directory and takes its lock; nothing here is slow.
+        """Creates or opens the directory and takes its lock.
 
         Args:
             path: of the directory.
             settings: of the command.
 
         Raises:
-            ValueError: it holds a run with other settings, or another process works in it, or a
+            ValueError: the directory holds a run with other settings, another process uses it, a
                 tracker is unknown, or the path is not UTF-8.
             ImportError: a tracker is not installed.
-            DiskError: it, or its backup, cannot be written.
+            DiskError: the directory or its backup cannot be written.
         """
         self.path = Path(path).absolute()
         self.workdir = self.path
         require_unicode(self.path, "`--workdir`")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # Not `os.access`: only the attempt tells whether a file can be made here.
+            # Not `os.access`: only an attempt shows whether a file can be created here.
             with tempfile.TemporaryFile(dir=self.path):
                 pass
             self._lock = RunLock(self.path / LOCK)
@@ -178,22 +178,21 @@ class OwnedRunDirectory(RunDirectory):
             ) from None
         if self._lock.stale:
             warn(
-                f"{self._lock.stale} ended without a word (killed, out of memory, or the power "
-                f"failed) and left {self.path} unfinished; the run goes on from its newest "
-                "checkpoint"
+                f"{self._lock.stale} ended without releasing {self.path} (killed, out of memory or "
+                "power failure); the run resumes from its newest checkpoint"
             )
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._lock.release)
             self._steps = StepDirectories(self.path / STEPS)
             present = set(self._steps.numbers())
-            # Before anything is read: a fresh machine has nothing but the copy.
+            # Fetch before reading anything: a new machine has only the backup.
             self._backup = None
             if settings.backup:
                 self._backup = Backup(ObjectStore(settings.backup), self.path)
                 on_failure.callback(self._backup.release)
                 self._backup.fetch_files()
                 present |= set(self._backup.newer_steps())
-            # A run without a checkpoint has nothing that other settings could spoil.
+            # Without a checkpoint there is nothing that other settings could invalidate.
             self.began = settings_of_run(self.path) if present else {}
             self.settings = settle(settings, self.began)
             if settings.finds_rate and not self.settings.finds_rate:
@@ -207,7 +206,7 @@ class OwnedRunDirectory(RunDirectory):
             write_json(self.path / "settings.json", values)
             self._metrics = MetricFiles(self.path, also=settings.trackers)
             self.checkpoints = self._own_checkpoints(ProcessGroup())
-            # Nothing failed: the lock is ours until `__exit__`.
+            # Nothing failed: keep the lock until `__exit__`.
             on_failure.pop_all()
         self._began = time.monotonic()
         self._warned = False
@@ -219,11 +218,13 @@ class OwnedRunDirectory(RunDirectory):
             return None
         values = read_object(path)
         if values is None:
-            warn(f"{path} cannot be read; what the checkpoints say counts")
+            warn(
+                f"{path} cannot be read; settings are checked against the checkpoints only"
+            )
         return values
 
     def _require_same_settings(self, before: Mapping[str, Any]) -> None:
-        # Paths are compared later, together with the digests of the files they name.
+        # Paths are compared later, together with the digests of their files.
         was = without_paths(flat_settings(before))
         now = without_paths(flat_settings(self.settings))
         require_same_run(self.path, was, now)
@@ -234,10 +235,10 @@ class OwnedRunDirectory(RunDirectory):
         before: Mapping[str, Any] | None,
         now: Mapping[str, Any],
     ) -> set[int]:
-        """Returns the steps that retention leaves alone, and remembers them.
+        """Returns the steps that retention must not delete, and stores them.
 
-        Those are the steps that were there when the settings of retention changed: whoever asks for
-        fewer checkpoints from now on has not asked to delete the older ones.
+        These are the steps that existed when the retention settings last changed: a user who asks
+        for fewer checkpoints from now on has not asked to delete older ones.
         """
         path = self.path / _PROTECTED
         remembered = read_json(path)
@@ -256,8 +257,8 @@ class OwnedRunDirectory(RunDirectory):
         return self
 
     def __exit__(self, *failure) -> None:
-        """Waits for a save, writes the report and releases the lock."""
-        # First of all: the report and the release of the lock must come after the last save.
+        """Waits for a pending save, writes the report and releases the lock."""
+        # First, because the report and the release of the lock must follow the last save.
         self.checkpoints.leave()
         self._metrics.close()
         if next(self._metrics.iterate(), None):
@@ -271,10 +272,10 @@ class OwnedRunDirectory(RunDirectory):
             self._lock.release()
 
     def _copy_results(self, *, failed: bool) -> None:
-        """Copies what the run leaves to its backup.
+        """Copies the outputs of the run to its backup.
 
         Args:
-            failed: whether the run ends with an error, which this one must not hide.
+            failed: whether the run ends with an error, which an error here must not hide.
 
         Raises:
             DiskError: the backup cannot be written.
@@ -320,15 +321,15 @@ class OwnedRunDirectory(RunDirectory):
         )
 
     def resume_at(self, step: int) -> None:
-        """Cuts the logs back to a step; see `RunDirectory.resume_at`."""
-        # Events are a diary: unlike metrics and samples they are never cut back.
+        """Truncates the logs to a step; see `RunDirectory.resume_at`."""
+        # Events are a history: unlike metrics and samples they are never truncated.
         self.note_event(step, "resume" if step else "start")
-        # A run without a checkpoint repeats step 0, too.
+        # A run without a checkpoint repeats step 0 too.
         last_step = step or -1
         self._metrics.truncate_after(last_step)
         for name in (_BAD_BATCHES, _SAMPLES):
             self._truncate_after(last_step, name)
-        # The run's clock goes on from where the last process left it.
+        # The run's clock continues from where the last process left it.
         spent = 0.0
         for row in self._metrics.iterate():
             spent = max(spent, number_of(row.get("seconds")) or 0.0)
@@ -337,14 +338,14 @@ class OwnedRunDirectory(RunDirectory):
         self._try(path.name, lambda: write_json(path, system()))
 
     def _truncate_after(self, last_step: int, name: str) -> None:
-        """Drops the lines of later steps, and a last line that a killed process left unfinished."""
+        """Drops the lines of later steps, and an unfinished last line of a killed process."""
         path = self.path / name
         if not path.exists():
             return
         with atomic_write(path) as file:
             for row in iterate_log(path):
                 step = row.get("step", 0)
-                # A line of junk has no step to compare.
+                # A corrupt line has no step to compare.
                 if _is_number(step) and step <= last_step:
                     file.write(f"{json.dumps(row)}\n".encode())
 
@@ -355,19 +356,19 @@ class OwnedRunDirectory(RunDirectory):
         self._try(JSONL, lambda: self._metrics.write(step, row))
 
     def note_event(self, step: int, event: str, detail: str = "") -> None:
-        """Notes what happened at a step: start, resume, skipped, stopped or finished."""
+        """Records an event at a step: start, resume, skipped, stopped or finished."""
         row = {"step": step, "event": event, "detail": detail}
         self._append(_EVENTS, row | {"time": round(time.time(), 3)})
 
     def note_sample(self, step: int, prompt: str, text: str) -> None:
-        """Notes what the model wrote after a prompt."""
+        """Records the text that the model generated after a prompt."""
         self._append(_SAMPLES, {"step": step, "prompt": prompt, "text": text})
 
     def log_bad(
         self, step: int, numbers: Mapping[str, float], tokens: np.ndarray
     ) -> None:
-        """Notes why an update was skipped, with the ids of its batch."""
-        # As text: JSON has no NaN.
+        """Records why an update was skipped, with the token ids of its batch."""
+        # As text, because JSON has no NaN.
         texts = {name: str(value) for name, value in numbers.items()}
         self._append(
             _BAD_BATCHES, {"step": step, **texts, "tokens": np.asarray(tokens).tolist()}
@@ -380,10 +381,10 @@ class OwnedRunDirectory(RunDirectory):
         self._try(name, lambda: append_line(path, json.dumps(row)))
 
     def _try(self, name: str, write: Callable[[], None]) -> None:
-        """Calls `write`; warns once about a full disk, which must not end a run for a log line."""
+        """Calls `write`; warns once if it fails, because a log line must not end a run."""
         try:
             write()
-        # `atomic_write` says ValueError where the folder has been deleted.
+        # `atomic_write` raises ValueError if the folder was deleted.
         except (OSError, ValueError) as error:
             if not self._warned:
                 warn(f"{self.path / name} cannot be written: {error}; training goes on")
@@ -395,9 +396,9 @@ class OwnedRunDirectory(RunDirectory):
 
 
 class NullRunDirectory(RunDirectory):
-    """No run directory: that of a process other than process 0, which alone writes to one.
+    """The run directory of a process other than process 0, which writes no logs.
 
-    Of checkpoints whose shards lie over several processes it writes its own.
+    If checkpoints are sharded over several processes, it writes the shards of its own process.
     """
 
     def __init__(
@@ -407,9 +408,9 @@ class NullRunDirectory(RunDirectory):
 
         Args:
             path: of that directory.
-            workdir: the run's directory, which this machine need not have.
+            workdir: the run directory, which this machine need not have.
             settings: of the command.
-            began: what the run began with, as process 0 found it.
+            began: the settings that the run began with, as process 0 read them.
         """
         self.path = path
         self.workdir = workdir
@@ -433,7 +434,7 @@ def _retention(values: Mapping[str, Any]) -> tuple[Any, ...]:
     """Returns the settings that decide which checkpoints are kept."""
     evaluation = values.get("evaluation")
     patience = evaluation.get("patience") if isinstance(evaluation, Mapping) else None
-    # With patience the best step is kept, whatever `keep_best` says.
+    # With patience the best step is kept regardless of `keep_best`.
     return (
         values.get("keep"),
         values.get("keep_every"),

@@ -1,4 +1,4 @@
-"""The lock that lets one process at a time work in a run's directory."""
+"""The lock that lets only one process at a time use a run directory."""
 
 import contextlib
 import fcntl
@@ -14,28 +14,28 @@ from typing import Any
 from rwkv7_jax.json_files import parse_json
 from rwkv7_jax.runs.exit_codes import InUse
 
-# The lock's name in a run's directory and in its backup.
+# The name of the lock in a run directory and in its backup.
 LOCK = "run.lock"
 
-# Seconds between two touches of the lock file by its holder. Other machines have no other sign of
-# its life.
+# Seconds between two touches of the lock file by its holder. Other machines see no other sign that
+# the holder is alive.
 HEARTBEAT_SECONDS = 5.0
 
-# Heartbeats to wait for before a holder on another machine counts as gone.
+# Heartbeats to wait for before a holder on another machine counts as dead.
 HEARTBEATS = 3
 
 
 class RunLock:
-    """A lock file that names the process which holds it.
+    """A lock file that names the process that holds it.
 
-    The kernel releases its lock on the file when the process ends, however it ends. Where another
+    The kernel releases its lock on the file when the process ends, however it ends. If another
     machine holds the lock, or the file system has no locks, the new process watches for some
-    seconds whether the holder still touches the file (so the two clocks need not agree). The file
-    stays there, empty, after a release: if it were deleted, two waiting processes could lock two
+    seconds whether the holder still touches the file. The clocks of the machines need not agree.
+    After a release the empty file remains: if it were deleted, two waiting processes could lock two
     files of the same name.
 
-    The package `filelock` is no substitute: it says neither who holds a lock nor that the last
-    holder died with it, and it knows no heartbeat for file systems without locks.
+    The package `filelock` is no substitute: it reports neither who holds a lock nor that the last
+    holder died with it, and it has no heartbeat for file systems without locks.
 
     Attributes:
         stale: the holder that ended without releasing the lock; empty if there was none.
@@ -50,7 +50,7 @@ class RunLock:
         """
         self._path = path
         self.stale = ""
-        # Not "w": that would empty the file of a holder that is still alive.
+        # Not "w", which would truncate the file of a holder that is still alive.
         self._file = path.open("a+", encoding="utf-8", errors="replace")
         self._file.seek(0)
         text = self._file.read()
@@ -58,7 +58,7 @@ class RunLock:
         who = describe_holder(holder)
         locked = self._lock_in_kernel()
         on_other_machine = holder.get("host") != socket.gethostname()
-        # Some network file systems keep the kernel's lock on one machine.
+        # On some network file systems the kernel's lock is local to one machine.
         must_watch = bool(text) and (on_other_machine or locked is None)
         if locked is False or (must_watch and _is_touched(path, who)):
             self._file.close()
@@ -72,7 +72,7 @@ class RunLock:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _lock_in_kernel(self) -> bool | None:
-        """Returns whether the kernel gave the lock; None where the file system has no locks."""
+        """Returns whether the kernel granted the lock; None if the file system has no locks."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -85,12 +85,12 @@ class RunLock:
         self._file.truncate(0)
         self._file.write(text)
         self._file.flush()
-        # Other machines see it at once, also on a network file system.
+        # Other machines must see it at once, even on a network file system.
         os.fsync(self._file.fileno())
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
-            # A network file system may be away for a moment.
+            # A network file system may be unavailable for a moment.
             with contextlib.suppress(OSError):
                 os.utime(self._path)
 
@@ -103,12 +103,12 @@ class RunLock:
 
 
 def own_name() -> dict[str, Any]:
-    """Returns what a lock says about this process while it holds it."""
+    """Returns the content of a lock that this process holds."""
     return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
 def parse_holder(content: str | bytes) -> dict[str, Any]:
-    """Returns what a lock says about its holder; nothing of a free or damaged one."""
+    """Parses the holder from the content of a lock; empty if the lock is free or damaged."""
     try:
         holder = parse_json(content or "{}")
     except ValueError:
@@ -117,23 +117,23 @@ def parse_holder(content: str | bytes) -> dict[str, Any]:
 
 
 def describe_holder(holder: Mapping[str, Any]) -> str:
-    """Names the process that holds a lock, for messages."""
+    """Describes the process that holds a lock, for messages."""
     return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
 
 
 def announce_wait(seconds: float, who: str, does: str) -> None:
-    """Prints for how long and why this process waits.
+    """Prints how long and why this process waits.
 
     Args:
-        seconds: that it waits.
+        seconds: the length of the wait.
         who: from `describe_holder`.
-        does: what that process may still do.
+        does: what that process may still do, such as "works here".
     """
     print(f"waiting {seconds:.0f} s to see whether {who} still {does}", flush=True)
 
 
 def _is_touched(path: Path, who: str) -> bool:
-    """Watches the file for some heartbeats and tells whether its holder touches it."""
+    """Watches the file for some heartbeats and returns whether its holder touches it."""
     announce_wait(HEARTBEATS * HEARTBEAT_SECONDS, who, "works here")
     before = path.stat().st_mtime_ns
     for _ in range(HEARTBEATS):

@@ -1,7 +1,7 @@
-"""Settings that a run settles when it begins, and keeps when it goes on.
+"""Settings that a run fixes when it begins, and keeps when it resumes.
 
-What configs leave open may be decided otherwise by a later version or on another machine; a run
-that goes on must not change.
+Another version or machine may choose differently where a config leaves a setting open, but a
+resumed run must not change.
 """
 
 import dataclasses
@@ -16,31 +16,31 @@ from rwkv7_jax.json_files import number_of, read_object
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.runs.settings.groups import default_final_rate
 
-# What configs leave to the machine (`config.model.dtype`) or to the data (`config.data.packing`).
+# Leaves the choice to the machine (`config.model.dtype`) or to the data (`config.data.packing`).
 AUTO = "auto"
 
-# The default rate of the last step in earlier versions, whatever the highest one was.
+# The default final rate in earlier versions, regardless of the peak rate.
 _FINAL_RATE_BEFORE = 6e-5
 
 
 def settings_of_run(workdir: Path) -> Mapping[str, Any]:
-    """Returns the settings that the run in a folder began with; none of a folder without a run.
+    """Returns the settings that the run in a folder began with; empty if there is no run.
 
     Args:
-        workdir: of the run; it may be absent.
+        workdir: the run directory; it need not exist.
     """
-    # Of a damaged file what the checkpoints say counts, as everywhere.
+    # If the file is damaged, settings are checked against the checkpoints only.
     return read_object(workdir / "settings.json") or {}
 
 
 def settle(settings: Settings, began: Mapping[str, Any]) -> Settings:
-    """Returns the settings with what they leave open as the run began, or for this machine.
+    """Fills in settings that are left open: as the run began, or for this machine.
 
-    All processes of a run must be given the same `began`.
+    All processes of a run must pass the same `began`.
 
     Args:
         settings: of the command.
-        began: what the run began with, from `settings_of_run`.
+        began: the settings that the run began with, from `settings_of_run`.
     """
     settings = _keep_rate(settings, _group(began, "optimizer"))
     settings = _keep_packing(settings, _group(began, "data"))
@@ -48,7 +48,7 @@ def settle(settings: Settings, began: Mapping[str, Any]) -> Settings:
 
 
 def _group(began: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Returns a group of settings; an empty one where a damaged file has something else there."""
+    """Returns a group of settings; empty if a damaged file has no such group."""
     group = began.get(name)
     return group if isinstance(group, dict) else {}
 
@@ -56,7 +56,7 @@ def _group(began: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _keep_rate(settings: Settings, was: Mapping[str, Any]) -> Settings:
     """Returns the settings with the learning rates of the run.
 
-    Configs that named a rate in an earlier version may leave it to the search now, and the last
+    A config that set a rate in an earlier version may now leave it to the search, and the final
     rate had another default.
     """
     rate = number_of(was.get("learning_rate"))
@@ -77,7 +77,7 @@ def _keep_rate(settings: Settings, was: Mapping[str, Any]) -> Settings:
 def _keep_packing(settings: Settings, was: Mapping[str, Any]) -> Settings:
     """Returns the settings with the packing of the run.
 
-    Earlier versions cut rows of all data as "stream" where none was named.
+    Earlier versions used "stream" for all data if no packing was set.
     """
     packing = was.get("packing")
     if settings.data.packing != AUTO or packing not in PACKINGS:
@@ -87,9 +87,9 @@ def _keep_packing(settings: Settings, was: Mapping[str, Any]) -> Settings:
 
 
 def _settle_dtype(settings: Settings, was: Mapping[str, Any]) -> Settings:
-    """Returns the settings with a dtype of activations in place of "auto".
+    """Returns the settings with an activation dtype in place of "auto".
 
-    Float32 on CPUs, where 16-bit arithmetic is slower; bfloat16 elsewhere.
+    A new run uses float32 on CPUs, where 16-bit arithmetic is slower, and bfloat16 elsewhere.
     """
     if settings.model.get("dtype") != AUTO:
         return settings

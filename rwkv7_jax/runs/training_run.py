@@ -1,4 +1,4 @@
-"""The parts of a run of train.py that stay the same from its first step to its last."""
+"""The parts of a run of train.py that do not change between steps."""
 
 import dataclasses
 from typing import Any
@@ -21,12 +21,12 @@ from rwkv7_jax.training.train_step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """What a run trains, and where.
+    """What a run trains, and on which devices.
 
     Attributes:
         mode: the parameters, their loss and their batches.
-        identity: what a continued run must share.
-        mesh: the devices that share a step's rows and hold the weights; None for a single one.
+        identity: what a resumed run must have in common with the original.
+        mesh: the devices that share the rows of a step and hold the weights; None for one device.
     """
 
     mode: TrainingMode
@@ -39,8 +39,8 @@ class TrainingRun:
         return self.mode.settings
 
     def local_params(self, state: TrainState) -> Any:
-        """Returns the trained parameters on the devices of this process that hold the model."""
-        # A search for a learning rate may share its states by other devices than the model lies on.
+        """Returns the trained parameters, placed on this process's devices that hold the model."""
+        # A learning-rate search may place its states on other devices than the model's.
         params = sharding.local_view(self.mesh, state.params)
         return sharding.place(self.mode.mesh, params)
 
@@ -54,8 +54,8 @@ def set_up(folder: RunDirectory) -> TrainingRun:
     Raises:
         ValueError: a setting does not fit the model, the data or the devices.
     """
-    # The mesh first: rows that the devices cannot share end all processes at the same moment, where
-    # one that still loads its model would be aborted without a reason.
+    # Create the mesh first. If the rows do not divide among the devices, all processes then fail at
+    # the same moment; a process that still loads its model would be aborted without a reason.
     settings = folder.settings
     mesh = make_mesh_of(settings)
     own = sharding.local_mesh(mesh)

@@ -149,7 +149,7 @@ OTHERS = [
     (["--config=hf:a/b"], "`--config` must be on this machine"),
     (["--config=syntax.py"], "line 1: syntax error"),
     (["--config=none.py", INIT, DATA], "must return a ConfigDict"),
-    (["--config=exit.py"], "it ends the program: exit(3)"),
+    (["--config=exit.py"], "it exits the program: exit(3)"),
     (["--config=typo.py"], "nearest is `config.evaluation`"),
     ([INIT, DATA], "`--config` must name a file"),
 ]

@@ -184,7 +184,7 @@ def test_a_run_that_is_good_enough_ends_early_and_some_steps_are_profiled(
     train_here(
         mode_settings("pretrain", base_model, steps=9, **changes), tmp_path / "two"
     )
-    assert "ends early at step 0: held_out_accuracy reached" in capsys.readouterr().out
+    assert "stops early at step 0: held_out_accuracy reached" in capsys.readouterr().out
 
 
 def test_with_patience_the_result_is_the_best_steps(
@@ -206,8 +206,7 @@ def test_with_patience_the_result_is_the_best_steps(
     expected = ended_with([5.0, 3.0], "short", steps=1, evaluation__patience=0)
     assert ended_with([5.0, 3.0, 4.0], "long", evaluation__patience=1) == expected
     assert (
-        "step 1 measured best: the result is that of this step"
-        in capsys.readouterr().out
+        "step 1 measured best: its parameters are the result" in capsys.readouterr().out
     )
     untouched = ended_with([1.0, 3.0, 4.0], "never", evaluation__patience=2)
     assert (

@@ -168,7 +168,7 @@ def test_a_second_interrupt_leaves_at_once_and_the_older_checkpoint_is_valid(tmp
     with ends_within(2, process):
         process.send_signal(signal.SIGINT)
         _, error = finish(process, 130)
-    assert "left at once" in last_line(error)
+    assert "exited at once" in last_line(error)
     out, _ = finish(run(tmp_path, steps=6))
     assert "resume    from step 5" in out
 
@@ -259,5 +259,5 @@ def test_no_home_and_no_folder_for_temporary_files_is_a_warning(tmp_path, monkey
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
     _, error = finish(run(tmp_path / "run", steps=2))
-    assert "warning: programs are compiled anew each time: neither HOME nor" in error
+    assert "warning: the compilation cache is disabled: neither HOME nor" in error
     assert step_numbers(tmp_path / "run" / "checkpoints") == [2]

@@ -108,7 +108,7 @@ def test_each_of_several_states_has_the_rate_that_was_found_for_it(
     # What guessing gets is of the windows that judge; nothing is nearly as good as .1 here.
     assert all(0 < one["guess"] < 8 for one in found(tmp_path).values())
     out = capsys.readouterr().out
-    assert "as if it had been named: its loss is the lowest" in out
+    assert "is used from step 0 on: its loss is the lowest" in out
     assert "no state is saved for cook: no rate was found" in out
     assert [file.name for file in (tmp_path / "states").glob("*.pth")] == ["poet.pth"]
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -159,7 +159,9 @@ def test_settings_of_a_search_are_refused_in_one_sentence(tmp_path, base_model):
     with pytest.raises(ValueError, match=r"`config\.tuning\.search_share` must be"):
         searched(base_model, tuning__search_share=0.0)
     (tmp_path / RECORD).write_text("{}")
-    with pytest.raises(ValueError, match="must be the record of a search"):
+    with pytest.raises(
+        ValueError, match="must be the record of a learning-rate search"
+    ):
         train_here(searched(base_model), tmp_path)
 
 

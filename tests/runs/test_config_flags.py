@@ -74,15 +74,18 @@ def test_groups_that_the_file_does_not_mention_can_be_set(parse):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--config=FILE", "--workdri=x"], "no flag; the nearest is `--workdir`."),
+        (["--config=FILE", "--workdri=x"], "not a flag; the nearest is `--workdir`."),
         (["--config=FILE", "--stepz=3"], "the nearest is `--config.steps`."),
-        (["--config=FILE", "--qqq=3"], "`--qqq` is no flag; --help lists them."),
+        (["--config=FILE", "--qqq=3"], "`--qqq` is not a flag; --help lists them."),
         (
             ["--config=FILE", "--config.steps.x=3"],
-            "`steps` is one setting, not a group of them.",
+            "`steps` is a setting, not a group of settings.",
         ),
         (["--config=FILE:many"], "invalid literal for int() with base 10: 'many'"),
-        (["--config=none.py"], "`--config` must name a file; there is no 'none.py'."),
+        (
+            ["--config=none.py"],
+            "`--config` must name a file; 'none.py' does not exist.",
+        ),
         (["--config=EMPTY"], "empty.py must define `get_config`."),
     ],
 )

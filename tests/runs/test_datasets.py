@@ -222,11 +222,11 @@ def test_prompts_longer_than_every_row_are_refused_with_the_length_that_would_do
 ):
     settings = settings_of(long_prompts(), packing="documents")
     with pytest.raises(
-        ValueError, match=r"`config.data.length` must be .* at a length of 102;"
+        ValueError, match=r"`config.data.length` must be .* useful length is 102;"
     ):
         data_of(settings)
     with pytest.raises(
-        ValueError, match=r"`config.evaluation.length` must be long enough"
+        ValueError, match=r"`config.evaluation.length` must be large enough"
     ):
         held_out_rows(settings)
     # Rows of a stream begin inside of questions too.

@@ -154,7 +154,7 @@ def test_processes_share_states_and_rates_that_they_do_not_divide(tmp_path):
     }
     processes = start_pair(tmp_path / "two", **run)
     out, quiet = (finish(process)[0] for process in processes)
-    assert "is taken, from step 0 on" in out and "rate" not in quiet
+    assert "is used from step 0 on" in out and "rate" not in quiet
     finish(start(tmp_path / "one", environment=devices(1), **run))
     places = [tmp_path / name for name in ("two", "one")]
     found = [json.loads((place / "rate_search.json").read_text()) for place in places]

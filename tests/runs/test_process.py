@@ -171,7 +171,7 @@ def test_a_second_interrupt_ends_a_program_that_runs_no_python():
         child.send_signal(signal.SIGINT)
         time.sleep(0.2)
     _, error = child.communicate(timeout=30)
-    assert child.returncode == 130 and "left at once" in error
+    assert child.returncode == 130 and "exited at once" in error
 
 
 @pytest.mark.parametrize(("asked", "code"), [(0, 0), (75, 75), (None, 143)])
@@ -183,7 +183,7 @@ def test_a_first_signal_ends_a_program_that_does_not_ask_and_has_nothing_to_save
     child.send_signal(signal.SIGTERM)
     _, error = child.communicate(timeout=30)
     assert child.returncode == code
-    assert "stopped by SIGTERM; nothing was left to save" in error
+    assert "stopped by SIGTERM; there was nothing to save" in error
 
 
 def test_jax_still_notices_no_signal_in_a_run_of_one_process():

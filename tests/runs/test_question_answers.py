@@ -98,7 +98,7 @@ def test_questions_without_a_known_answer_are_counted(tmp_path):
     write(path, [record(0, "1"), record(1, "no number")])
     settings = settings_of(path, test_time={"verifier": "last_number"})
     asked = AskedQuestions.read(settings, TOKENIZER)
-    assert any("no known answer of 1 of them" in note for note in asked.notes)
+    assert any("no known answer to 1 of them" in note for note in asked.notes)
 
 
 def held_out_ids(count):
@@ -165,11 +165,11 @@ def test_it_is_said_where_nothing_is_known_of_a_state(tmp_path):
     write(path, [record(0), record(1)])
     asked = AskedQuestions.read(settings_of(path, state="a.pth"), TOKENIZER)
     assert len(asked.prompts) == 2
-    assert asked.notes[1].startswith("not known: whether a.pth was tuned on some")
+    assert asked.notes[1].startswith("unknown: whether a.pth was tuned on some")
     gone = read_settings({"mode": "state", "data": {"path": "gone.jsonl"}})
     state = run_folder(tmp_path / "run", gone)
     asked = AskedQuestions.read(settings_of(path, state=state), TOKENIZER)
-    assert asked.notes[1].startswith("not known: whether some are in the training part")
+    assert asked.notes[1].startswith("unknown: whether some are in the training part")
 
 
 @pytest.mark.parametrize(

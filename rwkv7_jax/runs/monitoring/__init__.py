@@ -1,1 +1,1 @@
-"""What a run shows and records while it works: log, progress bar, profile, pictures."""
+"""What a run shows and records while it works: log, progress bar, profile, plots."""

@@ -1,4 +1,4 @@
-"""The sentence about a step that does not fit into memory: the estimate, and what to change."""
+"""The message for a step that does not fit into memory: an estimate, and what to change."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ _MIB = 2**20
 
 @contextlib.contextmanager
 def explain_out_of_memory(mode: TrainingMode, mesh: Mesh | None) -> Iterator[None]:
-    """Turns the errors by which allocators of any platform fail into one that says what to change.
+    """Turns an out-of-memory error of any platform into one that says what to change.
 
     Args:
         mode: of the run.
-        mesh: the devices that share a step; None for a single one.
+        mesh: the devices that share a step; None for one device.
 
     Raises:
         OutOfMemory: the block ran out of memory.
@@ -36,7 +36,7 @@ def _advice(mode: TrainingMode, mesh: Mesh | None, error: Exception) -> str:
     settings = mode.settings
     memory = mode.memory_estimate(mesh)
     if memory is None:
-        estimate = f"a step of mode {settings.mode} is not estimated"
+        estimate = f"there is no estimate for a step of mode {settings.mode}"
     else:
         estimate = (
             f"a step needs about {memory.total / _MIB:,.0f} MiB on each device, most of it "
@@ -56,14 +56,14 @@ def _advice(mode: TrainingMode, mesh: Mesh | None, error: Exception) -> str:
     changes.append(
         f"use a mesh of more devices (now {1 if mesh is None else mesh.size})"
     )
-    # The first line says how much was asked for.
+    # The first line says how much memory was requested.
     return f"out of memory: {estimate}; {', '.join(changes)} ({first_line(error)})"
 
 
 def _largest_part(memory: Memory) -> str:
     parts = {
         "parameters": memory.parameters,
-        "moments of the optimizer": memory.moments,
+        "optimizer moments": memory.moments,
         "gradients": memory.gradients,
         "activations": memory.activations,
     }

@@ -1,4 +1,4 @@
-"""A profile of some steps of a run."""
+"""A profiler trace of some steps of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,20 @@ from rwkv7_jax.runs.process_group import is_process_0
 
 
 class ProfileWindow:
-    """A trace of the steps from the first to the last of a pair, written into a folder.
+    """A profiler trace of a range of steps, written to a folder.
 
-    Of several processes the first one alone traces itself and its devices: the others have no
-    folder that lasts.
+    In a run of several processes only process 0 traces, and only its own devices: the others have
+    no folder that lasts.
     """
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
-        """Takes the steps to trace; None traces nothing."""
+        """Takes the first and the last step to trace; None traces nothing."""
         self._steps = steps if is_process_0() else None
         self._folder = folder
         self._last_step: int | None = None
 
     def before(self, step: int) -> None:
-        """Begins to trace if this is the first step of the window."""
+        """Starts the trace if this is the first step of the window."""
         if self._steps is not None and step == self._steps[0]:
             jax.profiler.start_trace(str(self._folder))
             self._last_step = self._steps[1]
@@ -31,8 +31,8 @@ class ProfileWindow:
         """Ends the trace if this was the last step of the window.
 
         Args:
-            step: the one that was dispatched.
-            result: its arrays, which are waited for: the device may still compute them.
+            step: the step that was dispatched.
+            result: its arrays. The trace ends only when the device has computed them.
         """
         if self._last_step is not None and step >= self._last_step:
             jax.block_until_ready(result)

@@ -1,4 +1,4 @@
-"""The progress of a long piece of work."""
+"""Progress bars for long tasks."""
 
 import contextlib
 import sys
@@ -14,24 +14,24 @@ _LINE_SECONDS = 2.0
 
 
 class ProgressBar:
-    """A line with a bar, the time left and a text, which rewrites itself on a terminal.
+    """A line with a bar, the time left and a text, redrawn in place on a terminal.
 
-    In a file or a pipe it prints plain lines: at most one for every tenth of the work and every few
+    In a file or a pipe it prints plain lines: at most one per tenth of the work and one every few
     seconds, and one at the end.
 
-    Not `rich.progress`: it replaces `sys.stdout` and `sys.stderr` while its bar is shown and
-    redraws from a thread, and it has nothing between a bar and silence where output is no terminal.
+    `rich.progress` is not used: it replaces `sys.stdout` and `sys.stderr` while its bar is shown,
+    redraws from a thread, and offers only a bar or silence if the output is not a terminal.
     """
 
     def __init__(self, total: int, label: str, *, file: Any = None):
-        """Begins work of `total` units.
+        """Starts the bar at 0 of `total` units.
 
         Args:
             total: units of work; 0 counts as 1.
-            label: begins the line.
+            label: the beginning of the line.
             file: the text stream to write to; None for stdout.
         """
-        # A run that is continued at its last step has no work left: 0 must not divide.
+        # A run resumed at its last step has no work left; avoid a division by 0.
         self._total = max(total, 1)
         self._label = label
         self._file = file or sys.stdout
@@ -54,13 +54,13 @@ class ProgressBar:
             self._print(share, line)
 
     def _write(self, text: str) -> None:
-        """Writes and flushes; a reader that has gone, or a full disk, does not end the work."""
+        """Writes and flushes; a closed pipe or a full disk does not end the work."""
         if self._is_lost:
             return
         try:
             self._file.write(text)
             self._file.flush()
-        # ValueError where somebody closed the stream.
+        # ValueError: the stream is closed.
         except (OSError, ValueError):
             self._is_lost = True
 
@@ -71,7 +71,7 @@ class ProgressBar:
             return
         filled = round(_BAR_CHARACTERS * share)
         bar = "#" * filled + "." * (_BAR_CHARACTERS - filled)
-        # Carriage return before the line, "erase to the end of the line" after it.
+        # A carriage return before the line, and "erase to the end of the line" after it.
         self._write(f"\r[{bar}] {line}\x1b[K")
         self._drawn = now
         self._line_is_open = True
@@ -94,22 +94,22 @@ class ProgressBar:
 
 @contextlib.contextmanager
 def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function that shows how many bytes of how many are done.
+    """Yields a function that shows how many bytes of the total are done.
 
-    The bar's line ends with the block, also where that raises: an error has a line of its own.
+    The bar's line ends with the block, even if the block raises: an error gets its own line.
 
     Args:
-        label: begins the line.
+        label: the beginning of the line.
     """
     bar: ProgressBar | None = None
 
     def report(done: int, total: int) -> None:
         nonlocal bar
-        # Only a call has the total.
+        # The total is known only when the function is called.
         if bar is None:
             bar = ProgressBar(total, label)
         bar.update(done, f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
-        # What the block says afterwards has a line of its own, too.
+        # Later output of the block gets its own line too.
         if done == total:
             bar.close()
 

@@ -1,6 +1,6 @@
-"""The picture of a tuned start state, drawn when the run has finished.
+"""The plot of a tuned start state, drawn when the run has finished.
 
-Curves of the loss and of metrics are in `report.html`, which needs no matplotlib.
+The curves of the loss and of metrics are in `report.html`, which needs no matplotlib.
 """
 
 from typing import Any
@@ -14,18 +14,18 @@ from rwkv7_jax.tuning.state_arithmetic import singular_values
 
 
 def draw(folder: RunDirectory, mode: TrainingMode, trained: Any) -> None:
-    """Draws the singular values of a tuned start state next to those of a typical state.
+    """Plots the singular values of a tuned start state next to those of a typical state.
 
     Args:
-        folder: takes the picture, `state.png`.
-        mode: of the run; only mode "state" has a picture.
-        trained: the trainables that the run ends with.
+        folder: receives the plot, `state.png`.
+        mode: of the run; only mode "state" has a plot.
+        trained: the trainable parameters at the end of the run.
     """
-    # An upscaled state's WKV part stays zero: there would be nothing to see.
+    # The WKV part of an upscaled state stays zero, so there is nothing to plot.
     if not isinstance(mode, StateTuningMode) or isinstance(mode, UpscaledStateMode):
         return
     if not plots.available():
-        print("no picture: matplotlib is missing (pip install 'rwkv7_jax[plot]')")
+        print("no plot: matplotlib is missing (pip install 'rwkv7_jax[plot]')")
         return
     prompt = mode.data.stream[: mode.settings.data.length]
     typical = prefill_state(mode.model, mode.frozen, prompt)

@@ -21,14 +21,14 @@ def print_summary(
     identity: Mapping[str, Mapping[str, str]],
     mesh: Mesh | None,
 ) -> None:
-    """Prints what will be trained, on which data and devices, and from which step on.
+    """Prints what the run trains, on which data and devices, and from which step on.
 
     Args:
         mode: of the run.
         state: new or restored.
         progress: of the run so far.
         identity: of the run, with the digest of its data.
-        mesh: the devices of the run; None for a single one.
+        mesh: the devices of the run; None for one device.
     """
     settings = mode.settings
     start = int(state.step)
@@ -47,7 +47,7 @@ def print_summary(
         print(f"mesh      {describe_mesh(mesh, (state.params, mode.frozen))}")
     print(f"model     {mode.model.config}")
     print(
-        f"trained   {trained:,} numbers in mode {settings.mode}, of a model of {weights:,}"
+        f"trained   {trained:,} parameters in mode {settings.mode}; the model has {weights:,}"
     )
     print(f"memory    {memory}")
     if settings.mode == "pretrain":
@@ -67,7 +67,7 @@ def print_summary(
 
 
 def describe_mesh(mesh: Mesh, tree: object) -> str:
-    """Names the sizes of a mesh, and the weights that it cannot cut into shards.
+    """Describes the sizes of a mesh, and the weights that it cannot shard.
 
     Args:
         mesh: of the run.
@@ -76,10 +76,10 @@ def describe_mesh(mesh: Mesh, tree: object) -> str:
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     names = []
     for one in sharding.undivided(mesh, tree):
-        # Without the layer: all of them have the same sizes.
+        # Without the layer, because all layers have the same sizes.
         name = one.name.removesuffix("/weight").rpartition("/")[2]
         names.append(f"{name} ({one.size} by {one.axis} {mesh.shape[one.axis]})")
     if not names:
         return sizes
     listed = ", ".join(dict.fromkeys(names))
-    return f"{sizes}; whole on each device, as sizes do not divide: {listed}"
+    return f"{sizes}; replicated where sizes do not divide: {listed}"
