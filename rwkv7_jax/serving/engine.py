@@ -27,6 +27,7 @@ from rwkv7_jax.checks import (
 from rwkv7_jax.generation.sampling import SamplingParams, make_options
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.serving.answer_states import AnswerStates
 from rwkv7_jax.serving.prefix_cache import PrefixCache
 from rwkv7_jax.serving.requests import (
     MOST_ALTERNATIVES,
@@ -122,6 +123,7 @@ class Engine:
         nothing = self._start(None).state
         self._slots = Slots(model, params, nothing, slots=slots, free=self._free)
         self._cache = PrefixCache(cache_bytes)
+        self._answers = AnswerStates(self._slots, self._cache)
         self._taken: list[Ticket | None] = [None] * slots
         # Those whose prompts are being read, of which each will get a row that is free now.
         self._readers: list[Reader] = []
@@ -448,18 +450,18 @@ class Engine:
             if ticket is not None:
                 limits[slot] = ticket.request.tokens - len(ticket.row.tokens)
                 scored |= ticket.request.alternatives is not None
+        before = self._slots.states()
         for slot, drawn in enumerate(self._slots.decode(limits, scored=scored)):
             ticket = self._taken[slot]
             if ticket is None:
                 continue
             ending = ticket.append(drawn)
+            self._answers.note_block(ticket, slot, before)
             if ending is None:
                 continue
             ended[slot] = ending
-            # After a stop string or a stop id of the request the state has read further tokens.
-            if ending != "stop_string" and ticket.read == len(ticket.row.tokens):
-                read = ticket.request.prompt + tuple(ticket.row.tokens)
-                self._cache.keep(ticket.start.key, read, self._slots.state(slot))
+            if ending != "failed":
+                self._answers.keep(ticket, slot)
         self._release(ended)
 
     def _release(self, ended: Mapping[int, Ending]) -> None:

@@ -62,6 +62,11 @@ class PrefixCache:
         self._order: list[_Key] = []
         self._bytes = 0
 
+    @property
+    def is_used(self) -> bool:
+        """Tells whether anything may be kept."""
+        return self._most_bytes > 0
+
     def keep(self, start: int, tokens: Sequence[int], state: RWKV7State) -> None:
         """Keeps the state after tokens; those that were used longest ago make room for it.
 

@@ -121,7 +121,7 @@ class Slots:
         return {width for _, width in chunks}
 
     def read(self, state: RWKV7State, tokens: Sequence[int]) -> RWKV7State:
-        """Reads at most a chunk of tokens into the state of one row."""
+        """Reads tokens into the state of one row, at most a chunk at once."""
         return prefill_rows(self._model, self._params, state, [tokens], chunk=CHUNK)
 
     def take(
@@ -147,9 +147,12 @@ class Slots:
             self._options[slot] = self._free
         self._rows = _free(self._rows, slots)
 
-    def state(self, slot: int) -> RWKV7State:
-        """Returns a row's state, which has read all tokens that `decode` returned."""
-        return _row(self._rows.run.state, slot)
+    def states(self) -> RWKV7State:
+        """Returns the states of all rows, which have read all tokens that `decode` returned.
+
+        They are gone once a row is taken or freed.
+        """
+        return self._rows.run.state
 
     def decode(self, limits: Int[np.ndarray, " B"], *, scored: bool) -> list[Drawn]:
         """Draws up to a block in every row that is taken; others draw nothing.
@@ -248,5 +251,6 @@ def _free(rows: _Rows, slots: Bool[Array, " B"]) -> _Rows:
 
 
 @jax.jit
-def _row(state: RWKV7State, slot: Int[Array, ""]) -> RWKV7State:
-    return jax.tree.map(lambda leaf: leaf[:, slot][:, None], state)
+def row_state(states: RWKV7State, slot: Int[Array, ""]) -> RWKV7State:
+    """Copies one row of the states of all."""
+    return jax.tree.map(lambda leaf: leaf[:, slot][:, None], states)

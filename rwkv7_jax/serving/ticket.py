@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from rwkv7_jax.generation.sampling import SamplingParams
 from rwkv7_jax.generation.streaming import RowText
@@ -18,6 +19,18 @@ OnPiece = Callable[[Piece], object]
 OnEnd = Callable[[Answer], object]
 
 
+class Earlier(NamedTuple):
+    """A state from before tokens that a stop string may cut.
+
+    Attributes:
+        count: ids of the prompt and the answer that it has read.
+        state: of one row.
+    """
+
+    count: int
+    state: RWKV7State
+
+
 class Ticket:
     """A request in the engine, and its answer so far.
 
@@ -30,7 +43,10 @@ class Ticket:
         options: how to sample.
         row: the answer so far.
         cached_tokens: ids of the prompt that were not read again.
-        read: ids of the answer that the row of the batch has read.
+        read: ids of the prompt and of the answer that the row of the batch has read.
+        block_start: how many they were before its last block.
+        earlier: a state of the row that no stop string can come before; None where that is true of
+            the row's own.
     """
 
     def __init__(
@@ -50,7 +66,10 @@ class Ticket:
         self.options = options
         self.row = RowText(tokenizer, request.stop_strings)
         self.cached_tokens = 0
-        self.read = 0
+        # The row reads the last one itself.
+        self.read = len(request.prompt) - 1
+        self.block_start = self.read
+        self.earlier: Earlier | None = None
         # A client may name as many as the vocabulary has.
         self._stops = frozenset(request.stop_ids)
         self._scores: list[TokenScore] = []
@@ -68,7 +87,8 @@ class Ticket:
         Returns:
             None where it goes on.
         """
-        self.read += len(drawn.tokens)
+        self.block_start = self.read
+        self.read = len(self.request.prompt) + len(self.row.tokens) + len(drawn.tokens)
         room = self.request.tokens - len(self.row.tokens)
         tokens = drawn.tokens[:room]
         stops = self._stops
@@ -84,6 +104,16 @@ class Ticket:
         if drawn.broken:
             return "failed"
         return "stop_id" if drawn.stopped else None
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Returns the ids of the prompt and of the answer, without what was cut from it."""
+        return self.request.prompt + tuple(self.row.tokens)
+
+    @property
+    def certain(self) -> int:
+        """Counts the leading ids of the prompt and the answer that no stop string can cut."""
+        return len(self.request.prompt) + self.row.settled
 
     def _note(self, scores: Sequence[TokenScore]) -> None:
         """Keeps scores with as many alternatives as the request asks for."""
