@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,9 +25,13 @@ from rwkv7_jax.runs.run_directory import (
     RunDirectory,
 )
 from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.runs.waiting import report_wait
 
 # Silence after which a process counts as lost.
 HEARTBEAT_SECONDS = 30
+
+# Seconds in which all processes have to come; JAX aborts those that wait for one that does not.
+JOIN_SECONDS = 300
 
 # Steps after which a flag that a process sends to the others is read.
 _DELAY = 2
@@ -35,7 +40,8 @@ _DELAY = 2
 def join(coordinator: str, *, processes: int, process: int) -> None:
     """Joins the other processes of the run; does nothing without a coordinator.
 
-    Must be called before anything asks for a device.
+    Must be called before anything asks for a device. Says what it waits for; JAX ends a process
+    that waits in vain for `JOIN_SECONDS` with SIGABRT.
 
     Args:
         coordinator: address and port of process 0, or "auto" where the cluster (Cloud TPU, Slurm,
@@ -54,7 +60,7 @@ def join(coordinator: str, *, processes: int, process: int) -> None:
             )
         return
     if coordinator == "auto":
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        _initialize("the cluster's other processes")
         return
     if not re.fullmatch(r".+:\d+", coordinator):
         raise ValueError(
@@ -64,12 +70,22 @@ def join(coordinator: str, *, processes: int, process: int) -> None:
         raise ValueError(
             f"`--process` must be at least 0 and below `--processes`; got {process} of {processes}."
         )
-    jax.distributed.initialize(
+    _initialize(
+        f"all {processes} processes to meet at {coordinator}",
         coordinator_address=coordinator,
         num_processes=processes,
         process_id=process,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
+
+
+def _initialize(what: str, **named: Any) -> None:
+    """Joins the others as JAX does; `what` says in messages what is waited for."""
+    with report_wait(f"{what}, {JOIN_SECONDS} s at most"):
+        jax.distributed.initialize(
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            **named,
+        )
 
 
 def shutdown() -> None:

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from rwkv7_jax.runs.exit_codes import EndedElsewhere, exit_code
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.sharding import is_shared
 
 _Result = TypeVar("_Result")
@@ -125,7 +126,8 @@ class AllProcesses(ProcessGroup):
         # An error without an exit code is a bug: the other processes exit with 1, as Python does.
         code = None if error is None else exit_code(error) or 1
         answer = {"result": result, "error": str(error or ""), "code": code}
-        answer = json.loads(self._broadcast_text(json.dumps(answer)))
+        with report_wait("process 0"):
+            answer = json.loads(self._broadcast_text(json.dumps(answer)))
         if error is not None:
             raise error
         if answer["code"] is not None:
@@ -134,7 +136,8 @@ class AllProcesses(ProcessGroup):
 
     def broadcast_arrays(self, tree: Any) -> Any:
         """Sends the arrays of process 0; see `ProcessGroup.broadcast_arrays`."""
-        return jax.tree.map(_broadcast_array, tree)
+        with report_wait("the state that process 0 sends to all"):
+            return jax.tree.map(_broadcast_array, tree)
 
     def run_in_all(
         self, call: Callable[[], _Result], *, expected: type[Exception] | None = None
@@ -193,7 +196,9 @@ def _broadcast_array(array: np.ndarray) -> np.ndarray:
 def _allgather_texts(text: str) -> list[str]:
     """Returns the text of each process."""
     raw = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(len(raw), np.int32))
+    # The last one that comes here lets all go on.
+    with report_wait("the other processes of the run"):
+        sizes = multihost_utils.process_allgather(np.asarray(len(raw), np.int32))
     padded = np.zeros(max(1, *sizes.tolist()), np.uint8)
     padded[: len(raw)] = raw
     rows = multihost_utils.process_allgather(padded)

@@ -31,6 +31,7 @@ from rwkv7_jax.runs.run_lock import (
     own_name,
     parse_holder,
 )
+from rwkv7_jax.runs.waiting import report_wait
 
 # The folder of steps in a run's folder.
 STEPS = "checkpoints"
@@ -139,8 +140,9 @@ class Backup:
         """
         if self.newer_steps():
             keys = filter(_is_copied, self._store.list())
-            self._store.download({key: self._workdir / key for key in keys})
-            self._logs.download(self._workdir)
+            with report_wait(f"the files of the run from {self._store.url}"):
+                self._store.download({key: self._workdir / key for key in keys})
+                self._logs.download(self._workdir)
 
     def fetch_step(self) -> None:
         """Copies the newest intact step to the run's folder if it is newer than all steps there.
@@ -153,7 +155,8 @@ class Backup:
             place = folder / SAVING / str(step)
             shutil.rmtree(place, ignore_errors=True)
             files = self.steps.files(step) | {MANIFEST: self.steps.key(step, MANIFEST)}
-            self._store.download({key: place / name for name, key in files.items()})
+            with report_wait(f"step {step} from {self._store.url}"):
+                self._store.download({key: place / name for name, key in files.items()})
             if broken := verify_manifest(place):
                 warn(
                     f"step {step} in {self._store.url} is damaged ({', '.join(broken[:3])}); an "
