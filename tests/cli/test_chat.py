@@ -1,4 +1,4 @@
-"""`rwkv7 chat`: a conversation is that of repeated calls of `generate`, whatever interrupts it."""
+"""`rwkv7 chat`: a conversation equals repeated calls of `generate`, also if interrupted."""
 
 import io
 import os
@@ -40,13 +40,13 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def folder(files, monkeypatch):
-    """Their folder, as the current one."""
+    """The folder of these files, as the current one."""
     monkeypatch.chdir(files)
     return files
 
 
 class Typed(io.TextIOWrapper):
-    """Standard input, in which an end of text stands for Ctrl-C."""
+    """Standard input in which the character ETX stands for Ctrl-C."""
 
     def readline(self):
         line = super().readline()
@@ -80,7 +80,7 @@ def generate(folder, capsys):
 
 
 def assert_same_file(one, two):
-    """Compares two sessions bit for bit, with what is known of them."""
+    """Compares two sessions and their metadata bit-exactly."""
     first = read_tensors(Path(one))
     second = read_tensors(Path(two))
     assert list(first) == list(second) and "session.logits" in first
@@ -98,7 +98,7 @@ def assert_same_file(one, two):
         ["--seed", str(2**63 - 2), "--weights", "int8"],
     ],
 )
-def test_a_chat_is_repeated_calls_of_generate_bit_for_bit(chat, generate, words):
+def test_a_chat_equals_repeated_calls_of_generate_bit_exactly(chat, generate, words):
     said = chat("Hi\n\nWho\\\nare you?\n//reset", *words, "--save-state", "chat.pth")
     seed = int(words[words.index("--seed") + 1]) if "--seed" in words else 0
     answers = ""
@@ -113,7 +113,7 @@ def test_a_chat_is_repeated_calls_of_generate_bit_for_bit(chat, generate, words)
     assert_same_file("chat.pth", "calls.pth")
 
 
-def test_a_session_goes_on_in_a_chat_and_in_another_one(chat, generate):
+def test_a_session_continues_in_a_chat_and_in_another_chat(chat, generate):
     whole = chat("a\nb\nc\n", *GREEDY, "--save-state", "whole.pth").out
     parts = generate("a", *GREEDY, "--save-state", "s.pth")
     parts += chat("b", *GREEDY, "--state", "s.pth", "--save-state", "s.pth").out
@@ -122,7 +122,7 @@ def test_a_session_goes_on_in_a_chat_and_in_another_one(chat, generate):
     assert_same_file("whole.pth", "s.pth")
 
 
-def test_each_turn_reads_its_own_text_and_compiles_nothing_of_its_own(
+def test_each_turn_prefills_only_its_own_text_and_compiles_nothing_new(
     chat, monkeypatch
 ):
     read = []
@@ -156,7 +156,7 @@ def test_each_turn_reads_its_own_text_and_compiles_nothing_of_its_own(
     ],
 )
 @pytest.mark.parametrize("start", [[], ["--state", "tuned.pth"]])
-def test_what_is_dropped_leaves_no_trace(chat, text, same, start):
+def test_dropped_turns_leave_no_trace(chat, text, same, start):
     words = [*GREEDY, *start, "--system", "S", "--save-state"]
     out = chat(text, *words, "one.pth").out
     assert out.endswith(chat(same, *words, "two.pth").out)
@@ -174,7 +174,7 @@ def test_what_is_dropped_leaves_no_trace(chat, text, same, start):
         ("/save new.pth", "`/save` must follow an answer."),
     ],
 )
-def test_a_command_that_cannot_be_obeyed_is_one_sentence(chat, line, sentence):
+def test_an_invalid_command_is_answered_in_one_sentence(chat, line, sentence):
     said = chat(f"{line}\n")
     assert said.out == "" and said.err.startswith(sentence)
     assert said.err.count("\n") == 1
@@ -202,7 +202,9 @@ def test_a_file_that_cannot_be_written_does_not_end_the_chat(chat, folder):
         (["--vocabulary", "ids"], "`--vocabulary` must spell the template"),
     ],
 )
-def test_wrong_input_is_one_sentence_before_anything_is_read(chat, words, sentence):
+def test_invalid_options_are_rejected_in_one_sentence_before_anything_is_read(
+    chat, words, sentence
+):
     said = chat("a\n", *words, code=2)
     assert said.out == "" and said.err.startswith("rwkv7: ")
     assert sentence in said.err and said.err.count("\n") == 1
@@ -215,7 +217,7 @@ def test_bytes_that_are_not_utf_8_are_read_as_generate_reads_them(chat, generate
 
 
 def interrupt_answers(monkeypatch, times):
-    """Sends Ctrl-C so many times with the first piece of text of the first answer."""
+    """Sends Ctrl-C this many times with the first piece of text of the first answer."""
 
     class Interrupted(command.Stream):
         left = times
@@ -230,7 +232,7 @@ def interrupt_answers(monkeypatch, times):
 
 
 @pytest.mark.parametrize("words", [GREEDY, ["--temperature", "1.5"]])
-def test_an_answer_that_is_interrupted_ends_as_at_its_length(
+def test_an_interrupted_answer_ends_as_at_its_token_limit(
     chat, generate, monkeypatch, words
 ):
     interrupt_answers(monkeypatch, 1)
@@ -241,9 +243,7 @@ def test_an_answer_that_is_interrupted_ends_as_at_its_length(
     assert_same_file("one.pth", "two.pth")
 
 
-def test_a_second_interrupt_ends_the_chat_as_it_was_before_the_answer(
-    chat, monkeypatch
-):
+def test_a_second_interrupt_ends_the_chat_without_the_answer(chat, monkeypatch):
     chat("a\n", *GREEDY, "--save-state", "before.pth")
     words = [*GREEDY, "--state", "before.pth", "--save-state", "after.pth"]
     interrupt_answers(monkeypatch, 2)
@@ -254,7 +254,7 @@ def test_a_second_interrupt_ends_the_chat_as_it_was_before_the_answer(
     assert_same_file("before.pth", "after.pth")
 
 
-def test_a_full_disk_costs_no_answer(chat, monkeypatch):
+def test_a_full_disk_does_not_lose_an_answer(chat, monkeypatch):
     chat("a\n", *GREEDY, "--save-state", "one.pth")
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")

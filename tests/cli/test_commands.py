@@ -20,7 +20,9 @@ def model(tmp_path_factory):
     return path
 
 
-def test_convert_writes_the_other_format_and_says_what_it_was(model, tmp_path, capsys):
+def test_convert_writes_the_other_format_and_names_the_source_format(
+    model, tmp_path, capsys
+):
     assert main(["convert", str(model), str(tmp_path / "m.safetensors")]) == 0
     printed = capsys.readouterr().out
     assert "reading 100%" in printed and "writing 100%" in printed
@@ -40,7 +42,7 @@ def test_convert_writes_the_other_format_and_says_what_it_was(model, tmp_path, c
         (["new", "--vocabulary", "nope"], "`--vocabulary` must be world, bytes"),
     ],
 )
-def test_a_target_that_cannot_be_written_is_refused_before_the_source_is_read(
+def test_an_unwritable_target_is_rejected_before_the_source_is_read(
     tmp_path, monkeypatch, capsys, words, sentence
 ):
     monkeypatch.setattr(commands, "load_model", None)
@@ -97,7 +99,7 @@ def test_bad_input_is_one_line_and_exit_code_2(words, sentence, capsys):
     assert captured.err == f"rwkv7: {sentence}\n"
 
 
-def test_the_module_gives_its_exit_code_to_the_shell():
+def test_the_module_returns_its_exit_code_to_the_shell():
     done = subprocess.run(
         [sys.executable, "-m", "rwkv7_jax.cli", "inspect", "none.pth"],
         capture_output=True,
@@ -137,7 +139,9 @@ def test_an_interrupt_is_quiet_and_has_the_shells_exit_code(monkeypatch, capsys)
     assert capsys.readouterr().err == ""
 
 
-def test_a_report_of_what_is_no_run_is_refused_and_nothing_is_written(tmp_path, capsys):
+def test_a_report_of_a_folder_without_a_run_is_rejected_and_nothing_is_written(
+    tmp_path, capsys
+):
     assert main(["report", str(tmp_path)]) == 2
     assert "must be a run directory" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -170,7 +174,7 @@ def test_the_help_lists_the_commands_without_loading_them(capsys):
     assert done.stdout == capsys.readouterr().out
 
 
-def test_help_for_a_reader_that_has_gone_away_ends_in_silence():
+def test_help_into_a_closed_pipe_ends_silently():
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "rwkv7_jax.cli", "--help"]

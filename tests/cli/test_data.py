@@ -1,4 +1,4 @@
-"""`rwkv7 data`: what it writes, counts, shows and refuses."""
+"""`rwkv7 data`: what it writes, counts, shows and rejects."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_text_becomes_a_cache_and_is_counted(file, tmp_path, capsys, name):
     assert len(token_stream(path, Tokenizer.bytes())) == 47
 
 
-def test_rows_are_shown_with_brackets_around_what_the_loss_leaves_out(
+def test_rows_are_shown_with_brackets_around_tokens_outside_the_loss(
     file, tmp_path, capsys
 ):
     cache = str(tmp_path / "x.bin")
@@ -62,7 +62,9 @@ def test_rows_are_shown_with_brackets_around_what_the_loss_leaves_out(
         assert text in shown[0]
 
 
-def test_a_cache_without_its_suffix_is_no_source_of_another(file, tmp_path, capsys):
+def test_a_cache_named_without_its_suffix_is_rejected_as_a_source(
+    file, tmp_path, capsys
+):
     cache = str(tmp_path / "c")
     main(["data", file, cache, "--vocabulary", "bytes", "--on-bad", "skip"])
     assert main(["data", cache, str(tmp_path / "d")]) == 2

@@ -71,7 +71,7 @@ def test_the_command_reads_any_bytes_from_standard_input_and_wraps_a_chat(
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 1
 
 
-def test_the_command_is_quiet_when_its_reader_has_gone(command, capfd, monkeypatch):
+def test_the_command_is_quiet_when_its_pipe_is_closed(command, capfd, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w", encoding="utf-8") as stdout:
@@ -103,7 +103,7 @@ def test_the_command_is_quiet_when_its_reader_has_gone(command, capfd, monkeypat
         ),
     ],
 )
-def test_a_chat_is_asked_in_the_published_templates(
+def test_chat_prompts_follow_the_published_templates(
     command, folder, capsys, options, prompt, opening
 ):
     (folder / "tools.json").write_text('[{"name": "now"}]')
@@ -150,7 +150,9 @@ def test_the_command_holds_the_model_in_8_bits(command, capsys):
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0])
-def test_counts_of_uses_decay_as_in_the_library(command, folder, capsys, decay):
+def test_token_counts_of_penalties_decay_as_in_the_library(
+    command, folder, capsys, decay
+):
     words = ["--prompt", "Hi", "--temperature", "0", "--json"]
     penalty = ["--frequency-penalty", "50", "--penalty-decay", str(decay)]
     assert command(*words, *penalty) == 0
@@ -174,9 +176,7 @@ def test_counts_of_uses_decay_as_in_the_library(command, folder, capsys, decay):
 
 @pytest.mark.parametrize("weights", [None, "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_is_read_in_a_dtype_and_stays_the_model_of_its_file(
-    folder, dtype, weights
-):
+def test_a_model_read_in_a_dtype_keeps_the_hash_of_its_file(folder, dtype, weights):
     plain = read_model(str(folder / "m.pth"), weights=weights)
     model = read_model(str(folder / "m.pth"), weights=weights, dtype=dtype)
     assert plain.config.dtype == "float32" and model.config.dtype == dtype
@@ -205,7 +205,7 @@ def test_the_command_computes_in_bfloat16_and_its_state_fits_the_file(command, c
     assert command(*words, "--state", "b.pth") == 0
 
 
-def test_another_form_of_weights_is_refused(command, capsys):
+def test_an_unknown_form_of_weights_is_rejected(command, capsys):
     with pytest.raises(SystemExit):
         command("--prompt", "a", "--weights", "int4")
     assert "--weights" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`rwkv7 generate`: sessions that go on, escapes, and terminals that cannot show everything."""
+"""`rwkv7 generate`: continued sessions, escapes, and terminals with a limited encoding."""
 
 import io
 import json
@@ -51,7 +51,7 @@ def generate(folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors", "st"])
-def test_a_session_goes_on_from_its_saved_state(generate, folder, suffix):
+def test_a_session_continues_from_its_saved_state(generate, folder, suffix):
     file = f"session.{suffix}"
     once = generate("--prompt", "abcdef", "--tokens", "0", "--save-state", "whole.pth")
     assert once["tokens"] == []
@@ -65,7 +65,7 @@ def test_a_session_goes_on_from_its_saved_state(generate, folder, suffix):
     assert read_sidecar(folder / file)["session"] == "text"
 
 
-def test_an_answer_goes_on_as_if_it_had_not_been_interrupted(generate):
+def test_a_resumed_answer_equals_an_uninterrupted_one(generate):
     whole = generate("--prompt", "ab", "--tokens", "9")
     first = generate("--prompt", "ab", "--tokens", "4", "--save-state", "s.pth")
     # The last token is read by the state, so the next text follows it.
@@ -78,7 +78,7 @@ def test_an_answer_goes_on_as_if_it_had_not_been_interrupted(generate):
 
 @pytest.mark.parametrize("prompt", [[], ["--prompt", ""]])
 @pytest.mark.parametrize("suffix", ["pth", "safetensors", "st"])
-def test_an_answer_that_was_cut_off_goes_on_bit_for_bit(
+def test_an_answer_that_was_cut_off_resumes_bit_exactly(
     generate, folder, suffix, prompt
 ):
     file = f"cut.{suffix}"
@@ -98,7 +98,7 @@ def test_an_answer_that_was_cut_off_goes_on_bit_for_bit(
     assert logits.shape == (1, 257)
 
 
-def test_a_session_goes_on_from_the_file_of_another_format(generate, capsys):
+def test_a_session_continues_from_a_converted_file(generate, capsys):
     whole = generate("--prompt", "ab", "--tokens", "9")
     generate("--prompt", "ab", "--tokens", "4", "--save-state", "c.pth")
     assert main(["state", "convert", "c.pth", "c.st"]) == 0
@@ -107,7 +107,7 @@ def test_a_session_goes_on_from_the_file_of_another_format(generate, capsys):
     assert whole["tokens"][4:] == rest["tokens"]
 
 
-def test_a_chat_goes_on_as_a_chat(generate, folder, monkeypatch):
+def test_a_chat_session_continues_as_a_chat(generate, folder, monkeypatch):
     ask = ["--prompt", "Hi", "--chat"]
     first = generate(*ask, "--tokens", "3", "--save-state", "c.pth")
     whole = generate(*ask, "--tokens", "40")["tokens"]
@@ -131,7 +131,7 @@ def test_an_empty_text_begins_after_a_tuned_state(generate, folder):
     assert begun["tokens"] == generate("--prompt", "", "--tokens", "3")["tokens"]
 
 
-def test_a_session_is_a_state_for_whoever_wants_no_more(generate, folder):
+def test_a_session_file_is_also_a_state_file(generate, folder):
     generate("--prompt", "ab", "--tokens", "2", "--save-state", "c.pth")
     names = list(read_tensors(folder / "c.pth"))
     # Other tools take the shape of the first tensor for that of the state.
@@ -140,7 +140,7 @@ def test_a_session_is_a_state_for_whoever_wants_no_more(generate, folder):
         load_model(folder / "c.pth")
 
 
-def test_a_chat_that_goes_on_ends_the_turn_before(generate):
+def test_a_continued_chat_ends_the_previous_turn(generate):
     first = generate(
         "--prompt", "Hi", "--chat", "--tokens", "3", "--save-state", "c.pth"
     )
@@ -179,17 +179,19 @@ def test_an_upscaled_state_needs_a_file_that_can_hold_it(folder, monkeypatch, ca
         (b"", b""),
     ],
 )
-def test_escapes_stand_for_what_the_help_says(typed, meant):
+def test_escapes_have_the_documented_meaning(typed, meant):
     assert unescape(typed, "`--prompt`") == meant
 
 
 @pytest.mark.parametrize("typed", [rb"\q", b"a\\", rb"\x1", rb"\u12", rb"\0"])
-def test_an_unknown_escape_is_refused(typed):
+def test_an_unknown_escape_is_rejected(typed):
     with pytest.raises(ValueError, match="`--prompt` must have n, t, r"):
         unescape(typed, "`--prompt`")
 
 
-def test_a_stop_text_with_a_backslash_says_how_it_is_read(folder, monkeypatch, capsys):
+def test_a_stop_string_with_a_backslash_is_reported_as_it_is_read(
+    folder, monkeypatch, capsys
+):
     monkeypatch.chdir(folder)
     words = [
         "generate",
@@ -209,7 +211,9 @@ def test_a_stop_text_with_a_backslash_says_how_it_is_read(folder, monkeypatch, c
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk", "latin-1", "utf-8"])
-def test_a_terminal_shows_what_it_lacks_as_escapes(folder, monkeypatch, encoding):
+def test_a_terminal_shows_unencodable_characters_as_escapes(
+    folder, monkeypatch, encoding
+):
     monkeypatch.chdir(folder)
     stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stdout)

@@ -1,6 +1,6 @@
 """Misuse of the commands: exit code 2 and one sentence that names the culprit, never a traceback.
 
-Nothing here may compile: all of it is refused before a program runs on a device.
+Nothing here may compile: every case is rejected before a program runs on a device.
 """
 
 import gzip
@@ -24,7 +24,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A model, states, text, and files that are not what their names promise."""
+    """A model, states, text, and files whose content does not match their names."""
     folder = tmp_path_factory.mktemp("misuse")
     params = random_params(CONFIG, dtype=jnp.float32, scale=0.3)
     save_model(folder / "m.pth", params, CONFIG)
@@ -399,7 +399,7 @@ MISUSE = [
 ]
 
 
-def test_there_are_enough_rows_and_none_twice():
+def test_there_are_enough_cases_and_no_duplicates():
     assert len({words for words, _ in MISUSE}) == len(MISUSE) >= 120
 
 

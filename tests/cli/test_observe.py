@@ -1,4 +1,4 @@
-"""`rwkv7 observe` and `rwkv7 generate --observer`: proposals, their error, and refusals."""
+"""`rwkv7 observe` and `rwkv7 generate --observer`: proposals, their error, and bad input."""
 
 import json
 
@@ -100,7 +100,7 @@ def observe(name, *words):
     return ("observe", name, "--model", "teacher.pth", "--prompt", PROMPT, *words)
 
 
-def test_the_proposed_state_is_written_and_says_where_it_is_from(run, folder, tmp_path):
+def test_the_proposed_state_is_written_with_its_origin(run, folder, tmp_path):
     printed = run(*observe("observer", "--out", tmp_path / "s.pth"))
     assert (
         "1 layers with 2 heads of 8, for a teacher's 1 layers with 2 heads of 16"
@@ -137,7 +137,7 @@ def test_the_error_is_in_units_of_the_variance_of_the_text(run, folder):
     )
 
 
-def test_an_observer_that_is_the_teacher_has_no_error(run):
+def test_an_observer_equal_to_the_teacher_has_no_error(run):
     printed = run(
         *observe("mirror", "--text", "text.txt", "--length", 20, "--windows", 4)
     )
@@ -174,7 +174,7 @@ def test_the_model_starts_from_the_proposal_and_reads_the_last_token_itself(
     assert result["tokens"] == expected.tokens[0]
 
 
-def test_a_mirror_proposes_the_state_that_the_teacher_would_have(run, folder, tmp_path):
+def test_a_mirror_proposes_the_teachers_own_state(run, folder, tmp_path):
     run(*observe("mirror", "--out", tmp_path / "s.pth"))
     params, config = load_model(folder / "teacher.pth")
     _, end = read_prompts(RWKV7(config), params, tokens(PROMPT))

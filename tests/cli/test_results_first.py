@@ -1,4 +1,4 @@
-"""Results are written before anything is shown, and errors have the codes of all programs."""
+"""Results are written before anything is printed, and errors have the common exit codes."""
 
 import errno
 import os
@@ -55,7 +55,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def files(made, tmp_path, monkeypatch):
-    """A copy of them, in the current folder."""
+    """A copy of these files, in the current folder."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -83,9 +83,7 @@ WRITING = [
 
 
 @pytest.mark.parametrize(("line", "written"), WRITING, ids=lambda value: str(value))
-def test_a_reader_that_has_gone_costs_no_result(
-    files, monkeypatch, capfd, line, written
-):
+def test_a_closed_pipe_does_not_lose_a_result(files, monkeypatch, capfd, line, written):
     if "--picture" in line:
         pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     reader, writer = os.pipe()
@@ -98,7 +96,7 @@ def test_a_reader_that_has_gone_costs_no_result(
         assert (files / name).stat().st_size
 
 
-def test_a_session_whose_reader_left_is_the_one_that_was_asked_for(files, monkeypatch):
+def test_a_session_is_saved_in_full_when_its_pipe_is_closed(files, monkeypatch):
     words = "generate --model m.pth --prompt ab --tokens 12 --save-state".split()
     assert main([*words, "whole.pth"]) == 0
     reader, writer = os.pipe()
@@ -111,7 +109,7 @@ def test_a_session_whose_reader_left_is_the_one_that_was_asked_for(files, monkey
     np.testing.assert_array_equal(one.wkv, two.wkv)
 
 
-def test_a_disk_that_is_full_of_shown_text_is_said_after_the_state_is_saved(
+def test_a_full_disk_for_printed_text_is_reported_after_the_state_is_saved(
     files, monkeypatch, capsys
 ):
     if not os.path.exists("/dev/full"):
@@ -127,7 +125,7 @@ def test_a_disk_that_is_full_of_shown_text_is_said_after_the_state_is_saved(
     assert np.any(load_state(files / "s.pth").wkv)
 
 
-def test_an_error_that_nobody_can_read_keeps_its_code(files, monkeypatch):
+def test_an_error_without_a_reader_keeps_its_exit_code(files, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w", encoding="utf-8") as stderr:
@@ -136,7 +134,7 @@ def test_an_error_that_nobody_can_read_keeps_its_code(files, monkeypatch):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stderr.fileno())
 
 
-def test_a_closed_standard_input_is_an_empty_one(files, monkeypatch, capsys):
+def test_a_closed_standard_input_counts_as_empty(files, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)
     assert main(["observe", "o", "--model", "m.pth", "--prompt", "-"]) == 2
     closed = capsys.readouterr().err
@@ -217,7 +215,9 @@ SAME = ["{}", "./{}", "sub/../{}", "link_{}", "ABSOLUTE/{}"]
 
 
 @pytest.mark.parametrize("spelling", SAME)
-def test_a_result_may_replace_its_source_however_that_is_spelled(files, spelling):
+def test_a_result_may_replace_its_source_under_any_spelling_of_the_path(
+    files, spelling
+):
     (files / "sub").mkdir()
 
     def spell(name):
@@ -243,7 +243,7 @@ def test_a_result_may_replace_its_source_however_that_is_spelled(files, spelling
     assert sidecar(files / f"{link}merged.state.pth").exists()
 
 
-def test_an_id_without_an_entry_in_the_vocabulary_has_no_text_and_ends_nothing(
+def test_an_id_without_a_vocabulary_entry_has_no_text_and_does_not_end_the_program(
     files, capsys
 ):
     # World's entries end before the model's ids: what is sampled there has no bytes.

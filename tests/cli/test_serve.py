@@ -1,4 +1,4 @@
-"""`rwkv7 serve`: what it refuses before it reads a model, and a server from start to end."""
+"""`rwkv7 serve`: what it rejects before it reads a model, and a server from start to end."""
 
 import json
 import re
@@ -47,7 +47,9 @@ TINY = str(Path(__file__).parents[2] / "assets" / "tiny.pth")
         (["--port", "0", "--state", "poet=TEXT"], "TEXT"),
     ],
 )
-def test_a_mistake_is_one_sentence(tmp_path, capsys, words, sentence):
+def test_an_invalid_command_line_is_rejected_in_one_sentence(
+    tmp_path, capsys, words, sentence
+):
     (tmp_path / "text.pth").write_text("no state")
     text = str(tmp_path / "text.pth")
     words = [word.replace("TEXT", text) for word in words]
@@ -58,13 +60,13 @@ def test_a_mistake_is_one_sentence(tmp_path, capsys, words, sentence):
 
 
 @pytest.mark.parametrize("key", ["", " ", "a b", "\u00e4"])
-def test_a_key_that_no_header_can_carry_is_refused(monkeypatch, capsys, key):
+def test_a_key_that_no_header_can_carry_is_rejected(monkeypatch, capsys, key):
     monkeypatch.setenv("RWKV7_API_KEY", key)
     assert main(["serve", "--model", TINY, "--port", "0"]) == 2
     assert "`RWKV7_API_KEY` must be a key" in capsys.readouterr().err
 
 
-def test_a_port_in_use_is_said_before_the_model_is_read(capsys):
+def test_a_port_in_use_is_reported_before_the_model_is_read(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["serve", "--model", "none.pth", "--port", port]) == 2

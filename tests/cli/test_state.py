@@ -91,7 +91,7 @@ def test_info_of_an_upscaled_state_shows_its_memory(folder, capsys):
         ("", "1,536 (upscaled; the WKV state's 2,048 are zero)"),
     ],
 )
-def test_info_counts_the_trained_numbers_by_parts_that_add_up(
+def test_info_counts_the_trained_parameters_by_parts_that_add_up(
     tmp_path, capsys, parts, line
 ):
     some = wide()
@@ -105,7 +105,7 @@ def test_info_counts_the_trained_numbers_by_parts_that_add_up(
 
 
 @pytest.mark.parametrize("words", [["inspect"], ["convert", "--dtype", "float32"]])
-def test_an_upscaled_state_in_a_models_place_is_told_to_be_a_state(
+def test_an_upscaled_state_given_as_a_model_is_reported_as_a_state(
     folder, tmp_path, capsys, words
 ):
     command, *options = words
@@ -117,7 +117,7 @@ def test_an_upscaled_state_in_a_models_place_is_told_to_be_a_state(
     )
 
 
-def test_info_says_whether_the_model_is_the_states_own(folder, capsys):
+def test_info_shows_whether_the_model_is_the_one_of_the_state(folder, capsys):
     model = folder / "base.pth"
     assert f"{model} matches" in run(capsys, "info", folder / "a.pth", "--model", model)
     assert "the sizes fit" in run(
@@ -129,7 +129,7 @@ def test_info_says_whether_the_model_is_the_states_own(folder, capsys):
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors", "st", "state"])
-def test_a_state_is_converted_there_and_back_with_what_is_said_of_it(
+def test_a_state_and_its_metadata_round_trip_through_convert(
     folder, tmp_path, capsys, suffix
 ):
     target = tmp_path / f"x.{suffix}"
@@ -164,7 +164,7 @@ def test_a_converted_state_has_the_dtype_that_its_readers_need(
 
 @pytest.fixture(params=["session.pth", "hf", "merged.pth", "merged.safetensors"])
 def foreign(request, folder, tmp_path):
-    """The state of `a.pth` as other programs have it: as a session's list, or in a model."""
+    """The state of `a.pth` as other programs store it: as a session's list, or in a model."""
     path = tmp_path / request.param
     wkv = [np.asarray(heads[0]) for heads in state(1).wkv]
     if path.name == "session.pth":
@@ -188,7 +188,7 @@ def foreign(request, folder, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*holds a tuned state as well")
-def test_every_command_takes_every_state_that_loads(folder, foreign, tmp_path, capsys):
+def test_every_command_accepts_every_loadable_state(folder, foreign, tmp_path, capsys):
     printed = run(capsys, "info", foreign)
     assert "1 layers, 2 heads of 32 x 32, without shift states, float32" in printed
     run(capsys, "scale", foreign, "--alpha", "2", tmp_path / "twice.pth")
@@ -201,7 +201,7 @@ def test_every_command_takes_every_state_that_loads(folder, foreign, tmp_path, c
 
 
 @pytest.mark.parametrize("order", ["a b -- o", "a b o --", "-- a b o"])
-def test_mix_writes_the_sum_and_what_it_is_made_of(folder, tmp_path, capsys, order):
+def test_mix_writes_the_weighted_sum_and_its_sources(folder, tmp_path, capsys, order):
     words = {
         "a": [folder / "a.pth"],
         "b": [folder / "b.pth"],
@@ -330,7 +330,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert not files["out"].exists()
 
 
-def test_a_picture_without_matplotlib_is_refused_before_the_work(
+def test_a_picture_without_matplotlib_is_rejected_before_the_work(
     folder, capsys, monkeypatch
 ):
     monkeypatch.setattr("rwkv7_jax.reports.plots.available", lambda: False)
@@ -353,7 +353,7 @@ def test_weights_may_be_negative(folder, tmp_path, capsys, weights):
 @pytest.mark.parametrize(
     ("weights", "total"), [("1,-1", "0"), ("0.5,0.4", "0.9"), ("1,1", "2")]
 )
-def test_weights_that_do_not_sum_to_one_say_so(
+def test_weights_that_do_not_sum_to_one_are_reported(
     folder, tmp_path, capsys, weights, total
 ):
     files = [str(folder / "a.pth"), str(folder / "b.pth")]

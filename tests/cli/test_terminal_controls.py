@@ -1,4 +1,4 @@
-"""What others or a model wrote is shown on a terminal, and never obeyed by it."""
+"""Control characters in untrusted text are shown on a terminal, and never take effect."""
 
 import io
 import json
@@ -22,7 +22,7 @@ ESCAPED = r"\x1b[2J\x1b]52;c;aGk=\x07\x9b2J\x7f\x0dgone\x08\x00"
 
 
 class Terminal(io.StringIO):
-    """A stream that obeys what it gets."""
+    """A stream that is a terminal."""
 
     encoding = "utf-8"
 
@@ -59,7 +59,7 @@ def test_an_answer_is_escaped_on_a_terminal(monkeypatch):
     assert terminal.getvalue() == ESCAPED + "\\x1b[2J \u00e4"
 
 
-def test_an_answer_goes_to_a_pipe_as_it_is(capsys):
+def test_an_answer_goes_to_a_pipe_unchanged(capsys):
     Stream(goes_on=False)(HOSTILE, 0)
     assert capsys.readouterr().out == HOSTILE
 
@@ -79,7 +79,7 @@ def test_rows_of_data_are_escaped_on_a_terminal(text_file, monkeypatch):
     assert "\x1b" not in terminal.getvalue()
 
 
-def test_rows_of_data_go_to_a_pipe_as_they_are(text_file, capsys):
+def test_rows_of_data_go_to_a_pipe_unchanged(text_file, capsys):
     words = ["data", "--show", "1", "--vocabulary", "bytes", text_file]
     assert main([*words, "--packing", "documents"]) == 0
     assert HOSTILE in capsys.readouterr().out
@@ -96,7 +96,7 @@ def test_an_error_names_a_file_without_its_controls(tmp_path, capsys, is_there):
     assert "\x1b" not in error and "\x9b" not in error
 
 
-def test_train_and_eval_end_with_a_sentence_without_controls(capsys):
+def test_errors_of_train_and_eval_have_no_controls(capsys):
     with pytest.raises(SystemExit), process.exit_with_code("train.py"):
         raise ValueError(HOSTILE)
     assert capsys.readouterr().err == f"train.py: {ESCAPED}\n"

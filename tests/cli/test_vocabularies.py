@@ -1,4 +1,4 @@
-"""`--vocabulary` on the commands: numbers, files, what a folder keeps, what is refused."""
+"""`--vocabulary` of the commands: numbers, files, what a folder keeps, what is rejected."""
 
 import json
 import random
@@ -70,7 +70,7 @@ def generated(command, *words):
     ("vocabulary", "prompt", "end"),
     [("digits.txt", "{},", ["--stop", "#"]), ("ids", "{} 10", ["--stop-ids", "11"])],
 )
-def test_a_genuine_model_writes_numbers_backwards(command, vocabulary, prompt, end):
+def test_a_published_model_writes_numbers_backwards(command, vocabulary, prompt, end):
     model = str(genuine(REVERSE))
     number = "31415926535"
     spaced = number if vocabulary != "ids" else " ".join(number)
@@ -83,7 +83,7 @@ def test_a_genuine_model_writes_numbers_backwards(command, vocabulary, prompt, e
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", ["digits.txt", "ids"])
-def test_a_genuine_model_is_right_in_its_authors_test(folder, vocabulary):
+def test_a_published_model_passes_its_authors_test(folder, vocabulary):
     from rwkv7_jax.cli.inputs import read_model
     from rwkv7_jax.generation.generate import generate
 
@@ -113,7 +113,7 @@ def test_a_genuine_model_is_right_in_its_authors_test(folder, vocabulary):
     assert right == 18_900
 
 
-def test_ids_go_in_and_come_out_as_numbers(command):
+def test_ids_are_read_and_written_as_numbers(command):
     words = ["--model", "m12.pth", "--vocabulary", "ids"]
     report = generated(command, *words, "--prompt", "3, 1 4")
     assert report["prompt_tokens"] == 3
@@ -151,7 +151,7 @@ def test_ids_without_an_entry_are_counted_once(command):
     assert err.count("\n") == 1
 
 
-def test_a_stop_string_may_begin_inside_an_entry_that_cannot_be_cut(command, tmp_path):
+def test_a_stop_string_may_begin_inside_a_vocabulary_entry(command, tmp_path):
     lines = "".join(f"{i} 'x{i:02}y' 4\n" for i in range(12))
     (tmp_path / "v.txt").write_text(lines)
     words = ["--model", "m12.pth", "--vocabulary", str(tmp_path / "v.txt")]
@@ -187,7 +187,7 @@ HF_VOCABULARY = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja
 
 
 @pytest.mark.parametrize("kind", ["words.txt", "tokenizer.json"])
-def test_an_hf_folder_keeps_its_vocabulary_also_in_place(
+def test_an_hf_folder_keeps_its_vocabulary_even_in_place(
     command, folder, tmp_path, kind
 ):
     vocabulary = kind
@@ -211,7 +211,7 @@ def test_an_hf_folder_keeps_its_vocabulary_also_in_place(
     assert kept is not None and kept.identity == given.identity
 
 
-def test_a_vocabulary_that_cannot_be_read_is_refused_before_anything_is_replaced(
+def test_an_unreadable_vocabulary_is_rejected_before_anything_is_replaced(
     command, tmp_path
 ):
     target = str(tmp_path / "m")
@@ -231,7 +231,7 @@ def test_a_vocabulary_that_cannot_be_read_is_refused_before_anything_is_replaced
     assert command("convert", target, target, *hf, "--vocabulary", "words.txt")[0] == 0
 
 
-def test_data_of_a_file_are_known_by_its_content(command, folder, tmp_path):
+def test_a_cache_identifies_a_vocabulary_file_by_its_content(command, folder, tmp_path):
     (tmp_path / "x.txt").write_text("120,021#31,13#")
     cache = str(tmp_path / "x.bin")
     words = ["data", str(tmp_path / "x.txt"), cache, "--vocabulary", "digits.txt"]
@@ -249,7 +249,7 @@ def test_data_of_a_file_are_known_by_its_content(command, folder, tmp_path):
     assert command(*show, "--vocabulary", str(tmp_path / "renamed.txt"))[0] == 0
 
 
-def test_data_of_numbers_may_have_large_ids(command, tmp_path):
+def test_data_given_as_numbers_may_have_large_ids(command, tmp_path):
     (tmp_path / "x.jsonl").write_text(
         '{"prompt": "1 2", "answer": "70000, 3"}\n{"text": "5"}\n'
     )
@@ -312,13 +312,15 @@ def test_data_of_numbers_may_have_large_ids(command, tmp_path):
         ),
     ],
 )
-def test_a_vocabulary_that_does_not_fit_is_one_sentence(command, words, sentence):
+def test_a_vocabulary_that_does_not_fit_is_rejected_in_one_sentence(
+    command, words, sentence
+):
     code, _, err = command(*words.split())
     assert code == 2 and sentence in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors", "st"])
-def test_a_file_that_holds_no_vocabulary_is_written_and_says_so(
+def test_a_format_without_a_vocabulary_is_written_with_a_note(
     command, tmp_path, suffix
 ):
     plain = tmp_path / f"a.{suffix}"

@@ -6,7 +6,7 @@ from smallest_runs import save_base_model
 
 @pytest.fixture(scope="module")
 def base_model(tmp_path_factory):
-    """Saves a model of one layer and gives its path."""
+    """Saves a model of one layer and returns its path."""
     path = tmp_path_factory.mktemp("base") / "model.pth"
     save_base_model(path)
     return path

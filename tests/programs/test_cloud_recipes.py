@@ -54,14 +54,14 @@ def test_every_config_file_of_the_recipes_exists():
         assert (ROOT / name).is_file(), name
 
 
-def test_the_table_lists_every_flag_of_plans_and_no_other():
+def test_the_table_lists_exactly_the_flags_of_plan():
     named = set()
     for row in re.findall(r"^\| (`--.*?) \|", PAGE, re.MULTILINE):
         named |= set(re.findall(r"--(\w+)", row))
     assert named - CONFIG == flags_of(PLAN)
 
 
-def test_the_table_of_slices_says_where_weights_lie_and_who_needs_a_folder():
+def test_the_table_of_slices_gives_the_sharding_and_the_shared_folder():
     rows = re.findall(r"^\| `([^`]*)` \| (.*?) \| (.*?) \|$", PAGE, re.MULTILINE)
     meshes = [row for row in rows if row[0] == "auto" or "fsdp=" in row[0]]
     assert len(meshes) == 4

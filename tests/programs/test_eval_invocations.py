@@ -1,4 +1,4 @@
-"""Command lines of eval.py: an exit code and one sentence for each, and nothing measured."""
+"""Command lines of eval.py: each gives an exit code and one sentence, and measures nothing."""
 
 import os
 import sys
@@ -156,7 +156,7 @@ OTHERS = [
 
 
 def refusals():
-    """Returns the words of each command line, and what the sentence must have."""
+    """Returns the words of each command line, and what its message must contain."""
     for words, sentence in ADDED:
         yield [*GOOD, *words], sentence
     for name in (
@@ -180,7 +180,7 @@ REFUSED = list(refusals())
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A model, states, texts, and files that are not what their names promise."""
+    """A model, states, texts, and files whose content does not match their names."""
     folder = tmp_path_factory.mktemp("eval")
     for name, text in FILES.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -231,11 +231,11 @@ def invoke(files, monkeypatch, capfd):
     return invoke
 
 
-def test_there_are_enough_rows_and_none_twice():
+def test_there_are_enough_cases_and_no_duplicates():
     assert len({tuple(words) for words, _ in REFUSED}) == len(REFUSED) >= 90
 
 
-def test_the_good_command_line_reaches_the_measurement(invoke):
+def test_a_valid_command_line_reaches_the_measurement(invoke):
     code, _, said, measured = invoke([*GOOD, "--config.state=a.pth,b.pth"])
     assert (code, said) == (2, "eval.py: measured\n")
     assert len(measured) == 1

@@ -1,4 +1,4 @@
-"""A run that was stopped and continued equals an unbroken one, bit for bit, in every mode."""
+"""A stopped and resumed run equals an uninterrupted one bit-exactly, in every mode."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ TIMES += ("compile_seconds", "step_seconds", "paused_seconds", "process_peak_mib
 
 
 def ended(folder: Path) -> tuple[dict, list[dict]]:
-    """Reads the record of the last step, and the metrics without those that a clock measures."""
+    """Reads the record of the last step, and the metrics without times and speeds."""
     record = json.loads(
         (folder / "checkpoints" / str(STEPS) / "record" / "metadata").read_text()
     )
@@ -43,7 +43,7 @@ def ended(folder: Path) -> tuple[dict, list[dict]]:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, base_model):
-    """Makes a mode's run that nothing stops, once for all tests; gives its folder."""
+    """Runs a mode without interruption, once for all tests; returns the folder."""
 
     @functools.cache
     def run(mode):
@@ -55,7 +55,7 @@ def unbroken(tmp_path_factory, base_model):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_stopped_by_a_signal_continues_with_the_same_bits(
+def test_a_run_stopped_by_a_signal_resumes_bit_exactly(
     tmp_path, base_model, unbroken, mode, capsys
 ):
     # After step 2 an evaluation is due. The signal ends it, and the continued run makes up for it.
@@ -74,7 +74,7 @@ def test_a_run_stopped_by_a_signal_continues_with_the_same_bits(
     assert one[1] == two[1]
 
 
-def test_a_run_of_several_updates_a_step_continues_with_the_same_bits(
+def test_a_run_with_several_updates_per_step_resumes_bit_exactly(
     tmp_path, base_model, capsys
 ):
     changes = {
@@ -98,7 +98,7 @@ def test_a_run_of_several_updates_a_step_continues_with_the_same_bits(
         assert {"reward", "uniform_groups", "clipped", "importance_max"} <= set(row)
 
 
-def test_weights_trained_by_dbp_move_otherwise_and_a_run_of_them_is_resumed(
+def test_dbp_changes_the_weights_and_such_a_run_resumes_bit_exactly(
     tmp_path, base_model, unbroken
 ):
     changes = {"optimizer__decorrelate": "dbp", "evaluation__patience": 0}
@@ -114,7 +114,7 @@ def test_weights_trained_by_dbp_move_otherwise_and_a_run_of_them_is_resumed(
     assert one[name] != plain[name]
 
 
-def test_a_step_whose_rewards_are_all_equal_moves_nothing_not_even_by_momentum(
+def test_a_step_with_equal_rewards_applies_no_update_not_even_momentum(
     tmp_path, base_model, monkeypatch
 ):
     drawn = PolicyBatch.uniform.fget
@@ -140,7 +140,7 @@ def test_a_step_whose_rewards_are_all_equal_moves_nothing_not_even_by_momentum(
     )
 
 
-def test_other_data_or_another_base_is_refused_before_anything_compiles(
+def test_other_data_or_another_base_is_rejected_before_anything_compiles(
     tmp_path, base_model
 ):
     text = tmp_path / "text.txt"
@@ -170,7 +170,7 @@ def test_other_data_or_another_base_is_refused_before_anything_compiles(
         base_model.write_bytes(before)
 
 
-def test_a_run_that_is_good_enough_ends_early_and_some_steps_are_profiled(
+def test_a_run_that_is_good_enough_stops_early_and_some_steps_are_profiled(
     tmp_path, base_model, capsys
 ):
     changes = {"evaluation__measure": "held_out_accuracy", "evaluation__enough": 0.0}
@@ -187,7 +187,7 @@ def test_a_run_that_is_good_enough_ends_early_and_some_steps_are_profiled(
     assert "stops early at step 0: held_out_accuracy reached" in capsys.readouterr().out
 
 
-def test_with_patience_the_result_is_the_best_steps(
+def test_with_patience_the_result_is_that_of_the_best_step(
     tmp_path, base_model, monkeypatch, capsys
 ):
     def ended_with(values, folder, **changes):
@@ -215,7 +215,7 @@ def test_with_patience_the_result_is_the_best_steps(
     )
 
 
-def test_a_run_continues_on_another_machine_from_its_backup_with_the_same_bits(
+def test_a_run_resumes_bit_exactly_on_another_machine_from_its_backup(
     tmp_path, base_model, unbroken
 ):
     settings = mode_settings("state", base_model)

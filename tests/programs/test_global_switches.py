@@ -47,7 +47,7 @@ def run(switches: dict[str, str]) -> list[float]:
 
 @pytest.fixture(scope="module")
 def usual() -> list[float]:
-    """What the script prints without a switch."""
+    """The output of the script without a switch."""
     return run({})
 
 

@@ -1,4 +1,4 @@
-"""train.py as a program under faults: killed, signalled, out of disk, not finite."""
+"""train.py as a program under faults: kills, signals, a full disk, non-finite losses."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def wait_for(condition, process, seconds: float = 300.0) -> None:
 
 
 def training(workdir: Path, process, step: int = 3) -> None:
-    """Waits until the run has made some steps."""
+    """Waits until the run has completed some steps."""
     wait_for(
         lambda: (workdir / "metrics.csv").exists() and _last(workdir) >= step, process
     )
@@ -79,9 +79,7 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(
-    tmp_path, unbroken, seed
-):
+def test_a_run_killed_at_a_random_moment_resumes_bit_exactly(tmp_path, unbroken, seed):
     draw = random.Random(seed)
     kills = 0
     while True:
@@ -128,7 +126,7 @@ def test_a_signal_saves_the_last_finished_step_within_five_seconds(tmp_path, nam
     )
 
 
-def test_a_supervisor_can_tell_a_stopped_run_from_a_finished_one(tmp_path):
+def test_a_supervisor_can_distinguish_a_stopped_run_from_a_finished_one(tmp_path):
     flag = ("--stopped_code=75",)
     process = run(tmp_path, steps=1_000_000, extra=flag)
     training(tmp_path, process)
@@ -142,7 +140,7 @@ def test_a_supervisor_can_tell_a_stopped_run_from_a_finished_one(tmp_path):
 
 
 @pytest.mark.parametrize("seconds", [0, 2])
-def test_a_signal_ends_a_run_that_has_nothing_to_save_as_well(tmp_path, seconds):
+def test_a_signal_also_ends_a_run_with_nothing_to_save(tmp_path, seconds):
     # Two seconds later the first evaluation is being compiled; the cache of programs must be empty.
     large = {"model.num_layers": 3, "model.width": 64, "sample.prompts": "('one',)"}
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
@@ -157,7 +155,7 @@ def test_a_signal_ends_a_run_that_has_nothing_to_save_as_well(tmp_path, seconds)
     assert step_numbers(tmp_path / "checkpoints") == []
 
 
-def test_a_second_interrupt_leaves_at_once_and_the_older_checkpoint_is_valid(tmp_path):
+def test_a_second_interrupt_exits_at_once_and_the_older_checkpoint_is_valid(tmp_path):
     process = run(tmp_path, fault="slow:60", steps=1_000_000, save_every=5)
     wait_for(lambda: 5 in step_numbers(tmp_path / "checkpoints"), process)
     training(tmp_path, process, 10)
@@ -173,7 +171,7 @@ def test_a_second_interrupt_leaves_at_once_and_the_older_checkpoint_is_valid(tmp
     assert "resume    from step 5" in out
 
 
-def test_a_full_disk_costs_checkpoints_and_not_the_run(tmp_path):
+def test_a_full_disk_prevents_checkpoints_but_not_the_run(tmp_path):
     finish(run(tmp_path, steps=4))
     before = record(tmp_path, 4)
     _, error = finish(run(tmp_path, fault="size:12000", steps=12, save_every=4), 5)
@@ -210,7 +208,7 @@ def test_an_impossible_workdir_ends_the_run_before_anything_compiles(
     assert not list(programs.glob("*"))
 
 
-def test_updates_that_are_not_finite_are_skipped_bit_for_bit_and_logged(tmp_path):
+def test_non_finite_updates_are_skipped_bit_exactly_and_logged(tmp_path):
     choices = {"save_every": 1, "keep": 9, "steps": 6}
     out, _ = finish(run(tmp_path, fault="nan:3,4", **choices))
     assert "2 updates were skipped" in out
@@ -244,7 +242,7 @@ def test_updates_that_are_not_finite_are_skipped_bit_for_bit_and_logged(tmp_path
     assert step_numbers(tmp_path / "all" / "checkpoints") == []
 
 
-def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path):
+def test_a_closed_output_pipe_does_not_end_a_run(tmp_path):
     process = run(tmp_path, steps=5)
     assert process.stdout.readline().startswith("devices")
     process.stdout.close()
@@ -254,7 +252,7 @@ def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path):
     assert step_numbers(tmp_path / "checkpoints") == [5]
 
 
-def test_no_home_and_no_folder_for_temporary_files_is_a_warning(tmp_path, monkeypatch):
+def test_a_missing_home_and_temporary_folder_is_a_warning(tmp_path, monkeypatch):
     for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))

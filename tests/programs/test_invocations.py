@@ -1,4 +1,4 @@
-"""Command lines of train.py: an exit code and one sentence for each, and no traceback."""
+"""Command lines of train.py: each gives an exit code and one sentence, and no traceback."""
 
 import sys
 import time
@@ -187,7 +187,7 @@ OTHERS = [
 
 
 def refusals():
-    """Returns the words of each command line that is refused, and what the sentence must have."""
+    """Returns the words of each rejected command line, and what its message must contain."""
     for file, sentence in BROKEN:
         yield (
             [f"--config=TMP/{file}", HERE],
@@ -237,7 +237,7 @@ REFUSED = list(refusals())
 
 @pytest.fixture
 def invoke(tmp_path, monkeypatch, capfd):
-    """Runs train.py's `main` in this process, up to the end of setting up."""
+    """Runs train.py's `main` in this process, up to the end of its setup."""
     program = load_train()
     inside = program["main"].__globals__
     for name, text in FILES.items():
@@ -290,7 +290,7 @@ def test_a_wrong_command_line_ends_in_one_sentence(invoke, tmp_path, words, part
 
 
 @pytest.mark.parametrize("words", ACCEPTED)
-def test_a_right_command_line_reaches_the_training(invoke, words):
+def test_a_valid_command_line_reaches_the_training(invoke, words):
     code, said, taken = invoke([CONFIG, HERE, *words], accepted=True)
     assert (code, said) == (0, "")
     assert len(taken) == 1

@@ -1,4 +1,4 @@
-"""Arrays that are alive during a run: a continued run holds what a new one does, in every mode."""
+"""Live arrays during a run: a resumed run holds as much as a new one, in every mode."""
 
 import functools
 import gc
@@ -33,7 +33,7 @@ def live_buffers() -> dict[int, int]:
 
 
 def measure(settings, folder) -> tuple[int, int]:
-    """Runs train.py and gives, of the first device, the run's live bytes and its parameters'."""
+    """Runs train.py; returns the live bytes of the run and its parameters on the first device."""
     gc.collect()
     # Held until the end: an address that is freed could be taken by an array of the run.
     earlier_arrays = jax.live_arrays()
@@ -58,7 +58,7 @@ def measure(settings, folder) -> tuple[int, int]:
 
 
 def quiet_settings(mode, base_model, **changes):
-    """Makes the settings of a run that saves and evaluates nothing on its way."""
+    """Makes the settings of a run that saves and evaluates nothing before its end."""
     return mode_settings(
         mode,
         base_model,
@@ -86,7 +86,7 @@ def measured(tmp_path_factory, base_model):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_continued_run_holds_as_many_bytes_as_a_new_one(measured, mode):
+def test_a_resumed_run_holds_as_many_bytes_as_a_new_one(measured, mode):
     new, _ = measured(mode, False)
     continued, _ = measured(mode, True)
     assert continued == new

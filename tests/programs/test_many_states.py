@@ -1,4 +1,4 @@
-"""Several start states in one run: equal to runs of their own, and resumed exactly."""
+"""Several start states in one run: equal to separate runs, and resumed bit-exactly."""
 
 import json
 
@@ -52,7 +52,7 @@ def saved(folder, suffix=".pth"):
         ),
     ],
 )
-def test_states_together_are_the_states_of_runs_of_their_own(
+def test_states_tuned_together_equal_states_of_separate_runs(
     tmp_path, base_model, mode, suffix, choices
 ):
     choices = {"evaluation__patience": 0, **choices}
@@ -74,7 +74,7 @@ def test_states_together_are_the_states_of_runs_of_their_own(
 
 
 @pytest.mark.slow
-def test_states_tuned_on_questions_and_on_text_are_those_of_runs_of_their_own(
+def test_states_tuned_on_questions_and_on_text_equal_those_of_separate_runs(
     tmp_path, base_model
 ):
     lines = [
@@ -109,7 +109,7 @@ def test_states_tuned_on_questions_and_on_text_are_those_of_runs_of_their_own(
 
 
 @pytest.mark.slow
-def test_each_states_result_is_its_own_best_step(
+def test_the_result_of_each_state_is_its_own_best_step(
     tmp_path, base_model, monkeypatch, capsys
 ):
     # By the state's text: best at steps 2 and 0, and better to the end.
@@ -138,7 +138,7 @@ def test_each_states_result_is_its_own_best_step(
 
 
 @pytest.mark.slow
-def test_a_stack_stopped_by_a_signal_goes_on_with_the_same_bits(tmp_path, base_model):
+def test_a_stack_stopped_by_a_signal_resumes_bit_exactly(tmp_path, base_model):
     settings = stack_settings(base_model)
     train_here(settings, tmp_path / "one")
     with stopping_at(3), pytest.raises(Stopped, match="step 3 is saved"):
@@ -151,7 +151,7 @@ def test_a_stack_stopped_by_a_signal_goes_on_with_the_same_bits(tmp_path, base_m
 
 
 @pytest.mark.slow
-def test_a_state_that_is_not_finite_stops_no_other(
+def test_a_non_finite_state_does_not_stop_the_others(
     tmp_path, base_model, monkeypatch, capsys
 ):
     settings = stack_settings(base_model, stop_after_bad=2)
@@ -178,7 +178,7 @@ def test_a_state_that_is_not_finite_stops_no_other(
         )
 
 
-def test_a_folder_is_its_files_by_their_names(tmp_path):
+def test_a_folder_names_states_by_its_files(tmp_path):
     for name in ("poet.jsonl", "cook.txt", ".hidden"):
         (tmp_path / name).write_text("text")
     assert state_sources(str(tmp_path)) == {
@@ -187,7 +187,7 @@ def test_a_folder_is_its_files_by_their_names(tmp_path):
     }
 
 
-def test_what_cannot_be_states_is_refused_in_one_sentence(tmp_path, base_model):
+def test_invalid_states_are_rejected_in_one_sentence(tmp_path, base_model):
     (tmp_path / "poet.txt").write_text("text")
     (tmp_path / "poet.jsonl").write_text("{}")
     for states, sentence in (

@@ -1,4 +1,4 @@
-"""Every mode of train.py as a program on a toy model: what it saves, and that it learnt."""
+"""Every mode of train.py as a program on a toy model: what it saves, and that it learns."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_an_upscaled_state_is_tuned_by_dbp(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_observer_is_trained_and_watched_by_what_its_proposals_are_worth(tmp_path):
+def test_an_observer_is_trained_and_evaluated_by_its_proposals(tmp_path):
     rows = run(
         "observer",
         tmp_path,
@@ -133,9 +133,7 @@ def test_a_guides_verified_traces_steer_a_model(tmp_path):
         ),
     ],
 )
-def test_settings_that_a_mode_cannot_work_with_end_in_one_line(
-    tmp_path, changes, sentence
-):
+def test_settings_that_a_mode_cannot_use_end_in_one_line(tmp_path, changes, sentence):
     done = program(
         "train.py", "--config=configs/test_time.py", f"--workdir={tmp_path / 'run'}", *TOY,
         *STEER, *changes,

@@ -1,4 +1,4 @@
-"""Runs that find their rate: as if it were named, resumed exactly, honest when it fails."""
+"""Runs that search for their rate: equal to runs with that rate, resumable, honest on failure."""
 
 import json
 
@@ -39,7 +39,7 @@ def tuned(folder, name="state.pth"):
 
 
 def graded(monkeypatch, values):
-    """Makes searches find these losses: without a state, then at each rate."""
+    """Makes searches measure these losses: without a state, then at each rate."""
     left = iter(values)
     monkeypatch.setattr(
         StateTuningMode,
@@ -50,7 +50,9 @@ def graded(monkeypatch, values):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["state", "upscaled_state"])
-def test_a_run_that_finds_its_rate_is_the_run_that_names_it(tmp_path, base_model, mode):
+def test_a_run_with_a_searched_rate_equals_a_run_with_that_rate_set(
+    tmp_path, base_model, mode
+):
     train_here(searched(base_model, mode), tmp_path / "found")
     rate = found(tmp_path / "found")[""]["rate"]
     assert rate in SEARCH["tuning__rates"]
@@ -65,9 +67,7 @@ def test_a_run_that_finds_its_rate_is_the_run_that_names_it(tmp_path, base_model
 
 
 @pytest.mark.slow
-def test_a_search_stopped_by_a_signal_goes_on_with_the_same_bits(
-    tmp_path, base_model, capsys
-):
+def test_a_search_stopped_by_a_signal_resumes_bit_exactly(tmp_path, base_model, capsys):
     train_here(searched(base_model), tmp_path / "one")
     sentence = "step 3 of the search for a learning rate is saved"
     with stopping_at(3), pytest.raises(Stopped, match=sentence):
@@ -83,7 +83,7 @@ def test_a_search_stopped_by_a_signal_goes_on_with_the_same_bits(
 
 
 @pytest.mark.slow
-def test_where_no_rate_is_better_than_no_state_nothing_is_tuned_or_saved(
+def test_if_no_rate_beats_no_state_nothing_is_tuned_or_saved(
     tmp_path, base_model, monkeypatch, capsys
 ):
     graded(monkeypatch, [1.0, 1.1, 1.2, 1.0])
@@ -96,7 +96,7 @@ def test_where_no_rate_is_better_than_no_state_nothing_is_tuned_or_saved(
 
 
 @pytest.mark.slow
-def test_each_of_several_states_has_the_rate_that_was_found_for_it(
+def test_each_of_several_states_uses_its_own_searched_rate(
     tmp_path, base_model, monkeypatch, capsys
 ):
     graded(monkeypatch, [2.0, 1.5, 1.0, 3.0, 2.0, 2.5, 3.0, 3.0])
@@ -127,7 +127,7 @@ def ends_worse(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_state_that_ends_worse_than_no_state_is_never_saved_without_a_word(
+def test_a_state_that_ends_worse_than_no_state_is_never_saved_silently(
     tmp_path, base_model, monkeypatch, capsys
 ):
     ends_worse(monkeypatch)
@@ -142,7 +142,7 @@ def test_a_state_that_ends_worse_than_no_state_is_never_saved_without_a_word(
 
 
 @pytest.mark.slow
-def test_a_run_that_named_its_rate_keeps_it_where_the_command_names_none(
+def test_a_resumed_run_keeps_its_rate_if_the_command_sets_none(
     tmp_path, base_model, capsys
 ):
     named = searched(base_model, optimizer__learning_rate=0.1, steps=2)
@@ -151,7 +151,7 @@ def test_a_run_that_named_its_rate_keeps_it_where_the_command_names_none(
     assert "resume    from step 2" in capsys.readouterr().out
 
 
-def test_settings_of_a_search_are_refused_in_one_sentence(tmp_path, base_model):
+def test_invalid_search_settings_are_rejected_in_one_sentence(tmp_path, base_model):
     with pytest.raises(ValueError, match=r"`config\.tuning\.rates` must hold learning"):
         searched(base_model, tuning__rates=())
     with pytest.raises(ValueError, match=r"`config\.tuning\.rates` must be above 0"):
@@ -166,7 +166,7 @@ def test_settings_of_a_search_are_refused_in_one_sentence(tmp_path, base_model):
 
 
 @pytest.mark.parametrize("mesh", ["data=2", "sequence=2"])
-def test_a_search_on_a_mesh_takes_no_more_memory_of_a_device_than_the_run(
+def test_a_search_on_a_mesh_needs_no_more_device_memory_than_the_run(
     tmp_path, base_model, mesh
 ):
     def at_once(mesh):
@@ -179,7 +179,7 @@ def test_a_search_on_a_mesh_takes_no_more_memory_of_a_device_than_the_run(
     assert at_once(mesh) == 1
 
 
-def test_only_states_that_are_tuned_on_text_find_a_rate(base_model):
+def test_only_tuning_states_on_text_searches_for_a_rate(base_model):
     assert searched(base_model).finds_rate
     assert not mode_settings("state", base_model).finds_rate
     pretrain = mode_settings("pretrain", base_model, optimizer__learning_rate=None)

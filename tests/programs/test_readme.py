@@ -1,4 +1,4 @@
-"""The blocks of README and guide run as they stand; the quickstart is a step of the gate."""
+"""The code blocks of README and guide run as written; the gate runs the quickstart."""
 
 import importlib.util
 import json

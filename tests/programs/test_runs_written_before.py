@@ -1,9 +1,9 @@
-"""Run folders written by an earlier version go on with today's code and end with the same numbers.
+"""Run directories of an earlier version resume with today's code and end with the same numbers.
 
-Each archive in tests/golden/runs holds a run folder as commit f53928b left it after step 2, and the
-record that the same command wrote at step 4; the arrays of that step are in the file beside it.
-They were compared by bits until the loss made its gradients in the forward pass, whose sums have
-another order. The machine code is pinned to SSE 4.2, so that numbers do not depend on the
+Each archive in tests/golden/runs holds a run directory as commit f53928b left it after step 2, and
+the record that the same command wrote at step 4. The arrays of that step are in the file next to
+it. They were compared bit-exactly until the loss computed its gradients in the forward pass, which
+sums in another order. The machine code is pinned to SSE 4.2, so that numbers do not depend on the
 processor.
 """
 
@@ -62,7 +62,7 @@ UPSCALED_STATE = {
         ("upscaled_state", "upscaled_state", UPSCALED_STATE, 1e-2),
     ],
 )
-def test_a_run_written_before_is_resumed_with_the_same_numbers(
+def test_a_run_of_an_earlier_version_resumes_with_the_same_numbers(
     tmp_path, name, config, changes, bar
 ):
     with tarfile.open(ROOT / "tests" / "golden" / "runs" / f"{name}.tar.xz") as archive:

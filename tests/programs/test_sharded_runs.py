@@ -1,4 +1,4 @@
-"""Runs of train.py whose weights lie in shards on eight devices."""
+"""Runs of train.py with weights sharded over eight devices."""
 
 import csv
 import functools
@@ -55,7 +55,7 @@ def settings_of(mode, base_model):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, base_model):
-    """Makes the losses of a mode's run on one device, once for all tests."""
+    """Returns the losses of a mode's run on one device, computed once for all tests."""
 
     @functools.cache
     def run(mode):
@@ -68,7 +68,7 @@ def alone(tmp_path_factory, base_model):
 
 
 @pytest.mark.parametrize("mode", ["pretrain", "state"])
-def test_a_run_in_shards_has_the_losses_of_one_device(
+def test_a_sharded_run_has_the_losses_of_a_run_on_one_device(
     tmp_path, base_model, alone, mode
 ):
     config, settings = settings_of(mode, base_model)
@@ -95,7 +95,7 @@ def test_a_run_in_shards_has_the_losses_of_one_device(
         assert error <= SAME["model"], name
 
 
-def test_a_run_goes_on_with_another_mesh_and_on_one_device(tmp_path, alone):
+def test_a_run_resumes_on_another_mesh_and_on_one_device(tmp_path, alone):
     place = tmp_path / "run"
     for steps, count, mesh in (
         (3, 8, "fsdp=8"),

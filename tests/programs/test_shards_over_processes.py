@@ -1,4 +1,4 @@
-"""Weights, moments and checkpoints in shards over two processes, each with a device of its own."""
+"""Weights, moments and checkpoints sharded over two processes with one device each."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ RUN = {
 
 
 def rows(workdir):
-    """What the log says of every step, without times."""
+    """The logged metrics of every step, without times."""
     text = (workdir / "metrics.jsonl").read_text()
     kept = []
     for line in text.splitlines():
@@ -49,13 +49,13 @@ def leaves(workdir, step):
 
 
 def alone(workdir, **settings):
-    """Runs one process with the same mesh to its end; returns what it says."""
+    """Runs one process with the same mesh to its end; returns its output."""
     run = {**RUN, **settings}
     return finish(start(workdir, environment=devices(2), **run))[0]
 
 
 def together(workdir, **settings):
-    """Runs two processes to their end; returns what each says."""
+    """Runs two processes to their end; returns the output of each."""
     processes = start_pair(workdir, **{**RUN, **settings})
     return [finish(process)[0] for process in processes]
 
@@ -71,7 +71,7 @@ def wait_for_checkpoint(folder, processes):
 
 
 def state_tuning(folder):
-    """Settings of a run that tunes a state for a base model, which is written."""
+    """Writes a base model; returns the settings of a run that tunes a state for it."""
     base = folder / "base.pth"
     save_base_model(base)
     run = {name: one for name, one in RUN.items() if not name.startswith("model.")}
@@ -80,7 +80,7 @@ def state_tuning(folder):
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
-    """A run that lost its second process: its folder, its first process, and seconds to its end."""
+    """A run that lost its second process: folder, first process, and seconds until that ended."""
     folder = tmp_path_factory.mktemp("broken")
     one, other = start_pair(folder, **{**RUN, "steps": 1_000_000})
     wait_for_checkpoint(folder, (one, other))
@@ -97,9 +97,7 @@ def test_a_process_that_loses_the_other_ends_within_a_minute(broken):
     assert seconds < 60
 
 
-def test_a_run_moves_from_two_processes_to_one_and_back_with_all_its_bits(
-    broken, tmp_path
-):
+def test_a_run_moves_from_two_processes_to_one_and_back_bit_exactly(broken, tmp_path):
     folder = broken[0]
     before = step_numbers(folder / "checkpoints")[0]
     # A restored leaf is compared with the checksum of the one that was saved.
@@ -122,7 +120,9 @@ def test_a_run_moves_from_two_processes_to_one_and_back_with_all_its_bits(
 
 
 @pytest.mark.parametrize("mesh", ["sequence=2", "tensor=2"])
-def test_a_signal_to_one_process_stops_both_whatever_they_share(tmp_path, mesh):
+def test_a_signal_to_one_process_stops_both_of_a_tensor_or_sequence_mesh(
+    tmp_path, mesh
+):
     # Of two heads.
     run = {**RUN, "mesh": mesh, "model.width": 32, "steps": 1_000_000}
     pair = start_pair(tmp_path, **run)
@@ -134,7 +134,7 @@ def test_a_signal_to_one_process_stops_both_whatever_they_share(tmp_path, mesh):
 
 
 @pytest.mark.parametrize("mesh", [MESH, "data=2"])
-def test_a_state_tuned_on_own_answers_by_two_processes_has_the_bits_and_the_base_of_one(
+def test_two_processes_tune_a_state_on_its_own_answers_bit_exactly_as_one_does(
     tmp_path, mesh
 ):
     run = state_tuning(tmp_path) | {
@@ -163,7 +163,7 @@ def test_a_state_tuned_on_own_answers_by_two_processes_has_the_bits_and_the_base
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_a_save_that_fails_in_one_process_ends_all_in_the_same_sentence(tmp_path):
+def test_a_failed_save_in_one_process_ends_all_with_the_same_message(tmp_path):
     faulty = "tests/support/faulty_train.py"
     processes = start_pair(
         tmp_path / "run",
@@ -180,7 +180,7 @@ def test_a_save_that_fails_in_one_process_ends_all_in_the_same_sentence(tmp_path
     assert not step_numbers(tmp_path / "run" / "checkpoints")
 
 
-def test_processes_that_do_not_see_one_folder_are_refused(tmp_path):
+def test_processes_without_a_common_folder_are_rejected(tmp_path):
     processes = start_pair(tmp_path / "one", others=tmp_path / "other", **RUN)
     ends = [last_line(finish(process, 2)[1]) for process in processes]
     assert ends[0] == ends[1]

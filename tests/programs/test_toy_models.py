@@ -1,4 +1,4 @@
-"""The toy base models that ship: what they have learnt, what they have not, and what a run logs."""
+"""The toy base models in the repository: what they know, and what a run on them logs."""
 
 import pytest
 from run_programs import ROOT
@@ -32,7 +32,7 @@ def accuracies(name, tasks):
     }
 
 
-def test_the_small_model_knows_the_four_tasks_and_nothing_of_the_new_ones():
+def test_the_small_model_knows_the_four_tasks_but_not_the_new_ones():
     known = accuracies("small", LEARNT)
     assert min(known.values()) >= 0.85, known
     new = accuracies("small", ("novel", "product-7", "facts-256"))
@@ -47,7 +47,7 @@ def test_the_other_models_know_the_four_tasks(name, least):
 
 
 @pytest.mark.slow
-def test_a_run_on_a_task_watches_accuracies_and_texts_bits_per_byte():
+def test_a_run_on_a_task_evaluates_accuracies_and_bits_per_byte_of_text():
     settings = read_settings(
         {
             "mode": "state",

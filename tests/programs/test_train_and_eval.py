@@ -115,7 +115,7 @@ def test_a_run_on_a_task_logs_the_accuracy_of_its_answers(tmp_path):
 
 
 @pytest.mark.slow
-def test_tasks_are_compared_by_the_share_of_right_answers(tmp_path):
+def test_tasks_are_compared_by_accuracy(tmp_path):
     done = program(
         "eval.py", "--config=configs/eval.py", "--config.init=assets/toy-small.pth",
         "--config.data.path=task:steer", "--config.evaluation.retention=task:modular,pydoc-topics",

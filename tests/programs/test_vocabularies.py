@@ -1,4 +1,4 @@
-"""Runs on a vocabulary of their own: trained, resumed with the same one alone, evaluated."""
+"""Runs with their own vocabulary: trained, resumed only with the same one, evaluated."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def settings(files, *, steps: int, prompt: str = "12,", **data) -> Settings:
     )
 
 
-def test_a_run_goes_on_with_the_same_vocabulary_wherever_it_lies(files, capsys):
+def test_a_run_resumes_with_the_same_vocabulary_under_any_path(files, capsys):
     run = files / "run"
     train_here(settings(files, steps=2), run)
     rows = [
@@ -67,14 +67,14 @@ def test_a_run_goes_on_with_the_same_vocabulary_wherever_it_lies(files, capsys):
     assert "from step 2" in capsys.readouterr().out
 
 
-def test_a_file_that_changed_under_the_same_name_is_refused(files):
+def test_a_changed_vocabulary_of_the_same_name_is_rejected(files):
     train_here(settings(files, steps=2), files / "run")
     (files / "digits.txt").write_text((files / "other.txt").read_text())
     with pytest.raises(ValueError, match=r"`tokenizer` is file \w+; got file \w+"):
         train_here(settings(files, steps=4), files / "run")
 
 
-def test_a_cache_of_another_vocabulary_is_refused(files):
+def test_a_cache_of_another_vocabulary_is_rejected(files):
     tokenizer = load_vocabulary(files / "other.txt")
     write_cache([files / "x.jsonl"], files / "y.bin", tokenizer)
     with pytest.raises(

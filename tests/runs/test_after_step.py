@@ -1,4 +1,4 @@
-"""What follows a step: an evaluation that a signal may end, but not its record."""
+"""What follows a step: a signal may interrupt an evaluation, but not its recording."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ SAMPLES = [("a prompt", "its text")]
 
 
 def evaluated(signalled):
-    """Evaluates with a signal at one place; returns what was recorded and whether it stops."""
+    """Evaluates with a signal at one point; returns what was recorded and whether the run stops."""
     recorded = []
 
     def at(name, result=None):
@@ -45,11 +45,11 @@ def evaluated(signalled):
     return recorded, stops
 
 
-def test_an_evaluation_that_a_signal_ends_leaves_no_record():
+def test_an_evaluation_interrupted_by_a_signal_leaves_no_record():
     assert evaluated("evaluate") == ([], True)
 
 
-def test_a_signal_while_an_evaluation_is_recorded_leaves_all_of_it(capsys):
+def test_a_signal_during_recording_leaves_a_complete_record(capsys):
     assert evaluated("log") == (["metrics", "sample"], True)
     assert "its text" in capsys.readouterr().out
 

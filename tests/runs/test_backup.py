@@ -26,7 +26,7 @@ def _settings(bucket, **changes):
 
 
 def _train(workdir, bucket, steps):
-    """Saves steps as a run does; ends as one that finished."""
+    """Saves steps as a run does, and ends as a finished run."""
     with OwnedRunDirectory(workdir, _settings(bucket)) as folder:
         train, _ = folder.restore(train_state(0), IDENTITY, new_state)
         for step in steps:
@@ -43,13 +43,13 @@ def _restored(workdir, bucket):
         return int(train.step), [row["step"] for row in folder.rows()]
 
 
-def test_a_fresh_machine_continues_from_the_store_alone(tmp_path):
+def test_a_new_machine_resumes_from_the_store_alone(tmp_path):
     _train(tmp_path / "one", tmp_path / "bucket", [1, 2, 3])
     assert _restored(tmp_path / "two", tmp_path / "bucket") == (3, [1, 2, 3])
     assert (tmp_path / "two" / "state.pth").read_bytes() == b"result"
 
 
-def test_a_fresh_machine_settles_what_is_left_open_as_the_run_began(tmp_path):
+def test_a_new_machine_keeps_the_settings_that_the_run_began_with(tmp_path):
     bucket = tmp_path / "bucket"
     began = _settings(bucket, data=DataSettings(packing="stream"))
     with OwnedRunDirectory(tmp_path / "one", began) as folder:
@@ -73,14 +73,14 @@ def test_the_store_keeps_the_steps_that_the_run_keeps(tmp_path):
     assert files == {"2", "3"}
 
 
-def test_a_machine_whose_steps_are_older_takes_the_newer_one(tmp_path):
+def test_a_machine_with_older_steps_fetches_the_newer_one(tmp_path):
     _train(tmp_path / "one", tmp_path / "bucket", [1])
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     assert _train(tmp_path / "two", tmp_path / "bucket", [2]) == 1
     assert _restored(tmp_path / "one", tmp_path / "bucket") == (2, [1, 2])
 
 
-def test_a_machine_whose_steps_are_newer_keeps_them(tmp_path):
+def test_a_machine_with_newer_steps_keeps_them(tmp_path):
     _train(tmp_path / "one", tmp_path / "bucket", [1])
     with OwnedRunDirectory(tmp_path / "one", Settings(keep=2)) as folder:
         folder.restore(train_state(0), IDENTITY, new_state)
@@ -90,7 +90,7 @@ def test_a_machine_whose_steps_are_newer_keeps_them(tmp_path):
 
 
 class _FailingStore:
-    """A store of which the connection ends after some writes."""
+    """A store whose connection ends after some writes."""
 
     def __init__(self, store, writes):
         self._store = store
@@ -107,7 +107,7 @@ class _FailingStore:
         return getattr(self._store, name)
 
 
-def test_files_of_a_batch_that_failed_are_copied_with_the_next_one(tmp_path):
+def test_files_of_a_failed_copy_are_copied_with_the_next_one(tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     for name in ("settings.json", "rate_search.json", "state.pth"):
@@ -124,7 +124,7 @@ def test_files_of_a_batch_that_failed_are_copied_with_the_next_one(tmp_path):
         assert (tmp_path / "bucket" / name).read_text() == name
 
 
-def test_files_that_could_not_be_fetched_come_with_the_next_start(
+def test_files_that_could_not_be_fetched_are_fetched_at_the_next_start(
     tmp_path, monkeypatch
 ):
     bucket = tmp_path / "bucket"
@@ -145,7 +145,9 @@ def test_files_that_could_not_be_fetched_come_with_the_next_start(
 
 
 @pytest.mark.slow
-def test_a_copy_that_ends_after_any_write_leaves_a_whole_step(tmp_path, monkeypatch):
+def test_a_copy_interrupted_after_any_write_leaves_a_complete_step(
+    tmp_path, monkeypatch
+):
     _train(tmp_path / "one", tmp_path / "before", [1])
     opened = ObjectStore._keys.func
     for writes in range(0, 60, 3):
@@ -178,7 +180,7 @@ def test_a_copy_that_ends_after_any_write_leaves_a_whole_step(tmp_path, monkeypa
     assert writes > 8
 
 
-def test_a_damaged_step_of_the_store_is_passed_over_for_an_older_one(tmp_path, capfd):
+def test_a_damaged_step_in_the_store_is_skipped_for_an_older_one(tmp_path, capfd):
     bucket = tmp_path / "bucket"
     _train(tmp_path / "one", bucket, [1, 2])
     files = (bucket / "checkpoints" / "2").rglob("*")
@@ -192,7 +194,7 @@ def test_a_damaged_step_of_the_store_is_passed_over_for_an_older_one(tmp_path, c
     assert f"step 2 in file://{bucket} is damaged" in capfd.readouterr().err
 
 
-def test_a_store_that_a_living_process_writes_to_is_refused(tmp_path, capfd):
+def test_a_store_in_use_by_a_live_process_is_rejected(tmp_path, capfd):
     bucket = tmp_path / "bucket"
     with OwnedRunDirectory(tmp_path / "one", _settings(bucket)):
         with pytest.raises(
@@ -205,7 +207,7 @@ def test_a_store_that_a_living_process_writes_to_is_refused(tmp_path, capfd):
         assert "waiting" not in capfd.readouterr().out
 
 
-def test_a_process_that_was_displaced_copies_nothing_any_more(tmp_path):
+def test_a_process_that_lost_its_store_copies_nothing(tmp_path):
     bucket = tmp_path / "bucket"
     copy = backup.Backup(ObjectStore(f"file://{bucket}"), tmp_path / "one")
     (tmp_path / "one").mkdir()
@@ -221,7 +223,7 @@ def test_a_process_that_was_displaced_copies_nothing_any_more(tmp_path):
     other.release()
 
 
-def test_a_beat_whose_answer_is_late_displaces_nobody(tmp_path):
+def test_a_heartbeat_without_an_answer_does_not_lose_the_store(tmp_path):
     copy = backup.Backup(ObjectStore(f"file://{tmp_path / 'bucket'}"), tmp_path / "one")
     copy._released.set()
     copy._heart.join()
@@ -238,7 +240,7 @@ def test_a_beat_whose_answer_is_late_displaces_nobody(tmp_path):
     copy.release()
 
 
-def test_keys_that_leave_the_folder_are_not_fetched(tmp_path):
+def test_keys_outside_the_folder_are_not_fetched(tmp_path):
     for key in ("../x", "/etc/x", "a/../../x", "run.lock", ".a.b", "checkpoints/1/x"):
         assert not backup._is_copied(key)
     assert backup._is_copied("rate_search/metrics.jsonl")
@@ -255,19 +257,19 @@ def test_keys_that_leave_the_folder_are_not_fetched(tmp_path):
         "gs://b/ x",
     ],
 )
-def test_what_is_no_folder_of_a_store_is_refused(url):
+def test_a_backup_that_is_not_a_store_folder_is_rejected(url):
     with pytest.raises(
         ValueError, match=r"`config\.backup` must be gs://bucket/folder"
     ):
         read_settings({"backup": url})
 
 
-def test_a_store_inside_the_run_is_refused(tmp_path):
+def test_a_store_inside_the_run_directory_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="must lie outside the run's folder"):
         OwnedRunDirectory(tmp_path, _settings(tmp_path / "inner"))
 
 
-def test_a_store_that_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_store_is_reported_by_name(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
         DiskError, match=r"`config\.backup` file://.* cannot be read or"

@@ -1,4 +1,4 @@
-"""What evaluations and steps would refuse is refused when a mode is made."""
+"""Settings that an evaluation or a step would reject are rejected when a mode is created."""
 
 import pytest
 from smallest_runs import MODES, mode_settings, save_base_model
@@ -15,7 +15,7 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_unknown_measure_is_refused_with_the_names_of_those_there_are(
+def test_an_unknown_measure_is_rejected_with_a_list_of_the_known_ones(
     base, tmp_path, mode
 ):
     with pytest.raises(ValueError) as caught:
@@ -28,13 +28,13 @@ def test_an_unknown_measure_is_refused_with_the_names_of_those_there_are(
     make_mode(mode_settings(mode, base, evaluation__measure=name), tmp_path)
 
 
-def test_a_measure_may_be_of_what_must_not_be_forgotten(base, tmp_path):
+def test_a_measure_may_be_a_retention_metric(base, tmp_path):
     changes = {"evaluation__retention": "task:facts-8"}
     changes["evaluation__measure"] = "facts-8_accuracy"
     make_mode(mode_settings("state", base, **changes), tmp_path)
 
 
-def test_several_states_know_their_measures(base, tmp_path):
+def test_an_unknown_measure_of_several_states_is_rejected(base, tmp_path):
     changes = {"data__path": "", "tuning__states": {"one": "task:mapping"}}
     settings = mode_settings("state", base, evaluation__measure="x", **changes)
     with pytest.raises(ValueError, match=r"states.one`: `config.evaluation.measure`"):
@@ -42,7 +42,7 @@ def test_several_states_know_their_measures(base, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["pretrain", "grpo"])
-def test_a_prompt_for_samples_without_a_token_is_refused(base, tmp_path, mode):
+def test_a_sample_prompt_without_tokens_is_rejected(base, tmp_path, mode):
     settings = mode_settings(mode, base, sample__prompts=("a", ""))
     with pytest.raises(ValueError, match=r"^config.sample.prompts: .* got ''"):
         make_mode(settings, tmp_path)
@@ -56,7 +56,7 @@ def test_a_prompt_for_samples_without_a_token_is_refused(base, tmp_path, mode):
         ({"observer__most": 20, "evaluation__length": 16}, "evaluation", 16),
     ],
 )
-def test_positions_outside_of_the_rows_name_the_settings(
+def test_positions_outside_the_rows_are_rejected_by_setting(
     base, tmp_path, changes, setting, length
 ):
     sentence = rf"`config.observer.most` .* `config.{setting}.length`, {length}; got"
@@ -74,7 +74,7 @@ def test_positions_outside_of_the_rows_name_the_settings(
         ({"width": 20}, r"^config.observer.model: RWKV7Config: .* got 20 and 16"),
     ],
 )
-def test_an_observer_whose_heads_do_not_fit_names_its_setting(
+def test_an_observer_whose_heads_do_not_fit_is_rejected_by_setting(
     base, tmp_path, model, sentence
 ):
     settings = mode_settings("observer", base, observer__model=model)
@@ -82,13 +82,13 @@ def test_an_observer_whose_heads_do_not_fit_names_its_setting(
         make_mode(settings, tmp_path)
 
 
-def test_an_observer_that_leaves_its_dtype_open_has_the_teachers(base, tmp_path):
+def test_an_observer_without_a_dtype_has_the_teachers(base, tmp_path):
     model = {"head_size": 8, "dtype": "auto"}
     made = make_mode(mode_settings("observer", base, observer__model=model), tmp_path)
     assert made._observer.model.config.dtype == made.model.config.dtype
 
 
-def test_the_pieces_of_a_step_divide_the_rows_that_it_draws(base):
+def test_gradient_accumulation_must_divide_the_sampled_rows(base):
     # 2 prompts of 4 completions, whatever `data.batch_size` is.
     changes = {"data__batch_size": 3, "optimizer__accumulate": 4}
     assert mode_settings("grpo", base, **changes).optimizer.accumulate == 4

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is damaged is found, named and kept aside."""
+"""Checkpoints of a run: damage is detected, reported and moved aside."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ from rwkv7_jax.runs.resume import step_directories
 
 
 def restored_step(folder, **settings):
-    """The step that is found, which must be the one that was saved, bit for bit."""
+    """Returns the restored step; its state must equal the saved one bit-exactly."""
     found, progress = open_checkpoints(folder, **settings).restore(
         train_state(0), IDENTITY, new_state
     )
@@ -49,17 +49,17 @@ def folder(tmp_path, tmp_path_factory):
     return tmp_path / "steps"
 
 
-def test_the_newest_step_comes_back_bit_for_bit_with_its_progress(folder):
+def test_the_newest_step_is_restored_bit_exactly_with_its_progress(folder):
     assert restored_step(folder) == 6
     assert not (folder / step_directories.BAD).exists()
 
 
-def test_an_empty_folder_gives_what_a_fresh_run_has(tmp_path):
+def test_an_empty_folder_starts_a_new_run(tmp_path):
     assert restored_step(tmp_path / "none") == 0
 
 
 def assert_found(folder, name):
-    """The newest step is refused, with a reason, and lies aside; the older one counts."""
+    """Checks that the newest step is rejected with a reason and moved aside for the older one."""
     assert restored_step(folder) == 3, name
     assert sorted(p.name for p in (folder / step_directories.BAD).iterdir()) == ["6"], (
         name
@@ -67,7 +67,7 @@ def assert_found(folder, name):
 
 
 @pytest.mark.slow
-def test_each_of_200_flipped_bits_is_found(folder, capfd):
+def test_each_of_200_flipped_bits_is_detected(folder, capfd):
     step = folder / "6"
     files = files_of(step)
     draw = random.Random(0)
@@ -90,7 +90,7 @@ def test_each_of_200_flipped_bits_is_found(folder, capfd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncate", "delete", "zero"])
-def test_each_file_truncated_deleted_or_zeroed_is_found(folder, how):
+def test_every_truncated_deleted_or_zeroed_file_is_detected(folder, how):
     step = folder / "6"
     shutil.copytree(step, folder.parent / "whole")
     for path in files_of(step):
@@ -100,7 +100,7 @@ def test_each_file_truncated_deleted_or_zeroed_is_found(folder, how):
         shutil.copytree(folder.parent / "whole", step)
 
 
-def test_a_wrong_number_in_intact_files_is_named_by_its_leaf(folder, capfd):
+def test_a_wrong_value_in_intact_files_is_reported_by_its_leaf(folder, capfd):
     record = next((folder / "6" / "record").glob("metadata"))
     fields = json.loads(record.read_text())
     assert "params/matrix" in fields["leaves"]
@@ -139,7 +139,7 @@ def test_unknown_and_unfinished_folders_are_ignored_with_a_warning(folder, capfd
     assert not (folder / step_directories.SAVING).exists()
 
 
-def test_no_new_run_begins_where_every_step_is_damaged(folder):
+def test_a_run_with_only_damaged_steps_does_not_start_anew(folder):
     for step in (3, 6):
         damage(folder / str(step) / "record" / "metadata", "zero")
     for _ in range(2):  # the second time, all of them lie aside already
@@ -151,7 +151,7 @@ def test_no_new_run_begins_where_every_step_is_damaged(folder):
     ]
 
 
-def test_another_model_is_refused_with_the_difference_and_nothing_moves(folder):
+def test_another_model_is_rejected_with_the_difference_and_no_file_moves(folder):
     other = IDENTITY | {"model": {"width": "64"}}
     with pytest.raises(ValueError, match="holds a run whose `width` is 32; got 64"):
         open_checkpoints(folder).restore(train_state(0), other, new_state)
@@ -165,7 +165,7 @@ def test_another_model_is_refused_with_the_difference_and_nothing_moves(folder):
     assert step_directories.step_numbers(folder) == [6, 3]
 
 
-def test_a_step_with_nan_counts_only_where_that_is_asked_for(folder, capfd):
+def test_a_step_with_nan_is_restored_only_on_request(folder, capfd):
     bad = train_state(9)
     bad = bad.replace(
         params=bad.params | {"half": bad.params["half"].at[2].set(jnp.nan)}
@@ -184,7 +184,7 @@ def test_a_step_with_nan_counts_only_where_that_is_asked_for(folder, capfd):
     )
 
 
-def test_the_last_every_kth_and_the_best_stay(tmp_path):
+def test_retention_keeps_the_last_every_kth_and_the_best_step(tmp_path):
     progress = RunProgress(best=((0.1, 5), (0.2, 2)))
     folder = save_steps(
         tmp_path / "steps", range(1, 10), progress, keep=2, keep_every=4, keep_best=1
@@ -192,7 +192,7 @@ def test_the_last_every_kth_and_the_best_stay(tmp_path):
     assert step_directories.step_numbers(folder) == [9, 8, 5, 4]
 
 
-def test_a_save_that_fails_says_what_it_needs_and_leaves_the_old_ones(
+def test_a_failed_save_reports_its_size_and_keeps_older_steps(
     folder, capfd, monkeypatch
 ):
     def full(*arguments):
@@ -237,7 +237,7 @@ def test_orbax_still_changes_a_step_after_its_last_hook(tmp_path):
     assert "_CHECKPOINT_METADATA" in changed
 
 
-def test_a_state_is_restored_from_its_shapes_alone_and_a_new_one_is_not_made(folder):
+def test_a_state_is_restored_from_its_shapes_without_initialising_one(folder):
     def make_no_state():
         raise AssertionError("there is a step to restore")
 

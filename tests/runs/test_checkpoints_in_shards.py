@@ -1,4 +1,4 @@
-"""A checkpoint saved from one mesh comes back bit for bit on another, and no flip goes unseen."""
+"""A checkpoint of one mesh is restored bit-exactly on another, and every bit flip is detected."""
 
 import dataclasses
 import random
@@ -31,7 +31,7 @@ def mesh_of(name):
 
 
 def train_state(step=3):
-    """A state of weights and moments that lie in shards, and of leaves that do not."""
+    """A state with sharded weights and moments, and with leaves that are not sharded."""
     noise = np.random.default_rng(step)
     params = {
         "head": {"weight": jnp.asarray(noise.normal(size=(12, 8)), jnp.bfloat16)},
@@ -50,7 +50,7 @@ def train_state(step=3):
 
 
 def saved(folder, mesh, *steps):
-    """Saves states that lie on a mesh."""
+    """Saves states that are placed on a mesh."""
     checkpoints = open_checkpoints(folder)
     for step in steps:
         placed = sharding.place(mesh, train_state(step))
@@ -68,7 +68,7 @@ def restored(folder, mesh):
 
 @pytest.mark.parametrize("after", MESHES)
 @pytest.mark.parametrize("before", MESHES)
-def test_a_state_moves_from_mesh_to_mesh_with_all_its_bits(tmp_path, before, after):
+def test_a_state_moves_between_meshes_bit_exactly(tmp_path, before, after):
     saved(tmp_path / "steps", mesh_of(before), 3)
     mesh = mesh_of(after)
     found = restored(tmp_path / "steps", mesh)
@@ -80,7 +80,7 @@ def test_a_state_moves_from_mesh_to_mesh_with_all_its_bits(tmp_path, before, aft
 
 
 @pytest.mark.slow
-def test_each_of_200_flipped_bits_is_found_in_shards(tmp_path, capfd):
+def test_each_of_200_flipped_bits_in_shards_is_detected(tmp_path, capfd):
     mesh = mesh_of("fsdp 2")
     folder = saved(tmp_path / "steps", mesh, 3, 6)
     step = folder / "6"
@@ -99,7 +99,7 @@ def test_each_of_200_flipped_bits_is_found_in_shards(tmp_path, capfd):
     assert differing(restored(folder, mesh), train_state(6)) == []
 
 
-def test_a_wrong_number_in_one_shard_is_named_by_its_leaf():
+def test_a_wrong_value_in_one_shard_is_reported_by_its_leaf():
     mesh = mesh_of("fsdp 2")
     state = train_state(3)
     checksums = leaf_checksums(sharding.place(mesh, state))

@@ -58,7 +58,7 @@ def test_any_single_bit_changes_both_lanes(dtype, shape, seed, data):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_exchanged_entries_change_it(dtype):
+def test_swapped_entries_change_the_checksum(dtype):
     array = (
         np.zeros((3, 5), bool)
         if dtype == "bool"
@@ -69,7 +69,7 @@ def test_exchanged_entries_change_it(dtype):
     assert len({lanes(array), *map(lanes, moved)}) == 4
 
 
-def test_the_sums_are_those_of_a_program_without_jax():
+def test_the_checksums_equal_those_of_numpy():
     def mixed(x):
         x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
         x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
@@ -88,7 +88,7 @@ def test_the_sums_are_those_of_a_program_without_jax():
     assert lanes(array) == "".join(f"{int(s):08x}" for s in sums)
 
 
-def test_an_array_spread_over_devices_has_the_same_fingerprint():
+def test_a_sharded_array_has_the_same_fingerprint():
     array = drawn("float32", (4, 6))
     mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
     for axes in (("data", None), (None, "data"), ()):
@@ -97,12 +97,12 @@ def test_an_array_spread_over_devices_has_the_same_fingerprint():
         assert lanes(spread) == lanes(array)
 
 
-def test_a_random_key_counts_by_its_data():
+def test_a_random_key_is_hashed_by_its_data():
     keys = [leaf_checksums(jax.random.key(seed)) for seed in (0, 1, 0)]
     assert keys[0] == keys[2] != keys[1]
 
 
-def test_damage_is_named_by_leaf_with_missing_and_further_ones():
+def test_damaged_missing_and_extra_leaves_are_named():
     tree = {"a": jnp.ones(3), "b": [jnp.zeros(2), jnp.ones((), jnp.int32)]}
     before = leaf_checksums(tree)
     assert changed_leaves(before, tree) == []
@@ -112,7 +112,7 @@ def test_damage_is_named_by_leaf_with_missing_and_further_ones():
     assert changed_leaves(before, {"b": tree["b"], "c": jnp.ones(1)}) == ["a", "c"]
 
 
-def test_the_whole_tree_has_one_that_names_and_bits_change():
+def test_names_and_bits_change_the_fingerprint_of_a_tree():
     trees = [{"a": jnp.ones(3)}, {"b": jnp.ones(3)}, {"a": jnp.ones(3).at[0].set(0)}]
     assert len({tree_checksum(tree) for tree in trees}) == 3
     assert tree_checksum(trees[0]) == tree_checksum({"a": np.ones(3, np.float32)})

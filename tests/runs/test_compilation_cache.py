@@ -1,13 +1,11 @@
-"""The folder of compiled programs: where there is none, and where the environment names it."""
+"""The compilation cache: without a folder, and with one that the environment names."""
 
 import pytest
 
 from rwkv7_jax.runs import compilation_cache
 
 
-def test_without_a_home_or_a_folder_for_programs_a_warning_is_all(
-    monkeypatch, capfd, tmp_path
-):
+def test_a_missing_home_or_cache_folder_is_only_a_warning(monkeypatch, capfd, tmp_path):
     changed = []
     monkeypatch.setattr(
         compilation_cache.jax.config, "update", lambda *pair: changed.append(pair)
@@ -31,7 +29,7 @@ def test_without_a_home_or_a_folder_for_programs_a_warning_is_all(
 
 
 @pytest.mark.parametrize("name", ["gs://no-bucket/programs", "s3://no-bucket/programs"])
-def test_a_store_that_the_environment_names_is_no_folder_here(
+def test_a_store_named_by_the_environment_creates_no_local_folder(
     monkeypatch, capfd, tmp_path, name
 ):
     changed = {}

@@ -1,4 +1,4 @@
-"""The command line of train.py becomes settings, or one sentence."""
+"""The command line of train.py gives settings, or one sentence of error."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ def get_config(size="1"):
 
 @pytest.fixture
 def parse(tmp_path, monkeypatch):
-    """From words to settings, `FILE` standing for the config's file; each time with new flags."""
+    """Parses words into settings with new flags; `FILE` stands for the config file."""
     path = tmp_path / "config.py"
     path.write_text(FILE)
     (tmp_path / "empty.py").write_text("")
@@ -45,7 +45,7 @@ def parse(tmp_path, monkeypatch):
     return parse
 
 
-def test_a_file_its_argument_and_changes_make_the_settings(parse):
+def test_settings_come_from_a_file_its_argument_and_overrides(parse):
     settings = parse(
         "--config=FILE:7", "--config.data.held_out=0.25", "--config.data.length=64"
     )
@@ -53,7 +53,7 @@ def test_a_file_its_argument_and_changes_make_the_settings(parse):
     assert (settings.data.held_out, settings.data.length) == (0.25, 64)
 
 
-def test_values_may_stand_apart_from_their_flags(parse):
+def test_a_value_may_be_the_word_after_its_flag(parse):
     words = "--config FILE:3 --config.data.length 64 --config.sample.tokens 5 --config.allow_nan"
     settings = parse(*words.split())
     assert settings.allow_nan
@@ -89,7 +89,7 @@ def test_groups_that_the_file_does_not_mention_can_be_set(parse):
         (["--config=EMPTY"], "empty.py must define `get_config`."),
     ],
 )
-def test_what_cannot_be_read_ends_the_program_in_one_line(
+def test_an_unreadable_command_line_ends_the_program_in_one_line(
     parse, capsys, words, sentence
 ):
     with pytest.raises(SystemExit) as ended:
@@ -153,7 +153,7 @@ STRANGE = [
 
 
 @pytest.mark.parametrize("kind", ["text", "number", "list"])
-def test_no_strange_text_holds_up_a_parser(kind):
+def test_no_strange_value_takes_long_to_parse(kind):
     kinds = {"text": str, "number": float, "list": tuple}
     seen = set()
     for name, hint in config_flags._TYPES.items():
@@ -179,7 +179,7 @@ def test_no_strange_text_holds_up_a_parser(kind):
 
 
 @pytest.mark.parametrize("text", ["1if", "0x1for", "'\\d'"])
-def test_python_does_not_warn_of_what_is_no_number(text):
+def test_python_does_not_warn_about_values_that_are_not_numbers(text):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         config_flags._read_value(int, text)

@@ -70,7 +70,7 @@ CHOICES = ({}, {"packing": "stream"}, {"order": "cubic"}, {"packing": "documents
 @pytest.mark.parametrize(
     "choices", CHOICES, ids=["auto", "stream", "cubic", "documents"]
 )
-def test_a_run_on_a_cache_reads_what_it_reads_on_the_source(paths, choices):
+def test_a_token_cache_gives_the_batches_of_its_source(paths, choices):
     one, two = (settings_of(path, **choices) for path in paths)
     hashes = [data_hash(data_of(settings).stream) for settings in (one, two)]
     assert hashes[0] == hashes[1]
@@ -93,7 +93,7 @@ def test_a_run_on_a_cache_reads_what_it_reads_on_the_source(paths, choices):
         ({"mode": "observer"}, "stream"),
     ],
 )
-def test_questions_are_read_from_their_begin_where_a_state_is_tuned(
+def test_state_tuning_reads_questions_from_their_beginning(
     paths, tmp_path, changes, packing
 ):
     settings = settings_of(paths[0], **changes)
@@ -111,7 +111,7 @@ def test_questions_are_read_from_their_begin_where_a_state_is_tuned(
 
 
 @pytest.mark.parametrize("packing", ["auto", "documents", "packed"])
-def test_held_out_rows_are_those_of_single_documents(paths, packing):
+def test_held_out_rows_hold_single_documents(paths, packing):
     held = held_out_rows(settings_of(paths[0], packing=packing))
     assert held["tokens"].shape == (5, 21)
     for tokens, mask in zip(held["tokens"], held["mask"], strict=True):
@@ -130,7 +130,7 @@ def test_held_out_rows_are_those_of_single_documents(paths, packing):
     ],
     ids=["auto", "stream", "cubic", "documents", "task", "anchor"],
 )
-def test_hosts_make_the_global_batch_between_them_from_any_step_on(paths, changes):
+def test_hosts_together_make_the_global_batch_from_any_step_on(paths, changes):
     settings = settings_of(**{"path": paths[1], **changes, "length": 48})
     whole = batches(settings, count=6)
     for start, hosts in itertools.product((0, 4), (2, 3)):
@@ -157,19 +157,19 @@ def test_hosts_make_the_global_batch_between_them_from_any_step_on(paths, change
         ("on_bad", "`config.data.on_bad` must be error or skip; got 'x'"),
     ],
 )
-def test_unknown_choices_are_said_in_a_sentence(name, reason):
+def test_unknown_choices_are_rejected_in_one_sentence(name, reason):
     with pytest.raises(ValueError, match=reason):
         read_settings({"data": {name: "x"}})
 
 
-def test_the_cubic_order_is_refused_for_rows_of_documents():
+def test_the_cubic_order_is_rejected_for_rows_of_documents():
     with pytest.raises(
         ValueError, match=r'`config\.data\.order` must be "shuffled" if'
     ):
         settings_of("x", order="cubic", packing="documents")
 
 
-def test_what_is_read_is_known_by_its_ids(tmp_path):
+def test_the_digests_of_texts_depend_on_their_ids(tmp_path):
     general = tmp_path / "general.txt"
     read = []
     for text in ("calm and collected " * 40, "calm and colourful " * 40):
@@ -186,7 +186,7 @@ def test_what_is_read_is_known_by_its_ids(tmp_path):
     assert one["data"] == two["data"] and one["anchor"] != two["anchor"]
 
 
-def test_the_datas_digest_sees_each_id_and_the_files_bytes(tmp_path):
+def test_the_data_digest_depends_on_each_id_or_the_bytes_of_the_file(tmp_path):
     ids = np.arange(5000, dtype=np.uint16)
     other = ids.copy()
     other[4321] += 1
@@ -202,7 +202,7 @@ def test_the_datas_digest_sees_each_id_and_the_files_bytes(tmp_path):
 
 @pytest.fixture
 def long_prompts(tmp_path):
-    """Questions of 100 bytes with short answers, every second one shorter where `short` is set."""
+    """Questions of 100 bytes with short answers; with `short` every second one is shorter."""
 
     def write(*, short=0):
         lines = []
@@ -217,7 +217,7 @@ def long_prompts(tmp_path):
     return write
 
 
-def test_prompts_longer_than_every_row_are_refused_with_the_length_that_would_do(
+def test_prompts_longer_than_every_row_are_rejected_with_a_useful_length(
     long_prompts,
 ):
     settings = settings_of(long_prompts(), packing="documents")
@@ -274,9 +274,7 @@ def test_rows_without_a_target_are_counted_and_the_share_is_described(long_promp
         ),
     ],
 )
-def test_settings_that_give_no_rows_are_refused_by_their_names(
-    paths, changes, sentence
-):
+def test_settings_that_give_no_rows_are_rejected_by_name(paths, changes, sentence):
     changes = dict(changes)
     path = changes.pop("path", "{path}").format(path=paths[0])
     if "evaluation" in changes:
@@ -291,7 +289,7 @@ def test_settings_that_give_no_rows_are_refused_by_their_names(
 @pytest.mark.parametrize(
     "lists", [{"state": "a.pth,"}, {"evaluation": {"retention": "a,,b"}}]
 )
-def test_lists_of_other_settings_have_no_empty_names(lists):
+def test_lists_of_names_have_no_empty_entries(lists):
     with pytest.raises(ValueError, match="must have a name between commas; entry 2"):
         read_settings(lists)
 

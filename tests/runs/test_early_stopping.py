@@ -25,20 +25,20 @@ def measured(values, name="held_out_bits_per_byte", kept=1, **choices):
     return course, evaluation
 
 
-def test_less_is_better_for_bits_and_more_for_accuracies():
+def test_lower_bits_and_higher_accuracies_are_better():
     course, _ = measured([3.0, 1.0, 2.0, 1.0], kept=2)
     assert course.best == ((1.0, 10), (1.0, 30)) and course.waited == 2
     course, _ = measured([0.1, 0.9, 0.5], name="copy_accuracy", kept=2)
     assert course.best_steps(1) == (10,)
 
 
-def test_a_run_ends_after_evaluations_without_a_better_one():
+def test_a_run_ends_after_evaluations_without_improvement():
     for count, ends in ((3, False), (4, True)):
         course, evaluation = measured([1.0, 2.0, 2.0, float("nan")][:count], patience=3)
         assert (course.stop_reason(evaluation) is not None) == ends
 
 
-def test_a_run_ends_when_its_measure_is_enough():
+def test_a_run_ends_when_its_measure_reaches_enough():
     for values, ends in (([0.2, 0.8], False), ([0.2, 0.98], True)):
         course, evaluation = measured(values, name="held_out_reward", enough=0.97)
         assert (course.stop_reason(evaluation) is not None) == ends
@@ -47,7 +47,7 @@ def test_a_run_ends_when_its_measure_is_enough():
 @pytest.mark.parametrize(
     "changes", [{"windows": 8}, {"length": 64}, {"measure": "other"}, OTHER_TEXT]
 )
-def test_numbers_of_other_evaluations_do_not_count(changes):
+def test_results_of_other_evaluations_do_not_count(changes):
     was = EvaluationSettings()
     course = RunProgress().for_evaluation(was, 0)
     numbers = {"held_out_bits_per_byte": logged_metric("held_out_bits_per_byte", 1.0)}
@@ -61,20 +61,20 @@ def test_numbers_of_other_evaluations_do_not_count(changes):
     assert kept.for_evaluation(EvaluationSettings(**changes), 30) == kept
 
 
-def test_how_often_and_how_patiently_is_no_other_evaluation():
+def test_interval_and_patience_do_not_make_another_evaluation():
     course = RunProgress().for_evaluation(EvaluationSettings(), 0)
     other = EvaluationSettings(every=5, patience=3, enough=0.5, retention="stdlib")
     assert course.for_evaluation(other, 20) == course
 
 
-def test_a_checkpoint_that_did_not_know_its_evaluations_goes_on():
+def test_a_checkpoint_without_a_digest_of_its_evaluations_resumes():
     fields = RunProgress(evaluated=10, best=((1.0, 10),)).to_json()
     del fields["reads"], fields["since"]
     course = RunProgress.from_json(fields)
     assert course.for_evaluation(EvaluationSettings(), 10).best == ((1.0, 10),)
 
 
-def test_a_measure_that_is_not_taken_is_refused_by_name():
+def test_an_unknown_measure_is_rejected_by_name():
     with pytest.raises(
         ValueError, match=r"must be one of held_out_bits_per_byte, other; got"
     ):

@@ -35,7 +35,9 @@ FULL = "Failed to write 624898 bytes to file 4: No space left on device [os_erro
         (Stopped("no", 75), 75),
     ],
 )
-def test_each_end_has_its_code_and_says_why_on_the_last_line(error, code, capfd):
+def test_each_error_has_its_code_and_gives_its_reason_on_the_last_line(
+    error, code, capfd
+):
     with pytest.raises(SystemExit) as caught, exit_with_code("train.py"):
         raise error
     assert caught.value.code == code
@@ -50,7 +52,7 @@ LOST = (
 
 @pytest.fixture
 def joined(monkeypatch):
-    """Lets this process seem to have joined others."""
+    """Makes this process appear to have joined others."""
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
 
 
@@ -59,7 +61,7 @@ def test_a_lost_process_has_code_6():
     assert [exit_code(error) for error in LOST] == [6, 6]
 
 
-def test_a_run_of_one_process_loses_no_other():
+def test_a_run_of_one_process_cannot_lose_a_process():
     assert [exit_code(error) for error in LOST] == [2, None]
 
 
@@ -81,7 +83,7 @@ PATHS = ("Gloom.txt", "Gloo failed", "out_of_memory/x", "no space left on device
         (lambda path: DiskError(f"`--workdir` {path} cannot be written."), 5),
     ],
 )
-def test_a_path_does_not_change_the_code(error, code, path):
+def test_words_in_a_path_do_not_change_the_code(error, code, path):
     made = error(path)
     assert exit_code(made) == code
     assert not is_out_of_memory(made)
@@ -92,7 +94,7 @@ def test_a_path_does_not_change_the_code(error, code, path):
 
 
 @pytest.mark.parametrize("code", [1, 2, 7, 126, 130, 256, -1])
-def test_a_stopped_run_takes_no_code_that_means_something_else(code):
+def test_a_stopped_code_with_another_meaning_is_rejected(code):
     assert [check_stopped_code(free) for free in (0, 8, 75, 125)] == [0, 8, 75, 125]
     with pytest.raises(ValueError, match=f"`--stopped_code` must be 0 .*; got {code}."):
         check_stopped_code(code)

@@ -1,4 +1,4 @@
-"""Runs whose copy, or whose shards, lie in Google Cloud Storage, by its own protocol."""
+"""Runs whose backup or shards are in Google Cloud Storage, through its own protocol."""
 
 import importlib.util
 
@@ -14,7 +14,7 @@ from rwkv7_jax.runs.settings import Settings
 
 @pytest.fixture(scope="module")
 def bucket():
-    """A bucket, and the environment in which programs find it."""
+    """A bucket, and the environment variables by which programs find it."""
     with serve_storage() as served, pytest.MonkeyPatch.context() as patch:
         for name, value in served[1].items():
             patch.setenv(name, value)
@@ -27,7 +27,7 @@ def restored(workdir, settings):
         return int(train.step), [row["step"] for row in folder.rows()]
 
 
-def test_a_fresh_machine_continues_and_a_living_process_is_left_alone(
+def test_a_new_machine_resumes_unless_a_live_process_uses_the_store(
     bucket, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(backup, "HEARTBEAT_SECONDS", 0.2)
@@ -49,7 +49,7 @@ def test_a_fresh_machine_continues_and_a_living_process_is_left_alone(
 @pytest.mark.skipif(
     importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed"
 )
-def test_two_processes_keep_their_shards_there(bucket, tmp_path):
+def test_two_processes_keep_their_shards_in_the_bucket(bucket, tmp_path):
     run = {
         **SMALLEST,
         "mesh": "fsdp=2",

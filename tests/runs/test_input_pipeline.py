@@ -1,4 +1,4 @@
-"""The batches of a run: from data, ahead of their use, or from the trainables."""
+"""The batches of a run: prefetched from data, or sampled with the current parameters."""
 
 import time
 
@@ -12,7 +12,7 @@ from rwkv7_jax.test_time.tuning_loop import StateBatchSource
 
 
 def numbered(step: int) -> Batch:
-    """Makes a batch of two rows that tells its step."""
+    """Makes a batch of two rows that contains its step."""
     tokens = np.full((2, 5), step, np.int32)
     return Batch(tokens=tokens, mask=np.ones((2, 4), np.float32))
 
@@ -61,7 +61,7 @@ class Drawn(StateBatchSource):
         return numbered(step) if step else None
 
 
-def test_a_drawn_batch_sees_the_trainables_of_its_step():
+def test_a_sampled_batch_depends_on_the_parameters_of_its_step():
     source = Drawn()
     feed = DrawnBatches(source, None)
     assert feed(0, lambda: "before") is None

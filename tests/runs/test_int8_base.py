@@ -1,4 +1,4 @@
-"""Runs whose frozen model is held in 8 bits, and those that cannot be."""
+"""Runs that hold a frozen model in 8 bits, and runs that cannot."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ def base(tmp_path_factory):
     return path
 
 
-def test_a_mode_that_freezes_its_model_holds_it_in_8_bits(base, tmp_path):
+def test_a_frozen_model_is_held_in_8_bits(base, tmp_path):
     settings = mode_settings("state", base)
     settings = dataclasses.replace(settings, model={"weights": "int8"})
     mode = make_mode(settings, tmp_path)
@@ -32,7 +32,7 @@ def test_a_mode_that_freezes_its_model_holds_it_in_8_bits(base, tmp_path):
     assert mode.memory_estimate().parameters == held + trained
 
 
-def test_weights_that_are_trained_are_not_held_in_8_bits(base, tmp_path):
+def test_trained_weights_cannot_be_held_in_8_bits(base, tmp_path):
     settings = mode_settings("pretrain", base)
     values = {"mode": "pretrain", "init": str(base), "model": {"weights": "int8"}}
     sentence = (
@@ -53,7 +53,7 @@ def test_weights_that_are_trained_are_not_held_in_8_bits(base, tmp_path):
         ("observer", "int8", r"`config.observer.model.weights` is not a setting"),
     ],
 )
-def test_other_values_and_places_are_refused(where, value, sentence):
+def test_other_values_and_other_models_are_rejected(where, value, sentence):
     group = {"weights": value}
     values = {"model": group} if where == "model" else {"observer": {"model": group}}
     with pytest.raises(ValueError, match=sentence):

@@ -1,4 +1,4 @@
-"""A continued run deletes no checkpoint that its own settings did not make, and nothing foreign."""
+"""A resumed run deletes no foreign entry and no checkpoint of other retention settings."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ STRAYS = ["007", "٣", "1" * 5000, "-3", "3.0", "+4", " 5", "1e3", "0x10", "1234
 
 
 def save_here(workdir, step, **settings):
-    """Opens the run's directory as the program does, saves a step, and closes it."""
+    """Opens the run directory as the program does, saves a step, and closes the directory."""
     with OwnedRunDirectory(workdir, Settings(**settings)) as directory:
         directory.checkpoints.save(train_state(step), PROGRESS, IDENTITY)
         directory.checkpoints.close()
@@ -44,7 +44,7 @@ def save_here(workdir, step, **settings):
         {"keep": 3, "evaluation": EvaluationSettings(patience=2)},
     ],
 )
-def test_retention_spares_what_other_settings_of_retention_made(tmp_path, changes):
+def test_retention_keeps_steps_saved_under_other_retention_settings(tmp_path, changes):
     for step in (10, 20, 30):
         save_here(tmp_path, step, keep=3)
     assert save_here(tmp_path, 40, **changes) == [40, 30, 20, 10]
@@ -52,7 +52,7 @@ def test_retention_spares_what_other_settings_of_retention_made(tmp_path, change
     assert set(save_here(tmp_path, 50, **changes)) >= {50, 30, 20, 10}
 
 
-def test_retention_goes_on_where_a_run_is_continued_with_the_same_settings(tmp_path):
+def test_retention_continues_in_a_run_resumed_with_the_same_settings(tmp_path):
     for step in (10, 20, 30):
         found = save_here(tmp_path, step, keep=2)
     assert found == [30, 20]
@@ -61,7 +61,7 @@ def test_retention_goes_on_where_a_run_is_continued_with_the_same_settings(tmp_p
 
 
 @pytest.mark.parametrize("junk", ["", "[", "[1", "{}", "3", "[[[[", "\0", '["x"]'])
-def test_damaged_notes_of_a_run_directory_are_no_traceback(
+def test_damaged_files_of_a_run_directory_cause_no_traceback(
     tmp_path, junk, capfd, monkeypatch
 ):
     # A lock that names no machine is watched for some heartbeats.
@@ -79,7 +79,7 @@ def test_damaged_notes_of_a_run_directory_are_no_traceback(
 
 
 @pytest.mark.parametrize("name", ["settings.json", "protected_steps.json"])
-def test_a_deeply_nested_note_is_read_as_a_damaged_one(tmp_path, name):
+def test_a_deeply_nested_file_counts_as_damaged(tmp_path, name):
     save_here(tmp_path, 10, keep=1)
     (tmp_path / name).write_text("[" * 200_000)
     assert save_here(tmp_path, 20, keep=1)[0] == 20
@@ -87,7 +87,7 @@ def test_a_deeply_nested_note_is_read_as_a_damaged_one(tmp_path, name):
 
 @pytest.mark.parametrize("name", STRAYS)
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_strays_with_the_names_of_numbers_are_passed_over(tmp_path, name, kind):
+def test_foreign_entries_with_numeric_names_are_ignored(tmp_path, name, kind):
     if len(name) > 200:
         name = name[:200]
     stray = tmp_path / name
@@ -103,7 +103,7 @@ def test_strays_with_the_names_of_numbers_are_passed_over(tmp_path, name, kind):
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_stray_under_the_number_of_a_step_is_neither_deleted_nor_counted(
+def test_a_foreign_entry_named_like_a_step_is_neither_deleted_nor_counted(
     tmp_path, kind
 ):
     save_steps(tmp_path, [3, 4])
@@ -125,7 +125,7 @@ def test_a_stray_under_the_number_of_a_step_is_neither_deleted_nor_counted(
 
 
 @pytest.mark.parametrize("deleted", ["checkpoints", "."])
-def test_a_folder_that_is_deleted_during_a_run_is_made_again(tmp_path, deleted, capfd):
+def test_a_folder_deleted_during_a_run_is_created_again(tmp_path, deleted, capfd):
     workdir = tmp_path / "run"
     with OwnedRunDirectory(workdir, Settings()) as directory:
         directory.log(1, {"loss": 1.0})
@@ -137,7 +137,7 @@ def test_a_folder_that_is_deleted_during_a_run_is_made_again(tmp_path, deleted, 
     assert step_numbers(workdir / "checkpoints") == [2]
 
 
-def test_paths_do_not_count_where_their_contents_are_compared(tmp_path):
+def test_paths_are_ignored_if_their_contents_are_compared(tmp_path):
     here = tmp_path / "a.jsonl"
     there = tmp_path / "moved" / "b.jsonl"
     there.parent.mkdir()
@@ -167,7 +167,7 @@ def test_records_without_digests_of_contents_compare_paths_in_any_spelling(tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3, 4])
-def test_a_run_continued_with_fewer_steps_ends_and_keeps_its_checkpoints(
+def test_a_run_resumed_with_fewer_steps_ends_and_keeps_its_checkpoints(
     tmp_path, steps, capfd
 ):
     save_base_model(tmp_path / "base.pth")

@@ -1,4 +1,4 @@
-"""Running out of memory is one sentence with the estimate and what to change, and exit code 7."""
+"""Out of memory gives exit code 7 and one sentence with an estimate and what to change."""
 
 import subprocess
 import sys
@@ -42,7 +42,7 @@ def test_every_platforms_message_ends_with_code_7_on_one_line(error, capfd):
     assert "`config.data.batch_size`" in said
 
 
-def test_a_cause_counts_and_other_errors_do_not():
+def test_an_out_of_memory_cause_counts_and_other_errors_do_not():
     try:
         raise RuntimeError("the thread ended") from MemoryError()
     except RuntimeError as error:
@@ -53,7 +53,7 @@ def test_a_cause_counts_and_other_errors_do_not():
 
 
 @pytest.mark.parametrize("mode", ["pretrain", "state", "observer"])
-def test_the_sentence_has_the_estimate_the_largest_part_and_what_to_change(
+def test_the_message_has_the_estimate_its_largest_part_and_what_to_change(
     mode, tmp_path, capfd
 ):
     save_base_model(tmp_path / "base.pth")
@@ -74,7 +74,7 @@ def test_the_sentence_has_the_estimate_the_largest_part_and_what_to_change(
 
 
 def mesh_of(data, fsdp, sequence):
-    """A mesh of one device many times: its sizes are all that an estimate reads."""
+    """A mesh that repeats one device: an estimate reads only the sizes of a mesh."""
     devices = np.array([jax.devices()[0]] * (data * fsdp * sequence))
     return Mesh(devices.reshape(data, fsdp, sequence, 1), sharding.AXES)
 
@@ -83,7 +83,7 @@ def mesh_of(data, fsdp, sequence):
     ("sizes", "rows", "length"),
     [((2, 1, 1), 4, 24), ((2, 2, 1), 2, 24), ((1, 1, 3), 8, 8), ((2, 1, 5), 4, 5)],
 )
-def test_the_estimate_is_of_the_rows_and_tokens_that_one_device_has(
+def test_the_estimate_counts_the_rows_and_tokens_of_one_device(
     tmp_path, sizes, rows, length
 ):
     save_base_model(tmp_path / "base.pth")
@@ -104,7 +104,7 @@ def test_the_estimate_is_of_the_rows_and_tokens_that_one_device_has(
         assert shared == own
 
 
-def test_each_device_has_whole_rows_of_its_share_of_a_stack(tmp_path):
+def test_a_device_holds_the_activations_of_its_own_states_of_a_stack(tmp_path):
     save_base_model(tmp_path / "base.pth")
     base = tmp_path / "base.pth"
     texts = {"poet": "task:mapping", "cook": "task:facts-8", "judge": "task:dictionary"}
@@ -120,7 +120,7 @@ def test_each_device_has_whole_rows_of_its_share_of_a_stack(tmp_path):
         assert shared.parameters == own.parameters + 2 * trained
 
 
-def test_a_memorys_features_are_estimated_of_a_devices_own_tokens(tmp_path):
+def test_the_features_of_a_memory_are_estimated_for_the_tokens_of_one_device(tmp_path):
     save_base_model(tmp_path / "base.pth")
     base = tmp_path / "base.pth"
     mode = make_mode(mode_settings("upscaled_state", base), tmp_path)
@@ -129,7 +129,7 @@ def test_a_memorys_features_are_estimated_of_a_devices_own_tokens(tmp_path):
     assert shared == make_mode(short, tmp_path).memory_estimate()
 
 
-def test_rows_that_devices_cannot_share_are_estimated_on_each(tmp_path):
+def test_rows_that_do_not_divide_are_estimated_on_every_device(tmp_path):
     save_base_model(tmp_path / "base.pth")
     mode = make_mode(mode_settings("state", tmp_path / "base.pth"), tmp_path)
     assert mode.memory_estimate(mesh_of(3, 1, 1)) == mode.memory_estimate()

@@ -1,4 +1,4 @@
-"""The logger's clock: a line's speed is that of its own steps, however late it is written."""
+"""The logger's clock: a line has the speed of its own steps, even if it is written late."""
 
 import time
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def _named(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 class _Clock:
-    """Seconds that pass only where a test says so."""
+    """A clock that only a test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 100.0
@@ -48,7 +48,7 @@ def _logger(
     progress: Progress | None = None,
     rates: Callable[[Any], Any] = _half,
 ) -> tuple[MetricsLogger, dict[int, Any]]:
-    """Returns a logger, and the numbers that it logs by their step."""
+    """Returns a logger, and the metrics that it logs by their step."""
     lines: dict[int, Any] = {}
     settings = Settings(steps=steps, log_every=log_every)
     mode = SimpleNamespace(
@@ -78,7 +78,7 @@ def _take(logger: MetricsLogger, number: int) -> None:
 
 
 @pytest.mark.parametrize(("steps", "log_every"), [(12, 10), (5, 1), (7, 3), (2, 10)])
-def test_every_line_has_the_speed_of_its_own_steps(
+def test_every_logged_line_has_the_speed_of_its_own_steps(
     monkeypatch, unchecked, steps, log_every
 ):
     clock = _Clock(monkeypatch)
@@ -93,7 +93,7 @@ def test_every_line_has_the_speed_of_its_own_steps(
         assert line["tokens_per_second"] == pytest.approx(_TOKENS / 2), number
 
 
-def test_time_that_is_no_training_does_not_count(monkeypatch, unchecked):
+def test_time_outside_training_does_not_count(monkeypatch, unchecked):
     clock = _Clock(monkeypatch)
     logger, lines = _logger(6, 3)
     for number in range(1, 7):

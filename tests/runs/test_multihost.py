@@ -1,4 +1,4 @@
-"""Several processes make one run: together, when one is lost, and when one is told to stop."""
+"""One run of several processes: in normal operation, after a lost process, and after a signal."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def saved(workdir, processes):
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
-    """A run that lost its second process; its folder, and how the first one ended."""
+    """The folder of a run that lost its second process, and how the first one ended."""
     folder = tmp_path_factory.mktemp("broken")
     one, other = pair(folder, steps=1_000_000)
     saved(folder, (one, other))
@@ -60,7 +60,7 @@ def broken(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_process_that_loses_the_other_ends_and_says_why(broken):
+def test_a_process_that_loses_the_other_ends_and_gives_the_reason(broken):
     _, code, error, seconds = broken
     print(f"{seconds:.1f} s, exit code {code}")
     assert seconds < 60
@@ -69,7 +69,7 @@ def test_a_process_that_loses_the_other_ends_and_says_why(broken):
 
 
 @pytest.mark.slow
-def test_both_continue_from_process_0s_checkpoint_to_the_unbroken_runs_bits(
+def test_both_processes_resume_bit_exactly_from_the_checkpoint_of_process_0(
     broken, tmp_path
 ):
     folder = broken[0]
@@ -101,7 +101,7 @@ def test_a_signal_to_one_process_saves_one_step_and_ends_both(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_ends_the_first_process_ends_the_others_alike(tmp_path):
+def test_an_error_of_process_0_ends_the_others_with_the_same_message(tmp_path):
     (tmp_path / "taken").write_text("")
     for process in pair(tmp_path / "taken"):
         assert "taken cannot be written" in last_line(finish(process, 5)[1])
@@ -123,20 +123,18 @@ def test_what_ends_the_first_process_ends_the_others_alike(tmp_path):
         ("", 0, "`--coordinator` must say where the first of `--processes` is."),
     ],
 )
-def test_a_process_that_does_not_say_which_it_is_is_refused(
-    coordinator, process, sentence
-):
+def test_a_process_without_its_number_is_rejected(coordinator, process, sentence):
     with pytest.raises(ValueError, match=sentence):
         join(coordinator, processes=2, process=process)
 
 
-def test_a_single_process_asks_nobody():
+def test_a_single_process_needs_no_other():
     assert group_of_run().from_process_0(lambda: "done") == "done"
     assert exit_code(EndedElsewhere("no", 3)) == 3
 
 
 @pytest.mark.slow
-def test_processes_share_states_and_rates_that_they_do_not_divide(tmp_path):
+def test_states_and_rates_need_not_divide_among_processes(tmp_path):
     base = tmp_path / "base.pth"
     save_base_model(base)
     run = {

@@ -30,7 +30,7 @@ def run_python(code: str, **options) -> subprocess.Popen:
     )
 
 
-def test_a_signal_is_a_request_and_ends_what_may_be_interrupted():
+def test_a_signal_is_a_stop_request_and_ends_an_interruptible_block():
     with StopSignals() as stop:
         assert not stop.should_stop()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -45,7 +45,7 @@ def test_a_signal_is_a_request_and_ends_what_may_be_interrupted():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_run_that_a_signal_stops_has_the_exit_code_that_was_asked_for():
+def test_a_run_stopped_by_a_signal_has_the_requested_exit_code():
     for code in (0, 75):
         stop = StopSignals(code)
         with stop, pytest.raises(Stopped) as ended, stop.interruptible():
@@ -68,7 +68,7 @@ def test_a_program_without_a_loop_has_the_shells_code_for_a_signal(name):
     assert ended.value.code == 128 + number
 
 
-def test_an_interrupt_that_is_held_ends_nothing_and_a_second_one_does():
+def test_a_held_interrupt_ends_nothing_but_a_second_one_does():
     stop = StopSignals(None)
     with stop, pytest.raises(Stopped, match="SIGINT"), stop.interruptible():
         for _ in range(2):
@@ -140,7 +140,7 @@ def test_a_signal_ends_commands_and_programs_with_the_shells_code(code, said):
     assert (child.returncode, out, error) == (143, "", said)
 
 
-def test_several_processes_stop_when_their_vote_says_so():
+def test_several_processes_stop_by_their_common_vote():
     wishes = []
 
     def vote(wish: bool) -> bool:
@@ -163,7 +163,7 @@ with StopSignals({code}):
 """
 
 
-def test_a_second_interrupt_ends_a_program_that_runs_no_python():
+def test_a_second_interrupt_ends_a_program_that_is_busy_in_c():
     # Its main thread is inside one call of C, as while it compiles: no signal handler runs there.
     child = run_python(BUSY.format(code=75))
     assert child.stdout.readline() == "busy\n"
@@ -175,7 +175,7 @@ def test_a_second_interrupt_ends_a_program_that_runs_no_python():
 
 
 @pytest.mark.parametrize(("asked", "code"), [(0, 0), (75, 75), (None, 143)])
-def test_a_first_signal_ends_a_program_that_does_not_ask_and_has_nothing_to_save(
+def test_a_signal_ends_a_program_that_does_not_poll_and_has_nothing_to_save(
     asked, code
 ):
     child = run_python(BUSY.format(code=asked))
@@ -186,7 +186,7 @@ def test_a_first_signal_ends_a_program_that_does_not_ask_and_has_nothing_to_save
     assert "stopped by SIGTERM; there was nothing to save" in error
 
 
-def test_jax_still_notices_no_signal_in_a_run_of_one_process():
+def test_jax_still_ignores_signals_in_a_run_of_one_process():
     # When this fails, JAX's preemption service could take the place of our signal handlers.
     with StopSignals():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -206,7 +206,7 @@ for _ in range(3):
 
 
 @pytest.mark.parametrize("quiet", [True, False])
-def test_output_that_nobody_reads_does_not_end_a_program(quiet):
+def test_output_without_a_reader_does_not_end_a_program(quiet):
     child = run_python(PRINT_ON.format(quiet=quiet), stdin=subprocess.PIPE)
     assert child.stdout.readline() == "first\n"
     child.stdout.close()
@@ -222,7 +222,7 @@ def test_output_that_nobody_reads_does_not_end_a_program(quiet):
 
 @pytest.fixture
 def unraisable(monkeypatch):
-    """What Python's hook for errors that nobody can catch is called with."""
+    """The argument of `sys.unraisablehook`."""
     found = []
     monkeypatch.setattr(sys, "unraisablehook", found.append)
     yield found
@@ -240,7 +240,7 @@ read()
 
 
 @pytest.mark.parametrize("quiet", [True, False])
-def test_a_read_that_was_never_started_complains_only_without_the_filter(quiet):
+def test_a_read_that_never_started_warns_only_without_the_filter(quiet):
     child = run_python(ABANDON.format(quiet=quiet))
     _, error = child.communicate(timeout=60)
     assert child.returncode == 0
@@ -256,7 +256,7 @@ warnings.warn("of Python", RuntimeWarning)
 """
 
 
-def test_warnings_for_users_are_one_line_and_others_name_their_place():
+def test_warnings_for_users_are_one_line_and_others_name_their_location():
     child = run_python(WARN)
     _, error = child.communicate(timeout=60)
     first, *others = error.splitlines()
@@ -305,9 +305,7 @@ with program("train.py"):
 
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-", "<&-", ">/dev/full"])
 @pytest.mark.parametrize("encoding", ["cp1252", "gbk", "ascii"])
-def test_streams_that_are_closed_full_or_narrow_end_no_program(
-    tmp_path, closed, encoding
-):
+def test_closed_full_or_narrow_streams_do_not_end_a_program(tmp_path, closed, encoding):
     path = tmp_path / "result"
     code = CLOSED.format(path=str(path))
     words = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code]
@@ -320,7 +318,7 @@ def test_streams_that_are_closed_full_or_narrow_end_no_program(
     assert b"Traceback" not in ended.stderr
 
 
-def test_a_reader_that_leaves_the_help_is_no_error():
+def test_closing_the_pipe_of_the_help_is_not_an_error():
     reader, writer = os.pipe()
     os.close(reader)
     words = [sys.executable, "eval.py", "--help"]

@@ -8,7 +8,7 @@ from rwkv7_jax.runs.monitoring.profiler import ProfileWindow
 
 
 @pytest.mark.parametrize("process", [0, 1])
-def test_process_0_alone_traces_its_steps_and_no_others(
+def test_only_process_0_traces_and_only_the_chosen_steps(
     tmp_path, monkeypatch, capsys, process
 ):
     monkeypatch.setattr(jax, "process_index", lambda: process)

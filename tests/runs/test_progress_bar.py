@@ -15,13 +15,13 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds, which the test sets."""
+    """A clock that the test sets."""
     now = [0.0]
     monkeypatch.setattr(progress_bar.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_a_terminal_gets_one_line_that_is_rewritten(clock):
+def test_a_terminal_gets_one_redrawn_line(clock):
     terminal = Terminal()
     bar = ProgressBar(4, "train", file=terminal)
     for done in range(1, 5):
@@ -35,7 +35,7 @@ def test_a_terminal_gets_one_line_that_is_rewritten(clock):
     )
 
 
-def test_a_file_gets_a_plain_line_a_tenth_and_every_few_seconds(clock):
+def test_a_file_gets_at_most_one_plain_line_per_tenth_and_few_seconds(clock):
     file = io.StringIO()
     bar = ProgressBar(100, "train", file=file)
     for done in range(1, 101):
@@ -54,7 +54,7 @@ def test_a_file_gets_a_plain_line_a_tenth_and_every_few_seconds(clock):
     assert "\r" not in file.getvalue() and "\x1b" not in file.getvalue()
 
 
-def test_nothing_to_do_is_done(clock):
+def test_a_total_of_zero_is_complete(clock):
     file = io.StringIO()
     ProgressBar(0, "read", file=file).update(1)
     assert file.getvalue() == "read 100%  0:00 left\n"
@@ -62,7 +62,7 @@ def test_nothing_to_do_is_done(clock):
 
 @pytest.mark.parametrize("error", [BrokenPipeError, OSError, ValueError])
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_a_stream_that_is_lost_does_not_end_the_work(stream, error, monkeypatch):
+def test_a_closed_stream_does_not_end_the_work(stream, error, monkeypatch):
     lost = stream()
 
     def fail(text):
@@ -75,7 +75,7 @@ def test_a_stream_that_is_lost_does_not_end_the_work(stream, error, monkeypatch)
     bar.close()
 
 
-def test_an_error_while_bytes_are_read_has_a_line_of_its_own(monkeypatch):
+def test_an_error_during_byte_progress_gets_its_own_line(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(progress_bar.sys, "stdout", terminal)
     with pytest.raises(ValueError), byte_progress("reading") as progress:

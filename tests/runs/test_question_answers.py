@@ -1,4 +1,4 @@
-"""Questions of files: which are asked, and the share of right answers from every state."""
+"""Questions of files: which are asked, and the accuracy from every state."""
 
 import json
 
@@ -54,9 +54,7 @@ def ids(number):
     return tuple(TOKENIZER.encode(record(number)["prompt"]))
 
 
-def test_the_share_of_right_answers_is_that_of_the_models_own_words(
-    comparison, tmp_path
-):
+def test_the_accuracy_is_that_of_the_models_own_answers(comparison, tmp_path):
     prompts = [ids(number) for number in range(COUNT)]
     drawn = generate(
         comparison.model, comparison.params, prompts, tokens=4, temperature=0
@@ -85,7 +83,7 @@ def test_the_share_of_right_answers_is_that_of_the_models_own_words(
     assert len(second) <= 100
 
 
-def test_the_first_questions_are_asked_where_there_is_a_limit(tmp_path):
+def test_a_limit_selects_the_first_questions(tmp_path):
     path = tmp_path / "qa.jsonl"
     write(path, [record(number) for number in range(COUNT)])
     asked = AskedQuestions.read(settings_of(path, limit=3), TOKENIZER)
@@ -102,20 +100,20 @@ def test_questions_without_a_known_answer_are_counted(tmp_path):
 
 
 def held_out_ids(count):
-    """Returns the questions that text of a share of 0.3 holds out."""
+    """Returns the questions that text data holds out with a share of 0.3."""
     threshold = held_out_threshold(0.3)
     hashes = [parse_record(record(number)).content_hash() for number in range(count)]
     return [ids(number) for number in range(count) if hashes[number] < threshold]
 
 
 def run_folder(folder, settings):
-    """Makes what a run leaves: its settings, and the name of a state."""
+    """Writes the settings of a run; returns the path of a state."""
     folder.mkdir()
     (folder / "settings.json").write_text(json.dumps(as_config(settings)))
     return str(folder / "state.pth")
 
 
-def test_what_a_run_on_text_learnt_from_is_left_out(tmp_path):
+def test_training_questions_of_a_run_on_text_are_left_out(tmp_path):
     trained = tmp_path / "qa.jsonl"
     records = [record(number) for number in range(40)]
     write(trained, records)
@@ -135,7 +133,7 @@ def test_what_a_run_on_text_learnt_from_is_left_out(tmp_path):
     assert asked.prompts == [*held_out, ids(40)]
 
 
-def test_what_a_run_on_questions_learnt_from_is_left_out(tmp_path):
+def test_training_questions_of_a_run_on_questions_are_left_out(tmp_path):
     path = tmp_path / "qa.jsonl"
     write(path, [record(number) for number in range(COUNT)])
     data = {"path": str(path), "held_out": 0.3}
@@ -147,7 +145,7 @@ def test_what_a_run_on_questions_learnt_from_is_left_out(tmp_path):
     assert sorted(asked.prompts) == sorted(map(tuple, measured))
 
 
-def test_a_state_of_several_is_compared_with_its_own_text(tmp_path):
+def test_one_of_several_states_is_compared_with_its_own_text(tmp_path):
     path = tmp_path / "qa.jsonl"
     write(path, [record(number) for number in range(40)])
     states = {"one": str(path), "two": "elsewhere.txt"}
@@ -160,7 +158,7 @@ def test_a_state_of_several_is_compared_with_its_own_text(tmp_path):
     assert asked.prompts == held_out_ids(40)
 
 
-def test_it_is_said_where_nothing_is_known_of_a_state(tmp_path):
+def test_a_state_of_unknown_origin_gets_a_note(tmp_path):
     path = tmp_path / "qa.jsonl"
     write(path, [record(0), record(1)])
     asked = AskedQuestions.read(settings_of(path, state="a.pth"), TOKENIZER)
@@ -184,13 +182,13 @@ def test_it_is_said_where_nothing_is_known_of_a_state(tmp_path):
         {"data": {"path": ""}, "seed": -1.5},
     ],
 )
-def test_settings_of_another_program_say_nothing_of_a_state(tmp_path, other):
+def test_settings_of_another_program_are_ignored(tmp_path, other):
     (tmp_path / "settings.json").write_text(json.dumps(other))
     settings = read_settings({"state": str(tmp_path / "state.pth")})
     assert tuning_records(settings) == {settings.state: None}
 
 
-def test_a_file_that_was_learnt_in_full_is_refused(tmp_path):
+def test_a_file_that_was_all_trained_on_is_rejected(tmp_path):
     path = tmp_path / "qa.jsonl"
     write(path, [record(0), record(1)])
     settings = settings_of(path, data={"path": str(path), "held_out": 0.0})

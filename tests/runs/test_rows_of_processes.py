@@ -1,4 +1,4 @@
-"""Of several processes each makes its own rows: together all rows of a batch, and no row twice."""
+"""Each of several processes makes its own rows: together all rows of a batch, and none twice."""
 
 import itertools
 
@@ -20,7 +20,7 @@ STEPS = 2
 
 
 class Made(BatchSource):
-    """What a mode asks to be placed on the devices, made at once."""
+    """The batches that a mode asks for, made at once and left on the host."""
 
     def __init__(self, batches, mesh, *, rows=None):
         del mesh
@@ -36,7 +36,7 @@ class Made(BatchSource):
 
 @pytest.fixture
 def make_rows(monkeypatch):
-    """Makes the batches of a mode as the process that has some of the rows."""
+    """Makes the batches of a mode as a process with some of the rows does."""
     for module in ("dataset", "stack"):
         path = f"rwkv7_jax.runs.modes.{module}.PrefetchedBatches"
         monkeypatch.setattr(path, Made)
@@ -82,7 +82,7 @@ def modes(folder):
     return {name: (mode, 12 if name == "states" else 4) for name, mode in made.items()}
 
 
-def test_each_process_makes_its_own_rows_and_all_make_the_batch(tmp_path, make_rows):
+def test_each_process_makes_its_own_rows_of_the_batch(tmp_path, make_rows):
     for name, (mode, _) in modes(tmp_path).items():
         whole, counted = make_rows(mode)
         rows = len(whole.batches[0].tokens)
@@ -103,7 +103,7 @@ def test_each_process_makes_its_own_rows_and_all_make_the_batch(tmp_path, make_r
 
 
 @pytest.mark.parametrize(("prompts", "own"), [(3, slice(0, 6)), (2, slice(None))])
-def test_prompts_at_test_time_that_processes_do_not_divide_are_refused(
+def test_test_time_prompts_that_do_not_divide_among_processes_are_rejected(
     tmp_path, monkeypatch, prompts, own
 ):
     base = tmp_path / "base.pth"

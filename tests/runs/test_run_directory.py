@@ -1,4 +1,4 @@
-"""The directory of a run: what is cut on a resume, and which directories are refused."""
+"""The run directory: which lines a resume drops, and which directories are rejected."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from rwkv7_jax.runs.run_directory import OwnedRunDirectory
 from rwkv7_jax.runs.settings import OptimizerSettings, Settings
 
 
-def test_metrics_after_the_restored_step_are_cut_and_broken_lines_forgiven(tmp_path):
+def test_metrics_after_the_restored_step_are_dropped_and_broken_lines_ignored(tmp_path):
     with OwnedRunDirectory(tmp_path, Settings()) as folder:
         for step in (1, 2, 3):
             folder.log(step, {"loss_nats": 0.5 * step, "learning_rate": 0.1})
@@ -26,7 +26,7 @@ def test_metrics_after_the_restored_step_are_cut_and_broken_lines_forgiven(tmp_p
     assert "resume" in (tmp_path / "report.html").read_text()
 
 
-def test_a_directory_of_other_settings_is_refused_by_the_setting(tmp_path):
+def test_a_directory_with_other_settings_is_rejected_by_the_setting(tmp_path):
     with OwnedRunDirectory(tmp_path, Settings()):
         (tmp_path / "checkpoints" / "5").mkdir()
     other = Settings(optimizer=OptimizerSettings(learning_rate=0.5), log_every=3)
@@ -38,7 +38,7 @@ def test_a_directory_of_other_settings_is_refused_by_the_setting(tmp_path):
         pass
 
 
-def test_a_directory_that_cannot_be_made_is_an_error_of_the_disk(tmp_path):
+def test_a_directory_that_cannot_be_created_is_a_disk_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match=r"`--workdir` .*/run cannot be written"):
         OwnedRunDirectory(tmp_path / "file" / "run", Settings())

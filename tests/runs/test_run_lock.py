@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one process at a time, on one machine or several."""
+"""The lock of a run directory: one process at a time, on one machine or several."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ from rwkv7_jax.runs.run_lock import RunLock
 HERE = socket.gethostname()
 
 
-def test_a_second_holder_is_refused_with_pid_and_host(tmp_path):
+def test_a_second_holder_is_rejected_with_pid_and_host(tmp_path):
     lock = RunLock(tmp_path / "run.lock")
     with pytest.raises(
         ValueError, match=f"is in use by process {os.getpid()} on {HERE};"
@@ -35,7 +35,7 @@ os._exit(1)
 """
 
 
-def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path):
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     words = [sys.executable, "-c", DIE_WITH_THE_LOCK, str(tmp_path / "run.lock")]
     pid = subprocess.run(
         words, capture_output=True, text=True, check=False

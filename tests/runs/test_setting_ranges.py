@@ -1,4 +1,4 @@
-"""Every setting refuses what it cannot be, by its dotted name, before anything is made of it."""
+"""Every setting rejects impossible values by its dotted name, before they are used."""
 
 import dataclasses
 import math
@@ -94,7 +94,7 @@ def test_there_are_many_cases():
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
-def test_impossible_values_are_refused_by_name(name):
+def test_impossible_values_are_rejected_by_name(name):
     for other, value in CASES:
         if other != name:
             continue
@@ -143,7 +143,7 @@ def test_the_configs_that_come_with_the_package_are_valid(path):
         ("model.remat", "block"),
     ],
 )
-def test_values_at_the_limits_are_taken(name, value):
+def test_values_at_the_limits_are_accepted(name, value):
     # Elsewhere these groups are not read.
     modes = {"tuning": "state", "upscaling": "upscaled_state"}
     mode = modes.get(name.split(".")[0], "pretrain")

@@ -1,4 +1,4 @@
-"""Settings that a run does not read are refused by name, and nothing that is documented is."""
+"""Settings that a run does not read are rejected by name; documented commands set none."""
 
 import ast
 import dataclasses
@@ -84,7 +84,7 @@ def values_of(kind, changes):
         ("context", "test_time.tokens", 8),
     ],
 )
-def test_a_setting_that_a_run_does_not_read_is_refused_by_name(kind, name, value):
+def test_a_setting_that_a_run_does_not_read_is_rejected_by_name(kind, name, value):
     with pytest.raises(ValueError) as caught:
         read_settings(values_of(kind, {name: value}))
     message = str(caught.value)
@@ -109,9 +109,7 @@ def test_a_setting_that_a_run_does_not_read_is_refused_by_name(kind, name, value
         ("distil", "decorrelation.rate", 0.5, {"tuning.decorrelate": "whiten"}),
     ],
 )
-def test_a_setting_that_another_ones_value_leaves_unread_is_refused(
-    kind, name, value, others
-):
+def test_a_setting_that_another_setting_disables_is_rejected(kind, name, value, others):
     assert read_settings(values_of(kind, others))
     with pytest.raises(ValueError) as caught:
         read_settings(values_of(kind, others | {name: value}))
@@ -133,9 +131,7 @@ def test_a_setting_that_another_ones_value_leaves_unread_is_refused(
         ("context", "decorrelation.damping", 0.5, {"tuning.decorrelate": "whiten"}),
     ],
 )
-def test_a_setting_that_another_ones_value_makes_read_is_taken(
-    kind, name, value, others
-):
+def test_a_setting_that_another_setting_enables_is_accepted(kind, name, value, others):
     assert read_settings(values_of(kind, others | {name: value}))
 
 
@@ -152,7 +148,7 @@ def test_a_setting_that_another_ones_value_makes_read_is_taken(
         ("evaluation.prompt_tokens", (100,)),
     ],
 )
-def test_a_run_refuses_what_eval_py_alone_reads(name, value):
+def test_a_run_rejects_settings_that_only_eval_py_reads(name, value):
     refuse_settings_of_evaluation(read_settings({}))
     settings = read_settings(values_of("pretrain", {name: value}))
     with pytest.raises(ValueError, match=rf"`config\.{name}` must be left out if"):
@@ -183,13 +179,13 @@ def test_every_name_of_the_table_is_a_setting():
             assert key in {field.name for field in dataclasses.fields(hints[group])}
 
 
-def test_a_setting_inside_of_another_is_read_where_that_is():
+def test_a_nested_setting_is_read_if_its_parent_is():
     assert is_read("tuning.states.poet", "state", "grpo")
     assert not is_read("tuning.states.poet", "pretrain", "grpo")
     assert is_read("observer.model.width", "observer", "grpo")
 
 
-def test_what_a_run_does_not_read_does_not_keep_it_from_going_on():
+def test_an_unread_setting_does_not_keep_a_run_from_resuming():
     was = as_config(Settings(mode="state"))
     was["optimizer"] |= {"weight_decay": 0.1}
     assert flat_settings(was) == flat_settings(Settings(mode="state"))
@@ -219,7 +215,7 @@ def typed(text):
 
 
 @pytest.mark.parametrize("line", sorted(set(documented_commands())))
-def test_documented_commands_have_no_setting_that_is_not_read(line):
+def test_documented_commands_set_only_settings_that_are_read(line):
     path = re.search(r"--config=(\S+)", line)[1]
     file, _, argument = path.partition(":")
     get_config = runpy.run_path(str(ROOT / file))["get_config"]

@@ -13,7 +13,7 @@ def test_an_empty_mapping_gives_the_defaults():
     assert read_settings({}) == Settings()
 
 
-def test_nested_values_arrive_and_integers_pass_as_floats():
+def test_nested_values_are_read_and_integers_pass_as_floats():
     settings = read_settings(
         {"steps": 3, "optimizer": {"learning_rate": 1, "clip": None}}
     )
@@ -120,7 +120,7 @@ def test_a_bad_setting_is_one_sentence_that_names_it(values, sentence):
         {"data": {"evaluation": ""}, "evaluation": {"measure": ""}},
     ],
 )
-def test_an_absent_value_may_be_spelled_as_in_older_configs(values):
+def test_older_spellings_of_an_absent_value_are_accepted(values):
     assert read_settings(values) == Settings()
 
 
@@ -131,7 +131,9 @@ def test_an_absent_value_may_be_spelled_as_in_older_configs(values):
         ({}, None, "`config.optimizer.learning_rate` is left to a search"),
     ],
 )
-def test_devices_share_heads_where_they_share_no_states(tuning, learning_rate, reason):
+def test_a_tensor_axis_is_rejected_where_devices_share_states(
+    tuning, learning_rate, reason
+):
     values = {
         "mode": "state",
         "init": "a.pth",
@@ -146,7 +148,7 @@ def test_devices_share_heads_where_they_share_no_states(tuning, learning_rate, r
     assert str(caught.value).startswith(message)
 
 
-def test_absence_is_spelled_with_care():
+def test_other_spellings_of_an_absent_value_are_rejected():
     assert read_settings({"stop_after_bad": 0}).stop_after_bad is None
     with pytest.raises(ValueError, match=r"`config\.save_every` must be int or"):
         read_settings({"save_every": False})
@@ -166,7 +168,7 @@ def test_settings_are_written_as_config_files_spell_them():
     assert read_settings(json.loads(json.dumps(written))) == Settings()
 
 
-def test_weights_are_decorrelated_in_mode_pretrain_alone():
+def test_weights_are_decorrelated_only_in_mode_pretrain():
     with pytest.raises(ValueError, match=r"`config\.optimizer\.decorrelate` must be"):
         read_settings({"mode": "state", "optimizer": {"decorrelate": "dbp"}})
 
@@ -179,7 +181,7 @@ def test_a_rate_never_rises_towards_a_default(learning_rate, final):
     assert settings.optimizer.final_learning_rate == pytest.approx(final)
 
 
-def test_the_last_rate_cannot_be_named_where_the_highest_is_found():
+def test_the_final_rate_cannot_be_set_if_the_peak_rate_is_searched():
     values = {"mode": "state", "optimizer": {"final_learning_rate": 0.01}}
     with pytest.raises(
         ValueError, match=r"^`config.optimizer.final_learning_rate` must be left out"
@@ -189,7 +191,7 @@ def test_the_last_rate_cannot_be_named_where_the_highest_is_found():
     assert read_settings(values).optimizer.final_learning_rate == 0.01
 
 
-def test_what_a_state_is_tuned_from_has_its_name():
+def test_the_start_of_tuning_is_described():
     assert read_settings({"mode": "state"}).untuned == "no state"
     started = read_settings({"mode": "state", "start": "poet.pth"})
     assert started.untuned == "the state of `config.start`"

@@ -1,4 +1,4 @@
-"""What a config leaves open is settled once, when a run begins."""
+"""Settings that a config leaves open are fixed once, when a run begins."""
 
 import json
 
@@ -30,20 +30,20 @@ def test_a_new_run_takes_the_dtype_of_its_machine(monkeypatch, platform, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_dtype_that_is_named_stays(dtype):
+def test_an_explicit_dtype_is_kept(dtype):
     began = {"model": {"dtype": "float16"}}
     assert settle(settings(dtype), began) == settings(dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_a_run_that_goes_on_keeps_its_dtype(monkeypatch, platform, dtype):
+def test_a_resumed_run_keeps_its_dtype(monkeypatch, platform, dtype):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     assert settle(settings("auto"), {"model": {"dtype": dtype}}) == settings(dtype)
 
 
 @pytest.mark.parametrize("began", ["auto", "stream", "packed"])
-def test_a_run_that_goes_on_keeps_its_packing(began):
+def test_a_resumed_run_keeps_its_packing(began):
     # A new run leaves it to its data.
     assert settle(packing("auto"), {}) == packing("auto")
     before = {"data": {"packing": began}}
@@ -52,7 +52,7 @@ def test_a_run_that_goes_on_keeps_its_packing(began):
     assert settle(packing("documents"), before) == packing("documents")
 
 
-def test_a_run_that_goes_on_keeps_its_last_rate():
+def test_a_resumed_run_keeps_its_final_rate():
     now = read_settings({"optimizer": {"learning_rate": 1e-5}})
     before = as_config(now)
     before["optimizer"]["final_learning_rate"] = 6e-5
@@ -64,27 +64,29 @@ def test_a_run_that_goes_on_keeps_its_last_rate():
     assert settle(named, before) == named
 
 
-def test_a_run_that_named_its_rate_keeps_it_where_none_is_named():
+def test_a_resumed_run_keeps_its_rate_if_the_command_sets_none():
     named = read_settings({"mode": "state", "optimizer": {"learning_rate": 0.1}})
     kept = settle(read_settings({"mode": "state"}), as_config(named))
     assert kept == named and not kept.finds_rate
 
 
 @pytest.mark.parametrize("text", ["", "3", "[]", '{"model": 3}', '{"model": {}}'])
-def test_a_damaged_record_settles_nothing(tmp_path, text):
+def test_damaged_settings_of_a_run_are_ignored(tmp_path, text):
     (tmp_path / "settings.json").write_text(text)
     began = settings_of_run(tmp_path)
     assert settle(settings("auto"), began) == settings("float32")
     assert settle(packing("auto"), began) == packing("auto")
 
 
-def test_a_folder_without_a_checkpoint_has_begun_nothing(tmp_path):
+def test_a_folder_without_a_checkpoint_holds_no_run(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(as_config(packing("stream"))))
     with OwnedRunDirectory(tmp_path, packing("documents")) as folder:
         assert folder.began == {}
 
 
-def test_a_directory_settles_what_its_command_leaves_open(tmp_path, capsys):
+def test_a_run_directory_fills_in_settings_that_the_command_leaves_open(
+    tmp_path, capsys
+):
     named = read_settings({"mode": "state", "optimizer": {"learning_rate": 0.1}})
     with OwnedRunDirectory(tmp_path, named) as folder:
         assert folder.settings == named
@@ -108,7 +110,7 @@ class SecondProcess(ProcessGroup):
         return self.sent
 
 
-def test_all_processes_settle_as_process_0(tmp_path, monkeypatch):
+def test_all_processes_use_the_settings_of_process_0(tmp_path, monkeypatch):
     before = {"data": {"packing": "stream"}}
     monkeypatch.setattr(multihost, "group_of_run", lambda: SecondProcess(before))
     with multihost.open_run_directory(tmp_path / "none", packing("auto")) as folder:

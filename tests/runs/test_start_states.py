@@ -1,4 +1,4 @@
-"""What tuning starts from, and which settings of tuning count at test time."""
+"""What tuning starts from, and which tuning settings apply at test time."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_the_start_of_a_model_on_an_accelerator_is_read_once(
     np.testing.assert_array_equal(found.init_params().wkv, state.wkv)
 
 
-def test_a_run_starts_from_what_a_model_has_read(base, tmp_path):
+def test_a_run_starts_from_the_state_after_a_prompt(base, tmp_path):
     (tmp_path / "prompt.txt").write_text("the sea")
     mode = made("grpo", base, tmp_path, start=str(tmp_path / "prompt.txt"))
     ids = np.asarray(mode.tokenizer.encode("the sea"))
@@ -96,14 +96,12 @@ def test_a_run_starts_from_what_a_model_has_read(base, tmp_path):
         ("observer", {"start": "state.pth"}, "start"),
     ],
 )
-def test_a_setting_without_effect_is_refused(base, tmp_path, mode, changes, sentence):
+def test_a_setting_without_effect_is_rejected(base, tmp_path, mode, changes, sentence):
     with pytest.raises(ValueError, match=f"`config.*{sentence}.* must be left out"):
         made(mode, base, tmp_path, **changes)
 
 
-def test_the_token_shifts_are_tuned_at_test_time_where_that_is_asked_for(
-    base, tmp_path
-):
+def test_token_shifts_are_tuned_at_test_time_on_request(base, tmp_path):
     only = made("grpo", base, tmp_path)
     all_leaves = made("grpo", base, tmp_path, **{"tuning.leaves": "all"})
     params = all_leaves.make_params()
@@ -114,7 +112,7 @@ def test_the_token_shifts_are_tuned_at_test_time_where_that_is_asked_for(
 
 
 @pytest.mark.parametrize("mode", ["state", "grpo", "expert", "distil", "context"])
-def test_leaves_and_layers_have_rates_of_their_own_in_every_mode_that_tunes_a_state(
+def test_leaves_and_layers_have_their_own_rates_in_every_mode_that_tunes_a_state(
     base, tmp_path, mode
 ):
     changes = {"tuning.leaves": "all", "tuning.leaf_rates": {"att_shift": 0.5}}
@@ -212,7 +210,7 @@ def test_leaves_and_layers_have_rates_of_their_own_in_every_mode_that_tunes_a_st
         ),
     ],
 )
-def test_rates_and_ratios_that_cannot_be_are_refused(
+def test_impossible_rates_and_ratios_are_rejected(
     base, tmp_path, mode, changes, sentence
 ):
     with pytest.raises(ValueError, match=sentence):
@@ -232,7 +230,7 @@ def test_the_schedule_of_several_updates_ends_with_the_run(base, tmp_path):
         assert thrice.optimizer()[0](3 * step) == pytest.approx(rate)
 
 
-def test_sampling_in_another_dtype_trains_in_the_models(base, tmp_path):
+def test_sampling_in_another_dtype_trains_in_the_models_dtype(base, tmp_path):
     mode = made("grpo", base, tmp_path, **{"test_time.sampling_dtype": "bfloat16"})
     assert mode.model.config.dtype == "float32"
     assert mode._source._sampler.model.config.dtype == "bfloat16"
@@ -272,7 +270,7 @@ def test_the_held_out_reward_is_logged_with_its_standard_error(base, tmp_path):
         ("majority", 2, 1, 16),
     ],
 )
-def test_a_guide_writes_as_many_chains_as_are_set(
+def test_a_guide_writes_the_configured_number_of_chains(
     base, tmp_path, keep, chains, least, most
 ):
     changes = {"test_time.keep": keep, "test_time.chains": chains}
@@ -290,7 +288,7 @@ def test_a_guide_writes_as_many_chains_as_are_set(
         assert all(odd_sum(trace.prompt, trace.completion) for trace in traces)
 
 
-def test_the_reference_of_a_policy_is_the_state_that_tuning_starts_from(base, tmp_path):
+def test_the_reference_policy_is_the_state_that_tuning_starts_from(base, tmp_path):
     config = made("state", base, tmp_path).model.config
     state = random_state(config)
     save_state(tmp_path / "poet.safetensors", state, config=config)
@@ -367,7 +365,7 @@ def test_the_memory_of_an_upscaled_start_is_tuned_at_test_time(
         ),
     ],
 )
-def test_an_upscaled_start_that_cannot_be_tuned_is_refused(
+def test_an_upscaled_start_that_cannot_be_tuned_is_rejected(
     base, tmp_path, upscaled_start, mode, changes, sentence
 ):
     with pytest.raises(ValueError, match=sentence):

@@ -3,7 +3,7 @@
 from rwkv7_jax.runs.resume import step_directories
 
 
-def test_a_manifest_tells_changed_and_additional_files(tmp_path):
+def test_a_manifest_detects_changed_and_extra_files(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a", "in/b"):
         (tmp_path / name).write_text(name)

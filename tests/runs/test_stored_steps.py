@@ -37,7 +37,7 @@ def save_steps(bucket, numbers, **settings):
 
 
 def restored_step(bucket):
-    """The step that is found, which must be the one that was saved, bit for bit."""
+    """Returns the restored step; its state must equal the saved one bit-exactly."""
     found, _ = open_checkpoints(bucket).restore(train_state(0), IDENTITY, new_state)
     assert differing(found, train_state(int(found.step))) == []
     return int(found.step)
@@ -50,18 +50,18 @@ def bucket(tmp_path):
     return tmp_path / "bucket"
 
 
-def test_the_newest_step_comes_back_and_a_new_run_has_none(bucket, tmp_path):
+def test_the_newest_step_is_restored_and_a_new_run_has_none(bucket, tmp_path):
     assert restored_step(bucket) == 6
     assert restored_step(tmp_path / "other") == 0
 
 
-def test_retention_is_that_of_directories(tmp_path):
+def test_retention_equals_that_of_directories(tmp_path):
     save_steps(tmp_path, range(1, 10), keep=2, keep_every=4)
     assert steps_of(tmp_path).complete() == [9, 8, 4]
 
 
 @pytest.mark.parametrize("how", [0, "truncate", "delete", "zero"])
-def test_a_step_with_damage_in_any_file_is_passed_over(bucket, how, capfd):
+def test_a_step_with_a_damaged_file_is_skipped(bucket, how, capfd):
     folder = bucket / "checkpoints" / "6"
     manifest = folder / "files.json"
     for path in files_of(folder):
@@ -77,7 +77,7 @@ def test_a_step_with_damage_in_any_file_is_passed_over(bucket, how, capfd):
     assert restored_step(bucket) == 6
 
 
-def test_a_step_without_a_manifest_was_never_finished_and_is_removed(bucket, capfd):
+def test_an_unfinished_step_without_a_manifest_is_removed(bucket, capfd):
     folder = bucket / "checkpoints" / "6"
     damage(folder / "files.json", "delete")
     assert restored_step(bucket) == 3
@@ -85,7 +85,7 @@ def test_a_step_without_a_manifest_was_never_finished_and_is_removed(bucket, cap
     assert not files_of(folder)
 
 
-def test_no_new_run_begins_where_every_step_is_damaged(bucket):
+def test_a_run_with_only_damaged_steps_does_not_start_anew(bucket):
     for number in (3, 6):
         damage(bucket / "checkpoints" / str(number) / "record" / "metadata", "zero")
     # The second time, they count no longer already.
@@ -97,7 +97,7 @@ def test_no_new_run_begins_where_every_step_is_damaged(bucket):
     assert restored_step(bucket) == 6
 
 
-def test_what_a_killed_process_left_is_removed(bucket):
+def test_leftovers_of_a_killed_process_are_removed(bucket):
     for name in ("9", "9.orbax-checkpoint-tmp", "9.orbax-checkpoint-tmp-12"):
         inner = bucket / "checkpoints" / name / "train"
         inner.mkdir(parents=True)
@@ -111,7 +111,7 @@ def test_what_a_killed_process_left_is_removed(bucket):
     assert restored_step(bucket) == 9
 
 
-def test_a_save_that_fails_leaves_the_older_steps(bucket, monkeypatch):
+def test_a_failed_save_keeps_the_older_steps(bucket, monkeypatch):
     def lost(store, key, value):
         raise DiskError("the connection was lost")
 
@@ -127,7 +127,7 @@ def test_a_save_that_fails_leaves_the_older_steps(bucket, monkeypatch):
     assert steps_of(bucket).complete() == [12, 6]
 
 
-def test_a_store_that_is_away_during_a_save_does_not_end_the_run(
+def test_a_store_that_is_unavailable_during_a_save_does_not_end_the_run(
     bucket, monkeypatch, capfd
 ):
     checkpoints = open_checkpoints(bucket)
@@ -146,7 +146,7 @@ def test_a_store_that_is_away_during_a_save_does_not_end_the_run(
     assert restored_step(bucket) == 12
 
 
-def test_a_process_that_was_displaced_lets_no_step_count(bucket, tmp_path):
+def test_a_process_that_lost_its_store_completes_no_step(bucket, tmp_path):
     (tmp_path / "run").mkdir()
     backup = Backup(ObjectStore(f"file://{bucket}"), tmp_path / "run")
     checkpoints = Checkpointer(backup.steps, tmp_path / "run", Settings())
@@ -163,13 +163,15 @@ def test_a_process_that_was_displaced_lets_no_step_count(bucket, tmp_path):
     assert restored_step(bucket) == 6
 
 
-def test_a_store_that_orbax_cannot_reach_is_refused_with_what_is_missing(monkeypatch):
+def test_a_store_that_orbax_cannot_reach_is_rejected_with_what_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"gs://b/run needs gcsfs, .*: pip install"):
         ObjectStore("gs://b/run").check_folder()
 
 
-def test_steps_of_a_copy_and_of_a_run_are_the_same(bucket, tmp_path):
+def test_a_step_in_the_store_has_the_files_of_a_step_in_the_run_directory(
+    bucket, tmp_path
+):
     run = tmp_path / "run"
     backup = Backup(ObjectStore(f"file://{bucket}"), run)
     backup.fetch_step()

@@ -1,4 +1,4 @@
-"""Who is answered: clients with the key, and without one no pages of other sites."""
+"""Access: clients need the key if there is one; without a key, other sites' pages are rejected."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from rwkv7_jax.serving.app import make_app
 
 @dataclasses.dataclass
 class Silent:
-    """An engine that nobody may ask."""
+    """An engine that must not receive a request."""
 
     tokenizer = BYTES
     state_names = ("poet",)
@@ -41,7 +41,7 @@ ADDRESSES = ("/v1/models", "/v1/states", "/metrics", "/nothing")
         "null",
     ],
 )
-def test_pages_of_other_sites_are_refused_without_a_key(origin):
+def test_pages_of_other_sites_are_rejected_without_a_key(origin):
     client = Client(make_app(Silent(), name="base", origins=["https://a.example"]))
     for address in ADDRESSES:
         refused = client.get(address, origin=origin)
@@ -72,7 +72,7 @@ def test_programs_and_pages_of_this_machine_are_answered(origin):
 
 
 @pytest.mark.parametrize("sharing", [{"origins": ["*"]}, {"key": "secret"}])
-def test_any_page_may_ask_where_all_are_named_or_have_the_key(sharing):
+def test_any_page_is_answered_if_all_origins_are_allowed_or_it_has_the_key(sharing):
     client = Client(make_app(Silent(), name="base", hosts=(), **sharing))
     answered = client.get(
         "/v1/models",
@@ -84,7 +84,7 @@ def test_any_page_may_ask_where_all_are_named_or_have_the_key(sharing):
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "localhos", "["])
-def test_a_name_that_leads_to_this_machine_is_none_of_its_names(host):
+def test_an_unknown_host_name_is_rejected_if_host_names_are_set(host):
     app = make_app(Silent(), name="base", hosts=["models.example"])
     refused = Client(app).get("/v1/models", host=host)
     assert refused.status_code == 403
@@ -111,13 +111,13 @@ def test_names_of_this_machine_and_of_its_proxy_are_answered(host):
     assert Client(app).get("/v1/models", host=host).status_code == 200
 
 
-def test_a_client_that_names_no_host_is_answered():
+def test_a_client_without_a_host_header_is_answered():
     app = make_app(Silent(), name="base", hosts=())
     assert Client(app).get("/v1/models").status_code == 200
 
 
 @pytest.mark.parametrize("sent", ["", "secre", "secret ", "Bearer", "secr\u00e8t"])
-def test_without_its_key_a_server_only_says_that_it_is_well(sent):
+def test_without_the_key_a_server_only_reports_its_health(sent):
     client = Client(make_app(Silent(), name="base", key="secret"))
     assert client.get("/health").status_code == 200
     for address in ("/v1/models", "/v1/states", "/nothing"):
@@ -130,7 +130,7 @@ def test_without_its_key_a_server_only_says_that_it_is_well(sent):
     assert found.status_code == 200
 
 
-def test_a_browser_may_read_answers_for_pages_that_were_named():
+def test_a_browser_may_read_answers_on_pages_of_allowed_origins():
     page = "https://a.example"
     app = make_app(Silent(), name="base", key="secret", origins=[page])
     client = Client(app)

@@ -1,4 +1,4 @@
-"""Messages as clients get them, whole or put together from a stream that is cut anywhere."""
+"""Messages as clients get them, whole or assembled from a stream with any cuts."""
 
 import pytest
 from served_bytes import BYTES, SERVED
@@ -28,7 +28,7 @@ def answer_of(text, ended="stop_id", scores=()):
 
 
 def without_ids(message):
-    """A message whose calls are names and arguments; each has an id of its own."""
+    """Separates a message from its calls (names and arguments), whose ids must be unique."""
     calls = message.pop("tool_calls", [])
     assert len({call["id"] for call in calls}) == len(calls)
     assert all(call["type"] == "function" for call in calls)
@@ -42,7 +42,7 @@ def whole_of(text, ended="stop_id", **fields):
 
 
 def gathered(events):
-    """Puts a stream together, as clients do: texts are appended, calls have an index."""
+    """Assembles a stream as clients do: texts are appended, calls have an index."""
     message = {"role": None, "content": ""}
     calls = []
     reason = None
@@ -136,7 +136,7 @@ MESSAGES = [
 @pytest.mark.parametrize(
     ("fields", "text", "ended", "thought", "words", "calls", "reason"), MESSAGES
 )
-def test_a_message_is_the_same_whole_and_wherever_its_stream_is_cut(
+def test_a_message_is_the_same_whole_or_streamed_with_any_cuts(
     fields, text, ended, thought, words, calls, reason
 ):
     message = {"role": "assistant", "content": words}
@@ -172,7 +172,7 @@ def test_answers_of_one_call_do_not_mix():
     ("fields", "text"),
     [({"think": "free"}, ">x</think>\n\na"), ({"tools": TOOLS}, f" a\n{CALL}\n")],
 )
-def test_scores_are_those_of_all_tokens_in_order(fields, text):
+def test_scores_cover_all_tokens_in_order(fields, text):
     ids = BYTES.encode(text)
     scores = tuple(TokenScore(id, -float(at), ()) for at, id in enumerate(ids))
     bodies = bodies_of(logprobs=True, **fields)
@@ -205,8 +205,8 @@ def test_the_messages_of_an_answer_can_be_sent_back():
         read_call({"messages": messages}, SERVED, is_chat=True)
 
 
-def test_what_the_model_wrote_is_read_back_as_it_was():
-    """The cache finds the ids of a conversation again whose message comes back."""
+def test_a_message_sent_back_has_the_ids_that_the_model_wrote():
+    """Otherwise the prefix cache would miss a conversation whose message is sent back."""
     text = f">\nx\n</think>\na\n{CALL}"
     fields = {"think": "free", "tools": TOOLS}
     question = {"role": "user", "content": "q"}

@@ -14,7 +14,7 @@ pytest.importorskip("starlette", reason="the extra server is not installed")
 from rwkv7_jax.serving import app as serving_app
 
 
-def test_a_stream_says_that_it_is_alive_while_a_call_is_written(monkeypatch):
+def test_a_stream_sends_keep_alives_while_a_call_is_written(monkeypatch):
     monkeypatch.setattr(serving_app, "_QUIET_SECONDS", 0.05)
     messages = [{"role": "user", "content": "hi"}]
     body = {"messages": messages, "tools": [{"name": "f"}], "stream": True}

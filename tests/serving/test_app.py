@@ -1,4 +1,4 @@
-"""What clients get: whole answers, streams, errors; the engine is a script."""
+"""What clients get: whole answers, streams and errors, from an engine with fixed answers."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ BYTES = Tokenizer.bytes()
 
 @dataclasses.dataclass
 class Ticket:
-    """Notes whether the client still waits."""
+    """Records whether the client still waits."""
 
     cancelled: threading.Event
 
@@ -32,7 +32,7 @@ class Ticket:
 
 
 class Script:
-    """An engine that says the same pieces to everybody, from a thread of its own."""
+    """An engine that sends the same pieces to every client, from its own thread."""
 
     tokenizer = BYTES
     state_names = ("poet", "judge")
@@ -160,7 +160,7 @@ def test_a_text_is_continued(client, engine):
 
 
 @pytest.mark.parametrize("usage", [False, True])
-def test_a_stream_is_that_of_the_interface(client, usage):
+def test_a_stream_follows_the_interface(client, usage):
     more = {"stream": True, "stream_options": {"include_usage": usage}}
     chat = events(client.post("/v1/chat/completions", CHAT | more))
     text = events(client.post("/v1/completions", TEXT | more))
@@ -179,7 +179,7 @@ def test_a_stream_is_that_of_the_interface(client, usage):
 
 
 @pytest.mark.parametrize("pieces", [(" ", "a"), (" a",), ("a",), ()])
-def test_the_space_after_the_speaker_is_not_sent(client, engine, pieces):
+def test_the_space_after_the_role_is_not_sent(client, engine, pieces):
     engine.pieces = list(pieces)
     whole = client.post("/v1/chat/completions", CHAT).json()
     expected = "a" * bool(pieces)
@@ -240,7 +240,7 @@ def test_several_answers_have_numbers_and_their_prompts_count_once(client, engin
         assert ends == dict.fromkeys(range(4), "length")
 
 
-def test_scores_are_those_of_the_interface(client, engine):
+def test_scores_follow_the_interface(client, engine):
     # An "a", the first of two bytes of a letter, and the id that ends texts.
     likely = ((98, -0.5), (0xC3 + 1, -1.5), (0, -2.5))
     engine.scores = (TokenScore(98, -0.5, likely),)
@@ -267,7 +267,7 @@ def test_scores_are_those_of_the_interface(client, engine):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_of_several_answers_all_come_or_none(client, engine, stream):
+def test_several_answers_all_arrive_or_none_do(client, engine, stream):
     engine.failing = 1
     body = CHAT | {"n": 3, "stream": stream}
     response = client.post("/v1/chat/completions", body)
@@ -281,7 +281,7 @@ def test_of_several_answers_all_come_or_none(client, engine, stream):
     assert engine.cancelled.is_set()
 
 
-def test_what_is_served_is_listed(client, engine):
+def test_served_models_are_listed(client, engine):
     names = [entry["id"] for entry in client.get("/v1/models").json()["data"]]
     assert names == ["base", "base:poet", "base:judge"]
     for name in (*names, "rwkv:poet"):
@@ -321,7 +321,7 @@ def test_what_is_served_is_listed(client, engine):
         (RuntimeError("secret"), 500, {"message": "the server failed: RuntimeError."}),
     ],
 )
-def test_what_the_engine_refuses_is_said(
+def test_a_request_that_the_engine_rejects_gets_its_reason(
     client, engine, address, refusal, status, error
 ):
     engine.refusal = refusal
@@ -339,7 +339,7 @@ def test_what_the_engine_refuses_is_said(
         ("cancelled", 503, "the server is being stopped."),
     ],
 )
-def test_an_answer_without_an_end_is_an_error(
+def test_a_failed_or_cancelled_answer_is_an_error(
     client, engine, address, ended, status, sentence
 ):
     engine.ended = ended
@@ -380,7 +380,7 @@ def test_an_answer_without_an_end_is_an_error(
         ),
     ],
 )
-def test_what_is_no_call_gets_an_error_object(
+def test_an_invalid_request_gets_an_error_object(
     client, method, address, data, status, sentence
 ):
     response = client.request(method, address, data)
@@ -421,7 +421,7 @@ def test_an_operator_sees_load_and_counts(client, engine):
 
 @pytest.mark.parametrize("address", BODIES)
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_is_not_answered_any_more(engine, address, stream):
+def test_a_client_that_disconnects_is_no_longer_answered(engine, address, stream):
     engine.waits = True
     app = serving_app.make_app(engine, name="base")
     data = json.dumps(BODIES[address] | {"stream": stream}).encode()
@@ -429,7 +429,7 @@ def test_a_client_that_leaves_is_not_answered_any_more(engine, address, stream):
     assert engine.cancelled.wait(30)
 
 
-def test_a_stream_that_waits_says_that_it_is_alive(client, engine, monkeypatch):
+def test_a_waiting_stream_sends_keep_alives(client, engine, monkeypatch):
     monkeypatch.setattr(serving_app, "_QUIET_SECONDS", 0.05)
     engine.pause = 0.2
     response = client.post("/v1/completions", TEXT | {"stream": True})
@@ -439,7 +439,9 @@ def test_a_stream_that_waits_says_that_it_is_alive(client, engine, monkeypatch):
 
 
 @pytest.mark.parametrize("address", BODIES)
-def test_a_client_that_leaves_in_its_body_ends_no_request(engine, caplog, address):
+def test_a_client_that_disconnects_in_its_body_starts_no_request(
+    engine, caplog, address
+):
     app = serving_app.make_app(engine, name="base")
     Client(app).request("POST", address, b"{", leaves=True, is_whole=False)
     assert not engine.requests and not caplog.records

@@ -1,4 +1,4 @@
-"""Bodies of calls: long ones, slow ones, and many at once."""
+"""Bodies of requests: long ones, slow ones, and many at once."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ from rwkv7_jax.serving.fields import Refused
 
 
 class Sent:
-    """A request whose body arrives in parts; with `stays` the last one never comes."""
+    """A request whose body arrives in parts; with `stays` the body never ends."""
 
     def __init__(self, *parts, stays=False):
         self.parts = parts
@@ -29,13 +29,13 @@ async def read(bodies, *parts, stays=False):
         return body
 
 
-def test_a_body_is_all_that_was_sent():
+def test_a_body_is_read_completely():
     bodies = call_bodies.CallBodies(lambda: True)
     assert asyncio.run(read(bodies, b"a", b"", b"bc")) == b"abc"
     assert asyncio.run(read(bodies)) == b""
 
 
-def test_a_body_may_have_as_many_bytes_as_is_said(monkeypatch):
+def test_a_body_has_a_maximum_of_bytes(monkeypatch):
     monkeypatch.setattr(call_bodies, "MOST_BYTES", 4)
     bodies = call_bodies.CallBodies(lambda: True)
     assert asyncio.run(read(bodies, b"ab", b"cd")) == b"abcd"
@@ -44,7 +44,7 @@ def test_a_body_may_have_as_many_bytes_as_is_said(monkeypatch):
     assert refused.value.status == 413
 
 
-def test_a_body_that_does_not_end_is_refused(monkeypatch):
+def test_a_body_that_does_not_end_is_rejected(monkeypatch):
     monkeypatch.setattr(call_bodies, "_SECONDS", 0.05)
     bodies = call_bodies.CallBodies(lambda: True)
     with pytest.raises(Refused, match="must be complete within") as slow:
@@ -52,7 +52,7 @@ def test_a_body_that_does_not_end_is_refused(monkeypatch):
     assert slow.value.status == 408
 
 
-def test_a_body_that_was_complete_may_be_parsed_for_long(monkeypatch):
+def test_parsing_a_complete_body_has_no_time_limit(monkeypatch):
     monkeypatch.setattr(call_bodies, "_SECONDS", 0.05)
 
     async def parse():
@@ -63,7 +63,7 @@ def test_a_body_that_was_complete_may_be_parsed_for_long(monkeypatch):
     assert asyncio.run(parse()) == b"a"
 
 
-def test_long_bodies_are_refused_while_many_others_are_there(monkeypatch):
+def test_long_bodies_are_rejected_while_many_others_are_held(monkeypatch):
     monkeypatch.setattr(call_bodies, "_MOST_HELD", 100)
     monkeypatch.setattr(call_bodies, "_FEW_BYTES", 10)
 

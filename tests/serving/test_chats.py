@@ -1,4 +1,4 @@
-"""What a chat may ask for: how long the model thinks, functions, and messages that call them."""
+"""Fields of a chat: think modes, functions, and messages with function calls."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def prompt_of(**body):
     return "".join(chat_of(**body).parts)
 
 
-def test_an_effort_is_a_think_mode():
+def test_a_reasoning_effort_selects_a_think_mode():
     assert EFFORTS.keys() == {"none", "minimal", "low", "medium", "high"}
     for effort, think in EFFORTS.items():
         assert chat_of(reasoning_effort=effort) == chat_of(think=think)
@@ -41,7 +41,7 @@ def test_an_effort_is_a_think_mode():
         assert both.opening == answer_opening(think)
 
 
-def test_the_switch_of_templates_means_free_or_fast_and_agrees_with_modes():
+def test_enable_thinking_selects_free_or_fast_and_agrees_with_think_modes():
     for switch, think in ((True, "free"), (False, "fast"), (None, "off")):
         variables = {"enable_thinking": switch}
         assert chat_of(chat_template_kwargs=variables) == chat_of(think=think)
@@ -79,7 +79,7 @@ ANSWERS = {"words": {"role": "assistant", "content": "Hello."}, "call": CALLED}
 @pytest.mark.parametrize(
     ("tools", "last"), [([], "words"), ([FIND], "words"), ([FIND], "call")]
 )
-def test_a_model_is_asked_for_the_ids_that_it_learns_in_tuning(think, tools, last):
+def test_a_chat_prompt_has_the_ids_of_tuning(think, tools, last):
     turns = [*HI, CALLED, {"role": "tool", "content": "1"}] if tools else HI
     if THINK_MODES[think].filler is None:
         thought = {"reasoning_content": "Hm."}
@@ -134,7 +134,7 @@ def output(text, id=None):
     return made if id is None else made | {"tool_call_id": id}
 
 
-def test_calls_and_what_they_gave_are_written_as_in_tuning():
+def test_calls_and_their_outputs_are_written_as_in_tuning():
     messages = [
         *HI,
         calling(call("find", "1", date="x"), reasoning_content="r", content="a"),
@@ -150,7 +150,7 @@ def test_calls_and_what_they_gave_are_written_as_in_tuning():
     assert asked.count("<think") == 3
 
 
-def test_what_functions_gave_is_in_the_order_of_their_calls():
+def test_outputs_of_functions_are_in_the_order_of_their_calls():
     both = calling(call("find", "1"), call("find", "2"))
     ordered = [*HI, both, output("a", "1"), output("b", "2")]
     swapped = [*HI, both, output("b", "2"), output("a", "1")]
@@ -295,7 +295,7 @@ MODES = "off, fast, free, short, medium, long"
         ),
     ],
 )
-def test_a_wrong_field_is_refused_by_its_name(body, param, sentence):
+def test_an_invalid_field_is_rejected_by_name(body, param, sentence):
     with pytest.raises(Refused) as refused:
         chat_of(**body)
     error = refused.value
@@ -305,7 +305,7 @@ def test_a_wrong_field_is_refused_by_its_name(body, param, sentence):
 
 
 @pytest.mark.parametrize("depth", [900, 2_000, 50_000])
-def test_what_is_nested_too_deeply_is_refused_or_written(depth):
+def test_deeply_nested_values_are_rejected_or_written(depth):
     value = 1
     for _ in range(depth):
         value = {"a": value}

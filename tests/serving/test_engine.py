@@ -1,4 +1,4 @@
-"""Laws of the engine: an answer is that of `generate` alone, whoever else is served."""
+"""Laws of the engine: an answer equals that of `generate`, next to any other requests."""
 
 import dataclasses
 import os
@@ -31,7 +31,7 @@ from rwkv7_jax.serving.engine import Engine
 from rwkv7_jax.serving.requests import Closed, Request, TooBusy, UnknownState
 
 
-def test_answers_are_those_of_generate_whatever_else_is_served(params, engine):
+def test_answers_equal_those_of_generate_next_to_other_requests(params, engine):
     requests = drawn_requests(14)
     asked = [ask(engine, request) for request in requests]
     work(engine)
@@ -53,7 +53,7 @@ def model_scores(params, request, tokens):
     return np.asarray(jax.nn.log_softmax(logits[0, len(request.prompt) - 1 : -1]))
 
 
-def test_scores_are_the_model_s_own(params, engine):
+def test_scores_are_the_models_own(params, engine):
     requests = drawn_requests(9, seed=5)
     requests = [
         dataclasses.replace(request, alternatives=(None, 0, 4)[index // 3])
@@ -124,7 +124,7 @@ def test_a_cancelled_request_leaves_no_trace(params, when):
         assert answers[0].ended == "length"
 
 
-def test_a_row_draws_no_more_than_it_may(engine, monkeypatch):
+def test_a_row_samples_no_more_tokens_than_its_limit(engine, monkeypatch):
     ask(engine, Request((65,), tokens=3, temperature=0.0))
     ask(engine, Request((66,), tokens=11, temperature=0.0))
     seen = []
@@ -140,7 +140,7 @@ def test_a_row_draws_no_more_than_it_may(engine, monkeypatch):
     assert seen == [[3, 8, 0], [0, 3, 0]]
 
 
-def test_a_long_prompt_keeps_nobody_waiting(params):
+def test_a_long_prompt_does_not_delay_other_requests(params):
     engine = Engine(MODEL, params, BYTES, STATES, slots=2)
     pieces, _ = ask(engine, Request((65,), tokens=64, temperature=0.0))
     ask(engine, Request((66,) * 1200, tokens=4))
@@ -151,7 +151,7 @@ def test_a_long_prompt_keeps_nobody_waiting(params):
     work(engine)
 
 
-def test_a_short_prompt_passes_a_long_one(engine):
+def test_a_short_prompt_overtakes_a_long_one(engine):
     long, short = Request((66,) * 3000, tokens=4), Request((67,), tokens=4)
     _, of_long = ask(engine, long)
     _, of_short = ask(engine, short)
@@ -162,7 +162,7 @@ def test_a_short_prompt_passes_a_long_one(engine):
     assert of_long
 
 
-def test_a_request_whose_reading_fails_is_told(engine, monkeypatch):
+def test_a_request_whose_prefill_fails_gets_an_error(engine, monkeypatch):
     find = engine._cache.find
     monkeypatch.setattr(engine._cache, "find", lambda *_: 1 / 0)
     engine.start()
@@ -204,7 +204,7 @@ def test_an_engine_of_short_answers_warms_up(params):
     assert len(answer(short, Request((65,), tokens=3, temperature=0.0)).tokens) <= 3
 
 
-def test_after_an_error_all_rows_are_new(params, engine, monkeypatch):
+def test_after_an_error_all_rows_are_reset(params, engine, monkeypatch):
     decode = engine._slots.decode
     monkeypatch.setattr(engine._slots, "decode", lambda *_, **__: 1 / 0)
     engine.start()
@@ -230,7 +230,7 @@ def test_after_an_error_all_rows_are_new(params, engine, monkeypatch):
     engine.close()
 
 
-def test_an_engine_that_cannot_go_on_ends_all_requests(engine, monkeypatch):
+def test_an_engine_that_cannot_continue_ends_all_requests(engine, monkeypatch):
     monkeypatch.setattr(engine._slots, "decode", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(engine._slots, "reset", lambda: [][0])
     _, answers = ask(engine, Request((65,)))
@@ -243,7 +243,7 @@ def test_an_engine_that_cannot_go_on_ends_all_requests(engine, monkeypatch):
 
 
 def test_an_engine_whose_ticks_all_fail_ends(engine, monkeypatch):
-    """One that failed every request for ever would look healthy."""
+    """An engine that failed every request forever would look healthy."""
     decode = engine._slots.decode
     failing = [True, True, False, True, True, True]
 
@@ -266,8 +266,8 @@ def test_an_engine_whose_ticks_all_fail_ends(engine, monkeypatch):
     assert engine.is_closed and isinstance(engine.failure, IndexError)
 
 
-def test_an_engine_begins_once(engine):
-    """Two threads would take the rows from each other."""
+def test_an_engine_starts_only_once(engine):
+    """Two threads would corrupt each other's rows."""
     engine.start()
     thread = engine._thread
     engine.start()
@@ -284,7 +284,7 @@ def test_an_engine_begins_once(engine):
 
 
 def test_an_engine_that_was_not_closed_ends_with_its_process(tmp_path):
-    """As a script or a notebook does that is over while requests decode."""
+    """A script or a notebook may end while requests decode."""
     script = tmp_path / "script.py"
     script.write_text(
         "import threading\n"
@@ -312,7 +312,9 @@ def test_an_engine_that_was_not_closed_ends_with_its_process(tmp_path):
     assert (done.returncode, done.stdout) == (0, "cancelled\n"), done.stderr
 
 
-def test_threads_are_answered_and_what_is_open_at_the_end_is_cancelled(params, engine):
+def test_threads_are_answered_and_open_requests_are_cancelled_at_the_end(
+    params, engine
+):
     engine.start()
     requests = drawn_requests(8, seed=2)
     answers = [None] * 8
@@ -339,7 +341,7 @@ def test_threads_are_answered_and_what_is_open_at_the_end_is_cancelled(params, e
         ask(engine, Request((65,)))
 
 
-def test_a_receiver_that_fails_ends_its_own_answer_alone(params, engine):
+def test_a_failing_receiver_ends_only_its_own_answer(params, engine):
     def gone(piece):
         raise RuntimeError("the loop is closed")
 
@@ -348,7 +350,7 @@ def test_a_receiver_that_fails_ends_its_own_answer_alone(params, engine):
     assert_same(answer(engine, request), alone(params, request))
 
 
-def test_more_requests_than_may_wait_are_refused(params):
+def test_requests_beyond_the_queue_limit_are_rejected(params):
     engine = Engine(MODEL, params, BYTES, {}, slots=1, queue=2)
     for _ in range(2):
         ask(engine, Request((65,), tokens=2))
@@ -384,7 +386,7 @@ def test_more_requests_than_may_wait_are_refused(params):
         ({"stop_strings": ("",)}, ValueError, "`stop_strings`"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_before_it_waits(
+def test_an_invalid_request_is_rejected_before_it_waits(
     engine, changes, error, sentence
 ):
     with pytest.raises(error, match=sentence):

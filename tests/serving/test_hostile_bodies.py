@@ -1,4 +1,4 @@
-"""Bodies that cost much more than they weigh: what they share, and what is refused early."""
+"""Small bodies that could cost much: what their requests share, and what is rejected early."""
 
 import dataclasses
 
@@ -23,21 +23,21 @@ def test_answers_to_a_prompt_share_its_ids():
     assert len({request.seed for request in call.requests[:3]}) == 3
 
 
-def test_too_many_prompts_are_refused_before_one_is_encoded():
+def test_too_many_prompts_are_rejected_before_one_is_encoded():
     with pytest.raises(Refused, match="`n` times the number of prompts"):
         text_call(prompt=["\ud800"] * 7)
     with pytest.raises(Refused, match="`n` times the number of prompts"):
         text_call(prompt="\ud800", n=7)
 
 
-def test_too_many_answers_to_a_chat_are_refused_before_it_is_encoded():
+def test_too_many_answers_to_a_chat_are_rejected_before_it_is_encoded():
     served = dataclasses.replace(SERVED, most_bytes=0)
     messages = [{"role": "user", "content": "hi"}]
     with pytest.raises(Refused, match="`n` times the number of prompts"):
         read_call({"messages": messages, "n": 7}, served, is_chat=True)
 
 
-def test_a_stop_string_has_a_longest_length():
+def test_a_stop_string_has_a_maximum_length():
     assert text_call(stop=["a" * 1024]).requests[0].stop_strings == ("a" * 1024,)
     with pytest.raises(
         Refused,
@@ -64,7 +64,7 @@ class Compared(int):
         return int(self)
 
 
-def test_drawn_ids_are_not_compared_with_every_stop_id(engine):
+def test_sampled_ids_are_not_compared_with_every_stop_id(engine):
     ids = tuple(Compared(number) for number in range(1, 250))
     ticket = engine.submit(
         Request((1,), stop_ids=ids),
@@ -109,7 +109,7 @@ def test_outputs_of_functions_are_not_compared_with_every_call():
 
 
 @pytest.mark.parametrize("id", [["a"], {"a": 1}, 3, True])
-def test_an_id_that_is_no_text_is_refused_by_its_name(id):
+def test_an_id_that_is_not_a_string_is_rejected_by_name(id):
     messages = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f"}}]},

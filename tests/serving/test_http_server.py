@@ -1,4 +1,4 @@
-"""A process that serves: it takes its address early, and ends with its engine."""
+"""A server process: it binds its address early, and ends with its engine."""
 
 import contextlib
 import socket
@@ -17,7 +17,7 @@ from rwkv7_jax.serving.http_server import bind, serve
 
 
 class Lost:
-    """An engine whose device has gone."""
+    """An engine whose device is lost."""
 
     is_closed = True
     has_work = False
@@ -30,7 +30,7 @@ class Lost:
         pass
 
 
-def test_a_server_ends_with_its_engine_by_the_engine_s_error():
+def test_a_server_ends_with_the_error_of_its_engine():
     ready = []
     with pytest.raises(IndexError, match="the device has gone"):
         serve(
@@ -44,13 +44,13 @@ def test_a_server_ends_with_its_engine_by_the_engine_s_error():
     assert ready
 
 
-def test_an_address_that_was_taken_refuses_clients_until_it_is_served():
+def test_a_bound_address_refuses_clients_until_it_is_served():
     with bind("127.0.0.1", 0) as taken, pytest.raises(ConnectionRefusedError):
         socket.create_connection(taken.getsockname(), timeout=5)
 
 
-def test_of_two_servers_at_one_address_the_second_is_refused_in_a_sentence():
-    """Both could take it, since neither listened; with uvloop the second one heard nothing."""
+def test_a_second_server_at_an_address_is_rejected_in_one_sentence():
+    """Both could bind it before either listened; with uvloop the second got no connections."""
     first = bind("127.0.0.1", 0)
     with contextlib.closing(first):
         port = first.getsockname()[1]
@@ -95,7 +95,7 @@ def served(engine, *, keep_alive=60):
         assert not thread.is_alive()
 
 
-def test_a_body_that_never_ends_does_not_hold_up_the_end(engine):
+def test_a_body_that_never_ends_does_not_delay_the_shutdown(engine):
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         address = stack.enter_context(served(engine))
@@ -110,7 +110,7 @@ def test_a_body_that_never_ends_does_not_hold_up_the_end(engine):
     assert time.monotonic() - began < 20
 
 
-def test_a_body_that_takes_too_long_is_refused(engine, monkeypatch):
+def test_a_body_that_takes_too_long_is_rejected(engine, monkeypatch):
     monkeypatch.setattr("rwkv7_jax.serving.call_bodies._SECONDS", 0.5)
     with (
         served(engine) as address,

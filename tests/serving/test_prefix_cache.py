@@ -1,4 +1,4 @@
-"""What prompts share is not read again, and answers stay the same."""
+"""Shared prefixes are not prefilled again, and answers stay the same."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from rwkv7_jax.serving.prefix_cache import PrefixCache
 from rwkv7_jax.serving.requests import Request
 
 
-def test_a_conversation_is_not_read_again_and_states_share_nothing(params, engine):
+def test_a_conversation_is_not_prefilled_again_and_states_share_nothing(params, engine):
     first = Request(tuple(range(40, 90)), state="poet", tokens=9, temperature=0.0)
     said = answer(engine, first)
     assert said.cached_tokens == 0
@@ -33,7 +33,7 @@ def test_a_conversation_is_not_read_again_and_states_share_nothing(params, engin
 
 
 @pytest.mark.parametrize("tokens", [5, 8, 13])
-def test_an_answer_of_any_length_is_not_read_again(engine, tokens):
+def test_an_answer_of_any_length_is_not_prefilled_again(engine, tokens):
     first = Request((70, 71), tokens=tokens, temperature=0.0)
     said = answer(engine, first)
     assert (said.ended, len(said.tokens)) == ("length", tokens)
@@ -41,7 +41,7 @@ def test_an_answer_of_any_length_is_not_read_again(engine, tokens):
     assert answer(engine, more).cached_tokens == len(more.prompt) - 1
 
 
-def test_what_prompts_share_is_read_twice_at_most(params, engine):
+def test_a_common_prefix_is_prefilled_at_most_twice(params, engine):
     system = tuple(range(1, 120))
     asked = [
         Request((*system, 200 + number, 130, 131), tokens=5, temperature=0.0)
@@ -53,7 +53,7 @@ def test_what_prompts_share_is_read_twice_at_most(params, engine):
         assert_same(one, alone(params, request))
 
 
-def test_the_cache_forgets_what_was_used_longest_ago():
+def test_the_cache_evicts_the_least_recently_used_entry():
     state = init_state(CONFIG)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     # Two states with a few ids each.
@@ -83,7 +83,7 @@ def leading(one, other):
     return next(differing, min(len(one), len(other)))
 
 
-def test_the_cache_finds_what_a_look_at_all_of_it_finds():
+def test_a_lookup_equals_a_search_through_all_entries():
     state = init_state(CONFIG)
     draws = np.random.default_rng(0)
     cache = PrefixCache(2**30)
@@ -109,7 +109,7 @@ def test_the_cache_finds_what_a_look_at_all_of_it_finds():
         assert (found.state is None) == (found.length == 0)
 
 
-def test_a_full_cache_is_not_looked_through(monkeypatch):
+def test_a_full_cache_is_not_searched_linearly(monkeypatch):
     state = init_state(CONFIG)
     cache = PrefixCache(2**30)
     for number in range(500):

@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's interface: what is read, and what is refused by its name."""
+"""Bodies of OpenAI's interface: what is read, and what is rejected by name."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def test_every_field_reaches_the_request():
     assert call.stream and call.include_usage and call.chat is None
 
 
-def test_a_call_without_fields_is_drawn_anew_each_time():
+def test_a_request_without_fields_has_a_new_seed_each_time():
     calls = [text_call() for _ in range(8)]
     assert len({call.requests[0].seed for call in calls}) > 1
     assert len({call.id for call in calls}) == 8
@@ -76,7 +76,7 @@ def test_a_call_without_fields_is_drawn_anew_each_time():
         ("base:poet", "poet", "poet"),
     ],
 )
-def test_a_state_is_named_by_itself_or_after_the_model(model, state, found):
+def test_a_state_is_named_alone_or_after_the_model(model, state, found):
     assert text_call(model=model, state=state).requests[0].state == found
     assert chat_call(model=model, state=state).model == model
 
@@ -94,7 +94,7 @@ def test_a_state_is_named_by_itself_or_after_the_model(model, state, found):
         ({"state": "../poet.pth"}, "state", "state_not_found"),
     ],
 )
-def test_a_name_that_is_not_served_is_not_found(fields, param, code):
+def test_an_unknown_model_name_is_not_found(fields, param, code):
     for call in (text_call, chat_call):
         with pytest.raises(Refused) as refused:
             call(**fields)
@@ -130,7 +130,7 @@ def test_a_conversation_is_written_as_in_tuning():
     assert thinking.chat.opening == " <think"
 
 
-def test_a_prompt_is_a_text_or_ids_and_an_empty_one_begins_a_text():
+def test_a_prompt_is_text_or_ids_and_an_empty_one_starts_a_document():
     assert text_call(prompt=[5, 6]).requests[0].prompt == (5, 6)
     assert text_call(prompt=[[5, 6]]).requests[0].prompt == (5, 6)
     assert prompt_of(text_call(prompt=["ab"])) == "ab"
@@ -138,7 +138,7 @@ def test_a_prompt_is_a_text_or_ids_and_an_empty_one_begins_a_text():
     assert prompt_of(text_call(prompt="\u00e4\U0001f600")) == "\u00e4\U0001f600"
 
 
-def test_each_prompt_has_n_answers_of_following_seeds():
+def test_each_prompt_has_n_answers_with_consecutive_seeds():
     call = text_call(prompt=["a", [5, 6]], n=3, seed=7)
     found = [(request.prompt, request.seed) for request in call.requests]
     seeds = (7, 8, 9)
@@ -152,7 +152,7 @@ def test_each_prompt_has_n_answers_of_following_seeds():
     assert len(chat_call(n=2).requests) == 2
 
 
-def test_what_clients_send_for_nothing_changes_nothing():
+def test_fields_with_null_like_values_change_nothing():
     nothing = {
         "max_tokens": 20,
         "max_completion_tokens": 20,
@@ -192,7 +192,9 @@ def test_what_clients_send_for_nothing_changes_nothing():
         (True, {"logprobs": True, "top_logprobs": 20}, 20),
     ],
 )
-def test_scores_are_asked_for_by_the_interface_s_fields(is_chat, fields, alternatives):
+def test_scores_are_requested_by_the_fields_of_the_interface(
+    is_chat, fields, alternatives
+):
     call = (chat_call if is_chat else text_call)(**fields)
     assert call.requests[0].alternatives == alternatives
 
@@ -250,7 +252,7 @@ def test_scores_are_asked_for_by_the_interface_s_fields(is_chat, fields, alterna
         ({"model": "base:poet", "state": "a.b-c"}, "`state` must be that of `model`"),
     ],
 )
-def test_a_wrong_field_is_refused_by_its_name(fields, sentence):
+def test_an_invalid_field_is_rejected_by_name(fields, sentence):
     with pytest.raises(Refused) as refused:
         text_call(**fields)
     error = refused.value
@@ -285,7 +287,7 @@ def test_a_wrong_field_is_refused_by_its_name(fields, sentence):
         ({"prompt": "hi"}, "`prompt` is no field"),
     ],
 )
-def test_a_wrong_conversation_is_refused(fields, sentence):
+def test_an_invalid_conversation_is_rejected(fields, sentence):
     with pytest.raises(Refused, match=r".") as refused:
         chat_call(**fields)
     assert sentence in refused.value.message

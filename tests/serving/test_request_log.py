@@ -1,4 +1,4 @@
-"""A line for each request, by an id that its answer has, too."""
+"""The request log: one line per request, with the id that its answer also has."""
 
 import datetime
 import io
@@ -80,32 +80,32 @@ def test_a_request_is_a_line_with_the_id_of_its_answer(client, log):
     ("given", "kept"),
     [("a-B_c.9:/+=", True), ("", False), ('a"b', False), ("a" * 129, False)],
 )
-def test_an_id_of_a_proxy_is_kept(client, log, given, kept):
+def test_the_request_id_of_a_proxy_is_kept(client, log, given, kept):
     answered = client.get("/status/200", x_request_id=given)
     (line,) = log.lines()
     assert line["id"] == answered.headers["x-request-id"]
     assert (line["id"] == given) == kept
 
 
-def test_a_client_that_leaves_and_an_error_have_their_status(client, log):
+def test_a_disconnect_and_an_error_have_their_status(client, log):
     client.request("GET", "/stream", leaves=True)
     client.get("/fail")
     assert [line["status"] for line in log.lines()] == [499, 500]
 
 
-def test_probes_are_lines_only_where_they_fail(log):
+def test_probes_are_logged_only_if_they_fail(log):
     Client(RequestLog(ROUTES, log)).get("/health")
     assert not log.lines()
     Client(RequestLog(Starlette(), log)).get("/health")
     assert [line["status"] for line in log.lines()] == [404]
 
 
-def test_a_stream_that_is_gone_costs_no_answer(log):
+def test_a_closed_log_does_not_prevent_an_answer(log):
     log.close()
     assert Client(RequestLog(ROUTES, log)).get("/status/200").status_code == 200
 
 
-def test_a_server_names_requests_whether_it_writes_lines_or_not(engine, log):
+def test_requests_have_ids_with_and_without_a_log(engine, log):
     for stream in (None, log):
         app = make_app(engine, name="base", key="secret", request_log=stream)
         refused = Client(app).get("/v1/models", x_request_id="one")

@@ -1,4 +1,4 @@
-"""Start states by name: they come, are replaced and go while requests are answered."""
+"""Named start states: added, replaced and removed while requests are answered."""
 
 import dataclasses
 import os
@@ -28,7 +28,7 @@ from rwkv7_jax.serving.state_files import StateFiles
 from rwkv7_jax.tuning.upscaling import upscale
 
 
-def test_the_states_of_these_tests_say_different_things(engine):
+def test_the_states_of_these_tests_give_different_answers(engine):
     # Otherwise a request that read another one's state would pass unseen.
     differ = 0
     for request in drawn_requests(18):
@@ -39,7 +39,7 @@ def test_the_states_of_these_tests_say_different_things(engine):
     assert differ >= 9
 
 
-def test_states_come_and_go_while_requests_are_answered(params, engine):
+def test_states_are_added_and_removed_while_requests_are_answered(params, engine):
     request = Request(tuple(range(40, 90)), state="poet", tokens=9, temperature=0.0)
     before = answer(engine, request)
     _, answers = ask(engine, request)
@@ -66,7 +66,7 @@ def test_states_come_and_go_while_requests_are_answered(params, engine):
     assert answer(engine, as_critic).tokens == after.tokens
 
 
-def test_a_state_that_would_change_the_programs_is_refused(params, engine):
+def test_a_state_that_would_change_the_compiled_programs_is_rejected(params, engine):
     tokens = jnp.arange(40)[None]
     upscaled = upscale(MODEL, params, tokens, size=8, kind="gaussian")
     with pytest.raises(ValueError, match="put_state: `state` must have the form"):
@@ -80,13 +80,13 @@ def test_a_state_that_would_change_the_programs_is_refused(params, engine):
     assert_same(answer(both, request), alone(params, request))
 
 
-def test_states_of_another_model_are_refused(params):
+def test_states_of_another_model_are_rejected(params):
     other = init_state(dataclasses.replace(CONFIG, head_size=32))
     with pytest.raises(ValueError, match=r"Engine: `state.wkv` must have shape"):
         Engine(MODEL, params, BYTES, {"other": other})
 
 
-def test_the_files_of_a_folder_are_served_as_they_are_now(params, tmp_path, caplog):
+def test_the_current_files_of_a_folder_are_served(params, tmp_path, caplog):
     files = StateFiles(
         {"own": tmp_path / "own" / "a.pth"},
         [tmp_path],
@@ -142,7 +142,7 @@ def refuse(path):
 
 
 @pytest.mark.parametrize("how", ["gone", "unreadable", "file"])
-def test_states_stay_while_their_disk_is_away(
+def test_states_remain_while_their_disk_is_unavailable(
     folder_of_states, monkeypatch, caplog, how
 ):
     folder, files, engine = folder_of_states
@@ -168,7 +168,9 @@ def test_states_stay_while_their_disk_is_away(
     assert engine.state_names == ()
 
 
-def test_a_state_of_the_same_size_and_time_is_another(folder_of_states, params):
+def test_a_replaced_state_of_the_same_size_and_time_is_reloaded(
+    folder_of_states, params
+):
     folder, files, engine = folder_of_states
     file = folder / "poet.pth"
     request = Request((65, 66, 67), state="poet", tokens=20, temperature=0.0)

@@ -1,4 +1,4 @@
-"""Upscaled states, and mixtures of them, answer as alone: in any row, and from the cache."""
+"""Upscaled states and their mixtures answer as if alone: in any row, and from the cache."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ PROMPT = tuple(np.random.default_rng(0).integers(1, 256, 300).tolist())
 
 @pytest.fixture(scope="module")
 def params():
-    """Weights with which each start state says something else."""
+    """Weights with which each start state gives a different answer."""
     return lively(CONFIG)
 
 
@@ -45,14 +45,14 @@ def wide_states(dynamics):
 
 
 def requests_of(states):
-    """A request of each state, and one of none."""
+    """A request for each state, and one without a state."""
     plain = Request((40, 41), tokens=6, temperature=0.0)
     return [dataclasses.replace(plain, state=name) for name in (None, *states)]
 
 
 @pytest.mark.parametrize("dynamics", ADDITIVE)
 @pytest.mark.parametrize("slots", [1, 3])
-def test_states_that_share_the_rows_answer_as_alone(params, dynamics, slots):
+def test_states_that_share_a_batch_answer_as_alone(params, dynamics, slots):
     states = wide_states(dynamics)
     engine = Engine(MODEL, params, BYTES, states, slots=slots)
     # Twice, since a row is taken again by a request from another state.
@@ -66,7 +66,7 @@ def test_states_that_share_the_rows_answer_as_alone(params, dynamics, slots):
 
 
 @pytest.mark.parametrize("dynamics", ADDITIVE)
-def test_prefixes_cut_anywhere_change_no_answer(params, dynamics):
+def test_cached_prefixes_of_any_length_change_no_answer(params, dynamics):
     states = wide_states(dynamics)
     nothing_kept = Engine(MODEL, params, BYTES, states, slots=2, cache_bytes=0)
     kept = Engine(MODEL, params, BYTES, states, slots=2)
@@ -93,7 +93,7 @@ def test_prefixes_cut_anywhere_change_no_answer(params, dynamics):
     assert cached > len(PROMPT)
 
 
-def test_a_memory_in_a_wkv_states_place_is_refused_beside_the_model_s_own(params):
+def test_a_memory_that_replaces_the_wkv_state_is_rejected_next_to_plain_states(params):
     paper = filled(empty_state(CONFIG, "replace"))
     with pytest.raises(ValueError, match=r"Engine: `states` must all have a memory"):
         Engine(MODEL, params, BYTES, {"paper": paper})
