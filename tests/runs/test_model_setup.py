@@ -13,6 +13,8 @@ from rwkv7_jax.runs.modes.model_setup import new_model
         ({"vocab_size": 257, "width": 64}, "num_layers"),
     ],
 )
-def test_a_new_model_without_a_size_is_refused_by_the_size_s_name(sizes, missing):
-    with pytest.raises(ValueError, match=f"the new sizes; it has no {missing}\\.$"):
+def test_a_new_model_without_a_size_is_rejected_by_the_name_of_the_size(sizes, missing):
+    with pytest.raises(
+        ValueError, match=f"must have all sizes; it has no {missing}\\.$"
+    ):
         new_model(sizes)

@@ -86,6 +86,23 @@ def test_both_processes_resume_bit_exactly_from_the_checkpoint_of_process_0(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", ["silent", "other"])
+def test_a_first_state_is_sent_only_where_processes_did_not_make_the_same(
+    tmp_path, fault
+):
+    run = {
+        "child": ["tests/support/faulty_train.py"],
+        "environment": {"FAULT": fault},
+        "steps": 2,
+    }
+    for process in pair(tmp_path / "two", **run):
+        finish(process)
+    finish(start(tmp_path / "one", **RUN, steps=2))
+    found = record(tmp_path / "two", 2)
+    assert found["leaves"] == record(tmp_path / "one", 2)["leaves"]
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_saves_one_step_and_ends_both(tmp_path):
     processes = pair(tmp_path, steps=1_000_000, save_every=0, log_every=5)
     while not (tmp_path / "metrics.csv").exists() or len(lines(tmp_path)) < 3:

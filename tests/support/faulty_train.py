@@ -4,6 +4,8 @@ nan:3,4     the losses of these steps are not finite (nan: is all of them from t
 slow:30     every save but the first takes 30 seconds longer
 size:20000  no file may grow beyond 20,000 bytes
 shards:9    the second process cannot write; the first waits 9 seconds for it
+silent      no process sends arrays to the others
+other       the second process makes another first state than the first one
 """
 
 import os
@@ -12,9 +14,12 @@ import runpy
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 
 from rwkv7_jax.runs.datasets import TrainingData
+from rwkv7_jax.runs.modes.base import TrainingMode
+from rwkv7_jax.runs.process_group import AllProcesses
 from rwkv7_jax.runs.resume import checkpointer, step_directories
 from rwkv7_jax.training import gradients
 
@@ -61,6 +66,15 @@ def slowed(write):
     return slow
 
 
+def changed(train_state):
+    """Makes other parameters than those that were asked for."""
+
+    def other_state(mode, params, tx):
+        return train_state(mode, jax.tree.map(lambda leaf: leaf + 1, params), tx)
+
+    return other_state
+
+
 if NAME == "nan":
     TrainingData.batches = poisoned(TrainingData.batches)
     gradients.target_shares = spoilt(gradients.target_shares)
@@ -72,5 +86,9 @@ elif NAME == "shards":
     checkpointer.SAVE_SECONDS = int(NUMBERS)
     if "--process=1" in sys.argv:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+elif NAME == "silent":
+    AllProcesses.broadcast_arrays = None
+elif NAME == "other" and "--process=1" in sys.argv:
+    TrainingMode.train_state = changed(TrainingMode.train_state)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

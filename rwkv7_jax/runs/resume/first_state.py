@@ -12,6 +12,7 @@ from rwkv7_jax import sharding
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.process_group import group_of_run
+from rwkv7_jax.runs.resume.checksums import tree_checksum
 from rwkv7_jax.runs.resume.run_identity import Identity
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.training.train_step import TrainState
@@ -85,22 +86,33 @@ def _restore_in_all(
     """Restores or makes the state in every process of the run.
 
     Shards that lie over several processes are read by these processes. Otherwise process 0 reads
-    the state and sends it to the others, which need not see the directory.
+    the state and sends it to the others, which need not see the directory. A new state is sent only
+    where the others did not make the same one.
     """
     if sharding.is_shared(mesh):
         folder.share_checkpoints()
         return folder.restore(abstract, identity, init)
     group = group_of_run()
+    if group.size == 1:
+        return folder.restore(abstract, identity, init)
+    is_new = False
+
+    def make() -> TrainState:
+        nonlocal is_new
+        is_new = True
+        return init()
 
     def restore_here() -> tuple[TrainState, Progress] | None:
-        return folder.restore(abstract, identity, init) if group.is_primary else None
+        return folder.restore(abstract, identity, make) if group.is_primary else None
 
-    restored = group.run_in_all(restore_here)
-    if restored is None:
-        # Of the other processes' arrays only the shapes and dtypes count.
-        state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
-        progress = RunProgress()
-    else:
+    # Of the other processes' arrays only the shapes and dtypes count.
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+    progress: Progress = RunProgress()
+    if restored := group.run_in_all(restore_here):
         state, progress = restored
     course = group.from_process_0(progress.to_json)
+    if group.from_process_0(lambda: is_new):
+        state = group.run_in_all(lambda: state if group.is_primary else init())
+        if len(set(group.allgather(tree_checksum(state)))) == 1:
+            return state, read_progress(course)
     return group.broadcast_arrays(state), read_progress(course)
