@@ -94,7 +94,7 @@ class RunProgress:
         return []
 
     def is_given_up(self, limit: int | None) -> bool:
-        """Returns whether enough consecutive updates were skipped to end the run; None: never."""
+        """Returns whether `limit` consecutive updates were skipped; never if it is None."""
         return limit is not None and self.bad >= limit
 
     def with_evaluation(

@@ -373,7 +373,7 @@ class StopSignals:
             self._raise_at_once = False
 
     def _repeat_dropped(self, unraisable: Any) -> None:
-        """Makes the handler run again if Python dropped its exception; `sys.unraisablehook`."""
+        """Runs the handler again if Python dropped its exception; a `sys.unraisablehook`."""
         if not isinstance(unraisable.exc_value, Stopped):
             self._old_hook(unraisable)
             return
