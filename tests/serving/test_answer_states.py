@@ -6,7 +6,7 @@ import itertools
 import engine_cases
 import jax
 import pytest
-from engine_cases import CONFIG, MODEL, STATES, alone, answer, assert_same
+from engine_cases import MODEL, STATES, alone, answer, assert_same
 from tolerances import SAME, assert_trees_close
 
 from rwkv7_jax.generation.decode_loop import prefill_rows
