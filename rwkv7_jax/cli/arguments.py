@@ -204,7 +204,7 @@ def unescape(text: bytes, option: str) -> bytes:
 
     Args:
         text: as it was typed.
-        option: in backticks, for the message.
+        option: with its command; the message begins with it.
 
     Raises:
         ValueError: another character after a backslash.
@@ -221,7 +221,7 @@ def unescape(text: bytes, option: str) -> bytes:
             return chr(code).encode("utf-8", "surrogatepass")
         shown = name.decode("utf-8", "replace")
         raise ValueError(
-            f"generate: {option} must have n, t, r, xNN, uNNNN or another backslash after each "
+            f"{option} must have n, t, r, xNN, uNNNN or another backslash after each "
             f"backslash with `--escape`; got {shown!r}."
         )
 

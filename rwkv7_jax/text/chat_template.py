@@ -359,6 +359,7 @@ def chat_prompt(
     system: bytes = b"",
     think: str = "off",
     tools: Sequence[str] = (),
+    must_call: bool = True,
 ) -> bytes:
     """Returns the prompt that asks for an answer to one message.
 
@@ -367,6 +368,7 @@ def chat_prompt(
         system: what the system says before; empty for nothing.
         think: one of `THINK_MODES`.
         tools: functions that may be called, as `tool_text` writes them.
+        must_call: that of `write_conversation`.
 
     Raises:
         ValueError: an unknown think mode.
@@ -377,7 +379,9 @@ def chat_prompt(
         content = clean_message(text.decode("utf-8", "surrogateescape"))
         if content or role == "user":
             messages.append(Message(role, content))
-    parts = write_conversation(messages, think=think, tools=tools, ask=True)
+    parts = write_conversation(
+        messages, think=think, tools=tools, must_call=must_call, ask=True
+    )
     return "".join([part.text for part in parts]).encode("utf-8", "surrogateescape")
 
 
