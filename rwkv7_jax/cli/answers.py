@@ -1,7 +1,9 @@
 """Sampling options, stop options and streamed output of `generate` and `chat`."""
 
 import argparse
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,11 +13,14 @@ from rwkv7_jax.cli.arguments import (
     integer,
     integers,
     number,
+    path,
     stop_text,
+    unescape,
 )
 from rwkv7_jax.cli.output import name_output
 from rwkv7_jax.generation.sampling import exempt_ids
 from rwkv7_jax.runs.process import shown_on
+from rwkv7_jax.text.chat_template import read_tools
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 # Seeds are signed 64-bit integers, as in JAX.
@@ -88,6 +93,71 @@ def add_stop_options(parser: argparse.ArgumentParser) -> None:
         type=integers(0),
         help="comma-separated ids that end an answer, besides the vocabulary's end of text",
     )
+
+
+def add_escape_option(parser: argparse.ArgumentParser, where: str) -> None:
+    """Adds the option that interprets escapes in the options that `where` names."""
+    parser.add_argument(
+        "--escape",
+        action="store_true",
+        help=r"read \n, \t, \r, \xNN, \uNNNN and \\ in "
+        f"{where} as what they stand for; without it a backslash is a backslash",
+    )
+
+
+def stop_strings(options: argparse.Namespace, command: str) -> list[str]:
+    """Returns the stop sequences of `--stop`, with escapes replaced under `--escape`.
+
+    Args:
+        options: the options of `add_stop_options` and `add_escape_option`.
+        command: that has them.
+
+    Raises:
+        ValueError: an unknown escape.
+    """
+    if options.escape:
+        stops = []
+        for text in options.stop:
+            data = unescape(os.fsencode(text), f"{command}: `--stop`")
+            stops.append(os.fsdecode(data))
+        return stops
+    if any("\\n" in text for text in options.stop):
+        print(
+            "note: `--stop` has a backslash and an n; --escape reads them as a line break.",
+            file=sys.stderr,
+        )
+    return list(options.stop)
+
+
+def add_tools_option(parser: argparse.ArgumentParser, before: str = "") -> None:
+    """Adds the option for the functions that may be called; `before` begins its help."""
+    parser.add_argument(
+        "--tools",
+        metavar="FILE",
+        type=path,
+        help=f"{before}functions to call, a JSON list of objects with name, description and "
+        "arguments, or as OpenAI's interface has them",
+    )
+
+
+def read_tools_file(file: str | None, command: str) -> tuple[str, ...]:
+    """Reads the functions of `--tools` in the form of the chat template; none without a file.
+
+    Args:
+        file: of the option.
+        command: that has the option.
+
+    Raises:
+        ValueError: the file holds no list of functions.
+    """
+    if file is None:
+        return ()
+    try:
+        return read_tools(Path(file).read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{command}: `--tools` must be a JSON list of functions; {file}: {error}."
+        ) from None
 
 
 def drawing(

@@ -204,7 +204,7 @@ def unescape(text: bytes, option: str) -> bytes:
 
     Args:
         text: the text as typed.
-        option: the option in backticks, for the message.
+        option: the command and the option, with which the message begins.
 
     Raises:
         ValueError: the text has another escape.
@@ -221,8 +221,8 @@ def unescape(text: bytes, option: str) -> bytes:
             return chr(code).encode("utf-8", "surrogatepass")
         shown = name.decode("utf-8", "replace")
         raise ValueError(
-            f"generate: with `--escape`, {option} must have n, t, r, xNN, uNNNN or a backslash "
-            f"after each backslash; got {shown!r}."
+            f"{option} must have n, t, r, xNN, uNNNN or a backslash after each backslash with "
+            f"`--escape`; got {shown!r}."
         )
 
     return _ESCAPE.sub(replace, text)

@@ -6,16 +6,21 @@ import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxtyping import Array, Float
 
 from rwkv7_jax.cli.answers import (
     Stream,
+    add_escape_option,
     add_sampling_options,
     add_stop_options,
+    add_tools_option,
     drawing,
     note_ids_without_entry,
+    read_tools_file,
+    stop_strings,
 )
 from rwkv7_jax.cli.arguments import path, refuse_inputs, state_target
 from rwkv7_jax.cli.errors import reason
@@ -70,6 +75,7 @@ def add_chat_command(subparsers) -> None:
         default="off",
         help="whether answers think first; fast is an empty thought (%(default)s)",
     )
+    add_tools_option(parser, "said at the start: ")
     add(
         "--save-state",
         metavar="FILE",
@@ -78,6 +84,7 @@ def add_chat_command(subparsers) -> None:
     )
     add_sampling_options(parser)
     add_stop_options(parser)
+    add_escape_option(parser, "--stop")
     add_vocabulary_option(parser, "the model's")
     parser.set_defaults(run=run_chat, compiles=True)
 
@@ -87,8 +94,10 @@ def run_chat(options: argparse.Namespace) -> None:
     _check_target("chat: `--save-state`", options.save_state, options)
     if options.state:
         existing_path(options.state, "chat: `--state`")
+    tools = read_tools_file(options.tools, "chat")
+    stops = stop_strings(options, "chat")
     model = read_model(options.model, weights=options.weights, dtype=options.dtype)
-    conversation = _Conversation(options, model)
+    conversation = _Conversation(options, model, tools=tools, stops=stops)
     prompt = _prepare_input()
     try:
         _talk(conversation, prompt)
@@ -121,13 +130,28 @@ class _Memory(NamedTuple):
 class _Conversation:
     """A model, and its memory after each of the last answers."""
 
-    def __init__(self, options: argparse.Namespace, model: LoadedModel):
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        model: LoadedModel,
+        *,
+        tools: Sequence[str],
+        stops: Sequence[str],
+    ):
         """Starts from the state of `--state`.
+
+        Args:
+            options: of the command.
+            model: that answers.
+            tools: functions that may be called, as the template writes them.
+            stops: texts that end an answer.
 
         Raises:
             ValueError: another model's state, or a vocabulary that does not spell the template.
         """
         self._options = options
+        self._tools = tools
+        self._stops = [*stops, CHAT_STOP]
         self._model = model
         self._tokenizer = model.tokenizer(options.vocabulary)
         self._start = _Memory(None, None, False)
@@ -144,22 +168,27 @@ class _Conversation:
             self.encode("")
         except ValueError:
             raise ValueError(
-                "chat: `--vocabulary` must spell the template of chats and `--system`; "
+                "chat: `--vocabulary` must spell the template of chats, `--system` and `--tools`; "
                 f"{self._tokenizer.name} does not."
             ) from None
 
     def encode(self, message: str) -> list[int]:
-        """Returns the ids of a message as the next turn, with what the system says at the start.
+        """Returns the ids of a message as the next turn; the first has what the system says.
 
         Raises:
             ValueError: the vocabulary cannot spell it.
         """
-        system = b""
-        if self._memory is self._start:
-            # The inverse of how Python decodes the command line.
-            system = os.fsencode(self._options.system or "")
-        text = message.encode("utf-8", "surrogateescape")
-        prompt = chat_prompt(text, system=system, think=self._options.think)
+        is_first = self._memory is self._start
+        # The inverse of how Python decodes the command line.
+        system = os.fsencode(self._options.system or "")
+        prompt = chat_prompt(
+            message.encode("utf-8", "surrogateescape"),
+            system=system if is_first else b"",
+            think=self._options.think,
+            tools=self._tools if is_first else (),
+            # In a conversation the model chooses between words and a call, as a served one does.
+            must_call=False,
+        )
         if self._memory.in_chat:
             prompt = TURN_END.encode() + prompt
         return self._tokenizer.encode(prompt)
@@ -176,7 +205,7 @@ class _Conversation:
                 self._model.params,
                 ids,
                 self._memory.state,
-                stop_strings=[*options.stop, CHAT_STOP],
+                stop_strings=self._stops,
                 on_text=stream,
                 should_stop=interrupted,
                 **drawing(options, self._tokenizer, answers=self._answers),

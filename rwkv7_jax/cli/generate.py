@@ -3,18 +3,20 @@
 import argparse
 import json
 import os
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from rwkv7_jax.cli.answers import (
     Stream,
+    add_escape_option,
     add_sampling_options,
     add_stop_options,
+    add_tools_option,
     drawing,
     note_ids_without_entry,
+    read_tools_file,
+    stop_strings,
 )
 from rwkv7_jax.cli.arguments import (
     path,
@@ -48,7 +50,6 @@ from rwkv7_jax.text.chat_template import (
     TURN_END,
     answer_opening,
     chat_prompt,
-    read_tools,
 )
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -62,12 +63,7 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
     add_sampling_options(parser)
     add_stop_options(parser)
     add_vocabulary_option(parser, "the model's")
-    parser.add_argument(
-        "--escape",
-        action="store_true",
-        help=r"interpret the escapes \n, \t, \r, \xNN, \uNNNN and \\ in --prompt and --stop; by "
-        "default a backslash is literal",
-    )
+    add_escape_option(parser, "--prompt and --stop")
     parser.add_argument(
         "--json",
         action="store_true",
@@ -120,13 +116,7 @@ def _add_chat_options(parser: argparse.ArgumentParser) -> None:
         choices=tuple(THINK_MODES),
         help="with --chat: think mode of the answer; fast is an empty thought (off)",
     )
-    add(
-        "--tools",
-        metavar="FILE",
-        type=path,
-        help="with --chat: tools, as a JSON list of objects with name, description and arguments, "
-        "or in the format of OpenAI's API",
-    )
+    add_tools_option(parser, "with --chat: ")
 
 
 class _Texts(NamedTuple):
@@ -227,25 +217,17 @@ def _check_prompt(options: argparse.Namespace) -> None:
 def _read_texts(options: argparse.Namespace) -> _Texts:
     """Reads the prompt and the stop sequences; in a chat, the prompt becomes a turn."""
     prompt = b"" if options.prompt is None else read_prompt(options.prompt)
-    stop_strings = list(options.stop)
-    if options.escape:
-        # Standard input has real line breaks.
-        if options.prompt != "-":
-            prompt = unescape(prompt, "`--prompt`")
-        for index, text in enumerate(stop_strings):
-            stop_strings[index] = os.fsdecode(unescape(os.fsencode(text), "`--stop`"))
-    elif any("\\n" in text for text in stop_strings):
-        print(
-            "note: `--stop` has a backslash and an n; --escape reads them as a line break.",
-            file=sys.stderr,
-        )
+    stops = stop_strings(options, "generate")
+    # Standard input holds real line breaks.
+    if options.escape and options.prompt != "-":
+        prompt = unescape(prompt, "generate: `--prompt`")
     opening = ""
     if options.chat:
-        stop_strings.append(CHAT_STOP)
+        stops.append(CHAT_STOP)
         # Without a message, the previous answer continues.
         if options.prompt is not None:
             prompt, opening = _chat_texts(options, prompt)
-    return _Texts(prompt, opening, stop_strings, options.chat)
+    return _Texts(prompt, opening, stops, options.chat)
 
 
 def _after_state(
@@ -273,14 +255,7 @@ def _after_state(
 def _chat_texts(options: argparse.Namespace, message: bytes) -> tuple[bytes, str]:
     """Formats the message as a turn; returns it, and the beginning of the answer in it."""
     think = options.think or "off"
-    tools: tuple[str, ...] = ()
-    if options.tools:
-        try:
-            tools = read_tools(Path(options.tools).read_bytes())
-        except ValueError as error:
-            raise ValueError(
-                f"generate: `--tools` must be a JSON list of functions; {options.tools}: {error}."
-            ) from None
+    tools = read_tools_file(options.tools, "generate")
     # Recover the bytes of the command line.
     system = os.fsencode(options.system or "")
     prompt = chat_prompt(message, system=system, think=think, tools=tools)

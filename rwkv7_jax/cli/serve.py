@@ -20,6 +20,7 @@ from rwkv7_jax.cli.inputs import (
 from rwkv7_jax.cli.summary import COMMANDS
 from rwkv7_jax.serving.engine import Engine
 from rwkv7_jax.serving.state_files import NAME, StateFiles
+from rwkv7_jax.serving.watchdog import Watchdog
 
 # Not an option: everybody on a machine sees the arguments of its programs.
 _KEY = "RWKV7_API_KEY"
@@ -117,6 +118,14 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         help="time that SIGTERM leaves to answers which have begun (%(default)s)",
     )
     add(
+        "--watchdog",
+        type=integer(1, 86400),
+        default=120,
+        metavar="SECONDS",
+        help="time after which a device that does not answer makes the server unhealthy; more than "
+        "it takes to read 256 tokens for each slot (%(default)s)",
+    )
+    add(
         "--keep-alive",
         type=integer(1, 86400),
         default=75,
@@ -142,26 +151,8 @@ def run_serve(options: argparse.Namespace) -> None:
     # Before the model is read: a port that is in use should not cost minutes.
     listener = _listener(server, options.host, options.port)
     with listener:
-        model = read_model(options.model, weights=options.weights, dtype=options.dtype)
-        states = StateFiles(
-            files,
-            folders,
-            suffixes=STATE_SUFFIXES,
-            load=lambda file: model.load_state(str(file), any_base=options.any_base),
-        )
-        engine = Engine(
-            model.module,
-            model.params,
-            model.tokenizer(options.vocabulary),
-            states.read(),
-            slots=options.slots,
-            queue=options.queue,
-            longest_prompt=options.prompt_tokens,
-            longest_answer=options.answer_tokens,
-            cache_bytes=options.cache_mib * 2**20,
-        )
-        print(f"compiling for {options.slots} requests at once", flush=True)
-        engine.warm_up()
+        with server.starting(listener, keep_alive=options.keep_alive):
+            engine, states = _engine(options, files, folders)
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         application = app.make_app(
@@ -186,6 +177,34 @@ def run_serve(options: argparse.Namespace) -> None:
             drain=options.drain,
             keep_alive=options.keep_alive,
         )
+
+
+def _engine(
+    options: argparse.Namespace, files: dict[str, Path], folders: list[Path]
+) -> tuple[Engine, StateFiles]:
+    """Reads the model and its start states, and compiles what requests need."""
+    model = read_model(options.model, weights=options.weights, dtype=options.dtype)
+    states = StateFiles(
+        files,
+        folders,
+        suffixes=STATE_SUFFIXES,
+        load=lambda file: model.load_state(str(file), any_base=options.any_base),
+    )
+    engine = Engine(
+        model.module,
+        model.params,
+        model.tokenizer(options.vocabulary),
+        states.read(),
+        slots=options.slots,
+        queue=options.queue,
+        longest_prompt=options.prompt_tokens,
+        longest_answer=options.answer_tokens,
+        cache_bytes=options.cache_mib * 2**20,
+        watchdog=Watchdog(options.watchdog),
+    )
+    print(f"compiling for {options.slots} requests at once", flush=True)
+    engine.warm_up()
+    return engine, states
 
 
 def _listener(server: Any, host: str, port: int) -> socket.socket:

@@ -11,6 +11,7 @@ from rwkv7_jax.serving.requests import (
     UnknownState,
 )
 from rwkv7_jax.serving.ticket import Ticket
+from rwkv7_jax.serving.watchdog import Watchdog
 
 __all__ = [
     "Answer",
@@ -22,4 +23,5 @@ __all__ = [
     "TokenScore",
     "TooBusy",
     "UnknownState",
+    "Watchdog",
 ]

@@ -21,6 +21,10 @@ _UNNAMED = "null"
 
 _LOCAL = "localhost"
 
+# Whether the server can answer now, and whether waiting for that is of use.
+READY = "/health"
+LIVE = "/live"
+
 
 def access_checks(
     key: str | None, origins: Sequence[str], hosts: Sequence[str] | None
@@ -129,7 +133,7 @@ class _PageCheck:
 
 def _is_open(scope: Scope) -> bool:
     """Tells whether everybody may have what a request asks for."""
-    return scope["type"] != "http" or scope["path"] == "/health"
+    return scope["type"] != "http" or scope["path"] in (READY, LIVE)
 
 
 def _name(address: str) -> str:

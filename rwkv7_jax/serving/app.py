@@ -37,10 +37,10 @@ try:
     from starlette.routing import Route
     from starlette.types import Receive, Scope, Send
 
-    from rwkv7_jax.serving.access import access_checks
+    from rwkv7_jax.serving.access import LIVE, READY, access_checks
     from rwkv7_jax.serving.call_bodies import CallBodies
     from rwkv7_jax.serving.metrics import Metrics
-    from rwkv7_jax.serving.request_log import RequestLog
+    from rwkv7_jax.serving.request_log import RequestLog, UnexpectedErrors
 except ImportError:
     raise ImportError(
         "serve: the server needs the packages of the extra server: "
@@ -106,7 +106,8 @@ def make_app(
     routes = _Routes(engine, served, refresh)
     return Starlette(
         routes=[
-            Route("/health", routes.health),
+            Route(READY, routes.health),
+            Route(LIVE, routes.live),
             Route("/metrics", routes.metrics),
             Route("/v1/models", routes.models),
             Route("/v1/models/{model:path}", routes.model),
@@ -118,11 +119,11 @@ def make_app(
             Refused: _refused,
             ClientDisconnect: _left,
             HTTPException: _http_error,
-            Exception: _failed,
         },
         middleware=[
             Middleware(RequestLog, stream=request_log),
             *access_checks(key, origins, hosts),
+            Middleware(UnexpectedErrors),
         ],
         lifespan=routes.lifespan,
     )
@@ -159,7 +160,19 @@ class _Routes:
         del request
         if not self._engine.is_open:
             raise stopped()
+        self._check_device()
         return JSONResponse({"status": "ok"})
+
+    async def live(self, request: Request) -> Response:
+        """Says whether the server will answer, now or after its answers so far."""
+        del request
+        self._check_device()
+        return JSONResponse({"status": "ok"})
+
+    def _check_device(self) -> None:
+        """Refuses where the device does not answer, which only a new process may change."""
+        if self._engine.is_stalled:
+            raise Refused("the device does not answer.", status=503, code="stalled")
 
     async def metrics(self, request: Request) -> Response:
         """Counts what was done, for Prometheus."""
@@ -220,6 +233,7 @@ class _Routes:
         is_chat: bool,
     ) -> tuple[Call, list[Ticket]]:
         """Submits the requests of a call, or none of them."""
+        self._check_device()
         call = read_call(_parse(body), self._served(), is_chat=is_chat)
         tickets: list[Ticket] = []
         for index, request in enumerate(call.requests):
@@ -378,9 +392,3 @@ async def _left(request: Request, error: Exception) -> Response:
     # The client has disconnected in the middle of its body: nobody reads this.
     del request, error
     return Response(status_code=499)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    del request
-    body = Refused(f"the server failed: {type(error).__name__}.", status=500).body()
-    return JSONResponse(body, 500)

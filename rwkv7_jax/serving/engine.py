@@ -17,20 +17,18 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     check_count,
     check_function,
-    check_ids,
     check_instance,
     check_model,
     check_params,
     first_line,
     prefix_errors,
 )
-from rwkv7_jax.generation.sampling import SamplingParams, make_options
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.serving.answer_states import AnswerStates
 from rwkv7_jax.serving.prefix_cache import PrefixCache
+from rwkv7_jax.serving.request_checks import request_options
 from rwkv7_jax.serving.requests import (
-    MOST_ALTERNATIVES,
     Closed,
     Ending,
     Request,
@@ -40,7 +38,7 @@ from rwkv7_jax.serving.requests import (
 from rwkv7_jax.serving.slots import BLOCK, CHUNK, Slots, free_options
 from rwkv7_jax.serving.start_states import Start, StartStates
 from rwkv7_jax.serving.ticket import OnEnd, OnPiece, Reader, Ticket
-from rwkv7_jax.text.detokenizer import check_stop_strings
+from rwkv7_jax.serving.watchdog import Watchdog
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _CACHE_BYTES = 2**28
@@ -50,6 +48,9 @@ _LEAST_FORK = 32
 
 # Ticks in a row that may fail: after so many it is the device, and no request, that is broken.
 _MOST_FAILURES = 3
+
+# Seconds between two looks whether a thread that is to end still can.
+_LOOK_SECONDS = 1.0
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class Engine:
         longest_prompt: int = 65536,
         longest_answer: int = 8192,
         cache_bytes: int = _CACHE_BYTES,
+        watchdog: Watchdog | None = None,
     ):
         """Makes free rows; nothing is compiled before `warm_up` or the first request.
 
@@ -99,6 +101,7 @@ class Engine:
             longest_prompt: ids of a prompt at most.
             longest_answer: new ids of an answer at most.
             cache_bytes: of states that are kept after prompts and answers; 0 keeps none.
+            watchdog: that tells when a tick lasts too long; None is one of two minutes.
 
         Raises:
             TypeError: an argument of the wrong kind.
@@ -113,6 +116,8 @@ class Engine:
             check_count(longest_prompt, 1, "`longest_prompt`")
             check_count(longest_answer, 1, "`longest_answer`")
             check_count(cache_bytes, 0, "`cache_bytes`")
+            if watchdog is not None:
+                check_instance(watchdog, Watchdog, "`watchdog`")
             self._states = StartStates(model.config, states)
         self.model = model
         self.tokenizer = tokenizer
@@ -127,6 +132,7 @@ class Engine:
         self._taken: list[Ticket | None] = [None] * slots
         # Those whose prompts are being read, of which each will get a row that is free now.
         self._readers: list[Reader] = []
+        self._watchdog = watchdog or Watchdog()
         # Guards what other threads touch: the queue and whether the engine goes on.
         self._lock = threading.Condition()
         self._waiting: deque[Ticket] = deque()
@@ -154,7 +160,13 @@ class Engine:
             check_instance(request, Request, "`request`")
             check_function(on_piece, "`on_piece`")
             check_function(on_end, "`on_end`")
-            options = self._options(request)
+            options = request_options(
+                request,
+                self.model.config.vocab_size,
+                longest_prompt=self.longest_prompt,
+                longest_answer=self.longest_answer,
+                free=self._free,
+            )
             start = self._start(request.state)
         ticket = Ticket(
             request,
@@ -172,37 +184,6 @@ class Engine:
             self._waiting.append(ticket)
             self._lock.notify()
         return ticket
-
-    def _options(self, request: Request) -> SamplingParams:
-        """Checks a request, and makes its sampling options."""
-        vocab_size = self.model.config.vocab_size
-        check_ids(request.prompt, vocab_size, "`prompt`")
-        check_count(
-            len(request.prompt), 1, "the length of `prompt`", most=self.longest_prompt
-        )
-        check_count(request.tokens, 1, "`tokens`", most=self.longest_answer)
-        check_count(request.seed, 0, "`seed`", most=2**63 - 1)
-        if request.alternatives is not None:
-            check_count(
-                request.alternatives, 0, "`alternatives`", most=MOST_ALTERNATIVES
-            )
-        check_ids(request.stop_ids, vocab_size, "`stop_ids`")
-        check_stop_strings(request.stop_strings)
-        options = make_options(
-            vocab_size,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            presence_penalty=request.presence_penalty,
-            frequency_penalty=request.frequency_penalty,
-            penalty_decay=request.penalty_decay,
-        )
-        # Thousands may wait, and a mask is as long as the vocabulary.
-        return options._replace(
-            weights=self._free.weights,
-            banned=self._free.banned,
-            stops=self._free.stops,
-        )
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -282,13 +263,17 @@ class Engine:
         self._takes_more = False
 
     def close(self) -> None:
-        """Ends the thread after its tick; all requests that are open end as cancelled."""
+        """Ends the thread after its tick; all requests that are open end as cancelled.
+
+        A thread whose device does not answer is left behind.
+        """
         with self._lock:
             self._takes_more = False
             self.is_closed = True
             self._lock.notify()
         if self._thread is not None:
-            self._thread.join()
+            while self._thread.is_alive() and not self.is_stalled:
+                self._thread.join(_LOOK_SECONDS)
             atexit.unregister(self.close)
         self._end_all("cancelled", None)
 
@@ -315,7 +300,8 @@ class Engine:
         try:
             while self._wait_for_work():
                 try:
-                    self._tick()
+                    with self._watchdog.watch():
+                        self._tick()
                     failures = 0
                 except Exception as error:
                     _LOG.exception("the requests that are open fail")
@@ -350,6 +336,11 @@ class Engine:
     def is_open(self) -> bool:
         """Tells whether requests are taken."""
         return self._takes_more
+
+    @property
+    def is_stalled(self) -> bool:
+        """Tells whether the device does not answer, which no error may ever say."""
+        return self._watchdog.is_over
 
     def tick(self) -> bool:
         """Reads a chunk of every prompt that will get a row, and draws at most one block.

@@ -4,14 +4,17 @@ import asyncio
 import contextlib
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
 
+from rwkv7_jax.serving.connections import Connection
 from rwkv7_jax.serving.engine import Engine
+from rwkv7_jax.serving.starting import make_starting_app
 
 # Seconds that a stopped server waits for clients that read their last events slowly.
 _LAST_SECONDS = 5
@@ -21,7 +24,7 @@ _LOOK_SECONDS = 0.05
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Takes an address, before anything slow is done for it; `serve` listens there.
+    """Takes an address, before anything slow is done for it; `starting` listens there.
 
     Args:
         host: address to listen at.
@@ -56,6 +59,57 @@ def _listen(listener: socket.socket, backlog: int) -> None:
             f"serve: another program began to listen at {host}:{port} while this one made itself "
             f"ready; take another `--port`: {error}."
         ) from None
+
+
+def _config(app: Starlette, *, keep_alive: int, last_seconds: int) -> uvicorn.Config:
+    """Makes the settings of a server.
+
+    Args:
+        app: that answers.
+        keep_alive: seconds after which a connection without a request is closed.
+        last_seconds: after which a stopped server waits for no answer.
+    """
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        # Of the parser h11: the other one of uvicorn bounds no header.
+        http=Connection,
+        ws="none",
+        timeout_keep_alive=keep_alive,
+        timeout_graceful_shutdown=last_seconds,
+    )
+
+
+@contextlib.contextmanager
+def starting(listener: socket.socket, *, keep_alive: int) -> Iterator[None]:
+    """Answers from a thread that the server is not ready, while it makes itself so.
+
+    Connections that come after the block wait for `serve`.
+
+    Args:
+        listener: from `bind`; it stays open.
+        keep_alive: seconds after which a connection without a request is closed.
+
+    Raises:
+        ValueError: another program listens at the address since it was taken.
+    """
+    app = make_starting_app()
+    config = _config(app, keep_alive=keep_alive, last_seconds=_LAST_SECONDS)
+    _listen(listener, config.backlog)
+    server = uvicorn.Server(config)
+    # It closes what it is given.
+    own = listener.dup()
+    thread = threading.Thread(
+        target=server.run, kwargs={"sockets": [own]}, name="starting", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 class _Server(uvicorn.Server):
@@ -101,7 +155,11 @@ class _Server(uvicorn.Server):
     async def _end_engine(self) -> None:
         """Ends the engine once its answers are complete, or the time for them is over."""
         start = time.monotonic()
-        while self._engine.has_work and time.monotonic() - start < self._drain:
+        while (
+            self._engine.has_work
+            and not self._engine.is_stalled
+            and time.monotonic() - start < self._drain
+        ):
             await asyncio.sleep(_LOOK_SECONDS)
         await asyncio.to_thread(self._engine.close)
 
@@ -120,8 +178,8 @@ def serve(
     Args:
         app: from `make_app`.
         engine: the application's.
-        listener: from `bind`; it is closed at the end.
-        on_ready: called when clients can connect.
+        listener: from `bind`, also after `starting`; it is closed at the end.
+        on_ready: called when clients are answered.
         drain: seconds that SIGTERM leaves to answers which have begun.
         keep_alive: seconds after which a connection without a request is closed.
 
@@ -129,16 +187,8 @@ def serve(
         ValueError: another program listens at the address since it was taken.
         Exception: what ended the engine.
     """
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        # The other parser, which is taken where it is installed, bounds no header.
-        http="h11",
-        ws="none",
-        timeout_keep_alive=keep_alive,
-        timeout_graceful_shutdown=round(drain) + _LAST_SECONDS,
+    config = _config(
+        app, keep_alive=keep_alive, last_seconds=round(drain) + _LAST_SECONDS
     )
     with contextlib.closing(listener):
         _listen(listener, config.backlog)

@@ -8,13 +8,17 @@ import secrets
 import time
 from typing import TextIO
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rwkv7_jax.serving.access import LIVE, READY
+from rwkv7_jax.serving.fields import Refused
 
 # An id that a client or a proxy may give; others could be anything, in any length.
 _ID = re.compile(rb"[\w.:/+=-]{1,128}")
 
 # Asked every few seconds, by programs; lines of them would hide the others.
-_PROBES = ("/health", "/metrics")
+_PROBES = (READY, LIVE, "/metrics")
 
 # A client that disconnected before its answer was whole, as nginx notes it.
 _LEFT = 499
@@ -40,7 +44,7 @@ class RequestLog:
             return
         id = _request_id(scope)
         start = time.monotonic()
-        # What an error that nobody expected becomes, outside of this.
+        # What an error that nobody expected becomes.
         status = 500
         complete = False
         left = False
@@ -83,6 +87,37 @@ class RequestLog:
         }
         with contextlib.suppress(OSError, ValueError):
             print(json.dumps(line), file=self._stream, flush=True)
+
+
+class UnexpectedErrors:
+    """Answers requests that an error ended which nobody expected; the server logs the error.
+
+    Starlette would do so outside of all middleware, where an answer gets no header any more.
+    """
+
+    def __init__(self, app: ASGIApp):
+        """Takes what is behind it."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on."""
+        has_begun = False
+
+        async def note_answer(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note_answer)
+        except Exception as error:
+            if scope["type"] == "http" and not has_begun:
+                sentence = f"the server failed: {type(error).__name__}."
+                body = Refused(sentence, status=500).body()
+                # The server closes the connection of a request that failed.
+                response = JSONResponse(body, 500, {"Connection": "close"})
+                await response(scope, receive, send)
+            raise
 
 
 def _request_id(scope: Scope) -> str:

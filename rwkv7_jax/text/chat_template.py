@@ -360,6 +360,7 @@ def chat_prompt(
     system: bytes = b"",
     think: str = "off",
     tools: Sequence[str] = (),
+    must_call: bool = True,
 ) -> bytes:
     """Returns the prompt that asks for an answer to one message.
 
@@ -368,6 +369,7 @@ def chat_prompt(
         system: the system message; empty for none.
         think: a key of `THINK_MODES`.
         tools: the available functions, as `tool_text` writes them.
+        must_call: as in `write_conversation`.
 
     Raises:
         ValueError: the think mode is unknown.
@@ -378,7 +380,9 @@ def chat_prompt(
         content = clean_message(text.decode("utf-8", "surrogateescape"))
         if content or role == "user":
             messages.append(Message(role, content))
-    parts = write_conversation(messages, think=think, tools=tools, ask=True)
+    parts = write_conversation(
+        messages, think=think, tools=tools, must_call=must_call, ask=True
+    )
     return "".join([part.text for part in parts]).encode("utf-8", "surrogateescape")
 
 

@@ -249,7 +249,7 @@ def test_convert_does_not_overwrite_a_state_implicitly(
         (tmp_path / state).write_text("days of work")
         assert main(["convert", "merged.pth", target]) == 2
         err = capsys.readouterr().err
-        assert f"convert: `{state}` must not be there" in err
+        assert f"convert: `{state}` must not exist" in err
         assert (tmp_path / state).read_text() == "days of work"
         assert not (tmp_path / target).exists()
 

@@ -60,17 +60,17 @@ STATES = [
     (
         random_state,
         {"info": {"alpha": np.nan}},
-        "`info` must hold JSON values",
+        "`info` must hold finite JSON values",
     ),
     (
         random_state,
         {"info": {"alpha": float("-inf")}},
-        "`info` must hold JSON values",
+        "`info` must hold finite JSON values",
     ),
     (
         random_state,
         {"info": {"score": jnp.ones(2)}},
-        "`info` must hold JSON values",
+        "`info` must hold finite JSON values",
     ),
     (
         random_state,
@@ -170,7 +170,9 @@ def test_an_unloadable_observer_is_not_saved(tmp_path):
     for change in changes:
         with pytest.raises((ValueError, TypeError), match="save_observer: `params"):
             save_observer(tmp_path / "o", observer, params | change)
-    with pytest.raises(ValueError, match="save_observer: `info` must hold JSON values"):
+    with pytest.raises(
+        ValueError, match="save_observer: `info` must hold finite JSON values"
+    ):
         save_observer(tmp_path / "o", observer, params, info={"variance": float("nan")})
     assert snapshot(tmp_path) == before
     load_observer(tmp_path / "o", tiny_observers.TEACHER)

@@ -17,6 +17,7 @@ from rwkv7_jax.cli.commands import main
 from rwkv7_jax.generation import decode_loop
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import init_state
+from rwkv7_jax.text.chat_template import answer_opening
 
 # One layer compiles fastest.
 CONFIG = RWKV7Config(vocab_size=257, num_layers=1, width=32, head_size=16)
@@ -144,6 +145,44 @@ def test_each_turn_prefills_only_its_own_text_and_compiles_nothing_new(
     assert compiled[1] == compiled[2] == compiled[3]
 
 
+TOOL = '{"name":"add","arguments":{}}'
+
+TOLD = f"Tools:\n[\n{TOOL}\n]\nReturn only a JSON function call."
+
+
+@pytest.mark.parametrize("think", ["off", "fast"])
+def test_functions_are_told_at_the_start_and_no_answer_is_made_to_call(
+    chat, folder, monkeypatch, think
+):
+    (folder / "tools.json").write_text(f"[{TOOL}]")
+    read = []
+    generate_once = command.generate
+
+    def watched(model, params, ids, state, **choices):
+        read.append(bytes(token - 1 for token in ids).decode())
+        return generate_once(model, params, ids, state, **choices)
+
+    monkeypatch.setattr(command, "generate", watched)
+    text = "a\nFunction output:\\\n3\n/reset\nb\n"
+    words = ["--tools", "tools.json", "--system", "S", "--think", think]
+    chat(text, *words)
+    system = f"System: S\n{TOLD}\n\n"
+    opening = answer_opening(think)
+    assert read == [
+        f"{system}User: a\n\nAssistant:{opening}",
+        f"\n\nUser: Function output:\n3\n\nAssistant:{opening}",
+        f"{system}User: b\n\nAssistant:{opening}",
+    ]
+
+
+def test_a_stop_text_may_have_escapes_as_that_of_generate(chat, generate):
+    words = [*GREEDY, "--stop", r"\x56", "--stop", r"\u00e4", "--escape"]
+    assert chat("a\n", *words).out == generate("a", *words)
+    assert chat("a\n", *words).out != chat("a\n", *GREEDY).out
+    note = "note: `--stop` has a backslash and an n"
+    assert chat("", "--stop", r"\n").err.startswith(note)
+
+
 @pytest.mark.parametrize(
     ("text", "same"),
     [
@@ -200,6 +239,9 @@ def test_a_file_that_cannot_be_written_does_not_end_the_chat(chat, folder):
         (["--stop", ""], "`--stop` must not be empty"),
         (["--vocabulary", "binary.txt"], "`--vocabulary` must spell the template"),
         (["--vocabulary", "ids"], "`--vocabulary` must spell the template"),
+        (["--tools", "binary.txt"], "chat: `--tools` must be a JSON list of functions"),
+        (["--tools", "none.json"], "none.json"),
+        (["--stop", r"\q", "--escape"], "chat: `--stop` must have n, t, r, xNN"),
     ],
 )
 def test_invalid_options_are_rejected_in_one_sentence_before_anything_is_read(

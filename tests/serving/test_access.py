@@ -18,6 +18,7 @@ class Silent:
     tokenizer = BYTES
     state_names = ("poet",)
     longest_answer = 500
+    is_stalled = False
     most_waiting = 8
     is_open = True
     longest_prompt = 2000
@@ -120,6 +121,7 @@ def test_a_client_without_a_host_header_is_answered():
 def test_without_the_key_a_server_only_reports_its_health(sent):
     client = Client(make_app(Silent(), name="base", key="secret"))
     assert client.get("/health").status_code == 200
+    assert client.get("/live").status_code == 200
     for address in ("/v1/models", "/v1/states", "/nothing"):
         refused = client.get(address, authorization=f"Bearer {sent}")
         assert refused.status_code == 401
@@ -148,3 +150,16 @@ def test_a_browser_may_read_answers_on_pages_of_allowed_origins():
     refused = client.get("/v1/models", origin=page)
     assert refused.status_code == 401
     assert refused.headers["access-control-allow-origin"] == page
+
+
+def test_a_page_may_read_that_the_server_failed(monkeypatch):
+    page = "https://a.example"
+    engine = Silent()
+    monkeypatch.setattr(
+        Silent, "state_names", property(lambda self: [][0]), raising=False
+    )
+    client = Client(make_app(engine, name="base", origins=[page]))
+    failed = client.get("/v1/models", origin=page)
+    assert failed.status_code == 500
+    assert failed.headers["access-control-allow-origin"] == page
+    assert failed.headers["x-request-id"]

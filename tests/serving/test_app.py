@@ -39,6 +39,7 @@ class Script:
     longest_answer = 500
     most_waiting = 8
     is_open = True
+    is_stalled = False
     longest_prompt = 2000
     decoding = 3
     waiting = 2
@@ -294,6 +295,21 @@ def test_served_models_are_listed(client, engine):
     assert client.get("/health").json() == {"status": "ok"}
     engine.is_open = False
     assert client.get("/health").status_code == 503
+    # It ends in peace: nothing is won by killing it.
+    assert client.get("/live").json() == {"status": "ok"}
+
+
+def test_a_device_that_does_not_answer_is_no_health(client, engine):
+    engine.is_stalled = True
+    for answered in (
+        client.get("/health"),
+        client.get("/live"),
+        client.post("/v1/completions", TEXT),
+    ):
+        assert answered.status_code == 503
+        assert answered.json()["error"]["code"] == "stalled"
+    assert client.get("/v1/models").status_code == 200
+    assert not engine.requests
 
 
 @pytest.mark.parametrize("address", BODIES)
@@ -329,6 +345,7 @@ def test_a_request_that_the_engine_rejects_gets_its_reason(
     assert response.status_code == status
     assert response.json()["error"].items() >= error.items()
     assert ("retry-after" in response.headers) == (status == 429)
+    assert response.headers["x-request-id"]
 
 
 @pytest.mark.parametrize("address", BODIES)

@@ -1,6 +1,8 @@
 """A server process: it binds its address early, and ends with its engine."""
 
 import contextlib
+import http.client
+import json
 import socket
 import threading
 import time
@@ -13,7 +15,7 @@ from starlette.applications import Starlette
 
 from rwkv7_jax.serving import http_server
 from rwkv7_jax.serving.app import make_app
-from rwkv7_jax.serving.http_server import bind, serve
+from rwkv7_jax.serving.http_server import bind, serve, starting
 
 
 class Lost:
@@ -21,6 +23,7 @@ class Lost:
 
     is_closed = True
     has_work = False
+    is_stalled = False
     failure = IndexError("the device has gone")
 
     def refuse_more(self):
@@ -49,6 +52,42 @@ def test_a_bound_address_refuses_clients_until_it_is_served():
         socket.create_connection(taken.getsockname(), timeout=5)
 
 
+def get(address, path):
+    """Asks with a connection of its own; returns the status, the headers and the body."""
+    with contextlib.closing(http.client.HTTPConnection(*address, timeout=20)) as one:
+        one.request("GET", path)
+        answered = one.getresponse()
+        return answered.status, answered.headers, json.load(answered)
+
+
+def test_a_server_that_makes_itself_ready_says_so_and_then_serves(engine):
+    listener = bind("127.0.0.1", 0)
+    address = listener.getsockname()
+    with starting(listener, keep_alive=60):
+        status, _, body = get(address, "/live")
+        assert (status, body) == (200, {"status": "starting"})
+        for path in ("/health", "/v1/models", "/nothing"):
+            status, headers, body = get(address, path)
+            assert (status, headers["Retry-After"]) == (503, "5")
+            assert headers["X-Request-Id"]
+            assert body["error"]["code"] == "starting"
+    # A client that comes between the two waits.
+    with contextlib.closing(http.client.HTTPConnection(*address, timeout=60)) as early:
+        early.request("GET", "/health")
+        with served(engine, listener=listener):
+            assert early.getresponse().status == 200
+            assert get(address, "/live")[0] == 200
+
+
+def test_a_server_that_cannot_make_itself_ready_leaves_its_address():
+    listener = bind("127.0.0.1", 0)
+    address = listener.getsockname()
+    with listener, pytest.raises(IndexError), starting(listener, keep_alive=60):
+        raise IndexError
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, timeout=5)
+
+
 def test_a_second_server_at_an_address_is_rejected_in_one_sentence():
     """Both could bind it before either listened; with uvloop the second got no connections."""
     first = bind("127.0.0.1", 0)
@@ -68,9 +107,9 @@ def test_a_second_server_at_an_address_is_rejected_in_one_sentence():
 
 
 @contextlib.contextmanager
-def served(engine, *, keep_alive=60):
+def served(engine, *, keep_alive=60, listener=None):
     """Serves an engine from a thread; the engine's end is the server's."""
-    listener = bind("127.0.0.1", 0)
+    listener = listener or bind("127.0.0.1", 0)
     address = listener.getsockname()
     ready = threading.Event()
 

@@ -1,0 +1,48 @@
+"""What a request must be to wait for a row, checked before it does."""
+
+from rwkv7_jax.checks import check_count, check_ids
+from rwkv7_jax.generation.sampling import SamplingParams, make_options
+from rwkv7_jax.serving.requests import MOST_ALTERNATIVES, Request
+from rwkv7_jax.text.detokenizer import check_stop_strings
+
+
+def request_options(
+    request: Request,
+    vocab_size: int,
+    *,
+    longest_prompt: int,
+    longest_answer: int,
+    free: SamplingParams,
+) -> SamplingParams:
+    """Checks a request, and makes its sampling options.
+
+    Args:
+        request: that a client made.
+        vocab_size: ids of the model.
+        longest_prompt: ids of a prompt at most.
+        longest_answer: new ids of an answer at most.
+        free: options of a row that nobody has taken; the ids in them count for all rows.
+
+    Raises:
+        ValueError: a number out of its range, or an id outside the vocabulary.
+        TypeError: an argument of the wrong kind.
+    """
+    check_ids(request.prompt, vocab_size, "`prompt`")
+    check_count(len(request.prompt), 1, "the length of `prompt`", most=longest_prompt)
+    check_count(request.tokens, 1, "`tokens`", most=longest_answer)
+    check_count(request.seed, 0, "`seed`", most=2**63 - 1)
+    if request.alternatives is not None:
+        check_count(request.alternatives, 0, "`alternatives`", most=MOST_ALTERNATIVES)
+    check_ids(request.stop_ids, vocab_size, "`stop_ids`")
+    check_stop_strings(request.stop_strings)
+    options = make_options(
+        vocab_size,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        penalty_decay=request.penalty_decay,
+    )
+    # Thousands may wait, and a mask is as long as the vocabulary.
+    return options._replace(weights=free.weights, banned=free.banned, stops=free.stops)
