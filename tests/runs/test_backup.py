@@ -215,7 +215,7 @@ def test_a_process_that_was_displaced_copies_nothing_any_more(tmp_path):
     other = backup.Backup(ObjectStore(f"file://{bucket}"), tmp_path / "two")
     copy._released.clear()
     copy._beat()
-    with pytest.raises(DiskError, match="another process has taken it over"):
+    with pytest.raises(DiskError, match="another process has taken over its lock"):
         copy.copy_files()
     assert not (bucket / "metrics.jsonl").exists()
     other.release()
@@ -263,7 +263,7 @@ def test_what_is_no_folder_of_a_store_is_refused(url):
 
 
 def test_a_store_inside_the_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="must lie outside the run's folder"):
+    with pytest.raises(ValueError, match="must be outside the run directory"):
         OwnedRunDirectory(tmp_path, _settings(tmp_path / "inner"))
 
 
