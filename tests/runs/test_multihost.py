@@ -120,7 +120,7 @@ def test_what_ends_the_first_process_ends_the_others_alike(tmp_path):
             0,
             "`--coordinator` must be auto or an address and port; got 'localhost'.",
         ),
-        ("", 0, "`--coordinator` must say where the first of `--processes` is."),
+        ("", 0, "`--coordinator` must be given with `--processes` or `--process`."),
     ],
 )
 def test_a_process_that_does_not_say_which_it_is_is_refused(
