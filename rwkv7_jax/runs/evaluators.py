@@ -1,4 +1,4 @@
-"""Evaluators of a run: how well a model predicts held-out rows, by the name of the metric."""
+"""Evaluators of a run: how well a model predicts held-out rows, by metric name."""
 
 import math
 
@@ -13,15 +13,15 @@ from rwkv7_jax.runs.held_out_rows import HeldOutRows
 
 
 class PredictionEvaluator:
-    """Measures how well rows are predicted: bits per byte of text, accuracy of a task's answers."""
+    """An evaluator on held-out rows: bits per byte for text, accuracy for a task's answers."""
 
     def __init__(self, name: str, model: RWKV7, rows: HeldOutRows):
         """Stores the model and the rows.
 
         Args:
             name: the first part of the metric's name, such as "held_out".
-            model: the shell of the weights that will be measured.
-            rows: the same ones in all evaluations of a run.
+            model: the model of the weights to measure.
+            rows: the held-out rows, the same in all evaluations of a run.
         """
         self._name = name
         self._model = model
@@ -41,21 +41,21 @@ class PredictionEvaluator:
         return {self.metric_name: Metric.of(found.bits_per_byte, "bits_per_byte")}
 
     def loss(self, weights: Params, start: RWKV7State, *, windows: int) -> Metrics:
-        """Measures the loss on some of the rows: bits per byte of text, nats of a task's answers.
+        """Measures the loss on some rows: bits per byte for text, nats for a task's answers.
 
         Args:
-            weights: of the model.
-            start: its start state.
-            windows: how many rows are read.
+            weights: the weights of the model.
+            start: the start state.
+            windows: the number of rows.
         """
         found = self._rows.some(windows).measure(self._model, weights, start)
         if isinstance(found, Answers):
-            # Not the accuracy: of few answers it hardly tells two rates apart.
+            # Not the accuracy: with few answers it can hardly distinguish two learning rates.
             return {log_name(self._name, "nats"): Metric.of(found.nats, "nats")}
         return {self.metric_name: Metric.of(found.bits_per_byte, "bits_per_byte")}
 
     def guess(self, *, windows: int) -> float:
-        """Computes `loss` for guessing by how often each token occurs in the same rows."""
+        """Computes `loss` for a guess from the token frequencies in the same rows."""
         rows = self._rows.some(windows)
         nats = frequency_nats(rows.batch)
         if rows.is_task:

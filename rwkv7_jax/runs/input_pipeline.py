@@ -1,4 +1,4 @@
-"""The batches of a run, one a step, on the device before they are needed."""
+"""The batches of a run, one per step, on the device before they are needed."""
 
 import abc
 import time
@@ -15,11 +15,11 @@ from rwkv7_jax.test_time.tuning_loop import StateBatchSource
 
 
 class PlacedBatch(NamedTuple):
-    """One batch in two places.
+    """One batch, on the host and on the devices.
 
     Attributes:
-        host: for the log: NumPy arrays, or `device` where no process has all rows.
-        device: the same rows on the run's devices.
+        host: NumPy arrays for the log, or `device` if no process has all rows.
+        device: the same rows on the devices of the run.
     """
 
     host: Batch
@@ -27,8 +27,8 @@ class PlacedBatch(NamedTuple):
 
 
 def _placed(mesh: Mesh | None, batch: Batch, rows: int | None) -> PlacedBatch:
-    """Places a batch of all rows, or of this process's own ones among `rows`."""
-    # Not by other fields: an anchor may have fewer rows.
+    """Places a batch of all rows, or of this process's share of `rows`."""
+    # Compare the tokens, because an anchor may have fewer rows.
     if rows is None or len(batch.tokens) == rows:
         return PlacedBatch(batch, shard_batch(mesh, batch))
     device = shard_batch(mesh, batch, rows=rows)
@@ -36,17 +36,17 @@ def _placed(mesh: Mesh | None, batch: Batch, rows: int | None) -> PlacedBatch:
 
 
 class BatchSource(abc.ABC):
-    """The batches of a run, asked for in the order of its steps.
+    """The batches of a run, requested in the order of its steps.
 
     Attributes:
-        waited: seconds that the loop has waited for batches.
+        waited: the seconds that the loop has waited for batches.
     """
 
     waited: float = 0.0
 
     def __call__(self, step: int, params: Callable[[], Any]) -> PlacedBatch | None:
-        """Returns the batch of a step, and counts the time that it takes; see `batch`."""
-        # Time in here is time in which the device may have nothing to do.
+        """Returns the batch of a step and adds to `waited`; see `batch`."""
+        # The device may be idle during this time.
         began = time.monotonic()
         with jax.profiler.TraceAnnotation("wait_for_batch"):
             placed = self.batch(step, params)
@@ -55,26 +55,26 @@ class BatchSource(abc.ABC):
 
     @abc.abstractmethod
     def batch(self, step: int, params: Callable[[], Any]) -> PlacedBatch | None:
-        """Returns the batch of a step, or None where the step has nothing to learn from.
+        """Returns the batch of a step; None if the step has nothing to learn from.
 
         Args:
             step: counted from 0.
-            params: returns them as they are before the step; only some sources look at them, and
-                to lay them out costs time at every step.
+            params: returns the parameters before the step. It is a function because only some
+                sources need them, and resharding them takes time.
         """
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        """Numbers about the newest batch, also where it has nothing to learn from."""
+        """Metrics of the newest batch, even if it has nothing to learn from."""
         return {}
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Stops making batches."""
+        """Releases the resources of the source."""
 
 
 class PrefetchedBatches(BatchSource):
-    """Batches that depend on the data alone: a thread makes and places them ahead of their use."""
+    """Batches that depend only on the data; a thread prefetches and places them."""
 
     def __init__(
         self,
@@ -86,47 +86,47 @@ class PrefetchedBatches(BatchSource):
         """Starts the thread.
 
         Args:
-            batches: one for each step, in order.
-            mesh: the devices that share a batch's rows.
-            rows: of the global batch, of which this process may make its `own_rows` only.
+            batches: one batch per step, in order.
+            mesh: the devices that share the rows of a batch.
+            rows: the rows of the global batch; a batch may hold only this process's `own_rows`.
         """
 
         def placed(batch: Batch) -> PlacedBatch:
             return _placed(mesh, batch, rows)
 
-        # Placed by the thread, so that the copy to the device overlaps with the step before.
+        # The thread also places them, so the copy to the device overlaps with the previous step.
         self._prefetch = Prefetch(map(placed, batches))
 
     def batch(self, step: int, params: Callable[[], Any]) -> PlacedBatch:
         """Returns the next batch as soon as it is ready."""
-        # The step is not needed: the iterator was opened at the run's first step and is in order.
+        # `step` is not needed: the iterator starts at the run's first step and is in order.
         return next(self._prefetch)
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._prefetch.close()
 
 
 class DrawnBatches(BatchSource):
-    """Batches made from the present parameters, such as completions of the tuned model."""
+    """Batches drawn with the current parameters, such as completions of the tuned model."""
 
     def __init__(
         self, source: StateBatchSource, mesh: Mesh | None, *, rows: int | None = None
     ):
-        """Keeps what makes them.
+        """Stores the arguments.
 
         Args:
-            source: gives the parameters' batch of a step, counted from 0, or None where the step
-                has nothing to learn from.
-            mesh: the devices that share a batch's rows.
-            rows: of the global batch, where this process only makes its `own_rows`.
+            source: returns the batch of some parameters and a step, counted from 0; None if the
+                step has nothing to learn from.
+            mesh: the devices that share the rows of a batch.
+            rows: the rows of the global batch if this process draws only its `own_rows`.
         """
         self._source = source
         self._mesh = mesh
         self._rows = rows
 
     def batch(self, step: int, params: Callable[[], Any]) -> PlacedBatch | None:
-        """Makes the batch of a step."""
+        """Draws the batch of a step."""
         batch = self._source.batch(params(), step)
         if batch is None:
             return None
@@ -134,8 +134,8 @@ class DrawnBatches(BatchSource):
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        """Numbers about the newest batch."""
+        """Metrics of the newest batch."""
         return self._source.metrics
 
     def close(self) -> None:
-        """Does nothing: no batch is made ahead."""
+        """Does nothing: no batch is prefetched."""

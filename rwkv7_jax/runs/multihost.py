@@ -1,8 +1,8 @@
-"""Runs of several processes: how they join, where they work, and how they begin.
+"""Runs of several processes: how they join, agree on a flag, and open the run directory.
 
-A process that dies ends the others. Where the call that waits for it does not fail by itself, JAX
-ends them with SIGABRT after `HEARTBEAT_SECONDS` and prints the reason. Started again, all go on
-from the newest checkpoint.
+If a process dies, the others end too. If their pending collective does not fail by itself, JAX
+ends them with SIGABRT after `HEARTBEAT_SECONDS` and prints the reason. When they are restarted, all
+resume from the newest checkpoint.
 """
 
 import collections
@@ -27,36 +27,35 @@ from rwkv7_jax.runs.run_directory import (
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.runs.waiting import report_wait
 
-# Silence after which a process counts as lost.
+# Seconds without a heartbeat after which a process counts as lost.
 HEARTBEAT_SECONDS = 30
 
-# Seconds in which all processes have to come; JAX aborts those that wait for one that does not.
+# Seconds within which all processes must connect. After them JAX aborts those that wait.
 JOIN_SECONDS = 300
 
-# Steps after which a flag that a process sends to the others is read.
+# Steps between sending a flag to the other processes and reading it.
 _DELAY = 2
 
 
 def join(coordinator: str, *, processes: int, process: int) -> None:
     """Joins the other processes of the run; does nothing without a coordinator.
 
-    Must be called before anything asks for a device. Says what it waits for; JAX ends a process
+    It must be called before any use of a device. It reports what it waits for; JAX ends a process
     that waits in vain for `JOIN_SECONDS` with SIGABRT.
 
     Args:
-        coordinator: address and port of process 0, or "auto" where the cluster (Cloud TPU, Slurm,
-            ...) knows it and the other two.
-        processes: how many there are, unless "auto".
-        process: which one this is, from 0, unless "auto".
+        coordinator: the address and port of process 0; "auto" if the cluster (Cloud TPU, Slurm,
+            ...) provides all three values.
+        processes: the number of processes; ignored with "auto".
+        process: the index of this process, from 0; ignored with "auto".
 
     Raises:
-        ValueError: there are several processes, and it is not said which one this is or where
-            process 0 is.
+        ValueError: the coordinator or the index of this process is missing or invalid.
     """
     if not coordinator:
         if (processes, process) != (1, 0):
             raise ValueError(
-                "`--coordinator` must say where the first of `--processes` is."
+                "`--coordinator` must be given with `--processes` or `--process`."
             )
         return
     if coordinator == "auto":
@@ -79,7 +78,7 @@ def join(coordinator: str, *, processes: int, process: int) -> None:
 
 
 def _initialize(what: str, **named: Any) -> None:
-    """Joins the others as JAX does; `what` says in messages what is waited for."""
+    """Initializes `jax.distributed`; `what` names the wait in messages."""
     with report_wait(f"{what}, {JOIN_SECONDS} s at most"):
         jax.distributed.initialize(
             initialization_timeout=JOIN_SECONDS,
@@ -89,27 +88,27 @@ def _initialize(what: str, **named: Any) -> None:
 
 
 def shutdown() -> None:
-    """Waits for the other processes and leaves them; nothing may be shared afterwards."""
+    """Waits for the other processes, then disconnects; no collective may follow."""
     if not is_single_process():
         jax.distributed.shutdown()
 
 
 class AnyProcess:
-    """Cross-process OR of a flag, read with a delay so that no step blocks on it."""
+    """A logical OR of a flag over all processes, read with a delay so that no step blocks on it."""
 
     def __init__(self, mesh: Mesh | None):
-        """Takes the mesh of all processes' devices; None for a single device."""
+        """Stores the mesh of all processes' devices; None for a single device."""
         self._mesh = mesh
         self._pending: collections.deque[jax.Array] = collections.deque()
-        # The result of a sharded array is replicated, so every process reads the same OR.
+        # The result is replicated, so every process reads the same value.
         self._any = jax.jit(lambda flags: flags.any())
 
     def __call__(self, flag: bool) -> bool:
-        """Sends this process's flag and returns the OR of all flags sent `_DELAY` steps ago."""
+        """Sends this process's flag; returns the OR of all flags sent `_DELAY` steps ago."""
         if is_single_process():
             return flag
         assert self._mesh is not None
-        # One flag for each device, along all axes: a process has those of its own devices.
+        # One flag per device, sharded over all axes; a process sets those of its own devices.
         flags = np.full(self._mesh.size, flag)
         place = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
         sharded = jax.make_array_from_callback(
@@ -125,11 +124,11 @@ class AnyProcess:
 def open_run_directory(
     workdir: str | Path, settings: Settings
 ) -> Iterator[RunDirectory]:
-    """Opens the run directory in process 0; the others get a null one and a silent stdout.
+    """Opens the run directory in process 0; the others get a null directory and a silent stdout.
 
     Raises:
-        ValueError, ImportError, DiskError: as `OwnedRunDirectory`, in process 0.
-        EndedElsewhere: in the others, then.
+        ValueError, ImportError, DiskError: in process 0, as `OwnedRunDirectory`.
+        EndedElsewhere: in the others, if process 0 fails.
     """
     group = group_of_run()
     with contextlib.ExitStack() as stack:
@@ -139,9 +138,9 @@ def open_run_directory(
                 return None
             return stack.enter_context(OwnedRunDirectory(workdir, settings))
 
-        # All processes meet here, so none goes on where process 0 cannot open the directory.
+        # All processes synchronise here, so none continues if process 0 cannot open the directory.
         owned = group.run_in_all(open_owned)
-        # Of process 0: another machine need not have the folder, or the copy that it came from.
+        # From process 0: another machine need not have the run directory or its backup.
         began = group.from_process_0(lambda: owned.began if owned else {})
         if owned is not None:
             yield owned
@@ -152,6 +151,6 @@ def open_run_directory(
         directory = NullRunDirectory(
             Path(temporary), Path(workdir).absolute(), settings, began
         )
-        # Process 0 waits for what this one still writes.
+        # Process 0 waits for the shards that this process still writes.
         stack.callback(lambda: directory.checkpoints.leave())
         yield directory

@@ -175,12 +175,12 @@ def test_a_full_disk_prevents_checkpoints_but_not_the_run(tmp_path):
     finish(run(tmp_path, steps=4))
     before = record(tmp_path, 4)
     _, error = finish(run(tmp_path, fault="size:12000", steps=12, save_every=4), 5)
-    assert error.count("training goes on") == 2
+    assert error.count("training continues") == 2
     reason = last_line(error)
     assert reason.startswith(
         "train.py: the checkpoint of step 12 could not be written: it needs "
     )
-    assert "the newest one is of step 4" in reason
+    assert "the newest checkpoint is of step 4" in reason
     assert not (tmp_path / "checkpoints" / SAVING).exists()
     assert (
         step_numbers(tmp_path / "checkpoints") == [4] and record(tmp_path, 4) == before
@@ -237,7 +237,7 @@ def test_non_finite_updates_are_skipped_bit_exactly_and_logged(tmp_path):
         run(tmp_path / "all", fault="nan:", stop_after_bad=3, steps=50), 4
     )
     assert last_line(error).startswith(
-        "train.py: 3 updates in a row, up to step 3, had a loss"
+        "train.py: 3 consecutive updates up to step 3 had a non-finite loss"
     )
     assert step_numbers(tmp_path / "all" / "checkpoints") == []
 

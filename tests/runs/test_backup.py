@@ -217,7 +217,7 @@ def test_a_process_that_lost_its_store_copies_nothing(tmp_path):
     other = backup.Backup(ObjectStore(f"file://{bucket}"), tmp_path / "two")
     copy._released.clear()
     copy._beat()
-    with pytest.raises(DiskError, match="another process has taken it over"):
+    with pytest.raises(DiskError, match="another process has taken over its lock"):
         copy.copy_files()
     assert not (bucket / "metrics.jsonl").exists()
     other.release()
@@ -265,7 +265,7 @@ def test_a_backup_that_is_not_a_store_folder_is_rejected(url):
 
 
 def test_a_store_inside_the_run_directory_is_rejected(tmp_path):
-    with pytest.raises(ValueError, match="must lie outside the run's folder"):
+    with pytest.raises(ValueError, match="must be outside the run directory"):
         OwnedRunDirectory(tmp_path, _settings(tmp_path / "inner"))
 
 

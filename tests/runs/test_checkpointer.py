@@ -111,7 +111,8 @@ def test_a_wrong_value_in_intact_files_is_reported_by_its_leaf(folder, capfd):
     found, _ = checkpoints.restore(train_state(0), IDENTITY, new_state)
     assert int(found.step) == 3
     assert (
-        "step 6 is damaged: leaves params/matrix; it lies in" in capfd.readouterr().err
+        "step 6 is damaged: leaves params/matrix; it is now in"
+        in capfd.readouterr().err
     )
 
 
@@ -134,7 +135,7 @@ def test_unknown_and_unfinished_folders_are_ignored_with_a_warning(folder, capfd
     assert restored_step(folder) == 6
     said = capfd.readouterr().err
     assert "step 1000 is damaged: it is a copy of step 6" in said
-    assert "notes is no checkpoint" in said and "never finished" in said
+    assert "notes is not a checkpoint" in said and "incomplete checkpoint" in said
     assert "99 was an empty folder" in said
     assert not (folder / step_directories.SAVING).exists()
 
@@ -179,7 +180,7 @@ def test_a_step_with_nan_is_restored_only_on_request(folder, capfd):
     assert int(found.step) == 9
     assert restored_step(folder) == 6
     assert (
-        "NaN or Inf in it (config.allow_nan takes it); in half"
+        "it has NaN or Inf (config.allow_nan accepts it) in half"
         in capfd.readouterr().err
     )
 
@@ -205,7 +206,7 @@ def test_a_failed_save_reports_its_size_and_keeps_older_steps(
         DiskError, match=r"step 9 could not be written: it needs 7,\d\d\d bytes"
     ):
         checkpoints.close()
-    assert "training goes on" in capfd.readouterr().err
+    assert "training continues" in capfd.readouterr().err
     monkeypatch.undo()
     assert (
         not (folder / step_directories.SAVING).exists() and restored_step(folder) == 6

@@ -137,7 +137,7 @@ def test_an_error_of_process_0_ends_the_others_with_the_same_message(tmp_path):
             0,
             "`--coordinator` must be auto or an address and port; got 'localhost'.",
         ),
-        ("", 0, "`--coordinator` must say where the first of `--processes` is."),
+        ("", 0, "`--coordinator` must be given with `--processes` or `--process`."),
     ],
 )
 def test_a_process_without_its_number_is_rejected(coordinator, process, sentence):

@@ -93,7 +93,9 @@ def test_each_process_reads_its_own_files_back(tmp_path):
 def test_a_step_of_which_a_note_does_not_come_does_not_count(tmp_path, make):
     places = make(tmp_path)
     places[1].note_digests(7, 1)
-    with pytest.raises(TimeoutError, match=r"process 2 did not say within 0 s"):
+    with pytest.raises(
+        TimeoutError, match=r"process 2 did not note its digests within 0 s"
+    ):
         places[0].commit(7, others=PROCESSES[1:])
     assert places[0].numbers() == []
 

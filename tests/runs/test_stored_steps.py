@@ -140,7 +140,7 @@ def test_a_store_that_is_unavailable_during_a_save_does_not_end_the_run(
         checkpoints.save(train_state(9), PROGRESS, IDENTITY)
         checkpoints.wait()
     said = capfd.readouterr().err
-    assert "step 9 could not be written" in said and "is away" in said
+    assert "step 9 could not be written" in said and "is unavailable" in said
     checkpoints.save(train_state(12), PROGRESS, IDENTITY)
     checkpoints.close()
     assert restored_step(bucket) == 12
@@ -156,7 +156,7 @@ def test_a_process_that_lost_its_store_completes_no_step(bucket, tmp_path):
     theirs.mkdir(parents=True)
     (theirs / "d").write_text("half")
     checkpoints.save(train_state(9), PROGRESS, IDENTITY)
-    with pytest.raises(DiskError, match="another process has taken it over"):
+    with pytest.raises(DiskError, match="another process has taken over its lock"):
         checkpoints.close()
     assert (theirs / "d").read_text() == "half"
     backup.release()

@@ -1,4 +1,4 @@
-"""Metrics logger that reads metrics two steps late, so that the host never blocks on the device."""
+"""A metrics logger that reads metrics two steps late, so the host does not block on the device."""
 
 import collections
 import contextlib
@@ -27,21 +27,22 @@ from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.sharding import to_host
 from rwkv7_jax.training.costs import mfu
 
-# Steps that may be under way on the device while an older one is logged.
+# How many steps may be in flight on the device while an older one is logged.
 _LAG = 2
 
 
 @dataclasses.dataclass
 class _Step:
-    """A step under way.
+    """A step in flight.
 
     Attributes:
-        number: of the step, counted from 1.
-        metrics: of its update, on the device.
-        batch: of the step; None where it had nothing to learn from.
-        targets: how many count in the loss; None where no line needs it.
-        updates: made before it, of each state; None where no line needs it.
-        ended: when the device was done with it; not a number until then.
+        number: the number of the step, counted from 1.
+        metrics: the metrics of its update, on the device.
+        batch: the batch of the step; None if it had nothing to learn from.
+        targets: the number of targets in the loss; None if the step is not written to the log.
+        updates: the number of updates before the step, of each state; None if the step is not
+            written to the log.
+        ended: the time at which the device finished it; NaN until then.
     """
 
     number: int
@@ -52,28 +53,28 @@ class _Step:
     ended: float = math.nan
 
     def is_ready(self) -> bool:
-        """Returns whether the device is done with it, without waiting."""
+        """Returns whether the device has finished it, without waiting."""
         arrays: list[Any] = jax.tree.leaves(self.metrics)
-        # NumPy's arrays have no such method, and JAX's stubs leave it out.
+        # NumPy arrays have no `is_ready`, and JAX's type stubs omit it.
         return all(x.is_ready() for x in arrays if hasattr(x, "is_ready"))
 
 
-# Of a sharded mask every process gets the sum.
+# The count over a sharded mask is replicated to every process.
 _count_on_device = jax.jit(jnp.count_nonzero)
 
 
 def _count_targets(mask: Any) -> Any:
-    """Counts the targets of a mask where it lies, without waiting for a device."""
+    """Counts the targets of a mask on the host or device that holds it, without waiting."""
     if isinstance(mask, np.ndarray):
         return np.count_nonzero(mask)
     return _count_on_device(mask)
 
 
 class MetricsLogger:
-    """Logs steps and evaluations, and counts updates that were skipped.
+    """The log of steps and evaluations; also counts skipped updates.
 
     Attributes:
-        progress: of the run, up to the last step that was logged.
+        progress: the progress of the run up to the last logged step.
     """
 
     def __init__(
@@ -90,13 +91,13 @@ class MetricsLogger:
         """Starts the clocks and the progress bar.
 
         Args:
-            directory: takes the metrics.
-            mode: of the run.
-            progress: as it was restored.
-            start_step: where the run begins or goes on.
-            batches: knows how long they were waited for.
-            rates: from the updates made to the learning rate of the next one.
-            devices: how many share the rows of a step.
+            directory: receives the metrics.
+            mode: the mode of the run.
+            progress: the restored progress.
+            start_step: the step at which the run starts or resumes.
+            batches: the source of batches, which measures how long the loop waited for them.
+            rates: maps the number of updates to the learning rate of the next one.
+            devices: the number of devices that share the rows of a step.
         """
         self.progress = progress
         self._directory = directory
@@ -112,7 +113,7 @@ class MetricsLogger:
         self._updates: Any = None
         self._warned = False
         self._last_end = time.monotonic()
-        # Since the last line of the log:
+        # The following are measured since the last line of the log.
         self._began = self._last_end
         self._paused = 0.0
         self._compiled_in_pauses = 0.0
@@ -121,11 +122,11 @@ class MetricsLogger:
         self._compiled_before = 0.0
 
     def before_step(self, number: int, opt_state: Any) -> None:
-        """Notes at which learning rate a step is made, if that is logged.
+        """Records the number of updates before a step, for its learning rate, if it is logged.
 
         Args:
-            number: of the step, counted from 1.
-            opt_state: before the step, which donates it.
+            number: the number of the step, counted from 1.
+            opt_state: the optimizer state before the step, which donates it.
         """
         is_written = self._is_written(number)
         self._updates = copy_updates_made(opt_state) if is_written else None
@@ -133,20 +134,19 @@ class MetricsLogger:
     def log_step(
         self, number: int, metrics: Mapping[str, Any], batch: Batch | None
     ) -> None:
-        """Takes a step that is under way, and logs an older one.
+        """Adds a step in flight and logs an older one.
 
         Args:
-            number: of the step, counted from 1.
-            metrics: of its update, on the device.
-            batch: of the step; None where it had nothing to learn from.
+            number: the number of the step, counted from 1.
+            metrics: the metrics of its update, on the device.
+            batch: the batch of the step; None if it had nothing to learn from.
 
         Raises:
-            NotFinite: too many updates in a row were skipped.
+            NotFinite: too many consecutive updates were skipped.
         """
         step = _Step(number, metrics, batch, updates=self._updates)
         if self._is_written(number) and batch is not None and batch.mask is not None:
-            # Now, before later steps: a count that is asked for when the line is written would
-            # wait behind them.
+            # Count now: a count dispatched when the line is written would queue behind later steps.
             step.targets = _count_targets(batch.mask)
         self._pending.append(step)
         self._note_ends()
@@ -154,13 +154,13 @@ class MetricsLogger:
             self._log_oldest()
 
     def drain(self) -> None:
-        """Logs all steps that were taken, which waits for the device."""
+        """Logs all steps in flight; this waits for the device."""
         while self._pending:
             self._log_oldest()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Logs all steps; the time of the block does not count as training."""
+        """Logs all steps in flight and excludes the time of the block from training time."""
         self.drain()
         began = time.monotonic()
         compiled = self._compile_clock.seconds
@@ -172,11 +172,11 @@ class MetricsLogger:
             self._compiled_in_pauses += self._compile_clock.seconds - compiled
 
     def _note_ends(self) -> None:
-        """Notes which steps the device is done with.
+        """Records when the device finished each step.
 
-        Steps are logged late, and where the host and the device are one they have long ended by
-        then: the time between two lines is that between the ends of their steps. Ends that are seen
-        together are spread over the time since the one before.
+        The time between two lines of the log is the time between the ends of their steps. Steps are
+        logged late, so an end must be recorded earlier: on CPUs a step has long ended by then. If
+        several ends are seen at once, they are spread evenly over the time since the previous end.
         """
         ended = [x for x in self._pending if math.isnan(x.ended) and x.is_ready()]
         now = time.monotonic()
@@ -192,7 +192,7 @@ class MetricsLogger:
             self._note_ends()
         self._pending.popleft()
         if step.batch is not None:
-            # The last id of a row is only a target.
+            # The last token of a row is only a target.
             rows, length = step.batch.tokens.shape
             self._tokens += rows * (length - 1)
             self._count_skipped(step.number, step.metrics, step.batch)
@@ -207,8 +207,8 @@ class MetricsLogger:
     def _count_skipped(
         self, number: int, metrics: Mapping[str, Any], batch: Batch
     ) -> None:
-        """Counts how many updates in a row were skipped, and ends the run after too many."""
-        # Waits for the device, but only for a step that is `_LAG` steps old.
+        """Counts consecutive skipped updates, and ends the run after too many."""
+        # This waits for the device, but only for a step that is `_LAG` steps old.
         updated = to_host(metrics["updated"]) != 0
         limit = self._settings.stop_after_bad
         before = self.progress
@@ -216,7 +216,7 @@ class MetricsLogger:
         skipped = before.skipped(updated, limit)
         if not skipped:
             return
-        # Of a stack, the first of the states that were left out.
+        # In a stack, report the first state whose update was skipped.
         place, name = skipped[0]
         loss = float(np.ravel(to_host(metrics["loss"]))[place])
         grad_norm = float(np.ravel(to_host(metrics["grad_norm"]))[place])
@@ -228,14 +228,14 @@ class MetricsLogger:
             if name in before.given_up(limit):
                 continue
             warn(
-                f"state {name} is given up at step {number}: {limit} updates in a row were not "
-                "finite; the other states go on"
+                f"state {name} is given up at step {number}: {limit} consecutive updates were "
+                "non-finite; training continues with the other states"
             )
         if self.progress.is_given_up(limit):
             raise NotFinite(
-                f"{self.progress.bad} updates in a row, up to step {number}, had a loss or "
-                f"gradient that is not finite (loss {loss}, gradient norm {grad_norm}); none "
-                f"was made. Their batches are in {self._directory.path / 'bad_batches.jsonl'}."
+                f"{self.progress.bad} consecutive updates up to step {number} had a non-finite "
+                f"loss or gradient (loss {loss}, gradient norm {grad_norm}) and were skipped. "
+                f"Their batches are in {self._directory.path / 'bad_batches.jsonl'}."
             )
 
     def _write(self, step: _Step) -> None:
@@ -245,7 +245,7 @@ class MetricsLogger:
         numbers = self._mode.step_metrics(to_host(step.metrics))
         if batch is not None and batch.mask is not None:
             share = int(step.targets) / batch.mask.size
-            # Of text all targets count at every step, which needs no column.
+            # In plain text all targets always count, so no column is needed.
             if share < 1.0:
                 numbers["targets_in_loss"] = share
         rates = self._rates(to_host(step.updates))
@@ -257,12 +257,12 @@ class MetricsLogger:
         self._warn_of_large_state(numbers)
 
     def _speed(self, now: float) -> dict[str, float]:
-        """Returns what the clocks say since the last line, and restarts them.
+        """Returns the speed since the last line, and restarts the clocks.
 
         Args:
-            now: when the line's step ended.
+            now: the time at which the line's step ended.
         """
-        # A clock may not have moved since the last line.
+        # At least 1 ns: the clock may not have advanced since the last line.
         seconds = max(now - self._began - self._paused, 1e-9)
         waited = self._batches.waited - self._waited_before
         numbers = {"tokens_per_second": self._tokens / seconds}
@@ -281,10 +281,10 @@ class MetricsLogger:
         return numbers
 
     def _shares_of_time(self, seconds: float) -> dict[str, float]:
-        """Returns what was spent on steps, pauses and compiling.
+        """Returns the time spent compiling, in steps and in pauses.
 
         Args:
-            seconds: since the last line, without pauses.
+            seconds: the time since the last line, without pauses.
         """
         total = self._compile_clock.seconds
         in_pauses = self._compiled_in_pauses
@@ -296,7 +296,7 @@ class MetricsLogger:
         }
 
     def _use_of_devices(self, tokens_per_second: float) -> dict[str, float]:
-        """Returns the peak of memory, and the share of the peak FLOPs where it is known."""
+        """Returns the peak memory, and the MFU if the peak FLOPs of the device are known."""
         peak = peak_memory()
         numbers = {f"{peak.of}_peak_mib": round(peak.bytes / 2**20, 1)}
         flops = self._mode.flops_per_token
@@ -314,7 +314,7 @@ class MetricsLogger:
 
     def _show(self, number: int, numbers: Mapping[str, float]) -> None:
         bits = numbers.get("loss_nats", math.nan) / math.log(2)
-        # A loss that is no cross entropy, such as an observer's without answers, has no bits.
+        # A loss that is not a cross-entropy, such as an observer's without answers, has no bits.
         loss = numbers.get("loss", math.nan)
         if not math.isnan(bits):
             text = f"loss {bits:.3f} bits"
@@ -326,26 +326,26 @@ class MetricsLogger:
         self._bar.update(number - self._start_step, f"{text}  {speed}")
 
     def _warn_of_large_state(self, numbers: Mapping[str, float]) -> None:
-        # Of a stack the names have those of the states before them.
+        # In a stack the name of the state precedes the name of the metric.
         sizes = [numbers[name] for name in numbers if name.endswith("state_max")]
         largest = max(sizes, default=0.0)
         if self._warned or not largest > self._settings.tuning.warn_above:
             return
         self._warned = True
         warn(
-            f"the state's largest entry is {largest:.0f}; lower the learning rate, set "
+            f"the largest entry of the state is {largest:.0f}; lower the learning rate, set "
             "config.tuning.alpha below 1 or add an anchor"
         )
 
     def log_evaluation(self, number: int, metrics: Mapping[str, Metric]) -> None:
-        """Logs an evaluation, and notes whether it is the best so far.
+        """Logs an evaluation and updates the best steps.
 
         Args:
-            number: the step that was evaluated.
-            metrics: of the evaluation, by name.
+            number: the evaluated step.
+            metrics: the metrics of the evaluation, by name.
 
         Raises:
-            ValueError: the metric that counts is not among them.
+            ValueError: the metric that decides which step is best is missing.
         """
         self._directory.log(
             number, {name: metric.value for name, metric in metrics.items()}
@@ -355,5 +355,5 @@ class MetricsLogger:
         )
 
     def close(self) -> None:
-        """Ends the line of the progress bar."""
+        """Closes the progress bar."""
         self._bar.close()

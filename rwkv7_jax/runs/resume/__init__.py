@@ -1,4 +1,4 @@
-"""Checkpoints of a run: their contents, their verification, and which are kept."""
+"""Checkpoints of a run: contents, verification and retention."""
 
 from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore
 from rwkv7_jax.runs.resume.checkpointer import Checkpointer

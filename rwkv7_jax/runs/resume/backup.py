@@ -1,7 +1,7 @@
-"""A copy of a run in an object store, from which another machine continues it.
+"""A copy of a run in an object store, from which another machine can resume it.
 
-What comes back of a step is compared with its manifest, so that a step which was copied half, or
-changed since, is passed over.
+A downloaded step is compared with its manifest. A step that was copied only in part, or has changed
+since, is skipped.
 """
 
 import contextlib
@@ -33,50 +33,50 @@ from rwkv7_jax.runs.run_lock import (
 )
 from rwkv7_jax.runs.waiting import report_wait
 
-# The folder of steps in a run's folder.
+# The folder of the steps within a run directory.
 STEPS = "checkpoints"
 
-# Seconds between two signs of life of the process that holds the lock: stores take one write to a
-# key in a second, and ask money for it.
+# Seconds between two heartbeats of the process that holds the lock. Stores accept one write per
+# second to a key, and charge for each.
 HEARTBEAT_SECONDS = 10.0
 
-# Folders of a run that another machine does not need, or gets in another way.
+# Folders of a run that another machine does not need, or that are copied in another way.
 _NOT_COPIED = {STEPS, PARTS, "profile"}
 
 
 class Backup:
-    """The copy of one run's newest steps and of the files around them.
+    """The copy of one run's newest steps and of its other files.
 
-    One process at a time may write to it: its name lies under the key `run.lock`, and it writes
-    that key again every few seconds, each time on the condition that it still holds what it wrote
-    last. A process that another one has displaced notices it there and copies nothing any more.
+    Only one process at a time may write to it. That process writes its name to the key `run.lock`
+    and rewrites the key every few seconds, on the condition that nobody else has written to it
+    since. If another process has, the displaced one notices and stops copying.
 
     Attributes:
-        steps: those in the store.
+        steps: the steps in the store.
     """
 
     def __init__(self, store: ObjectStore, workdir: Path):
         """Takes the lock of the store.
 
         Args:
-            store: for the copy.
-            workdir: the folder of the run.
+            store: the store to copy to.
+            workdir: the run directory.
 
         Raises:
-            InUse: another process works there.
-            ValueError: the store lies inside the folder.
+            InUse: another process holds the lock.
+            ValueError: the store is inside the run directory.
             DiskError: the store cannot be read or written.
         """
         self._store = store
         self._workdir = workdir
-        _refuse_inside(store, workdir)
+        _require_outside(store, workdir)
         self.steps = StoredSteps(store, STEPS, self._require_lock)
         self._logs = StoredLogs(store, self._require_lock)
-        # Size and time of the files that the store has already.
+        # Size and modification time of each file when it was last copied.
         self._copied: dict[str, tuple[int, int]] = {}
         self._released = threading.Event()
         self._displaced = False
-        # Tells this holder from every other, one of the same process and machine included.
+        # Distinguishes this holder from all others, including one in the same process.
         self._token = secrets.token_hex(8)
         self._generation = self._take_lock()
         self._heart = threading.Thread(target=self._beat, daemon=True)
@@ -94,37 +94,37 @@ class Backup:
             text, generation = self._store.read(LOCK)
             if generation != before and parse_holder(text):
                 raise InUse(
-                    f"`config.backup` {self._store.url} is in use by {who}; wait for it or name "
-                    "another place."
+                    f"`config.backup` {self._store.url} is in use by {who}; wait for it to end or "
+                    "name another URL."
                 )
         taken = self._write_lock(generation)
         if not taken:
             raise InUse(
-                f"`config.backup` {self._store.url} was taken by another process at this moment; "
-                "name another place."
+                f"`config.backup` {self._store.url} was just locked by another process; name "
+                "another URL."
             )
         return taken
 
     def _write_lock(self, expected: bytes) -> bytes:
-        """Writes the lock if it still is as expected; returns its generation, empty if not."""
+        """Writes the lock if it has the expected generation; returns the new one, empty if not."""
         holder = {**own_name(), "time": time.time(), "token": self._token}
         return self._store.write(LOCK, json.dumps(holder), expected=expected)
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
-            # A store may be away for a moment.
+            # The store may be unreachable for a moment; the next beat tries again.
             with contextlib.suppress(DiskError):
                 generation = self._write_lock(self._generation)
                 if not generation:
                     text, generation = self._store.read(LOCK)
-                    # Otherwise an earlier beat, whose answer did not come in time, was written.
+                    # With the own token, an earlier beat was written although its reply timed out.
                     if parse_holder(text).get("token") != self._token:
                         self._displaced = True
                         return
                 self._generation = generation
 
     def newer_steps(self) -> list[int]:
-        """Returns the steps that are newer than all in the run's folder, the newest first.
+        """Returns the stored steps that are newer than all local ones, newest first.
 
         Raises:
             DiskError: the store cannot be read.
@@ -133,10 +133,10 @@ class Backup:
         return [step for step in self.steps.complete() if step > newest]
 
     def fetch_files(self) -> None:
-        """Copies the files of the run to its folder, without its steps, if there is a newer one.
+        """Downloads the run's files, except its steps, if the store has a newer step.
 
         Raises:
-            DiskError: the store cannot be read, or the folder cannot be written.
+            DiskError: the store cannot be read, or the run directory cannot be written.
         """
         if self.newer_steps():
             keys = filter(_is_copied, self._store.list())
@@ -145,10 +145,10 @@ class Backup:
                 self._logs.download(self._workdir)
 
     def fetch_step(self) -> None:
-        """Copies the newest intact step to the run's folder if it is newer than all steps there.
+        """Downloads the newest intact step if it is newer than all local steps.
 
         Raises:
-            DiskError: the store cannot be read, or the folder cannot be written.
+            DiskError: the store cannot be read, or the run directory cannot be written.
         """
         folder = self._workdir / STEPS
         for step in self.newer_steps():
@@ -159,8 +159,8 @@ class Backup:
                 self._store.download({key: place / name for name, key in files.items()})
             if broken := verify_manifest(place):
                 warn(
-                    f"step {step} in {self._store.url} is damaged ({', '.join(broken[:3])}); an "
-                    "older one is taken"
+                    f"step {step} in {self._store.url} is damaged ({', '.join(broken[:3])}); "
+                    "an older one is used"
                 )
                 continue
             os.rename(place, folder / str(step))
@@ -170,10 +170,10 @@ class Backup:
             return
 
     def copy_steps(self) -> None:
-        """Copies the steps that the store lacks, then the run's files, and drops older steps.
+        """Uploads missing steps and the run's files, then deletes the steps that are not local.
 
         Raises:
-            DiskError: the store cannot be written, or another process has taken it over.
+            DiskError: the store cannot be written, or another process has taken over its lock.
         """
         self._require_lock()
         folder = self._workdir / STEPS
@@ -181,13 +181,13 @@ class Backup:
         for step in sorted(set(here) - set(self.steps.complete())):
             self._upload_step(step, folder / str(step))
         self.copy_files()
-        # Only now: a machine that is lost before could continue from the older ones alone.
+        # Last: until the new steps are complete, a run can resume only from the older ones.
         self.steps.keep_only(here)
 
     def copy_newer_steps(self) -> None:
-        """Copies the steps of the run's folder if one of them is newer than all in the store.
+        """Uploads the local steps if one of them is newer than all in the store.
 
-        A run on fewer processes saved it there, and its last copy failed.
+        This happens if the last upload of a run on fewer processes failed.
 
         Raises:
             DiskError: as `copy_steps`.
@@ -197,12 +197,12 @@ class Backup:
             self.copy_steps()
 
     def copy_files(self) -> None:
-        """Copies the run's files that are new or have changed, without its steps.
+        """Uploads the run's new and changed files, except its steps.
 
-        Of a long log, what is new of it.
+        Of a long log it uploads only the new parts.
 
         Raises:
-            DiskError: the store cannot be written, or another process has taken it over.
+            DiskError: the store cannot be written, or another process has taken over its lock.
         """
         self._require_lock()
         changed = {}
@@ -221,23 +221,23 @@ class Backup:
                 changed[key] = path
                 versions[key] = version
         self._store.upload(changed)
-        # Only now: files of a batch that failed are copied with the next one.
+        # After the upload: if it fails, the next call uploads these files again.
         self._copied |= versions
         self._logs.upload(logs)
 
     def release(self) -> None:
-        """Gives the store back; a process that takes it then need not wait."""
+        """Releases the lock, so that the next process need not wait for heartbeats."""
         self._released.set()
-        # A sign of life that is under way changes the generation.
+        # A heartbeat in progress changes the generation.
         self._heart.join()
-        # The next process waits for signs of life where this fails.
+        # If this fails, the next process only has to wait for heartbeats.
         with contextlib.suppress(DiskError):
             self._store.write(LOCK, b"", expected=self._generation)
 
     def _require_lock(self) -> None:
         if self._displaced:
             raise DiskError(
-                f"`config.backup` {self._store.url}: another process has taken it over."
+                f"`config.backup` {self._store.url}: another process has taken over its lock."
             )
 
     def _upload_step(self, step: int, folder: Path) -> None:
@@ -252,20 +252,20 @@ class Backup:
         self._store.upload(last)
 
 
-def _refuse_inside(store: ObjectStore, workdir: Path) -> None:
+def _require_outside(store: ObjectStore, workdir: Path) -> None:
     folder = store.local_folder()
     if folder is None:
         return
     place = Path(os.path.realpath(folder))
     if place.is_relative_to(os.path.realpath(workdir)):
         raise ValueError(
-            f"`config.backup` must lie outside the run's folder, which it copies; got {store.url}."
+            f"`config.backup` must be outside the run directory, which it copies; got {store.url}."
         )
 
 
 def _is_copied(key: str) -> bool:
-    """Tells whether a file of a run, by its path there, belongs to the copy."""
+    """Returns whether to copy a file, by its path relative to the run directory."""
     path = PurePosixPath(key)
-    # Hidden files are those that are being written. The lock is of this machine.
+    # Hidden files are incomplete. The lock belongs to this machine.
     hidden = path.name.startswith((".", LOCK))
     return is_inside(key) and not hidden and _NOT_COPIED.isdisjoint(path.parts)

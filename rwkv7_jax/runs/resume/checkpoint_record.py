@@ -1,4 +1,4 @@
-"""Checkpoint metadata and its validation."""
+"""The record of a checkpoint, its metadata, and the validation of it."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -15,19 +15,19 @@ from rwkv7_jax.sharding.layout import path_name
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
-# Names in a message; the others are counted.
+# How many names a message lists; it only counts the others.
 _NAMES_SHOWN = 4
 
 
 def make_record(
     step: int, train: Any, progress: Progress, identity: Identity
 ) -> dict[str, Any]:
-    """Describes a checkpoint; fit for JSON.
+    """Returns the record of a checkpoint, serialisable as JSON.
 
     Args:
-        step: of the checkpoint.
-        train: the arrays that are saved.
-        progress: of the run, up to this step.
+        step: the step of the checkpoint.
+        train: the arrays to save.
+        progress: the progress of the run up to this step.
         identity: from `identity_of`.
     """
     record = {
@@ -42,19 +42,19 @@ def make_record(
 
 
 def validation_error(record: Mapping[str, Any], step: int) -> str:
-    """Returns why a record cannot be that of a step; empty if it can."""
+    """Returns why a record is not valid for a step; empty if it is."""
     fields = dict(record)
     digest = fields.pop("digest", "")
     if digest != json_digest(fields):
-        return "its record is not the one that was written"
+        return "its record does not match its digest"
     if fields["step"] != step:
-        # Such as one that a user copied to another number; its arrays are intact.
+        # For example a folder that a user copied to another number; its arrays are intact.
         return f"it is a copy of step {fields['step']}"
     return ""
 
 
 def list_names(kind: str, names: Sequence[str]) -> str:
-    """Returns the kind and the first names, for a message."""
+    """Returns the kind and the first few names, for a message."""
     shown = ", ".join(names[:_NAMES_SHOWN])
     hidden = len(names) - _NAMES_SHOWN
     more = f" and {hidden} more" if hidden > 0 else ""
@@ -65,18 +65,19 @@ def require_same_leaves(workdir: Path, leaves: Mapping[str, list], train: Any) -
     """Checks that a state has the leaves, shapes and dtypes of a record.
 
     Args:
-        workdir: of the run, for the message.
-        leaves: of the record.
+        workdir: the run directory, for the message.
+        leaves: the leaves in the record.
         train: the state; its leaves may be abstract.
 
     Raises:
-        ValueError: it has others; the message has every difference.
+        ValueError: they differ; the message lists every difference.
     """
     was = {name: f"{dtype}{shape}" for name, (shape, dtype, _) in leaves.items()}
     now = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(train):
         now[path_name(path)] = f"{leaf.dtype}{list(leaf.shape)}"
-    # A missing leaf has to count as a difference: `require_same_run` skips names of one side.
+    # A missing leaf must count as a difference, but `require_same_run` ignores names that only one
+    # side has.
     for name in dict.fromkeys([*was, *now]):
         was.setdefault(name, "absent")
         now.setdefault(name, "absent")
@@ -91,6 +92,6 @@ def _all_finite(leaf: Any) -> Any:
 
 
 def nonfinite_leaves(params: Any) -> list[str]:
-    """Returns the names of leaves that hold NaN or Inf."""
+    """Returns the names of leaves that contain NaN or Inf."""
     finite = run_on_leaves(_all_finite, params)
     return [name for name, one in finite.items() if not one]

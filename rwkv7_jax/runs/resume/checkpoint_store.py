@@ -1,4 +1,4 @@
-"""The interface of a run's checkpoints, which is also that of a process that keeps none."""
+"""The interface of a run's checkpoints, also used by a process that stores none."""
 
 from collections.abc import Callable
 
@@ -8,23 +8,23 @@ from rwkv7_jax.training.train_step import TrainState
 
 
 class CheckpointStore:
-    """Checkpoints of one run, by step; here those of a process that leaves them to process 0.
+    """Checkpoints of one run, by step.
 
-    Such a process gets the restored state from process 0, and makes no result: only a
-    `Checkpointer` restores and loads.
+    The base class itself serves a process that leaves checkpoints to process 0: it stores nothing
+    and receives the restored state from there. Only a `Checkpointer` restores and loads.
     """
 
     def save(self, train: TrainState, progress: Progress, identity: Identity) -> None:
         """Starts to save a step in the background.
 
-        A failure is a warning, and an error of `close`: training goes on.
+        If the save fails, a warning is printed and training continues; `close` raises the error.
         """
 
     def poll(self) -> None:
-        """Reports a save that has ended in the meantime."""
+        """Reports the outcome of a save that has finished."""
 
     def leave(self) -> None:
-        """Waits for the save that is under way, at the end of this process."""
+        """Waits for the pending save, at the end of this process."""
 
     def close(self) -> None:
         """Waits until everything is on disk.
@@ -36,16 +36,16 @@ class CheckpointStore:
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
     ) -> tuple[TrainState, Progress]:
-        """Restores the newest intact step, or makes the first state where there is no step.
+        """Restores the newest intact step, or creates the initial state if there is no step.
 
         Args:
             abstract: shapes and dtypes of the state.
-            identity: of the run, from `identity_of`.
-            init: makes the state of a new run; called only where there is nothing to restore.
+            identity: the identity of the run, from `identity_of`.
+            init: creates the state of a new run; called only if there is nothing to restore.
 
         Raises:
-            NoValidCheckpoint: there are steps, or have been, and all are damaged.
-            ValueError: the steps are of another run.
+            NoValidCheckpoint: all steps, including those set aside earlier, are damaged.
+            ValueError: the steps belong to another run.
         """
         raise NotImplementedError
 
@@ -55,9 +55,9 @@ class CheckpointStore:
         Args:
             number: the step.
             train: a state of the same shapes and dtypes; it may be abstract.
-            identity: of the run.
+            identity: the identity of the run.
 
         Raises:
-            NoValidCheckpoint: it is damaged.
+            NoValidCheckpoint: the step is damaged.
         """
         raise NotImplementedError

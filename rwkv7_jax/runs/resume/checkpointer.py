@@ -1,16 +1,16 @@
-"""A run's checkpoints: saved in the background, verified whenever they are read.
+"""A run's checkpoints: saved in the background, verified on every read.
 
-A step is valid when its record is consistent, every array has the checksum that it had on the
-device when it was saved, and every file is the one that was written. A damaged step is set aside,
-and the next older one is used.
+A step is valid if its record is consistent, every array still has the checksum computed on the
+device before the save, and every file matches the manifest. A damaged step is set aside, and the
+next older one is used.
 
-Where the shards of an array lie over several processes, all of them call the same methods in the
-same order: each writes and reads its own shards, the first one alone names, keeps and deletes
-steps, and what fails in one fails in all.
+If arrays are sharded over several processes, all processes call the same methods in the same order.
+Each process writes and reads its own shards. Only process 0 names, keeps and deletes steps. An
+error in one process is an error in all.
 
 Orbax writes and reads the arrays. Its CheckpointManager is not used: it changes files of a step
-after the last hook in which a manifest could be written, so a kill at the wrong moment would leave
-an intact step that counts as damaged (docs/decisions-checkpoints.md has the experiment).
+after the last hook in which a manifest could be written, so a kill in between would leave an intact
+step that counts as damaged (docs/decisions-checkpoints.md has the experiment).
 """
 
 import dataclasses
@@ -42,17 +42,17 @@ from rwkv7_jax.runs.resume.steps import Steps, steps_to_keep
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.train_step import TrainState
 
-# Seconds that the processes of a save wait for each other. Training goes on meanwhile; one that
-# failed tells the others only after that.
+# Seconds that the processes of a save wait for each other, while training continues. A process
+# reports its failure to the others only afterwards.
 SAVE_SECONDS = 600
 
-# An error of Orbax or TensorStore can have pages. The first line begins with what failed and ends
-# with why; so much of both is shown.
+# An error of Orbax or TensorStore can fill pages. Its first line begins with what failed and ends
+# with the reason; this many characters of each are shown.
 _REASON_CHARACTERS = 100
 
 
 class _Damaged(Exception):
-    """A step that is not what was saved."""
+    """The step differs from what was saved."""
 
 
 @dataclasses.dataclass
@@ -60,12 +60,12 @@ class SaveJob:
     """A save in the background.
 
     Attributes:
-        step: of the checkpoint.
-        size: bytes of its arrays.
-        best: steps that retention has to keep because of their evaluation.
-        error: why the save failed; None while it has not.
-        not_copied: why the copy of a saved step failed; empty while it has not.
-        thread: finishes the save; None if it failed before there was a thread.
+        step: the step of the checkpoint.
+        size: the size of its arrays in bytes.
+        best: steps that retention must keep because of their evaluation.
+        error: why the save failed; None unless it did.
+        not_copied: why the copy of the saved step failed; empty unless it did.
+        thread: the thread that finishes the save; None if it failed before the thread started.
     """
 
     step: int
@@ -80,8 +80,8 @@ class Checkpointer(CheckpointStore):
     """The checkpointer of one run.
 
     Attributes:
-        steps: its checkpoints.
-        failure: why the newest save, or its copy, failed; empty if it did not.
+        steps: the checkpoints.
+        failure: why the newest save or its copy failed; empty if neither did.
     """
 
     def __init__(
@@ -95,19 +95,20 @@ class Checkpointer(CheckpointStore):
         copy: Callable[[], None] | None = None,
         group: ProcessGroup | None = None,
     ):
-        """Deletes what an ended process left half written.
+        """Deletes the incomplete steps that an earlier process left.
 
         Args:
-            steps: where the checkpoints lie.
-            workdir: folder of the run.
-            settings: of the run.
-            protected: steps that retention leaves alone, because other settings made them.
-            fetch: gets steps that lie elsewhere; called before the newest one is restored.
-            copy: copies what the run has to its backup; called after every save.
-            group: the processes that save and restore together; None for this one alone.
+            steps: the storage of the checkpoints.
+            workdir: the run directory.
+            settings: the settings of the run.
+            protected: steps that retention never deletes, because they were saved under other
+                retention settings.
+            fetch: downloads newer steps from elsewhere; called before a restore.
+            copy: copies the run to its backup; called after every save.
+            group: the processes that save and restore together; None for this process alone.
 
         Raises:
-            OSError: the place of the steps cannot be written.
+            OSError: the folder of the steps cannot be written.
         """
         self.steps = steps
         self.failure = ""
@@ -121,20 +122,22 @@ class Checkpointer(CheckpointStore):
         self._orbax: Any = None
         self._failures = 0
         self._group = group or ProcessGroup()
-        # The same in all processes, which may have folders of different names.
+        # Identical in all processes, whose run directories may have different names.
         self._name = self._group.from_process_0(lambda: workdir.name)
         if self._group.is_primary:
             steps.clean()
 
     def _orbax_checkpointer(self) -> Any:
-        """Returns Orbax's checkpointer, made when it is first needed and after a failure."""
+        """Returns Orbax's checkpointer; creates it on first use and after a failure."""
         if self._orbax is None:
             ocp = import_orbax()
             processes = ocp.options.MultiprocessingOptions(
                 primary_host=0,
-                # Always named: otherwise Orbax waits at programs of all devices, without a bound.
+                # Always set: otherwise Orbax synchronises with device collectives, which have no
+                # timeout.
                 active_processes=set(self._group.members),
-                # Of a failed save some processes have passed more barriers than others.
+                # A new prefix after a failed save: some processes have passed more of its barriers
+                # than others.
                 barrier_sync_key_prefix=f"{self._name}.{self._failures}",
             )
             handler = ocp.CompositeCheckpointHandler(
@@ -152,14 +155,14 @@ class Checkpointer(CheckpointStore):
         return self._orbax
 
     def save(self, train: TrainState, progress: Progress, identity: Identity) -> None:
-        """Starts to save a step in the background; `poll` and `close` tell how it ended."""
+        """Starts to save a step in the background; `poll` and `close` report the outcome."""
         self.wait()
         step = int(train.step)
-        # A run that is resumed at its last step, or ends right after a save, would write it again.
+        # Already saved: the run resumed at its last step, or ends right after a save.
         if step == self._newest:
             return
         if self._acts_for_others():
-            # Orbax saves a `jax.Array` of such a run together with all processes.
+            # Orbax would save a `jax.Array` together with all processes of the run.
             train = jax.device_get(train)
         job = SaveJob(
             step=step,
@@ -175,7 +178,7 @@ class Checkpointer(CheckpointStore):
         try:
             if self._group.is_primary:
                 self.steps.begin(step)
-            # Copies the arrays to the host before it returns; writes them afterwards.
+            # Copies the arrays to the host before it returns, and writes them in the background.
             self._orbax_checkpointer().save(self.steps.unfinished(step), args=args)
         except Exception as error:
             job.error = error
@@ -185,9 +188,9 @@ class Checkpointer(CheckpointStore):
         job.thread.start()
 
     def _finish(self, job: SaveJob) -> None:
-        """Lets the step count once it is complete, and deletes old ones; the thread."""
+        """Commits the step once it is written, and deletes old ones; runs in the thread."""
         try:
-            # Of several processes, until all have written.
+            # With several processes this waits until all of them have written.
             self._orbax_checkpointer().wait_until_finished()
             if not self._group.is_primary:
                 self.steps.note_digests(job.step, self._group.index)
@@ -200,10 +203,10 @@ class Checkpointer(CheckpointStore):
                 every=self._settings.keep_every,
                 best=job.best,
             )
-            # Only now: until the new step is in place, a run could only resume from the old ones.
+            # Last: until the new step is committed, a run can resume only from the old ones.
             self.steps.keep_only(keep | self._protected)
-        # Any failure to write, in whatever class of Orbax, TensorStore or the system. The main
-        # thread reports it; only there can signals and KeyboardInterrupt occur.
+        # Any exception: Orbax, TensorStore and the system raise many classes. The main thread
+        # reports it. Signals and KeyboardInterrupt occur only in the main thread.
         except Exception as error:
             job.error = error
             return
@@ -213,9 +216,10 @@ class Checkpointer(CheckpointStore):
             job.not_copied = f"step {job.step} is saved, but not copied: {error}"
 
     def poll(self) -> None:
-        """Reports a save that has ended in the meantime; training goes on either way.
+        """Reports the outcome of a save that has finished; training continues either way.
 
-        Several processes report it when the next one begins: they would have to ask each other.
+        With several processes it does nothing, because they would have to communicate. They report
+        the outcome when the next save starts.
         """
         if self._job is None or self._group.size > 1:
             return
@@ -223,27 +227,27 @@ class Checkpointer(CheckpointStore):
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the save that is under way, and reports how it ended."""
+        """Waits for the pending save and reports its outcome."""
         if self._job is None:
             return
         job = self._job
         self._job = None
         if job.thread is not None:
-            # After the thread has ended, its fields of `job` are read without a lock.
+            # Once the thread has ended, the fields of `job` can be read without a lock.
             job.thread.join()
         if reason := self._first_reason(job):
             self._give_up(job, reason)
             return
         self._newest = job.step
-        # Only the first process copies.
+        # Only process 0 copies.
         self.failure = self._group.from_process_0(lambda: job.not_copied)
         if self.failure:
-            self._warn(f"{self.failure} Training goes on")
+            self._warn(f"{self.failure} Training continues")
 
     def leave(self) -> None:
-        """Waits for the save that is under way, at the end of this process.
+        """Waits for the pending save, at the end of this process.
 
-        Reports how it ended, unless the other processes would have to be asked: they may be gone.
+        One process also reports the outcome. Several do not, because the others may have ended.
         """
         if self._group.size == 1:
             self.wait()
@@ -251,25 +255,25 @@ class Checkpointer(CheckpointStore):
             self._job.thread.join()
 
     def _first_reason(self, job: SaveJob) -> str:
-        """Returns why a save failed, in whichever process; empty if it did not."""
+        """Returns why a save failed in any process; empty if it did not fail."""
         reason = ""
         if job.error is not None:
             reason = first_line(job.error, limit=None)
-        # The others only know that they waited in vain for the one that failed.
+        # Prefer the reason of the process that failed: the others only report a timeout.
         waited = isinstance(job.error, TimeoutError) or "DEADLINE_EXCEEDED" in reason
         failures = self._group.allgather((waited, reason))
         return min((one for one in failures if one[1]), default=(False, ""))[1]
 
     def _give_up(self, job: SaveJob, reason: str) -> None:
         """Cleans up after a failed save and prints why it failed."""
-        # The checkpointer would raise the same error once more at its next use.
+        # The old checkpointer would raise the same error again on its next use.
         self._orbax = None
         self._failures += 1
         self.failure = self._group.from_process_0(lambda: self._clean_up(job, reason))
-        self._warn(f"{self.failure}; training goes on")
+        self._warn(f"{self.failure}; training continues")
 
     def _clean_up(self, job: SaveJob, reason: str) -> str:
-        """Deletes what a failed save left; returns what happened."""
+        """Deletes what a failed save left; returns the message about the failure."""
         failed = (
             f"the checkpoint of step {job.step} could not be written: it needs "
             f"{job.size:,} bytes"
@@ -278,21 +282,23 @@ class Checkpointer(CheckpointStore):
             self.steps.give_up()
             free = self.steps.free_bytes()
             older = self.steps.numbers()
-        # A disk or a store that is away now may come back before the next save.
+        # A disk or a store that is unavailable now may return before the next save.
         except OSError:
-            return f"{failed}; {self.steps.place} is away ({_shortened(reason)})"
-        room = "" if free is None else f", {free:,} are free in {self.steps.place}"
+            return f"{failed}; {self.steps.place} is unavailable ({_shortened(reason)})"
+        space = "" if free is None else f", {free:,} are free in {self.steps.place}"
         newest = (
-            f"the newest one is of step {older[0]}" if older else "there is none yet"
+            f"the newest checkpoint is of step {older[0]}"
+            if older
+            else "there is no checkpoint yet"
         )
-        return f"{failed}{room}; {newest} ({_shortened(reason)})"
+        return f"{failed}{space}; {newest} ({_shortened(reason)})"
 
     def _warn(self, text: str) -> None:
         if self._group.is_primary:
             warn(text)
 
     def close(self) -> None:
-        """Waits until everything is on disk; see `CheckpointStore.close`."""
+        """Waits for the pending save; see `CheckpointStore.close`."""
         self.wait()
         if self.failure:
             raise DiskError(self.failure)
@@ -300,7 +306,7 @@ class Checkpointer(CheckpointStore):
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
     ) -> tuple[TrainState, Progress]:
-        """Moves damaged steps away until one is intact; see `CheckpointStore.restore`."""
+        """Sets damaged steps aside until one is intact; see `CheckpointStore.restore`."""
         from_process_0 = self._group.from_process_0
         from_process_0(self._fetch)
         for number in from_process_0(self.steps.numbers):
@@ -311,11 +317,11 @@ class Checkpointer(CheckpointStore):
             except _Damaged as error:
                 from_process_0(functools.partial(self._set_aside, number, str(error)))
                 continue
-            # So that a run which ends without an update does not save this step anew.
+            # A run that ends without an update need not save this step again.
             self._newest = number
             return restored
-        from_process_0(self._refuse_to_begin_anew)
-        # Import and compile now: between a signal and the end of the process there is no time.
+        from_process_0(self._require_no_damaged_steps)
+        # Import and compile now: there is no time for it between a signal and the final save.
         self._orbax_checkpointer()
         train = init()
         leaf_checksums(train)
@@ -323,14 +329,14 @@ class Checkpointer(CheckpointStore):
 
     def _set_aside(self, number: int, reason: str) -> None:
         moved = self.steps.set_aside(number)
-        warn(f"step {number} is damaged: {reason}; it lies in {moved} now")
+        warn(f"step {number} is damaged: {reason}; it is now in {moved}")
 
-    def _refuse_to_begin_anew(self) -> None:
-        """Raises NoValidCheckpoint where there have been steps, all of them damaged."""
+    def _require_no_damaged_steps(self) -> None:
+        """Raises NoValidCheckpoint if all steps were damaged, rather than start a new run."""
         if damaged := self.steps.damaged():
             raise NoValidCheckpoint(
                 f"no checkpoint in {self.steps.place} is intact (see {damaged}), and a new run "
-                "would write over an old one. Take another --workdir to begin anew."
+                "would overwrite the old one. Use another --workdir to start anew."
             )
 
     def load(self, number: int, train: TrainState, identity: Identity) -> TrainState:
@@ -349,9 +355,9 @@ class Checkpointer(CheckpointStore):
             require_same_leaves(self._workdir, record["leaves"], train)
             return record, self._read_arrays(number, train)
 
-        # A step that one process finds damaged must not be used by another.
+        # If one process finds the step damaged, no process may use it.
         record, restored = self._group.run_in_all(read, expected=_Damaged)
-        # The arrays first: the name of a leaf tells a user more than the name of a file.
+        # Check the arrays first: the name of a leaf tells a user more than the name of a file.
         if leaves := changed_leaves(record["leaves"], restored):
             raise _Damaged(list_names("leaves", leaves))
         share = slice(self._group.index, None, self._group.size)
@@ -363,7 +369,7 @@ class Checkpointer(CheckpointStore):
             leaves := nonfinite_leaves(restored.params)
         ):
             found = list_names("in", leaves)
-            raise _Damaged(f"NaN or Inf in it (config.allow_nan takes it); {found}")
+            raise _Damaged(f"it has NaN or Inf (config.allow_nan accepts it) {found}")
         return restored, read_progress(record["course"])
 
     def _read_record(self, number: int) -> dict[str, Any]:
@@ -371,7 +377,7 @@ class Checkpointer(CheckpointStore):
         args = ocp.args.Composite(record=ocp.args.JsonRestore())
         try:
             record = self._restore(number, args).record
-        # Damaged metadata fails in many classes, down to KeyError and UnicodeDecodeError.
+        # Damaged metadata raises many classes, including KeyError and UnicodeDecodeError.
         except Exception:
             files = self.steps.broken_files(number)
             broken = f"; {list_names('files', files)}" if files else ""
@@ -389,7 +395,7 @@ class Checkpointer(CheckpointStore):
             return self._restore(number, args).train
         except Exception as error:
             files = self.steps.broken_files(number)
-            # With intact files it is no damage, but memory or a bug, and must not move the step.
+            # If the files are intact, the cause is memory or a bug; the step must stay in place.
             if not files:
                 raise
             raise _Damaged(
@@ -397,15 +403,14 @@ class Checkpointer(CheckpointStore):
             ) from error
 
     def _restore(self, number: int, args: Any) -> Any:
-        # Not the checkpointer's own, which waits afterwards for processes that may have failed.
+        # Not the checkpointer's own `restore`: it then waits for processes that may have failed.
         handler = self._orbax_checkpointer().handler
         return handler.restore(self.steps.path(number), args=args)
 
     def _restore_target(self, train: TrainState) -> TrainState:
-        """Describes the arrays that Orbax restores, and the devices for each.
+        """Returns the shapes, dtypes and shardings of the arrays for Orbax to restore.
 
-        Where one of several processes restores for all, they come into host memory, from where
-        they are broadcast.
+        If one process restores for several, the arrays go to host memory, to be broadcast.
         """
         on_host = self._acts_for_others()
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -413,7 +418,7 @@ class Checkpointer(CheckpointStore):
         def target(leaf: Any) -> jax.ShapeDtypeStruct:
             if on_host:
                 return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            # Without a sharding Orbax would restore to the devices of the run that saved.
+            # Without a sharding Orbax would restore to the devices that the arrays were saved from.
             sharding = leaf.sharding or device
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -424,7 +429,7 @@ class Checkpointer(CheckpointStore):
 
 
 def _do_nothing() -> None:
-    """Stands for copies of a run that has no backup."""
+    """Does nothing: the run has no backup."""
 
 
 def _shortened(reason: str) -> str:

@@ -1,4 +1,4 @@
-"""The state that a run begins with: restored from its newest checkpoint, or new."""
+"""The train state that a run starts with: restored from the newest checkpoint, or new."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,22 +25,22 @@ def restore_or_init(
     identity: Identity,
     mesh: Mesh | None,
 ) -> tuple[TrainState, Progress]:
-    """Restores the newest checkpoint, or makes the first state where there is none.
+    """Restores the newest checkpoint, or creates the initial state if there is none.
 
-    Neither way keeps a second copy of the trainable parameters or of their moments alive, nor
-    holds an array whole that lies in shards.
+    In both cases only one copy of the trainable parameters and their moments is alive, and sharded
+    arrays are never materialised whole.
 
     Args:
-        mode: makes the parameters of a new run.
+        mode: creates the parameters of a new run.
         tx: the optimizer.
-        folder: of the run.
-        identity: what the run and its checkpoints must share.
+        folder: the run directory.
+        identity: what the run and its checkpoints must have in common.
         mesh: the devices of the run, on which the state is placed.
 
     Raises:
-        NoValidCheckpoint: there are checkpoints, or have been, and all are damaged.
-        ValueError: the checkpoints are of another run; or shards over processes that do not all
-            see the directory.
+        NoValidCheckpoint: all checkpoints, including those set aside earlier, are damaged.
+        ValueError: the checkpoints belong to another run, or arrays are sharded over processes
+            that do not all see the run directory and there is no backup.
         EndedElsewhere: another process raised one of these.
     """
 
@@ -55,23 +55,23 @@ def restore_or_init(
     def init() -> TrainState:
         params = sharding.place(own, mode.init_params())
         shards = None if own is None else sharding.shardings(own, abstract)
-        # `create` copies its input, so that it may be donated: the input becomes the copy.
+        # `create` copies the parameters; donation reuses their buffers for the copy.
         state = jax.jit(create, donate_argnums=0, out_shardings=shards)(params)
-        # A restored state is committed to a device. A new one has to be as well, or the two would
-        # run differently compiled programs and end with other bits.
+        # A restored state is committed to a device. A new one must be too, or the two would run
+        # differently compiled programs and the results would not be bit-exact.
         return sharding.place(own, state)
 
     state, progress = _restore_in_all(folder, abstract, identity, init, mesh)
     mode.release_initial()
     state = sharding.place(mesh, state)
     step = int(state.step)
-    # No checkpoint is of step 0: there the run is new.
+    # No checkpoint has step 0, so at step 0 the run is new.
     before = progress if step else mode.new_progress()
     progress = before.for_evaluation(mode.settings.evaluation, step)
     if progress.since != before.since:
         print(
-            f"resume    evaluations read or measure something else from step {step} on: the best "
-            "step is looked for anew, and the result is not compared with the start"
+            f"resume    the data or metric of evaluations changes at step {step}: the search for "
+            "the best step starts anew, and the result is not compared with the start"
         )
     return state, progress
 
@@ -83,11 +83,11 @@ def _restore_in_all(
     init: Callable[[], TrainState],
     mesh: Mesh | None,
 ) -> tuple[TrainState, Progress]:
-    """Restores or makes the state in every process of the run.
+    """Restores or creates the state in every process of the run.
 
-    Shards that lie over several processes are read by these processes. Otherwise process 0 reads
-    the state and sends it to the others, which need not see the directory. A new state is sent only
-    where the others did not make the same one.
+    If arrays are sharded over several processes, each process reads its own shards. Otherwise
+    process 0 reads the state and broadcasts it to the others, which need not see the directory.
+    Every process creates a new state itself; it is broadcast only if their checksums differ.
     """
     if sharding.is_shared(mesh):
         folder.share_checkpoints()
@@ -105,7 +105,7 @@ def _restore_in_all(
     def restore_here() -> tuple[TrainState, Progress] | None:
         return folder.restore(abstract, identity, make) if group.is_primary else None
 
-    # Of the other processes' arrays only the shapes and dtypes count.
+    # `broadcast_arrays` uses only the shapes and dtypes of the other processes' arrays.
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     progress: Progress = RunProgress()
     if restored := group.run_in_all(restore_here):

@@ -1,8 +1,8 @@
-"""Digests of a step's files, computed by the processes that wrote them.
+"""Digests of a checkpoint's files, computed by the processes that wrote them.
 
-The first process of several would otherwise read a whole step back for its manifest. Each of the
-others notes the digests of its own files in a file next to them, and the first one collects the
-notes. No collective does it: a save goes on in the background, next to the steps of the run.
+Otherwise process 0 would have to read a whole checkpoint back to write its manifest. Each other
+process writes the digests of its own files to a note next to them, and process 0 collects the
+notes. A collective cannot replace the notes, because a save runs in the background of training.
 """
 
 import re
@@ -11,20 +11,20 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rwkv7_jax.runs.resume.steps import read_manifest
 
-# Seconds between two looks for a note.
+# Seconds between two attempts to read a note.
 _PAUSE = 0.2
 
-# Orbax gives each process a folder for the shards that it writes.
+# Orbax writes the shards of each process to a folder of this name.
 _FOLDER = re.compile(r"(?:^|/)ocdbt\.process_(\d+)/")
 
 
 def note_name(process: int) -> str:
-    """Names the file in which a process notes its digests."""
+    """Returns the name of the file in which a process notes its digests."""
     return f"digests.{process}.json"
 
 
 def names_of(process: int, names: Iterable[str]) -> list[str]:
-    """Returns the files of a step that a process wrote, of the names of all."""
+    """Returns those of a step's file names that a process wrote."""
     own = []
     for name in names:
         match = _FOLDER.search(name)
@@ -36,15 +36,15 @@ def names_of(process: int, names: Iterable[str]) -> list[str]:
 def collect(
     read: Callable[[str], bytes], processes: Sequence[int], seconds: float
 ) -> dict[str, str]:
-    """Waits for the notes of processes; returns the digests in all of them by file name.
+    """Waits for the notes of processes; returns their digests by file name.
 
     Args:
-        read: returns the content of a file of the step, empty while there is none.
-        processes: that note digests.
-        seconds: to wait at most.
+        read: returns the content of a file of the step; empty while the file does not exist.
+        processes: the processes whose notes to wait for.
+        seconds: the timeout for all notes together.
 
     Raises:
-        TimeoutError: a note has not come.
+        TimeoutError: a note is missing after the timeout.
     """
     end = time.monotonic() + seconds
     digests: dict[str, str] = {}
@@ -52,7 +52,7 @@ def collect(
         while (noted := read_manifest(read(note_name(process)))) is None:
             if time.monotonic() > end:
                 raise TimeoutError(
-                    f"process {process} did not say within {seconds:.0f} s what it wrote"
+                    f"process {process} did not note its digests within {seconds:.0f} s"
                 )
             time.sleep(_PAUSE)
         digests |= noted

@@ -1,7 +1,6 @@
-"""A folder of an object store, in which a run has a copy or its checkpoints.
+"""A folder in an object store, for the backup or the checkpoints of a run.
 
-A store has keys and no folders, and nothing in it can be renamed. What is written in one request is
-there completely or not at all.
+A store has keys but no folders, and cannot rename a key. Each write is atomic.
 """
 
 import contextlib
@@ -18,25 +17,26 @@ from rwkv7_jax.checks import first_line
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.resume.steps import new_hash
 
-# Seconds after which a store that does not answer counts as absent.
+# Seconds to wait for the reply of a store.
 _TIMEOUT_SECONDS = 120.0
 
-# What Orbax reaches stores with, and the extra that installs it, by scheme. Copies need neither.
+# The package with which Orbax reaches a store, and the extra that installs it, by scheme. Backups
+# need neither.
 _PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 
-# Files that are on their way at the same time.
+# How many files are transferred concurrently.
 _TRANSFERS = 8
 
 
 class ObjectStore:
-    """The keys below one URL. Whatever fails is a DiskError that names the URL.
+    """The keys below one URL. Every failure raises a DiskError that names the URL.
 
     Attributes:
-        url: as the user wrote it.
+        url: the URL as the user wrote it.
     """
 
     def __init__(self, url: str):
-        """Names the store; it is opened when it is first used.
+        """Stores the URL; the store is opened on first use.
 
         Args:
             url: "gs://bucket/run", "s3://bucket/run" or "file:///folder".
@@ -45,19 +45,19 @@ class ObjectStore:
 
     @functools.cached_property
     def _keys(self) -> Any:
-        # An import of a second, for runs that have a store.
+        # This import takes a second, so only runs with a store import it.
         import tensorstore
 
         base = self.url if self.url.endswith("/") else f"{self.url}/"
         return tensorstore.KvStore.open(base).result(timeout=_TIMEOUT_SECONDS)
 
     def local_folder(self) -> Path | None:
-        """Returns the folder that a URL of the scheme "file" names; None of another."""
+        """Returns the folder that a "file" URL names; None for another scheme."""
         parts = urlparse(self.url)
         return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
     def folder(self) -> Any:
-        """Returns the store as a folder that Orbax reads and writes."""
+        """Returns the store as a path that Orbax can read and write."""
         from etils import epath
 
         local = self.local_folder()
@@ -67,8 +67,8 @@ class ObjectStore:
         """Checks that Orbax can reach the store.
 
         Raises:
-            ImportError: a package that this needs is not installed.
-            DiskError: it cannot.
+            ImportError: the package for the store is not installed.
+            DiskError: the store cannot be reached.
         """
         scheme = urlparse(self.url).scheme
         package, extra = _PACKAGES.get(scheme, ("", ""))
@@ -81,22 +81,22 @@ class ObjectStore:
             self.folder().exists()
 
     def list(self) -> list[str]:
-        """Returns all keys that are paths inside of a folder."""
+        """Returns all keys that are paths within a folder."""
         with self.named_errors():
             keys = [key.decode() for key in self._keys.list().result()]
         return [key for key in keys if is_inside(key)]
 
     def read(self, key: str) -> tuple[bytes, bytes]:
-        """Returns the value of a key, which is empty if there is none, and its generation."""
+        """Returns the value of a key, empty if the key is missing, and its generation."""
         with self.named_errors():
             found = self._keys.read(key).result(timeout=_TIMEOUT_SECONDS)
             return found.value, found.stamp.generation
 
     def write(self, key: str, value: str | bytes, *, expected: bytes) -> bytes:
-        """Writes a small value if the key still has the generation that is expected.
+        """Writes a small value if the key still has the expected generation.
 
         Returns:
-            The new generation; empty if the key had another one and nothing was written.
+            The new generation; empty if the key had another one, and nothing was written.
         """
         with self.named_errors():
             written = self._keys.write(key, value, if_equal=expected)
@@ -111,7 +111,7 @@ class ObjectStore:
         """Deletes all keys below a folder.
 
         Args:
-            prefix: the folder, with a slash at its end.
+            prefix: the folder, with a trailing slash.
         """
         doomed = [key for key in self.list() if key.startswith(prefix)]
 
@@ -122,7 +122,7 @@ class ObjectStore:
             _in_parallel(delete, dict.fromkeys(doomed))
 
     def upload(self, files: Mapping[str, Path]) -> None:
-        """Copies files into the store, by key."""
+        """Uploads files, by key."""
 
         def put(key: str, path: Path) -> None:
             self._keys.write(key, path.read_bytes()).result()
@@ -131,7 +131,7 @@ class ObjectStore:
             _in_parallel(put, files)
 
     def download(self, files: Mapping[str, Path]) -> None:
-        """Copies values out of the store to files, by key."""
+        """Downloads values to files, by key."""
 
         def get(key: str, path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,11 @@ class ObjectStore:
             _in_parallel(get, files)
 
     def digests(self, keys: Mapping[str, str]) -> dict[str, str]:
-        """Returns the digests of values, as manifests have them, by the names of their keys."""
+        """Returns the digests of values, in the form of a manifest.
+
+        Args:
+            keys: the keys of the values, by the names to use in the result.
+        """
         found = {}
 
         def read(name: str, key: str) -> None:
@@ -156,7 +160,7 @@ class ObjectStore:
 
     @contextlib.contextmanager
     def named_errors(self) -> Iterator[None]:
-        """Turns whatever a store or a disk raises into one sentence that names the store."""
+        """Converts any error of the store or a disk to a DiskError that names the store."""
         try:
             yield
         except DiskError:
@@ -169,7 +173,7 @@ class ObjectStore:
 
 
 def is_inside(key: str) -> bool:
-    """Tells whether a key is a path that stays inside a folder."""
+    """Returns whether a key is a relative path that stays within its folder."""
     path = PurePosixPath(key)
     return not path.is_absolute() and ".." not in path.parts
 
@@ -178,5 +182,5 @@ def _in_parallel(
     transfer: Callable[[str, Any], None], items: Mapping[str, Any]
 ) -> None:
     with ThreadPoolExecutor(max_workers=_TRANSFERS) as threads:
-        # Drawing the results raises what a thread raised.
+        # Consuming the results raises the errors of the threads.
         list(threads.map(transfer, items.keys(), items.values()))

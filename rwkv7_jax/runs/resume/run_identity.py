@@ -1,4 +1,4 @@
-"""Settings, model and data that must be the same for a run to be resumed."""
+"""The identity of a run: the settings, model and data that must not change on resume."""
 
 import dataclasses
 import hashlib
@@ -14,10 +14,10 @@ from rwkv7_jax.runs.settings import Settings, as_config
 from rwkv7_jax.runs.settings.readers import is_read, lies_in, unread_by_value
 from rwkv7_jax.text.tokenizer import Tokenizer, text_digest
 
-# Texts by name, in the groups "settings", "model" and "inputs".
+# Text values by name, in the groups "settings", "model" and "inputs".
 Identity = Mapping[str, Mapping[str, str]]
 
-# Settings, and groups of them, that may differ between a run and its continuation.
+# Settings, and groups of settings, that may change on resume.
 MAY_CHANGE_ON_RESUME = (
     "steps",
     "log_every",
@@ -38,8 +38,8 @@ MAY_CHANGE_ON_RESUME = (
 )
 
 
-# Settings that are paths, with the input whose digest says what lies there. Where the digests are
-# equal, the path does not count: a run may be moved, and so may its data.
+# Settings that are paths, with the input that holds the digest of their content. If the digests are
+# equal, the paths may differ: a run and its data may be moved.
 _DIGEST_OF_PATH = {
     "init": "weights of init",
     "start": "start content",
@@ -51,17 +51,17 @@ _DIGEST_OF_PATH = {
     "test_time.guide": "guide content",
 }
 
-# Begins the names of the texts of a stack of states.
+# The setting that names the texts of a stack of states.
 _STATES = "tuning.states"
 
-# Ends the name of a digest of bytes alone. The digest without this ending is in older records; it
-# may contain the path.
+# The suffix in the name of a digest over bytes only. Older records have a digest without the
+# suffix, which may depend on the path.
 CONTENT = " content"
 
 
 def _digest_of_path(setting: str) -> str | None:
-    """Names the input whose digest says what lies at a path; None for other settings."""
-    # All texts of a folder, or the one text of a state.
+    """Returns the input that holds the digest of a path's content; None if not a path."""
+    # A folder with the texts of all states, or the text of one state.
     if setting == _STATES:
         return "data"
     if setting.startswith(f"{_STATES}."):
@@ -70,15 +70,15 @@ def _digest_of_path(setting: str) -> str | None:
 
 
 def json_digest(fields: Mapping[str, Any]) -> str:
-    """Returns 32 hexadecimal digits that change with the fields, which are fit for JSON."""
-    # Sorted: JSON that was read back need not have the order in which it was written.
+    """Returns the digest, 32 hexadecimal digits, of fields that JSON can represent."""
+    # Sorted, because the order of keys may change in a round-trip through JSON.
     return text_digest(json.dumps(fields, sort_keys=True))
 
 
 def flat_settings(settings: Settings | Mapping[str, Any]) -> dict[str, str]:
-    """Returns the settings that a continuation must share, by dotted names.
+    """Returns the settings that must not change on resume, by dotted names.
 
-    Those that the run does not read may differ: an earlier version took them in silence.
+    Settings that the run does not read may change: an earlier version accepted them silently.
     """
     if isinstance(settings, Settings):
         settings = as_config(settings)
@@ -99,7 +99,7 @@ def flat_settings(settings: Settings | Mapping[str, Any]) -> dict[str, str]:
         unread += names
     shared = {}
     for name, text in _flatten(settings):
-        # "evaluation" stands for all settings of its group.
+        # MAY_CHANGE_ON_RESUME also names groups, such as "evaluation".
         group = name.split(".")[0]
         if group in MAY_CHANGE_ON_RESUME or lies_in(name, unread):
             continue
@@ -124,16 +124,16 @@ def identity_of(
     frozen: Any,
     read: Mapping[str, str],
 ) -> dict[str, dict[str, str]]:
-    """Describes a run by what a continuation must share, as texts in groups, fit for JSON.
+    """Returns the identity of a run: text values in groups, serialisable as JSON.
 
     Args:
-        settings: of the run, from `flat_settings`.
-        config: of the model.
-        tokenizer: of the data.
+        settings: the settings of the run, from `flat_settings`.
+        config: the config of the model.
+        tokenizer: the tokenizer of the data.
         frozen: weights that the run does not train; None if it trains all.
         read: digests of the data, by name.
     """
-    # As text: numbers that went through JSON must compare equal to those that did not.
+    # As text, so that values compare equal after a round-trip through JSON.
     model = {name: str(value) for name, value in dataclasses.asdict(config).items()}
     return {
         "settings": dict(settings),
@@ -147,11 +147,11 @@ def identity_of(
 
 
 def content_digests(paths: Mapping[str, str | None]) -> dict[str, str]:
-    """Hashes the bytes of files and folders, by names that end in " content".
+    """Returns digests of the bytes of files and folders, by names that end in " content".
 
     Args:
-        paths: by name; several with commas. A name whose path is absent, or is no file, such as a
-            task, has no digest.
+        paths: one path or several, separated by commas, by name. A name has no digest if its path
+            is absent or is not a file, such as the name of a task.
     """
     digests = {}
     for name, path in paths.items():
@@ -181,21 +181,23 @@ def without_paths(settings: Mapping[str, str]) -> dict[str, str]:
 
 
 def require_same_identity(workdir: Path, was: Identity, now: Identity) -> None:
-    """Checks that two identities are of the same run; content counts, and not where it lies.
+    """Checks that two identities belong to the same run.
+
+    If a path differs but its content does not, the run is the same.
 
     Args:
-        workdir: of the run, for the message.
-        was: what a checkpoint says.
-        now: what the command says.
+        workdir: the run directory, for the message.
+        was: the identity in a checkpoint.
+        now: the identity from the command.
 
     Raises:
-        ValueError: they differ; the message has the differences of the first group that differs.
+        ValueError: they differ; the message lists all differences in the first group that differs.
     """
     inputs_were = dict(was.get("inputs", {}))
     inputs_are = dict(now.get("inputs", {}))
     equal = set()
     for name, digest in inputs_are.items():
-        # Where a model is new, or all weights are trained, there is no digest of weights.
+        # "none": the model is new or all weights are trained, so the weights have no digest.
         if digest != "none" and inputs_were.get(name) == digest:
             equal.add(name)
     for name in list(equal):
@@ -214,12 +216,12 @@ def require_same_identity(workdir: Path, was: Identity, now: Identity) -> None:
 def _without_equal_paths(
     before: Mapping[str, str], now: Mapping[str, str], equal: Collection[str]
 ) -> dict[str, str]:
-    """Leaves out settings that are paths of the same content, or other spellings of one path.
+    """Removes paths whose content is equal, or that name the same files.
 
     Args:
-        before: settings of a checkpoint.
-        now: settings of the command.
-        equal: names of the digests that agree.
+        before: the settings in a checkpoint.
+        now: the settings of the command.
+        equal: the names of the digests that agree.
     """
     kept = {}
     for name, text in before.items():
@@ -232,7 +234,7 @@ def _without_equal_paths(
 
 
 def _is_same_place(was: str | None, now: str | None) -> bool:
-    """Tells whether two lists of paths name the same files, in whatever spelling."""
+    """Returns whether two lists of paths resolve to the same files."""
     if not was or not now:
         return False
     places = []
@@ -245,18 +247,18 @@ def _is_same_place(was: str | None, now: str | None) -> bool:
 def require_same_run(
     folder: Path, was: Mapping[str, str], now: Mapping[str, str]
 ) -> None:
-    """Checks that two descriptions are of the same run.
+    """Checks that two descriptions belong to the same run.
 
-    Names that only one of them has do not count: a setting that is new in this version must not
-    keep an older run from being resumed.
+    Names that only one of them has are ignored, so that an older run can resume after a version
+    has added a setting.
 
     Args:
-        folder: of the run, for the message.
-        was: what the folder says.
-        now: what the command says.
+        folder: the run directory, for the message.
+        was: the description in the run directory.
+        now: the description from the command.
 
     Raises:
-        ValueError: they differ; the message has every difference.
+        ValueError: they differ; the message lists every difference.
     """
     changed = [name for name in now if name in was and was[name] != now[name]]
     if not changed:
@@ -266,5 +268,5 @@ def require_same_run(
     )
     raise ValueError(
         f"`{folder}` holds a run whose {differences}. "
-        "Take another --workdir, or what it was to resume."
+        "Use another --workdir, or the original value to resume."
     )

@@ -1,7 +1,7 @@
-"""Steps as numbered directories of this machine.
+"""Checkpoints as numbered directories on a disk.
 
-A step is written into a directory with another name, which gets its number once the manifest is on
-the disk. So a directory with a number but without a manifest was damaged after it had been saved.
+A step is written to a directory of another name, which is renamed to its number once the manifest
+is on disk. A numbered directory without a manifest was therefore damaged after the save.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from rwkv7_jax.runs.resume.steps import (
     read_manifest,
 )
 
-# Names of which every step has some: ours, and those that Orbax writes.
+# Every step has some of these entries: the manifest, and those that Orbax writes.
 _STEP_ENTRIES = {MANIFEST, "record", "train", "_CHECKPOINT_METADATA"}
 
-# Damaged steps are moved here.
+# The folder for damaged steps.
 BAD = "bad"
 
-# A step is written, and discarded, in here.
+# The folder in which steps are written and deleted.
 SAVING = ".saving"
 
 _SYNC_THREADS = 16
@@ -47,7 +47,7 @@ class StepDirectories(Steps):
     place: Path
 
     def __init__(self, folder: Path):
-        """Names the folder, which may be absent."""
+        """Stores the folder, which need not exist."""
         self.place = folder
 
     def numbers(self) -> list[int]:
@@ -63,26 +63,26 @@ class StepDirectories(Steps):
         return self.place / str(number)
 
     def clean(self) -> None:
-        """Makes the folder, and deletes what an ended process left half written."""
+        """Creates the folder and deletes the incomplete steps of an earlier process."""
         self.place.mkdir(parents=True, exist_ok=True)
         saving = self.place / SAVING
         if saving.exists() and any(saving.iterdir()):
-            warn(f"{saving} held a checkpoint that was never finished; it is removed")
+            warn(f"{saving} contained an incomplete checkpoint; it was deleted")
         shutil.rmtree(saving, ignore_errors=True)
         for name in _unknown_entries(self.place):
-            warn(f"{self.place / name} is no checkpoint; it is ignored")
+            warn(f"{self.place / name} is not a checkpoint; it is ignored")
 
     def unfinished(self, number: int) -> Path:
-        """Returns a directory that has another name."""
+        """Returns the temporary directory of a step."""
         return self.place / SAVING / str(number)
 
     def begin(self, number: int) -> None:
-        """Makes the folder of the directory."""
-        # With its parents: the run's folder may have been deleted while the run worked.
+        """Creates the parent of the temporary directory."""
+        # With all parents: somebody may have deleted the run directory during the run.
         self.unfinished(number).parent.mkdir(parents=True, exist_ok=True)
 
     def note_digests(self, number: int, process: int) -> None:
-        """Writes a note into the directory."""
+        """Writes a note to the temporary directory."""
         written = self.unfinished(number)
         files = _files(written)
         digests = {name: _file_digest(files[name]) for name in names_of(process, files)}
@@ -92,7 +92,7 @@ class StepDirectories(Steps):
     def commit(
         self, number: int, *, others: Sequence[int] = (), seconds: float = 0
     ) -> None:
-        """Writes the manifest, and then gives the directory its number."""
+        """Writes the manifest, then renames the directory to its number."""
         written = self.unfinished(number)
 
         def read(name: str) -> bytes:
@@ -101,23 +101,23 @@ class StepDirectories(Steps):
             return b""
 
         noted = collect(read, others, seconds)
-        # Before the manifest: notes are no files of a step.
+        # Before the manifest, which must not list the notes.
         for process in others:
             (written / note_name(process)).unlink()
         write_manifest(written, noted)
         path = self.path(number)
         if os.path.lexists(path):
-            warn(f"{path} was in the way; it lies in {self.set_aside(number)} now")
-        # After the manifest is on disk: a directory with a number is always complete.
+            warn(f"{path} was in the way; it is now in {self.set_aside(number)}")
+        # After the manifest is on disk, so a numbered directory is always complete.
         os.rename(written, path)
 
     def keep_only(self, numbers: Iterable[int]) -> None:
-        """Deletes the other directories; those without a manifest are nothing of ours."""
+        """Deletes the other directories, except those without a manifest."""
         for number in set(self.complete()) - set(numbers):
             self._discard(number)
 
     def _discard(self, number: int) -> None:
-        # Renamed first: a process killed half-way must not leave half a step under its number.
+        # Rename first: a process killed in between must not leave part of a step under its number.
         doomed = self.place / SAVING / f"old.{number}"
         doomed.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -126,7 +126,7 @@ class StepDirectories(Steps):
             shutil.rmtree(doomed, ignore_errors=True)
 
     def give_up(self) -> None:
-        """Deletes what a save left; gives its threads, which may still write, two seconds."""
+        """Deletes what a failed save left; retries for two seconds, as threads may still write."""
         saving = self.place / SAVING
         for _ in range(40):
             shutil.rmtree(saving, ignore_errors=True)
@@ -136,7 +136,7 @@ class StepDirectories(Steps):
         self.place.mkdir(parents=True, exist_ok=True)
 
     def free_bytes(self) -> int:
-        """Returns the free bytes of the disk."""
+        """Returns the free bytes on the disk."""
         return shutil.disk_usage(self.place).free
 
     def broken_files(self, number: int, share: slice = slice(None)) -> list[str]:
@@ -149,11 +149,11 @@ class StepDirectories(Steps):
         if any(path.iterdir()):
             return False
         path.rmdir()
-        warn(f"{path} was an empty folder; it is removed")
+        warn(f"{path} was an empty folder; it was deleted")
         return True
 
     def set_aside(self, number: int) -> str:
-        """Moves a directory out of the way."""
+        """Moves a directory to the folder for damaged steps."""
         bad = self.place / BAD
         bad.mkdir(parents=True, exist_ok=True)
         place = bad / str(number)
@@ -165,13 +165,13 @@ class StepDirectories(Steps):
         return str(place)
 
     def damaged(self) -> str:
-        """Returns the folder of damaged steps."""
+        """Returns the folder for damaged steps; empty if it has none."""
         bad = self.place / BAD
         return str(bad) if bad.is_dir() and any(bad.iterdir()) else ""
 
 
 def step_numbers(folder: Path) -> list[int]:
-    """Returns the numbers of the step directories, intact or not, the newest first."""
+    """Returns the numbers of the step directories, intact or not, newest first."""
     if not folder.is_dir():
         return []
     numbers = [int(item.name) for item in folder.iterdir() if _is_step(item)]
@@ -179,22 +179,22 @@ def step_numbers(folder: Path) -> list[int]:
 
 
 def _is_step(item: Path) -> bool:
-    """Tells whether an entry can be a step: a directory whose name is the number as we write it."""
+    """Returns whether an entry is a step: a numbered directory that is empty or has known files."""
     if not is_step_name(item.name) or not item.is_dir():
         return False
-    # A step that lost some of its files is damaged; a folder that never had one is a stray.
+    # A directory that lost some files is a damaged step; one without any known file is unrelated.
     names = {inner.name for inner in item.iterdir()}
     return not names or not names.isdisjoint(_STEP_ENTRIES)
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Returns the steps that were saved whole, which have a manifest, the newest first."""
+    """Returns the complete steps, which have a manifest, newest first."""
     numbers = step_numbers(folder)
     return [number for number in numbers if (folder / str(number) / MANIFEST).is_file()]
 
 
 def _unknown_entries(folder: Path) -> list[str]:
-    """Returns the names in the folder that no run of ours made."""
+    """Returns the names in the folder that no run created."""
     names = {item.name for item in folder.iterdir() if not _is_step(item)}
     return sorted(names - {BAD, SAVING})
 
@@ -213,11 +213,11 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def write_manifest(folder: Path, noted: Mapping[str, str] | None = None) -> None:
-    """Writes the manifest, and waits until the disk has it and all the other files.
+    """Writes the manifest of a step and flushes all its files to disk.
 
     Args:
-        folder: of a step.
-        noted: digests that are known, by the names of files.
+        folder: the directory of the step.
+        noted: digests that are already known, by file name.
     """
     files = _files(folder)
     digests = {}
@@ -225,12 +225,12 @@ def write_manifest(folder: Path, noted: Mapping[str, str] | None = None) -> None
         digests[name] = (noted or {}).get(name) or _file_digest(path)
     (folder / MANIFEST).write_text(manifest_text(digests), encoding="utf-8")
     directories = [path for path in folder.rglob("*") if path.is_dir()]
-    # In parallel: one after the other, each call would wait for the disk.
+    # In parallel, because each call waits for the disk.
     with ThreadPoolExecutor(max_workers=_SYNC_THREADS) as threads:
         synced = threads.map(
             _fsync, [*files.values(), folder / MANIFEST, *directories, folder]
         )
-        # Drawing the results raises what a thread raised.
+        # Consuming the results raises the errors of the threads.
         list(synced)
 
 
@@ -243,7 +243,12 @@ def _fsync(path: Path) -> None:
 
 
 def verify_manifest(folder: Path, share: slice = slice(None)) -> list[str]:
-    """Returns the files that differ from the manifest, are missing or are new."""
+    """Returns the files that differ from the manifest, are missing or are not in it.
+
+    Args:
+        folder: the directory of the step.
+        share: the part of the list of files to compare.
+    """
     files = _files(folder)
     files.pop(MANIFEST, None)
     try:

@@ -1,8 +1,8 @@
-"""A place of numbered steps: which there are, whether they are intact, which to keep.
+"""The storage of numbered steps: which steps exist, which are intact, which to keep.
 
-Each step has a manifest: its files with their digests. It is written last, so that a step with a
-manifest is complete, and one with other files than the manifest says was damaged after it had been
-saved.
+Each step has a manifest that lists its files with their digests. The manifest is written last, so a
+step with a manifest is complete. If its files differ from the manifest, it was damaged after the
+save.
 """
 
 import abc
@@ -16,26 +16,26 @@ from rwkv7_jax.text.tokenizer import text_digest
 
 MANIFEST = "files.json"
 
-# Digits of the largest step; the counter has 32 bits.
+# The number of digits of the largest step: the counter has 32 bits.
 _MOST_DIGITS = 10
 
 
 class Steps(abc.ABC):
-    """The steps of one run, wherever they lie.
+    """The steps of one run, on a disk or in an object store.
 
     Attributes:
-        place: where they lie, for messages.
+        place: the path or URL of the steps, for messages.
     """
 
     place: Any
 
     @abc.abstractmethod
     def numbers(self) -> list[int]:
-        """Returns the steps, intact or not, the newest first."""
+        """Returns the steps, intact or not, newest first."""
 
     @abc.abstractmethod
     def complete(self) -> list[int]:
-        """Returns the steps that were saved whole, which have a manifest, the newest first."""
+        """Returns the complete steps, which have a manifest, newest first."""
 
     @abc.abstractmethod
     def path(self, number: int) -> Any:
@@ -43,7 +43,7 @@ class Steps(abc.ABC):
 
     @abc.abstractmethod
     def clean(self) -> None:
-        """Deletes what an ended process left half written, and warns of it."""
+        """Deletes the incomplete steps of an earlier process."""
 
     @abc.abstractmethod
     def unfinished(self, number: int) -> Any:
@@ -51,90 +51,94 @@ class Steps(abc.ABC):
 
     @abc.abstractmethod
     def begin(self, number: int) -> None:
-        """Makes way for the folder that a step is written to."""
+        """Prepares the location of the folder that Orbax writes a step to."""
 
     @abc.abstractmethod
     def note_digests(self, number: int, process: int) -> None:
-        """Notes the digests of what a process wrote of a step, for the one that commits it.
+        """Writes a note with the digests of the files that a process wrote; `commit` reads it.
 
         Args:
-            number: of the step.
-            process: its number; it is not the first one.
+            number: the step.
+            process: the index of the process; not that of process 0.
         """
 
     @abc.abstractmethod
     def commit(
         self, number: int, *, others: Sequence[int] = (), seconds: float = 0
     ) -> None:
-        """Lets a step count that was begun and is written.
+        """Makes a written step complete.
 
         Args:
-            number: of the step.
-            others: processes that note the digests of their files.
-            seconds: to wait for them at most.
+            number: the step.
+            others: the processes that note the digests of their files.
+            seconds: the timeout for their notes.
 
         Raises:
-            TimeoutError: one of them did not note any.
+            TimeoutError: a note is missing after the timeout.
         """
 
     @abc.abstractmethod
     def keep_only(self, numbers: Iterable[int]) -> None:
-        """Deletes the complete steps that are not named."""
+        """Deletes all complete steps except the given ones."""
 
     @abc.abstractmethod
     def give_up(self) -> None:
-        """Deletes what a save that failed has left."""
+        """Deletes what a failed save left."""
 
     @abc.abstractmethod
     def free_bytes(self) -> int | None:
-        """Returns how much can still be written; None where that has no bound."""
+        """Returns the free bytes; None if the storage has no limit."""
 
     @abc.abstractmethod
     def broken_files(self, number: int, share: slice = slice(None)) -> list[str]:
-        """Returns the files of a step that differ from its manifest, are missing or are new.
+        """Returns the files of a step that differ from its manifest, are missing or are not in it.
 
         Args:
-            number: of the step.
-            share: of the list of files, where several processes compare the files of a step.
+            number: the step.
+            share: the part of the list of files to compare; several processes split the list.
         """
 
     @abc.abstractmethod
     def drop_if_empty(self, number: int) -> bool:
-        """Deletes a step without any file; tells whether it was one."""
+        """Deletes a step if it has no file; returns whether it did."""
 
     @abc.abstractmethod
     def set_aside(self, number: int) -> str:
-        """Lets a damaged step count no longer; returns where it lies now."""
+        """Removes a damaged step from the steps; returns its new path or URL."""
 
     @abc.abstractmethod
     def damaged(self) -> str:
-        """Returns where steps lie that were set aside; empty if there are none."""
+        """Returns the path or URL of the steps that were set aside; empty if there are none."""
 
 
 def is_step_name(name: str) -> bool:
-    """Tells whether a name is the number of a step as we write it.
+    """Returns whether a name is exactly the number of a step.
 
-    Names such as "007" are somebody else's. `isdecimal` alone would take other scripts' digits
-    too, and Python refuses to read numbers of thousands of digits.
+    A name such as "007" is not. `isdecimal` alone would accept digits of other scripts, and Python
+    raises ValueError for thousands of digits.
     """
     plain = name.isascii() and name.isdecimal() and len(name) <= _MOST_DIGITS
     return plain and str(int(name)) == name
 
 
 def new_hash(content: bytes = b"") -> hashlib.blake2b:
-    """Makes the hash of which manifests have the hex digits."""
+    """Returns the hash whose hex digits are the digests of a manifest."""
     return hashlib.blake2b(content, digest_size=16)
 
 
 def manifest_text(digests: Mapping[str, str]) -> str:
-    """Returns the text of a manifest, from the digests by file name."""
+    """Returns the text of a manifest.
+
+    Args:
+        digests: by file name.
+    """
     text = _canonical(digests)
-    # The first line is the digest of the rest: the manifest itself may be damaged, too.
+    # The first line is the digest of the rest, because the manifest itself may be damaged.
     return f"{text_digest(text)}\n{text}\n"
 
 
 def read_manifest(content: bytes) -> dict[str, str] | None:
-    """Returns the digests by file name; None of a manifest that is damaged."""
+    """Returns the digests by file name; None if the manifest is damaged."""
     try:
         first_line, _, text = content.decode("utf-8").partition("\n")
         digests = parse_json(text)
@@ -143,7 +147,7 @@ def read_manifest(content: bytes) -> dict[str, str] | None:
         return None
     if not isinstance(digests, dict):
         return None
-    # Only the exact text counts: JSON forgives changed white space, a damaged file must not.
+    # Compare the exact text: JSON ignores changed white space, which is damage here.
     if text != canonical + "\n" or first_line != text_digest(canonical):
         return None
     return digests
@@ -164,9 +168,9 @@ def steps_to_keep(
 
     Args:
         numbers: all steps.
-        newest: how many of the last ones are kept, at least 1.
-        every: multiples of this are kept for good; None for none.
-        best: steps that are kept because of their evaluation.
+        newest: how many of the newest steps to keep, at least 1.
+        every: keeps all multiples of this step; None for none.
+        best: steps to keep because of their evaluation.
     """
     ordered = sorted(numbers)
     # `newest` is at least 1: a slice from -0 would keep everything.

@@ -1,8 +1,8 @@
 """Logs of a run in an object store, in parts.
 
-Nothing can be appended to a value of a store, so that a log which is copied whole after every
-checkpoint costs more each time. Its parts are copied once: each lies under its digest, and an
-index, which is written last, says which parts a log consists of.
+A store cannot append to a value, so uploading a whole log after every checkpoint would cost more
+each time. Each part is uploaded only once, under its digest. An index lists the parts of each log
+and is written last.
 """
 
 import os
@@ -18,17 +18,17 @@ from rwkv7_jax.runs.resume.steps import manifest_text, new_hash, read_manifest
 # The folder of the parts in a store.
 PARTS = "log_parts"
 
-# Bytes of a part. Shorter logs are copied as other files are.
+# Bytes of a part. Shorter logs are copied like other files.
 PART_BYTES = 8 << 20
 
-# Suffixes of files to which a run appends lines for as long as it goes on.
+# Suffixes of the files to which a run appends lines.
 _LOGS = (".jsonl", ".csv")
 
 _INDEX = f"{PARTS}/index.json"
 
 
 def is_long_log(path: Path) -> bool:
-    """Tells whether a file is copied in parts."""
+    """Returns whether a file is copied in parts."""
     return path.suffix in _LOGS and path.stat().st_size > PART_BYTES
 
 
@@ -36,23 +36,23 @@ class StoredLogs:
     """The long logs of one run in a store."""
 
     def __init__(self, store: ObjectStore, check: Callable[[], None]):
-        """Names the store, which is read when it is first used.
+        """Stores the arguments; the store is read on first use.
 
         Args:
-            store: with the logs.
-            check: raises where this process may not write any more.
+            store: the store of the logs.
+            check: raises if this process may no longer write to the store.
         """
         self._store = store
         self._check = check
-        # Digests of parts by their names, such as "metrics.jsonl/000000".
+        # Digests of parts by name, such as "metrics.jsonl/000000".
         self._index: dict[str, str] = {}
-        # Digests of the parts that the store has; None before they are listed.
+        # Digests of the parts in the store; None before they are listed.
         self._stored: set[str] | None = None
-        # The file of a log when it was last copied: another one may begin with other lines.
+        # The inode of each log at its last upload: a replaced file may begin with other lines.
         self._inodes: dict[str, int] = {}
 
     def upload(self, logs: Mapping[str, Path]) -> None:
-        """Copies the parts that the store lacks, and deletes those that no log has any more.
+        """Uploads the parts that the store lacks, and deletes those that no log uses any more.
 
         Args:
             logs: all long logs of the run, by key.
@@ -71,16 +71,16 @@ class StoredLogs:
         if index != self._index:
             self._store.put(_INDEX, manifest_text(index))
             for key in _logs_of(index) - _logs_of(self._index):
-                # Copied whole while it was short.
+                # The store still has the whole file from when the log was short.
                 self._store.put(key, None)
             self._index = index
-        # Only now: until the new index is there, the old one counts.
+        # Last: until the new index is written, the old one is in use.
         for digest in self._stored - set(index.values()):
             self._store.put(f"{PARTS}/{digest}", None)
             self._stored.discard(digest)
 
     def download(self, folder: Path) -> None:
-        """Joins the parts of all logs to files of a folder, with a warning of damaged parts.
+        """Joins the parts of all logs to files in a folder; warns of damaged parts and skips them.
 
         Raises:
             DiskError: the store cannot be read, or the folder cannot be written.
@@ -104,31 +104,31 @@ class StoredLogs:
         if damaged:
             warn(
                 f"{damaged} of {len(names)} parts of {key} in {self._store.url} are damaged or "
-                "missing; their lines are left out"
+                "missing; their lines are skipped"
             )
 
     def _read_index(self) -> dict[str, str]:
-        """Returns the index; empty where there is none, with a warning of one that is damaged."""
+        """Returns the index; empty if it is missing or, after a warning, if it is damaged."""
         content, _ = self._store.read(_INDEX)
         index = read_manifest(content) if content else {}
         if index is None:
-            warn(f"{_INDEX} in {self._store.url} is damaged; long logs are left out")
+            warn(f"{_INDEX} in {self._store.url} is damaged; long logs are skipped")
             return {}
         return {name: digest for name, digest in index.items() if is_inside(name)}
 
     def _list(self) -> set[str]:
-        """Returns the digests of the parts in the store, also of those that no index names."""
+        """Returns the digests of all parts in the store, including those not in the index."""
         names = [PurePosixPath(key) for key in self._store.list()]
         return {
             path.name for path in names if path.parts[0] == PARTS and not path.suffix
         }
 
     def _upload(self, key: str, path: Path, stored: set[str]) -> dict[str, str]:
-        """Copies the new parts of a log; returns the digests of all its parts by their names."""
+        """Uploads the new parts of a log; returns the digests of all its parts by name."""
         parts: dict[str, str] = {}
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            # Whole parts of a file that is only appended to stay as they are.
+            # Appending to a file does not change its full parts.
             if self._inodes.get(key) == status.st_ino:
                 parts = self._unchanged(key, file, status.st_size)
             file.seek(len(parts) * PART_BYTES)
@@ -142,9 +142,9 @@ class StoredLogs:
         return parts
 
     def _unchanged(self, key: str, file: BinaryIO, size: int) -> dict[str, str]:
-        """Returns the parts, without the last one, that a log had when it was last copied.
+        """Returns the parts, except the last, that a log had at its last upload.
 
-        The newest of them is compared: the number of a file may come back for another one.
+        The newest of these is compared with the file, because another file may have the same inode.
         """
         whole = sorted(name for name in self._index if _log_of(name) == key)[:-1]
         if not whole or size < len(whole) * PART_BYTES:
@@ -156,7 +156,7 @@ class StoredLogs:
 
 
 def _read_parts(file: BinaryIO, end: int) -> Iterator[bytes]:
-    """Yields the parts of a file from where it stands; what is appended meanwhile is left out."""
+    """Yields the parts of a file from its current position to `end`; later appends are ignored."""
     while left := end - file.tell():
         content = file.read(min(PART_BYTES, left))
         if not content:
@@ -170,5 +170,5 @@ def _log_of(name: str) -> str:
 
 
 def _logs_of(index: Mapping[str, str]) -> set[str]:
-    """Returns the keys of the logs of an index."""
+    """Returns the keys of all logs in an index."""
     return set(map(_log_of, index))

@@ -1,7 +1,7 @@
-"""Steps as folders of an object store.
+"""Checkpoints as folders in an object store.
 
-Nothing in a store can be renamed, so a step has its number from the beginning. It counts once its
-manifest is there, which is written after all its other files, and no longer once that is deleted.
+A store cannot rename, so a step is written under its final number. It counts as a step only while
+it has a manifest, which is written after all other files and deleted before them.
 """
 
 import re
@@ -18,10 +18,10 @@ from rwkv7_jax.runs.resume.steps import (
     read_manifest,
 )
 
-# The manifest of a damaged step has this name.
+# The name of the manifest of a damaged step.
 _BAD_MANIFEST = "bad.json"
 
-# Orbax has a suffix of its own for what it has not finished, where a store is a folder.
+# In a store that is a local folder, Orbax adds a suffix to an incomplete step.
 _FOLDER = re.compile(r"(\d+)(\.orbax-checkpoint-tmp[^/]*)?/")
 
 
@@ -29,7 +29,7 @@ class StoredSteps(Steps):
     """The steps below a folder of a store.
 
     Attributes:
-        place: URL of the folder.
+        place: the URL of the folder.
     """
 
     place: str
@@ -37,12 +37,12 @@ class StoredSteps(Steps):
     def __init__(
         self, store: ObjectStore, folder: str, check: Callable[[], None] = lambda: None
     ):
-        """Names the folder.
+        """Stores the arguments.
 
         Args:
-            store: with the folder.
-            folder: name of the folder.
-            check: raises where this process may not write any more.
+            store: the store of the steps.
+            folder: the name of the folder.
+            check: raises if this process may no longer write to the store.
         """
         self.place = f"{store.url.rstrip('/')}/{folder}"
         self._store = store
@@ -50,7 +50,7 @@ class StoredSteps(Steps):
         self._check = check
 
     def numbers(self) -> list[int]:
-        """Returns the steps that have a manifest: the others do not count."""
+        """Returns the steps that have a manifest; others do not count."""
         return self.complete()
 
     def complete(self) -> list[int]:
@@ -58,7 +58,7 @@ class StoredSteps(Steps):
         return sorted(map(int, self._with(MANIFEST)), reverse=True)
 
     def _with(self, file: str) -> set[str]:
-        """Returns the names of the folders that have a file."""
+        """Returns the names of the step folders that contain a file."""
         folders = set()
         for name in self._names():
             folder, _, inner = name.partition("/")
@@ -75,7 +75,7 @@ class StoredSteps(Steps):
         ]
 
     def path(self, number: int) -> Any:
-        """Returns a folder of the store."""
+        """Returns the folder of a step."""
         return self._store.folder() / self._prefix / str(number)
 
     def key(self, number: int, name: str = "") -> str:
@@ -83,7 +83,7 @@ class StoredSteps(Steps):
         return f"{self._prefix}{number}/{name}"
 
     def files(self, number: int) -> dict[str, str]:
-        """Returns the keys of a step's files by their names in it, without its manifest."""
+        """Returns the keys of a step's files, except its manifest, by name."""
         prefix = self.key(number)
         files = {}
         for key in self._store.list():
@@ -93,7 +93,7 @@ class StoredSteps(Steps):
         return files
 
     def clean(self) -> None:
-        """Deletes folders with neither a manifest nor one of a damaged step."""
+        """Deletes the folders without a manifest, except those of damaged steps."""
         self._check()
         whole = self._with(MANIFEST) | self._with(_BAD_MANIFEST)
         folders = {match[0] for name in self._names() if (match := _FOLDER.match(name))}
@@ -102,19 +102,19 @@ class StoredSteps(Steps):
                 self._store.delete_folder(self._prefix + folder)
 
     def unfinished(self, number: int) -> Any:
-        """Returns the folder that the step has later."""
+        """Returns the final folder of a step."""
         return self.path(number)
 
     def begin(self, number: int) -> None:
-        """Deletes what the folder has."""
+        """Deletes the content of the folder."""
         self.discard(number)
         folder = self.path(number)
-        # A store on a disk keeps empty folders.
+        # A store on a local disk keeps empty folders.
         if folder.exists():
             folder.rmtree()
 
     def note_digests(self, number: int, process: int) -> None:
-        """Writes a note, with the digests of what the store has."""
+        """Writes a note with digests computed from the content of the store."""
         files = self.files(number)
         own = {name: files[name] for name in names_of(process, files)}
         note = manifest_text(self._store.digests(own))
@@ -123,14 +123,14 @@ class StoredSteps(Steps):
     def commit(
         self, number: int, *, others: Sequence[int] = (), seconds: float = 0
     ) -> None:
-        """Writes the manifest, with the digests of what the store has."""
+        """Writes the manifest, with digests computed from the content of the store."""
 
         def read(name: str) -> bytes:
             return self._store.read(self.key(number, name))[0]
 
         noted = collect(read, others, seconds)
         self._check()
-        # Before the manifest: notes are no files of a step.
+        # Before the manifest, which must not list the notes.
         for process in others:
             self._store.put(self.key(number, note_name(process)), None)
         files = self.files(number)
@@ -146,17 +146,17 @@ class StoredSteps(Steps):
 
     def discard(self, number: int) -> None:
         """Deletes a step, its manifest first."""
-        # Of a process that was displaced, the steps are another one's.
+        # The steps of a displaced process belong to another process now.
         self._check()
         self._store.put(self.key(number, MANIFEST), None)
         self._store.delete_folder(self.key(number))
 
     def give_up(self) -> None:
-        """Deletes what has no manifest."""
+        """Deletes the folders without a manifest, as `clean` does."""
         self.clean()
 
     def free_bytes(self) -> None:
-        """Returns None: a store has no bound."""
+        """Returns None: a store has no limit."""
 
     def broken_files(self, number: int, share: slice = slice(None)) -> list[str]:
         """Compares the files of a step with its manifest."""
@@ -176,7 +176,7 @@ class StoredSteps(Steps):
         return False
 
     def set_aside(self, number: int) -> str:
-        """Gives the manifest another name."""
+        """Renames the manifest, so that the step no longer counts."""
         self._check()
         key = self.key(number, MANIFEST)
         manifest, _ = self._store.read(key)
@@ -185,5 +185,5 @@ class StoredSteps(Steps):
         return f"{self.place}/{number}"
 
     def damaged(self) -> str:
-        """Returns the folder of the steps, where one of them is damaged."""
+        """Returns the URL of the folder if it has a damaged step; empty otherwise."""
         return self.place if self._with(_BAD_MANIFEST) else ""
