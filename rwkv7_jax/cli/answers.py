@@ -100,8 +100,8 @@ def add_escape_option(parser: argparse.ArgumentParser, where: str) -> None:
     parser.add_argument(
         "--escape",
         action="store_true",
-        help=r"read \n, \t, \r, \xNN, \uNNNN and \\ in "
-        f"{where} as what they stand for; without it a backslash is a backslash",
+        help=r"interpret the escapes \n, \t, \r, \xNN, \uNNNN and \\ in "
+        f"{where}; by default a backslash is literal",
     )
 
 
@@ -110,7 +110,7 @@ def stop_strings(options: argparse.Namespace, command: str) -> list[str]:
 
     Args:
         options: the options of `add_stop_options` and `add_escape_option`.
-        command: that has them.
+        command: the name of the command, for messages.
 
     Raises:
         ValueError: an unknown escape.
@@ -130,13 +130,13 @@ def stop_strings(options: argparse.Namespace, command: str) -> list[str]:
 
 
 def add_tools_option(parser: argparse.ArgumentParser, before: str = "") -> None:
-    """Adds the option for the functions that may be called; `before` begins its help."""
+    """Adds the option that lists functions to call; `before` begins its help."""
     parser.add_argument(
         "--tools",
         metavar="FILE",
         type=path,
-        help=f"{before}functions to call, a JSON list of objects with name, description and "
-        "arguments, or as OpenAI's interface has them",
+        help=f"{before}tools, as a JSON list of objects with name, description and arguments, or "
+        "in the format of OpenAI's API",
     )
 
 
@@ -144,8 +144,8 @@ def read_tools_file(file: str | None, command: str) -> tuple[str, ...]:
     """Reads the functions of `--tools` in the form of the chat template; none without a file.
 
     Args:
-        file: of the option.
-        command: that has the option.
+        file: the value of the option.
+        command: the name of the command, for messages.
 
     Raises:
         ValueError: the file holds no list of functions.
