@@ -8,7 +8,7 @@ import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    # The rooms are public too.
+    # The subpackages are public too.
     from rwkv7_jax import (  # noqa: F401
         based,
         checkpoints,
@@ -80,7 +80,7 @@ __all__ = [
     "upscale",
 ]
 
-# Where the names are, as type checkers read it above.
+# The modules of the names, as in the imports for type checkers above.
 _MODULES = {
     "RWKV7": "model.rwkv7",
     "RWKV7Config": "model.config",
@@ -110,33 +110,35 @@ _MODULES = {
 
 
 def _load(name: str) -> Any:
-    """Loads a public name, or a room such as `model`.
+    """Loads a public name, or a subpackage such as `model`.
 
     Raises:
-        AttributeError: there is neither.
+        AttributeError: an unknown name.
     """
     if name in _MODULES:
         module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
         value = getattr(module, name)
-        # Found without this function from now on.
+        # Cached, so that this function is not called again for the name.
         globals()[name] = value
         return value
     path = f"{__name__}.{name}"
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
-        # A package that a room needs and that is not installed is another error.
+        # Another module that the subpackage imports is missing.
         if error.name != path:
             raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Type checkers read the imports above, and must not take any name for a public one.
+# Hidden from type checkers, which would otherwise accept any name.
 if not TYPE_CHECKING:
     __getattr__ = _load
 
 
 def __dir__() -> list[str]:
-    """Lists the public names and the rooms too, loaded or not."""
-    rooms = [module.name for module in pkgutil.iter_modules(__path__) if module.ispkg]
-    return sorted({*globals(), *__all__, *rooms})
+    """Lists the public names and the subpackages, loaded or not."""
+    packages = [
+        module.name for module in pkgutil.iter_modules(__path__) if module.ispkg
+    ]
+    return sorted({*globals(), *__all__, *packages})
