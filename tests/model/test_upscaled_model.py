@@ -168,13 +168,16 @@ def test_a_static_memory_is_folded_whatever_its_strength_of_writes(states):
 
 
 def test_a_decay_memory_whose_writes_are_not_known_cannot_be_folded(states):
-    with pytest.raises(ValueError, match=r"fold_feature_map: `upscaled` must have dynamics"):
+    with pytest.raises(
+        ValueError, match=r"fold_feature_map: `upscaled` must have dynamics"
+    ):
         jax.jit(fold_feature_map)(states["decay"].upscaled)
 
 
 def test_a_delta_memory_cannot_be_folded(states):
     with pytest.raises(
-        ValueError, match=r"fold_feature_map: `upscaled` must have dynamics static.*got delta"
+        ValueError,
+        match=r"fold_feature_map: `upscaled` must have dynamics static.*got delta",
     ):
         fold_feature_map(states["delta"].upscaled)
 
