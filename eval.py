@@ -6,32 +6,36 @@ base, with the standard error over pairs.
     python eval.py --config=configs/eval.py --config.init=model.pth --config.state=poet.pth \
         --config.data.path=poems.jsonl
 
-Rows: the base model from its zero state; the tuned state, or several, separated by commas; and the
-base after it has read a prompt of the training text, one row for each size in
-config.evaluation.prompt_tokens (-1: all the text that tuning could see, the prompt of equal
-information). The same rows on config.evaluation.retention, other text, show what tuning costs
-there. Of a synthetic task ("task:steer") the share of right answers is shown, also of each task
-that retention names.
+The rows are:
+
+* the base model from its zero state;
+* the tuned state, or several, separated by commas;
+* the base after a prompt of the training text, one row for each size in
+  config.evaluation.prompt_tokens. -1 is all the text that tuning could see: the prompt of equal
+  information.
+
+The same rows on other text, config.evaluation.retention, show what tuning costs there. For a
+synthetic task ("task:steer"), in retention too, the accuracy is shown.
 
     python eval.py --config=configs/eval.py --config.init=model.pth --config.state=poet.pth \
         --config.tasks=gsm8k --config.task_data.gsm8k=train.jsonl,test.jsonl --config.limit=100
 
-Tasks of lm-evaluation-harness (pip install 'rwkv7_jax[harness]'): a row for the base and for each
-state, bits per byte of the right answers besides the task's own metrics, and differences from the
-base over pairs of answers to the same questions.
+This runs tasks of lm-evaluation-harness (pip install 'rwkv7_jax[harness]'): a row for the base and
+for each state, with the task's own metrics, bits per byte of the correct answers, and differences
+from the base over pairs of answers to the same questions.
 
     python eval.py --config=configs/eval.py --config.init=model.pth --config.state=a.pth \
         --config.questions=test.jsonl --config.test_time.verifier=last_number
 
-Questions of your own files, answered greedily: the share of right answers. What a state was tuned
-on is left out where its run's folder, or config.data.path, tells.
+This answers the questions of your own files with greedy decoding and shows the accuracy. It
+excludes questions on which a state was tuned, if the run's folder or config.data.path names them.
 """
 
 import os
 import signal
 
 if __name__ == "__main__":
-    # The imports take seconds. Until `main` listens, Ctrl-C ends the program without a traceback.
+    # The imports take seconds. Until `main` handles it, Ctrl-C exits without a traceback.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import contextlib
@@ -51,7 +55,7 @@ from rwkv7_jax.runs.datasets import training_stream
 from rwkv7_jax.runs.question_answers import AskedQuestions
 from rwkv7_jax.runs.settings import Settings, read_settings
 
-# Of texts eight windows are read at a time, of tasks eight contexts.
+# Eight windows of text, or eight contexts of tasks, are read at a time.
 _LESS_MEMORY = (
     "lower `config.evaluation.length` (texts), `config.shots` (tasks) or "
     "`config.test_time.at_once` (questions), set "
@@ -60,22 +64,21 @@ _LESS_MEMORY = (
 
 
 def evaluate(settings: Settings) -> None:
-    """Measures and prints every row, and writes to config.workdir if it is given.
+    """Measures and prints every row, and writes to config.workdir if it is set.
 
-    Rows are measured on the run's texts, on questions of files and on the harness's tasks, whatever
-    of these is named.
+    The settings select texts, questions from files and tasks of the harness.
     """
     workdir = None if settings.workdir is None else Path(settings.workdir)
     if workdir is not None:
-        # Before the work: a folder that cannot be made should not cost an hour.
+        # Fails before the work if the folder cannot be created.
         check_target(workdir / "eval.json", "`config.workdir`")
         workdir.mkdir(parents=True, exist_ok=True)
     comparison = load_comparison(settings)
     with task_folder(workdir) as folder:
-        # All is opened before anything is measured: a slip in a name should not cost an hour.
+        # Opens everything before measuring, so that a wrong name fails early.
         tasks = None
         if settings.tasks:
-            # The package takes seconds to import, and many have it not.
+            # Optional: the harness extra, which takes seconds to import.
             from rwkv7_jax.evaluation.harness_tasks import load_tasks
 
             tasks = load_tasks(settings.task_names, settings.task_files, folder)
@@ -94,12 +97,12 @@ def evaluate(settings: Settings) -> None:
 def evaluate_questions(
     questions: AskedQuestions, comparison: Comparison, workdir: Path | None
 ) -> None:
-    """Answers the questions from every start state, and prints the share of right answers.
+    """Answers the questions from every start state and prints the accuracies.
 
     Args:
-        questions: of files.
+        questions: from files.
         comparison: the start states; the first is the base.
-        workdir: for `questions.json`; None where nothing is written.
+        workdir: for `questions.json`; None to write nothing.
     """
     title = "questions"
     for note in questions.notes:
@@ -110,7 +113,7 @@ def evaluate_questions(
         print(f"{name}: answering", flush=True)
         scores[name] = {title: questions.answer(comparison, start)}
         report["rows"] = scores_as_json(scores)[title]
-        # After each row: a later one that fails must not cost it.
+        # Written after each row, to keep it if a later one fails.
         if workdir is not None:
             write_json(workdir / "questions.json", report)
     print(score_table(title, scores), flush=True)
@@ -143,7 +146,7 @@ def evaluate_tasks(
         settings: of the run.
         tasks: from `load_tasks`.
         models: by the rows' names; the first is the base.
-        workdir: for `tasks.json`; None where nothing is written.
+        workdir: for `tasks.json`; None to write nothing.
     """
     from rwkv7_jax.evaluation.harness_tasks import measure
 
@@ -159,7 +162,7 @@ def evaluate_tasks(
         scores[name] = measure(lm, tasks, shots=settings.shots, limit=settings.limit)
         report["split_pairs"][name] = lm.split_pairs
         report["tasks"] = scores_as_json(scores)
-        # After each row: a later one that fails must not cost it.
+        # Written after each row, to keep it if a later one fails.
         if workdir is not None:
             write_json(workdir / "tasks.json", report)
     for task in next(iter(scores.values())):
@@ -172,7 +175,7 @@ def evaluate_tasks(
 
 @contextlib.contextmanager
 def task_folder(workdir: Path | None) -> Iterator[Path]:
-    """Returns the folder for descriptions of tasks: in the workdir, or one that is removed."""
+    """Returns the folder for task descriptions: in the workdir, or a temporary one."""
     if workdir is not None:
         yield workdir / "tasks"
         return
@@ -185,7 +188,7 @@ def evaluate_texts(
 ) -> None:
     """Measures and prints every row on every text."""
     tokenizer = comparison.tokenizer
-    # All is read before anything is measured: a slip in the last name should not cost an hour.
+    # Reads everything before measuring, so that a wrong name fails early.
     texts = read_held_out(settings, tokenizer)
     sizes = settings.evaluation.prompt_tokens
     if sizes:
@@ -196,7 +199,7 @@ def evaluate_texts(
         report[title] = comparison.measure(text)
         table = answer_table if text.is_task else text_table
         shown = table(title, report[title])
-        # Written first: what is only shown must not cost a result.
+        # Written before printing, which may fail.
         if workdir is not None:
             write_report(workdir, report)
         print(shown, flush=True)
@@ -218,7 +221,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Reads the flags and evaluates; bad settings and data end in one line and exit code 2."""
+    """Reads the flags and evaluates; bad settings or data end with one line and exit code 2."""
     with process.program("eval.py", less_memory=_LESS_MEMORY):
         if len(arguments) > 1:
             raise ValueError(f"unknown argument {arguments[1]!r}.")

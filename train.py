@@ -3,19 +3,18 @@
     python train.py --config=configs/state_tuning.py --workdir=runs/poet \
         --config.init=model.pth --config.data.path=poems.jsonl
 
-A run that was stopped or killed goes on from its newest valid checkpoint when the same command is
-given again, and ends with the same bits as an unbroken run.
+The same command resumes a run that was stopped or killed from its newest valid checkpoint. The
+result is bit-exact that of an uninterrupted run.
 
-Exit codes: 0 done, or saved on a signal where --stopped_code names no code for that; 2 bad settings
-or data; 3 no valid checkpoint; 4 stopped on NaN; 5 disk; 6 another process was lost; 7 out of
-memory; 130 Ctrl-C.
+Exit codes: 0 done, or saved on a signal without --stopped_code; 2 bad settings or data; 3 no valid
+checkpoint; 4 stopped on NaN; 5 disk; 6 another process was lost; 7 out of memory; 130 Ctrl-C.
 """
 
 import os
 import signal
 
 if __name__ == "__main__":
-    # The imports take seconds. Until `main` listens, Ctrl-C ends the program without a traceback.
+    # The imports take seconds. Until `main` handles it, Ctrl-C exits without a traceback.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import contextlib
@@ -57,21 +56,21 @@ from rwkv7_jax.runs.training_run import TrainingRun, set_up
 from rwkv7_jax.training.train_step import TrainState
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run, new or to be continued."
+    "workdir", None, "Folder of the run, new or to be resumed."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "Address:port of process 0, or auto."
 )
 _PROCESSES = flags.DEFINE_integer(
-    "processes", 1, "Processes that share the run; not with auto."
+    "processes", 1, "Number of processes of the run; not with auto."
 )
 _PROCESS = flags.DEFINE_integer(
-    "process", 0, "Which of them this is, from 0; not with auto."
+    "process", 0, "Index of this process, from 0; not with auto."
 )
 _STOPPED_CODE = flags.DEFINE_integer(
     "stopped_code",
     0,
-    "Exit code of a run that a signal stopped, such as 75 where a supervisor restarts what failed.",
+    "Exit code of a run that a signal stopped, such as 75 if a supervisor restarts failures.",
 )
 
 
@@ -104,10 +103,10 @@ def train_steps(
     profile = ProfileWindow(profiled(settings.profile_steps), folder.path / "profile")
     if first > settings.steps:
         warn(
-            f"the run has made {first} steps already, more than `config.steps` ({settings.steps}); "
-            "nothing is trained and its checkpoints stay as they are"
+            f"the run already has {first} steps, more than `config.steps` ({settings.steps}); "
+            "it trains nothing and keeps its checkpoints"
         )
-    # Counted on the host: reading `state.step` would wait for the device.
+    # On the host: reading `state.step` would wait for the device.
     step = first
     with (
         explain_out_of_memory(mode, mesh),
@@ -123,13 +122,13 @@ def train_steps(
                 step += 1
                 log.before_step(step, state.opt_state)
                 if batch is None:
-                    # Nothing to learn from: an update would only carry on with old momentum.
+                    # An update without a batch would only apply old momentum.
                     state = dataclasses.replace(state, step=state.step + 1)
                     stop.has_unsaved_updates = True
                     log.log_step(step, {"updated": 0.0, **batches.metrics}, None)
                 else:
                     state, metrics = update(state, batch.device)
-                    # Not before: a signal while the first step compiles has nothing to wait for.
+                    # Set after the update: a signal while the first step compiles need not wait.
                     stop.has_unsaved_updates = True
                     log.log_step(step, metrics, batch.host)
             profile.after(step, state)
@@ -139,7 +138,7 @@ def train_steps(
 
 
 def search_rates(run: TrainingRun, folder: RunDirectory, stop: StopSignals) -> bool:
-    """Finds the learning rates of a run; returns whether there is one that is worth it."""
+    """Finds the learning rates of a run; returns whether any of them improves on not tuning."""
 
     def search(mode: RateStackMode) -> Any:
         place = folder.workdir / SEARCH_FOLDER
@@ -168,7 +167,7 @@ def train(folder: RunDirectory, stop: StopSignals) -> None:
     state, progress = train_steps(run, folder, stop)
     together = sharding.is_shared(run.mesh)
     if not together:
-        # The other processes are needed no longer: process 0 alone writes the result.
+        # Process 0 alone writes the result, so the other processes can end.
         multihost.shutdown()
     try:
         check_stopped(state, folder, stop)
@@ -176,7 +175,7 @@ def train(folder: RunDirectory, stop: StopSignals) -> None:
         multihost.shutdown()
         raise
     if together or is_process_0():
-        # One of several processes that give their shards must not leave the others.
+        # A process must not exit while others wait for its shards.
         interruptible = contextlib.nullcontext() if together else stop.interruptible()
         with interruptible, sharding.use_mesh(run.mode.mesh):
             save_result(run.mode, state, progress, folder, run.identity)
@@ -184,7 +183,7 @@ def train(folder: RunDirectory, stop: StopSignals) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Reads the flags and trains; what a user can correct ends in one line and an exit code."""
+    """Reads the flags and trains; user errors end with one line and an exit code."""
     with process.program("train.py"):
         if len(arguments) > 1:
             raise ValueError(f"unknown argument {arguments[1]!r}.")

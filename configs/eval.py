@@ -3,11 +3,11 @@
     python eval.py --config=configs/eval.py --config.init=model.pth --config.state=poet.pth \
         --config.data.path=poems.jsonl
 
-or, for the share of right answers to the questions of a file, with these in place of the data
+For the accuracy on the questions of a file, replace the data by
 
         --config.questions=test.jsonl --config.test_time.verifier=last_number
 
-Prints one row a state; `--config.workdir` also gets the pictures.
+It prints one row per state. With `--config.workdir` it also draws plots.
 """
 
 from ml_collections import ConfigDict

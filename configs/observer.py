@@ -3,9 +3,9 @@
     python train.py --config=configs/observer.py --workdir=runs/observer --config.init=model.pth \
         --config.data.path=general.jsonl
 
-The teacher stays frozen. The log shows how well it predicts the text after held-out prompts when it
-starts from zeros (no_state), from its own state (own_state) and from the proposal. On the toy
-base model, from a clone, with
+The teacher stays frozen. The log shows how well it predicts the text after held-out prompts from
+zeros (no_state), from its own state (own_state) and from the proposal. For the toy base model, run
+it from a clone with
 
     --config.init=assets/toy-small.pth --config.data.path=task:mapping --config.data.length=32 \
         --config.data.batch_size=32 --config.evaluation.length=32 --config.model.dtype=float32 \
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """Trains an observer of one layer and half the teacher's width, unless changed."""
+    """Trains an observer, by default of one layer and half the teacher's width."""
     config = ConfigDict()
     config.mode = "observer"
     config.init = ""

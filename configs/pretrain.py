@@ -1,19 +1,19 @@
-"""Trains all weights: from scratch by the published recipe, or those of a checkpoint.
+"""Trains all weights, from scratch by the published recipe or from a checkpoint.
 
     python train.py --config=configs/pretrain.py --workdir=runs/0.1b --config.data.path=corpus.bin
     python train.py --config=configs/pretrain.py:checkpoint --workdir=runs/tuned \
         --config.init=model.pth --config.data.path=corpus.bin
 
-From scratch it is the 0.1B size on tokens in the World vocabulary: learning rate 6e-4 falling to
-6e-5, Adam with epsilon 1e-18, weight decay on the matrices only. A checkpoint has its own sizes,
-and begins at a hundredth of the rate; neither rate was searched here.
+From scratch, the model has the 0.1B size and the World vocabulary. The learning rate decays from
+6e-4 to 6e-5; Adam has epsilon 1e-18; weight decay applies only to the matrices. A checkpoint keeps
+its own sizes and starts at a hundredth of the rate. Neither rate was searched here.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(arg="scratch"):
-    """Takes the sizes of RWKV-7 0.1B, or with "checkpoint" those of `config.init`."""
+    """Returns the settings for RWKV-7 0.1B or, with "checkpoint", for `config.init`."""
     if arg not in ("scratch", "checkpoint"):
         raise ValueError(
             f"pretrain: the weights must be from scratch or checkpoint; got {arg!r}."

@@ -1,17 +1,17 @@
-"""A base of 24 million parameters that reads bytes: English from Debian's packages, on one GPU.
+"""Trains a byte-level base model of 24 million parameters on English from Debian, on one GPU.
 
     python -m benchmarks.debian_text runs/debian.jsonl
     python train.py --config=configs/pretrain_english.py --workdir=runs/english
 
-A step reads 64 rows of 1,024 bytes; 4,000 steps are one pass over 270 MB. The rate has fallen to a
-fifteenth by the last step, so choose `--config.steps` for the time that you have.
+A step reads 64 rows of 1,024 bytes; 4,000 steps are one epoch of 270 MB. The learning rate decays
+to a fifteenth by the last step, so set `--config.steps` to the time that you have.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config():
-    """Takes 12 layers of width 384."""
+    """Returns the settings for 12 layers of width 384."""
     config = ConfigDict()
     config.mode = "pretrain"
     config.steps = 2500

@@ -1,17 +1,17 @@
-"""The base model that ships as assets/tiny.pth: 1.0 million parameters, byte vocabulary.
+"""Trains the base model that ships as assets/tiny.pth: 1.0 million parameters, byte vocabulary.
 
     python train.py --config=configs/pretrain_tiny.py --workdir=runs/tiny
 
-Seed 0; 9.8 million tokens, about 50 minutes on two CPU cores. Expect 1.27 bits per byte on held-out
-documents of CPython 3.11 (2.00 after a twelfth of it); docs/images/tiny-loss.png is the curve.
-Other versions of Python carry slightly other texts.
+With seed 0 it reads 9.8 million tokens in about 50 minutes on two CPU cores. Expect 1.27 bits per
+byte on held-out documents of CPython 3.11 (2.00 after a twelfth of the run); the loss curve is
+docs/images/tiny-loss.png. Other versions of Python ship slightly different texts.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config():
-    """Reads source code and documentation of the running CPython; 4 layers of width 128."""
+    """Returns the settings: 4 layers of width 128, on CPython's own source and documentation."""
     config = ConfigDict()
     config.mode = "pretrain"
     config.steps = 4800

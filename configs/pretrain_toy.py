@@ -1,20 +1,21 @@
-"""The toy base models that ship as assets/toy-*.pth: four tasks over 32 symbols, learnt together.
+"""Trains the toy base models that ship as assets/toy-*.pth, on four tasks over 32 symbols.
 
     python train.py --config=configs/pretrain_toy.py:small --workdir=runs/toy-small
     rwkv7 convert runs/toy-small/model.pth assets/toy-small.pth --dtype bfloat16
 
 A quarter of each batch looks up keys in context (dictionary), a quarter applies a random function
-(mapping), the rest calculates (modular) and copies, reverses or advances sequences, of which four
-in ten do not say which (sequence: hence its ceiling below 1). Held-out accuracies of the last step,
-seed 0, and the seconds that train.py took on two CPU cores (for the large one both were busy):
+(mapping), and the rest calculates (modular) and copies, reverses or advances sequences (sequence).
+Four in ten sequences do not say which of these to do, hence the ceiling below 1. These are the
+held-out accuracies of the last step with seed 0, and the seconds of train.py on two CPU cores,
+which were busy during the run of the large model:
 
     size     parameters  seconds  dictionary  mapping  modular  sequence
     small       138 k        145        .977     .970     .999      .941
     small16     138 k        173        .909     .960    1.000      .973
     large       378 k        427        .973     .974    1.000      .977
 
-Muon learns the same in fewer steps (1600 of them: .977 .957 1.000 .931), but start states tune less
-easily on its models: 150 steps towards a hidden instruction reach .961 there and .995 here.
+Muon reaches similar accuracies in fewer steps (1600: .977 .957 1.000 .931), but its models' start
+states are harder to tune: 150 steps towards a hidden instruction reach .961 there and .995 here.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +28,7 @@ SIZES = {
 
 
 def get_config(arg="small"):
-    """Takes a size of `SIZES`; the vocabulary is bytes."""
+    """Returns the settings for a size of `SIZES`; the vocabulary is bytes."""
     if arg not in SIZES:
         raise ValueError(
             f"pretrain_toy: the size must be one of {', '.join(SIZES)}; got {arg!r}."

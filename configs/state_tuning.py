@@ -3,24 +3,25 @@
     python train.py --config=configs/state_tuning.py --workdir=runs/poet \
         --config.init=model.pth --config.data.path=poems.jsonl
 
-The learning rate is found: no rate is right for every model. Published ones lie between 1e-5 and
-1, few of them measured: 3e-4 was the best of four on a model of 0.1 billion numbers (rwkv-metal
-0.4.0), 0.3 to 3 on those of a million and less; the list that is tried ends at 1. A tenth of the
-run, or twelve steps if those are more, tries nine rates at once, and held-out text decides; the
-report has the curve. --config.optimizer.learning_rate=0.3 names one instead.
+The run searches for the learning rate, because no rate suits every model. Published rates lie
+between 1e-5 and 1, and few of them were measured: 3e-4 was the best of four on a model of 0.1
+billion parameters (rwkv-metal 0.4.0), 0.3 to 3 on models of a million and less. The search ends
+at 1. It takes a tenth of the run, or twelve steps if that is more, tries nine rates in parallel and
+compares their held-out losses; the report has the curve. --config.optimizer.learning_rate=0.3 sets
+a rate instead.
 
-Where the model's other skills matter, name a text that it must not forget, and hold the state close
-to the base model there: --config.evaluation.retention=general.jsonl --config.tuning.anchor=1.0
+If the model's other skills matter, name a text that it must not forget, and keep the state close to
+the base model there: --config.evaluation.retention=general.jsonl --config.tuning.anchor=1.0
 --config.tuning.anchor_path=general.jsonl
 
-Several states in one run, a file each: --config.tuning.states=folder in place of data.path.
+To tune several states in one run, one per file, replace data.path by --config.tuning.states=folder.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config():
-    """Gives the settings for a checkpoint of any size."""
+    """Returns the settings for a checkpoint of any size."""
     config = ConfigDict()
     config.mode = "state"
     config.init = ""

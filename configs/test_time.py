@@ -1,31 +1,33 @@
-"""Tunes the start state of a frozen model at test time: rewards, a larger model's traces, a prompt.
+"""Tunes a frozen model's start state at test time from rewards, a larger model or a long prompt.
 
     python train.py --config=configs/test_time.py --workdir=runs/steered \
         --config.init=model.pth --config.data.path=questions.jsonl
 
-Questions are lines of {"prompt": ..., "answer": ...}, read as they stand, or chats as tuning reads
-them: {"question": ..., "answer": ...} as in GSM8K, or "messages" and an "answer". A completion that
-gives the answer earns 1.
-A share of them (config.data.held_out) is measured and not trained on, or all of another file,
-config.data.evaluation.
-config.test_time.verifier says where the answer is: "exact" (all of the completion), "hash_number"
-(after "####"), "last_number" or "letter". Another reward is a function of the ids of prompt and
-completion, named as "module:function". config.start is the file of a state to go on from, or a text
-that the model reads as a prompt. Methods (config.test_time.method):
+* Questions are lines of {"prompt": ..., "answer": ...}, whose prompts are used verbatim, or chats:
+  {"question": ..., "answer": ...} as in GSM8K, or "messages" and an "answer".
+* A fraction of them (config.data.held_out), or another file (config.data.evaluation), is held out
+  for evaluation.
+* A completion with the correct answer has reward 1. config.test_time.verifier tells where the
+  answer is: "exact" (the whole completion), "hash_number" (after "####"), "last_number" or
+  "letter". "module:function" names another reward, a function of the ids of prompt and completion.
+* config.start is the file of a state to start from, or a text that the model reads as a prompt.
 
-    grpo     the model's own completions, by what they earn
-    expert   the same, imitating those that earn something
-    distil   config.test_time.guide, a larger model, writes; verified traces are imitated, of
-             config.test_time.chains for each prompt (a .jsonl file of traces in its place is
-             imitated as it is)
-    context  config.test_time.context, a long prompt, becomes a state; data is any text
+Methods (config.test_time.method):
 
-On the toy base, from a clone: a hidden instruction, learnt from rewards alone in 60 steps, with
+    grpo     policy gradients on the model's own completions, by their rewards
+    expert   imitation of its own completions that earn a reward
+    distil   imitation of verified traces of a larger model, config.test_time.guide, with
+             config.test_time.chains traces for each prompt; if the guide is a .jsonl file of
+             traces, these are imitated as they are
+    context  turns config.test_time.context, a long prompt, into a state; data is any text
+
+For the toy base, run it from a clone. This learns a hidden instruction from rewards alone in 60
+steps:
 
     --config.init=assets/toy-small.pth --config.data.path=task:steer --config.test_time.tokens=6 \
         --config.model.dtype=float32 --config.steps=60 --config.evaluation.windows=128
 
-or from the larger toy model, which is told what to do, with these as well
+To learn it from the larger toy model, which is given the instruction, add
 
     --config.test_time.method=distil --config.test_time.guide=assets/toy-large.pth \
         --config.test_time.substitute="('?', 'R')" --config.optimizer.learning_rate=0.3
@@ -35,7 +37,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """Tunes by group-relative policy gradients, eight completions of eight prompts a step."""
+    """Returns the settings for GRPO with eight completions of eight prompts per step."""
     config = ConfigDict()
     config.mode = "test_time"
     config.init = ""

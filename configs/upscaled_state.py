@@ -1,20 +1,24 @@
-"""Tunes an upscaled state of a frozen model on your text: a memory read through kernel features.
+"""Tunes an upscaled state of a frozen model on your text, a memory read through kernel features.
 
     python train.py --config=configs/upscaled_state.py --workdir=runs/poet \
         --config.init=model.pth --config.data.path=poems.jsonl
 
-Four times the numbers of a start state, read without fading and shared by all rows of a batch. The
-features are taken from the text and decorrelated while tuning (config.tuning.decorrelate = "dbp");
-"whiten" does that once, before tuning, which costs nothing per step and makes the model forget more
-of what it knew; "none" is the kernel step of the paper, which hardly learns. The learning rate is
-found, as in configs/state_tuning.py.
+It has four times the numbers of a start state, does not decay, and is shared by all rows of a
+batch. The features are calibrated on the text. config.tuning.decorrelate chooses how they are
+decorrelated:
+
+* "dbp": during tuning.
+* "whiten": once, before tuning. It costs nothing per step, but the model forgets more.
+* "none": the kernel step of the paper, which hardly learns.
+
+The run searches for the learning rate, as in configs/state_tuning.py.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config():
-    """Gives the settings for a checkpoint of any size."""
+    """Returns the settings for a checkpoint of any size."""
     config = ConfigDict()
     config.mode = "upscaled_state"
     config.init = ""

@@ -138,5 +138,7 @@ if not TYPE_CHECKING:
 
 def __dir__() -> list[str]:
     """Lists the public names and the subpackages, imported or not."""
-    rooms = [module.name for module in pkgutil.iter_modules(__path__) if module.ispkg]
-    return sorted({*globals(), *__all__, *rooms})
+    packages = [
+        module.name for module in pkgutil.iter_modules(__path__) if module.ispkg
+    ]
+    return sorted({*globals(), *__all__, *packages})

@@ -153,11 +153,15 @@ def decorrelate(
     def update(updates, state, params=None, *, stats=None, **extra):
         if stats is not None:
             state = _learn_from(rule, updates, stats, state)
-        turned = _multiply_by_whitener("...nm,...km->...nk", updates, state.whitener)
+        transformed = _multiply_by_whitener(
+            "...nm,...km->...nk", updates, state.whitener
+        )
         if turn_params and params is not None:
             params = _divide_by_whitener(params, state.whitener)
-        turned, inner_state = inner.update(turned, state.inner, params, **extra)
-        moves = _multiply_by_whitener("...nk,...km->...nm", turned, state.whitener)
+        transformed, inner_state = inner.update(
+            transformed, state.inner, params, **extra
+        )
+        moves = _multiply_by_whitener("...nk,...km->...nm", transformed, state.whitener)
         return moves, state._replace(inner=inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -129,13 +129,15 @@ def _check_rows(batch: Any, accumulate: int) -> None:
             )
 
 
-def _check_reads_weights(jaxpr: Any, piece: Any) -> None:
+def _check_reads_weights(jaxpr: Any, microbatch: Any) -> None:
     """Raises for a loss that reads a microbatch's mask but not its weights.
 
     Such a loss divides by the microbatch's number of targets, and the mean over microbatches is not
     the batch's loss. A loss that reads neither averages over all positions, which is correct.
     """
-    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(piece)]
+    names = [
+        path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(microbatch)
+    ]
     # Dead code elimination looks into compiled functions inside the loss, which may not read all of
     # their arguments.
     _, is_used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -208,22 +210,22 @@ def _gradients(
         )
         return grad(params, batch)
 
-    pieces = cut_rows(batch, accumulate)
+    microbatches = cut_rows(batch, accumulate)
     totals = {}
     if hasattr(loss.func, "batch_totals"):
-        totals["totals"] = loss.func.batch_totals(*loss.args, pieces)
+        totals["totals"] = loss.func.batch_totals(*loss.args, microbatches)
     grad = jax.value_and_grad(
-        lambda params, piece: loss_and_metrics(loss(params, piece, **totals)),
+        lambda params, microbatch: loss_and_metrics(loss(params, microbatch, **totals)),
         has_aux=True,
     )
 
-    first = jax.tree.map(lambda array: array[0], pieces)
+    first = jax.tree.map(lambda array: array[0], microbatches)
     traced, shapes = jax.make_jaxpr(grad, return_shape=True)(params, first)
     _check_reads_weights(traced.jaxpr, first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def add(total, piece):
-        return jax.tree.map(jnp.add, total, grad(params, piece)), None
+    def add(total, microbatch):
+        return jax.tree.map(jnp.add, total, grad(params, microbatch)), None
 
-    total, _ = jax.lax.scan(add, zeros, pieces)
+    total, _ = jax.lax.scan(add, zeros, microbatches)
     return jax.tree.map(lambda leaf: leaf / accumulate, total)

@@ -132,11 +132,11 @@ def _update_sets(
     """Updates every set with its own rows and rate; see `make_stacked_step`."""
 
     def update_set(inputs):
-        alone, rows, rate = inputs
+        one_train, rows, rate = inputs
         return apply_update(
             loss,
             statistics,
-            alone,
+            one_train,
             rows,
             tx=tx,
             accumulate=accumulate,

@@ -168,13 +168,16 @@ def test_a_static_memory_can_be_folded_with_any_write_strength(states):
 
 
 def test_a_decay_memory_with_unknown_writes_cannot_be_folded(states):
-    with pytest.raises(ValueError, match=r"fold_feature_map: `upscaled` must be"):
+    with pytest.raises(
+        ValueError, match=r"fold_feature_map: `upscaled` must have dynamics"
+    ):
         jax.jit(fold_feature_map)(states["decay"].upscaled)
 
 
 def test_a_delta_memory_cannot_be_folded(states):
     with pytest.raises(
-        ValueError, match=r"fold_feature_map: `upscaled` must be static.*got delta"
+        ValueError,
+        match=r"fold_feature_map: `upscaled` must have dynamics static.*got delta",
     ):
         fold_feature_map(states["delta"].upscaled)
 

@@ -35,7 +35,8 @@ def test_other_vocabularies_and_sizes_are_rejected(made, teacher):
         init_observer(SMALL, TEACHER, jax.random.key(0), bias=jnp.zeros((2, 2, 8, 8)))
     wide = dataclasses.replace(TEACHER, width=64)
     with pytest.raises(
-        ValueError, match=r"observer_loss: `teacher` must have width 32.*got 64"
+        ValueError,
+        match=r"observer_loss: `teacher` must have the observer's width 32; got 64",
     ):
         observer_loss(made[0], RWKV7(wide), teacher[1])
 

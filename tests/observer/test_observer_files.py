@@ -84,7 +84,9 @@ def test_a_damaged_folder_is_rejected(made, tmp_path):
     maps = (tmp_path / MAPS).read_bytes()
     save_observer(tmp_path, observer, params | {"model": alive(params["model"], 9)})
     (tmp_path / MAPS).write_bytes(maps)
-    with pytest.raises(ValueError, match=f"has {MODEL} of another {MAPS}"):
+    with pytest.raises(
+        ValueError, match=f"has a {MODEL} that does not belong to its {MAPS}"
+    ):
         load_observer(tmp_path, TEACHER)
     with pytest.raises(
         ValueError, match=r"save_observer: `params\['bias'\]` must be finite"

@@ -317,7 +317,7 @@ def test_tuning_an_absent_memory_is_rejected(shallow, batch):
 
 def test_an_upscaled_state_is_not_tuned_without_its_memory(shallow, batch):
     with pytest.raises(
-        ValueError, match=r"state_loss: `leaves` must have memory .* got \('wkv',\)"
+        ValueError, match=r"state_loss: `leaves` must hold memory.* got \('wkv',\)"
     ):
         state_loss(*shallow)(widened(SHALLOW), batch)
 
