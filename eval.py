@@ -1,4 +1,4 @@
-"""Compares a model and its tuned states: bits per byte, perplexity and loss by position.
+r"""Compares a model and its tuned states: bits per byte, perplexity and loss by position.
 
 Every value has its standard error over windows or questions, and every row its difference from the
 base, with the standard error over pairs.

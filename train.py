@@ -1,10 +1,10 @@
-"""Trains weights or a start state: config -> data -> model -> step -> log, evaluate, save.
+r"""Trains weights or a start state: config -> data -> model -> step -> log, evaluate, save.
 
     python train.py --config=configs/state_tuning.py --workdir=runs/poet \
         --config.init=model.pth --config.data.path=poems.jsonl
 
-The same command resumes a run that was stopped or killed from its newest valid checkpoint. The
-result is bit-exact that of an uninterrupted run.
+The same command resumes a stopped or killed run from its newest valid checkpoint. The result has
+the same bits as an uninterrupted run.
 
 Exit codes: 0 done, or saved on a signal without --stopped_code; 2 bad settings or data; 3 no valid
 checkpoint; 4 stopped on NaN; 5 disk; 6 another process was lost; 7 out of memory; 130 Ctrl-C.
