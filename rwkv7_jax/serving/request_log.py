@@ -1,4 +1,4 @@
-"""A line of the log for each request, and the id that client and operator know it by."""
+"""The request log: one line per request, with an id that the client also receives."""
 
 import contextlib
 import datetime
@@ -10,37 +10,37 @@ from typing import TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# An id that a client or a proxy may give; others could be anything, in any length.
+# A request id that a client or a proxy may give; others are replaced.
 _ID = re.compile(rb"[\w.:/+=-]{1,128}")
 
-# Asked every few seconds, by programs; lines of them would hide the others.
+# Programs request these paths every few seconds; their lines would hide the others.
 _PROBES = ("/health", "/metrics")
 
-# A client that disconnected before its answer was whole, as nginx notes it.
+# nginx's status for a client that disconnected before its response was complete.
 _LEFT = 499
 
 
 class RequestLog:
-    """Gives every answer the header `X-Request-Id`, and writes a line when it is complete."""
+    """Middleware that adds `X-Request-Id` to each response and logs it once it is complete."""
 
     def __init__(self, app: ASGIApp, stream: TextIO | None):
-        """Takes what is behind it.
+        """Stores the arguments.
 
         Args:
-            app: that answers.
-            stream: for the lines; None writes none.
+            app: the wrapped application.
+            stream: receives the lines; None disables the log.
         """
         self._app = app
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, and what is answered."""
+        """Forwards a request and its response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         id = _request_id(scope)
         start = time.monotonic()
-        # What an error that nobody expected becomes, outside of this.
+        # The status that outer middleware gives to an unhandled error.
         status = 500
         complete = False
         left = False
@@ -67,7 +67,7 @@ class RequestLog:
             self._write(scope, id, _LEFT if left else status, time.monotonic() - start)
 
     def _write(self, scope: Scope, id: str, status: int, seconds: float) -> None:
-        """Writes the line of a request; a stream that is gone must not cost an answer."""
+        """Writes the line of a request; ignores a closed stream, which must not fail responses."""
         if self._stream is None or (scope["path"] in _PROBES and status == 200):
             return
         now = datetime.datetime.now(datetime.UTC)
@@ -86,6 +86,6 @@ class RequestLog:
 
 
 def _request_id(scope: Scope) -> str:
-    """Returns the id that came with a request, or a new one."""
+    """Returns the id that a request gives, or a new one."""
     given = dict(scope["headers"]).get(b"x-request-id", b"")
     return given.decode() if _ID.fullmatch(given) else secrets.token_hex(12)

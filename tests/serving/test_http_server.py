@@ -56,7 +56,7 @@ def test_of_two_servers_at_one_address_the_second_is_refused_in_a_sentence():
         port = first.getsockname()[1]
         second = bind("127.0.0.1", port)
         first.listen()
-        with pytest.raises(ValueError, match=f"began to listen at 127.0.0.1:{port}"):
+        with pytest.raises(ValueError, match=f"started to listen on 127.0.0.1:{port}"):
             serve(
                 Starlette(),
                 Lost(),

@@ -98,5 +98,7 @@ def test_a_memory_in_a_wkv_states_place_is_refused_beside_the_model_s_own(params
     with pytest.raises(ValueError, match=r"Engine: `states` must all have a memory"):
         Engine(MODEL, params, BYTES, {"paper": paper})
     engine = Engine(MODEL, params, BYTES, wide_states("static"))
-    with pytest.raises(ValueError, match=r"put_state: `state` must have the form"):
+    with pytest.raises(
+        ValueError, match=r"put_state: `state` must have a memory of the same kind"
+    ):
         engine.put_state("paper", paper)
