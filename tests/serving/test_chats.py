@@ -267,8 +267,8 @@ MODES = "off, fast, free, short, medium, long"
         (
             {"messages": [*HI, calling(call("f", "1")), output("a", "2")]},
             "messages",
-            '`messages`: message 3: "tool_call_id" must be that of a call in the answer '
-            "before; got '2'.",
+            '`messages`: message 3: "tool_call_id" must be that of a call in the '
+            "previous answer; got '2'.",
         ),
         (
             {"messages": [*HI, calling(call("f", "1")), *HI, output("a", "1")]},
