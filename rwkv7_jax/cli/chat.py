@@ -1,4 +1,4 @@
-"""`rwkv7 chat`: a conversation in the terminal; the state is kept between its turns."""
+"""`rwkv7 chat`: a conversation in the terminal, whose state is kept between turns."""
 
 import argparse
 import collections
@@ -45,16 +45,16 @@ from rwkv7_jax.text.chat_template import (
     chat_prompt,
 )
 
-# Exchanges that can be dropped: a state of the 7.2B model has 33 MB.
+# How many exchanges `/undo` can drop: a state of the 7.2B model takes 33 MB.
 _MOST_UNDOS = 8
 
 _HELP = """\
-/reset      go back to the start
+/reset      return to the start
 /undo       drop the last exchange
-/save FILE  write the memory of the conversation, to go on from with --state
+/save FILE  save the state of the conversation; resume it with --state
 /help       list the commands
-/quit       end the conversation, as the end of the input does
-Ctrl-C stops an answer. A line that ends with \\ goes on in the next; // begins a message with /."""
+/quit       end the conversation, as the end of input does
+Ctrl-C stops an answer. A line that ends with \\ continues in the next. Write a leading / as //."""
 
 
 def add_chat_command(subparsers) -> None:
@@ -65,22 +65,22 @@ def add_chat_command(subparsers) -> None:
     add(
         "--state",
         type=path,
-        help="state to start from: a tuned one, or that of a chat that goes on",
+        help="state to start from: a tuned one, or that of a chat to resume",
     )
     add_any_base_option(parser)
-    add("--system", metavar="TEXT", help="what the system says at the start")
+    add("--system", metavar="TEXT", help="system message at the start")
     add(
         "--think",
         choices=tuple(THINK_MODES),
         default="off",
-        help="whether answers think first; fast is an empty thought (%(default)s)",
+        help="how long answers think first; fast is an empty thought (%(default)s)",
     )
-    add_tools_option(parser, "said at the start: ")
+    add_tools_option(parser, "included in the first turn: ")
     add(
         "--save-state",
         metavar="FILE",
         type=state_target,
-        help="write the memory at the end, to go on from with --state",
+        help="save the state at the end; resume the chat with --state",
     )
     add_sampling_options(parser)
     add_stop_options(parser)
@@ -90,7 +90,7 @@ def add_chat_command(subparsers) -> None:
 
 
 def run_chat(options: argparse.Namespace) -> None:
-    """Answers the lines of standard input until they end."""
+    """Answers the lines of standard input until its end."""
     _check_target("chat: `--save-state`", options.save_state, options)
     if options.state:
         existing_path(options.state, "chat: `--state`")
@@ -102,14 +102,14 @@ def run_chat(options: argparse.Namespace) -> None:
     try:
         _talk(conversation, prompt)
     finally:
-        # However it ended: what was said is not lost.
+        # Also after an error, so that the conversation is not lost.
         conversation.close()
 
 
 def _check_target(
     argument: str, target: str | None, options: argparse.Namespace
 ) -> None:
-    """Raises where a state would be written over the model; over that of `--state` it may."""
+    """Raises if a state would overwrite the model; it may overwrite the file of `--state`."""
     refuse_inputs(argument, target, {"--model": [options.model]})
 
 
@@ -117,9 +117,9 @@ class _Memory(NamedTuple):
     """What the model has read.
 
     Attributes:
-        state: None where it has read nothing.
-        logits: of the token that would come next; None before the first answer.
-        in_chat: whether it has read an answer but not the end of that turn.
+        state: the state; None if the model has read nothing.
+        logits: the logits of the next token; None before the first answer.
+        in_chat: whether the model has read an answer but not the end of that turn.
     """
 
     state: RWKV7State | None
@@ -128,7 +128,7 @@ class _Memory(NamedTuple):
 
 
 class _Conversation:
-    """A model, and its memory after each of the last answers."""
+    """A model, and what it had read after each of the last answers."""
 
     def __init__(
         self,
@@ -141,13 +141,14 @@ class _Conversation:
         """Starts from the state of `--state`.
 
         Args:
-            options: of the command.
-            model: that answers.
-            tools: functions that may be called, as the template writes them.
-            stops: texts that end an answer.
+            options: the options of the command.
+            model: the model that answers.
+            tools: functions that the model may call, in the form of the chat template.
+            stops: stop sequences.
 
         Raises:
-            ValueError: another model's state, or a vocabulary that does not spell the template.
+            ValueError: the state belongs to another model, or the vocabulary cannot encode the
+                chat template.
         """
         self._options = options
         self._tools = tools
@@ -168,25 +169,25 @@ class _Conversation:
             self.encode("")
         except ValueError:
             raise ValueError(
-                "chat: `--vocabulary` must spell the template of chats, `--system` and `--tools`; "
-                f"{self._tokenizer.name} does not."
+                "chat: `--vocabulary` must encode the chat template, `--system` and `--tools`; "
+                f"{self._tokenizer.name} cannot."
             ) from None
 
     def encode(self, message: str) -> list[int]:
-        """Returns the ids of a message as the next turn; the first has what the system says.
+        """Encodes a message as the next turn; the first turn includes the system message and tools.
 
         Raises:
-            ValueError: the vocabulary cannot spell it.
+            ValueError: the vocabulary cannot encode the message.
         """
         is_first = self._memory is self._start
-        # The inverse of how Python decodes the command line.
+        # This inverts the decoding of the command line by Python.
         system = os.fsencode(self._options.system or "")
         prompt = chat_prompt(
             message.encode("utf-8", "surrogateescape"),
             system=system if is_first else b"",
             think=self._options.think,
             tools=self._tools if is_first else (),
-            # In a conversation the model chooses between words and a call, as a served one does.
+            # In a conversation the model chooses between words and a call, as on a server.
             must_call=False,
         )
         if self._memory.in_chat:
@@ -194,11 +195,11 @@ class _Conversation:
         return self._tokenizer.encode(prompt)
 
     def answer(self, ids: list[int]) -> None:
-        """Reads a turn and shows the answer; Ctrl-C ends it as `--tokens` would have."""
+        """Reads a turn and prints the answer; Ctrl-C ends it as the limit `--tokens` does."""
         options = self._options
         stream = Stream(goes_on=bool(options.save_state))
         with hold_interrupt() as interrupted:
-            # The given beginning of an answer is part of it.
+            # The opening in the prompt is part of the answer.
             stream(answer_opening(options.think).lstrip(), 0)
             out = generate(
                 self._model.module,
@@ -217,11 +218,11 @@ class _Conversation:
         note_ids_without_entry(self._tokenizer, out.tokens[0])
 
     def obey(self, command: str) -> None:
-        """Does what a line that begins with / asks for.
+        """Runs a command, which is a line that begins with /.
 
         Raises:
-            ValueError: no command, or one that cannot be obeyed now.
-            OSError: a file that cannot be written.
+            ValueError: the command is unknown, or cannot run now.
+            OSError: a file cannot be written.
         """
         name, _, argument = command.partition(" ")
         if name == "/save":
@@ -229,10 +230,10 @@ class _Conversation:
         elif command == "/undo":
             if not self._earlier:
                 raise ValueError(
-                    f"`/undo` must follow an answer, and drops the last {_MOST_UNDOS} at most."
+                    f"`/undo` must follow an answer; it drops at most the last {_MOST_UNDOS}."
                 )
             self._memory = self._earlier.pop()
-            _note("the last exchange is dropped")
+            _note("the last exchange was dropped")
         elif command == "/reset":
             self._memory = self._start
             self._earlier.clear()
@@ -241,11 +242,11 @@ class _Conversation:
             _note(_HELP)
         else:
             raise ValueError(
-                f"`{command}` is no command: /help lists them, and a message with / begins with //."
+                f"`{command}` is not a command: /help lists them. Write a leading / as //."
             )
 
     def _save(self, file: str) -> None:
-        """Writes the memory to the file of `/save`."""
+        """Saves the state to the file of `/save`."""
         try:
             target = state_target(file)
         except argparse.ArgumentTypeError as error:
@@ -254,16 +255,16 @@ class _Conversation:
         check_savable("`/save`", target, self._memory.state)
         if not self._write(target):
             raise ValueError("`/save` must follow an answer.")
-        _note(f"{target}: the memory of this conversation")
+        _note(f"{target}: the state of this conversation")
 
     def close(self) -> None:
-        """Writes the file of `--save-state`."""
+        """Saves the state to the file of `--save-state`."""
         target = self._options.save_state
         if target and not self._write(target):
-            _note(f"note: {target} is not written, because nothing was answered.")
+            _note(f"note: {target} was not written, because there was no answer.")
 
     def _write(self, target: str) -> bool:
-        """Writes the memory, unless no answer is in it; tells whether there was one."""
+        """Saves the state if it has read an answer; returns whether it has."""
         state, logits, in_chat = self._memory
         if state is None or logits is None:
             return False
@@ -272,12 +273,12 @@ class _Conversation:
 
 
 def _talk(conversation: _Conversation, prompt: str) -> None:
-    """Runs commands and answers messages until the input ends, or `/quit` ends it.
+    """Runs commands and answers messages until `/quit` or the end of input.
 
-    A line that is refused changes nothing.
+    A rejected line changes nothing.
 
     Args:
-        conversation: that goes on.
+        conversation: the conversation.
         prompt: shown before each line.
     """
     while (message := _read_message(prompt)) is not None:
@@ -298,7 +299,7 @@ def _talk(conversation: _Conversation, prompt: str) -> None:
 
 
 def _read_message(prompt: str) -> str | None:
-    """Reads a line, and further ones where a backslash ends it; None where the input has ended."""
+    """Reads a message; a line that ends with a backslash continues. None at the end of input."""
     message = ""
     while (line := _read_line(prompt)) is not None:
         message += line
@@ -309,35 +310,35 @@ def _read_message(prompt: str) -> str | None:
 
 
 def _read_line(prompt: str) -> str | None:
-    """Reads a line of standard input, without its end; None where the input has ended."""
+    """Reads a line of standard input, without the newline; None at the end of input."""
     if prompt and sys.stdout.isatty():
         try:
             return input(prompt)
         except EOFError:
-            # What the terminal shows next begins a line.
+            # End the line of the prompt.
             print()
             return None
-    # The answers alone go to standard output.
+    # Only answers go to standard output.
     print(prompt, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     return line.removesuffix("\n") if line else None
 
 
 def _prepare_input() -> str:
-    """Prepares standard input and returns its prompt, "" where it is not a terminal."""
+    """Prepares standard input and returns its prompt; "" if it is not a terminal."""
     reconfigure = getattr(sys.stdin, "reconfigure", None)
     if reconfigure is not None:
-        # The model reads bytes that are not UTF-8 as they are.
+        # Preserve bytes that are not UTF-8 for the model.
         reconfigure(errors="surrogateescape")
     if not sys.stdin.isatty():
         return ""
     with contextlib.suppress(ImportError):
-        # Once it is imported, `input` has its editing and history.
+        # Importing it gives `input` line editing and history.
         importlib.import_module("readline")
     _note("/help lists the commands")
     return "> "
 
 
 def _note(text: str) -> None:
-    """Says something that is no answer."""
+    """Prints text that is not part of an answer to standard error."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""`rwkv7 serve`: a model and its start states over HTTP, as OpenAI's clients ask."""
+"""`rwkv7 serve`: a model and its start states over HTTP, with OpenAI's API."""
 
 import argparse
 import importlib
@@ -22,7 +22,7 @@ from rwkv7_jax.serving.engine import Engine
 from rwkv7_jax.serving.state_files import NAME, StateFiles
 from rwkv7_jax.serving.watchdog import Watchdog
 
-# Not an option: everybody on a machine sees the arguments of its programs.
+# Not an option, because every user of a machine can see the arguments of its processes.
 _KEY = "RWKV7_API_KEY"
 
 _MOST_SLOTS = 4096
@@ -40,82 +40,83 @@ def add_serve_command(subparsers) -> None:
         action="append",
         default=[],
         metavar="[NAME=]FILE",
-        help="a start state that requests may name; the name is the file's without its suffix. A "
-        "folder stands for the states in it, also those that come later; repeatable",
+        help="a start state that requests may name; the default name is the file name without its "
+        "suffix. A folder stands for all states in it, including later ones; repeatable",
     )
     add_any_base_option(parser)
     add_vocabulary_option(parser, "the model's")
-    add("--name", help="what clients call the model (the name of its file)")
-    add("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
+    add("--name", help="the name of the model for clients (the name of its file)")
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add(
         "--port",
         type=integer(0, _HIGHEST_PORT),
         default=8000,
-        help="0 takes a free one (%(default)s)",
+        help="port to listen on; 0 for a free one (%(default)s)",
     )
     add(
         "--allow-origin",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="let pages of https://HOST read answers in a browser; '*' is all; repeatable",
+        help="let pages of this origin, such as https://HOST, read answers in a browser; '*' for "
+        "all; repeatable",
     )
     add(
         "--allow-host",
         action="append",
         default=[],
         metavar="HOST",
-        help="answer to the name HOST, as behind a proxy, where the server listens to this machine "
-        "alone and has no key; repeatable",
+        help="accept the host name HOST, for example behind a proxy; needed only if the server has "
+        "no key and listens only on this machine; repeatable",
     )
     add(
         "--log-requests",
         action="store_true",
-        help="write a line of JSON to stderr for each request, with its X-Request-Id",
+        help="write a line of JSON per request to stderr, with its X-Request-Id",
     )
     _add_limits(parser)
     parser.set_defaults(run=run_serve, compiles=True)
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for how much is served at once."""
+    """Adds the options that limit requests, memory and time."""
     add = parser.add_argument
     add(
         "--slots",
         type=integer(1, _MOST_SLOTS),
         default=8,
-        help="requests that are answered at once (%(default)s)",
+        help="requests that decode together (%(default)s)",
     )
     add(
         "--queue",
         type=integer(1, MOST_TOKENS),
         default=1024,
-        help="requests that may wait; further ones get status 429 (%(default)s)",
+        help="requests that may wait; others get status 429 (%(default)s)",
     )
     add(
         "--prompt-tokens",
         type=integer(1, MOST_TOKENS),
         default=65536,
-        help="longest prompt (%(default)s)",
+        help="maximum number of prompt tokens (%(default)s)",
     )
     add(
         "--answer-tokens",
         type=integer(1, MOST_TOKENS),
         default=8192,
-        help="longest answer (%(default)s)",
+        help="maximum number of new tokens (%(default)s)",
     )
     add(
         "--cache-mib",
         type=integer(0, 2**20),
         default=256,
-        help="memory for the states after prompts that were read before (%(default)s)",
+        help="memory for cached states after prompts and answers (%(default)s)",
     )
     add(
         "--drain",
         type=integer(0, 3600),
         default=20,
         metavar="SECONDS",
-        help="time that SIGTERM leaves to answers which have begun (%(default)s)",
+        help="time that open answers get to complete after SIGTERM (%(default)s)",
     )
     add(
         "--watchdog",
@@ -130,13 +131,13 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         type=integer(1, 86400),
         default=75,
         metavar="SECONDS",
-        help="time after which a connection without a request is closed; more than that of a load "
-        "balancer before it (%(default)s)",
+        help="time after which an idle connection is closed; it should exceed that of a load "
+        "balancer in front of the server (%(default)s)",
     )
 
 
 def run_serve(options: argparse.Namespace) -> None:
-    """Answers requests until a signal ends it."""
+    """Serves requests until a signal ends the process."""
     files, folders = _state_places(options.state)
     key = _key()
     for origin in options.allow_origin:
@@ -145,10 +146,10 @@ def run_serve(options: argparse.Namespace) -> None:
         _check_host(host)
     name = options.name or Path(options.model).resolve().stem
     _check_name(name, "--name")
-    # Their packages are an extra.
+    # Import here, because their packages are an extra.
     app: Any = importlib.import_module("rwkv7_jax.serving.app")
     server: Any = importlib.import_module("rwkv7_jax.serving.http_server")
-    # Before the model is read: a port that is in use should not cost minutes.
+    # Before the model is read, which takes minutes: the port may be in use.
     listener = _listener(server, options.host, options.port)
     with listener:
         with server.starting(listener, keep_alive=options.keep_alive):
@@ -202,29 +203,29 @@ def _engine(
         cache_bytes=options.cache_mib * 2**20,
         watchdog=Watchdog(options.watchdog),
     )
-    print(f"compiling for {options.slots} requests at once", flush=True)
+    print(f"compiling for {options.slots} concurrent requests", flush=True)
     engine.warm_up()
     return engine, states
 
 
 def _listener(server: Any, host: str, port: int) -> socket.socket:
-    """Takes an address.
+    """Binds a socket to an address.
 
     Raises:
-        ValueError: it is in use, or none of this machine.
+        ValueError: the address is in use or does not belong to this machine.
     """
     try:
         return server.bind(host, port)
-    # A name that no host can have is a UnicodeError.
+    # An invalid host name raises UnicodeError.
     except (OSError, UnicodeError) as error:
         raise ValueError(
-            "serve: `--host` and `--port` must be an address to listen at; "
-            f"{host}:{port} is none: {error}."
+            "serve: `--host` and `--port` must be an address that this machine can listen on; got "
+            f"{host}:{port}: {error}."
         ) from None
 
 
 def _state_places(words: list[str]) -> tuple[dict[str, Path], list[Path]]:
-    """Finds the files of start states by name, and the folders of others."""
+    """Returns the files of start states by name, and the folders of further states."""
     files: dict[str, Path] = {}
     folders: list[Path] = []
     taken: dict[str, Path] = {}
@@ -243,7 +244,7 @@ def _state_places(words: list[str]) -> tuple[dict[str, Path], list[Path]]:
             _check_name(name, "--state")
             if name in taken:
                 raise ValueError(
-                    f"serve: `--state` must give each state a name of its own; {name!r} is of "
+                    f"serve: `--state` must give each state its own name; {name!r} names "
                     f"`{taken[name]}` and `{one}`."
                 )
             taken[name] = one
@@ -251,32 +252,32 @@ def _state_places(words: list[str]) -> tuple[dict[str, Path], list[Path]]:
 
 
 def _states_in(folder: Path) -> list[Path]:
-    """Lists the files of states in a folder."""
+    """Returns the state files in a folder."""
     return [one for one in sorted(folder.iterdir()) if one.suffix in STATE_SUFFIXES]
 
 
 def _key() -> str | None:
-    """Reads the key that clients must send; None without one."""
+    """Returns the key that clients must send; None if the environment has none."""
     key = os.environ.get(_KEY)
     if key is not None and not re.fullmatch(r"[!-~]+", key):
         raise ValueError(
-            f"serve: the environment's `{_KEY}` must be a key of printable ASCII without blanks; "
-            "unset it to answer everybody."
+            f"serve: the environment variable `{_KEY}` must be a key of printable ASCII without "
+            "spaces; unset it to accept every client."
         )
     return key
 
 
 def _check_origin(origin: str) -> None:
-    """Refuses what no browser sends as the origin of a page."""
+    """Raises for an origin that no browser sends."""
     if not re.fullmatch(r"\*|\w+://[^/\s]+", origin):
         raise ValueError(
-            "serve: `--allow-origin` must be '*' or like https://HOST or http://HOST:PORT, "
-            f"without a path; got {origin!r}."
+            "serve: `--allow-origin` must be '*' or an origin such as https://HOST or "
+            f"http://HOST:PORT, without a path; got {origin!r}."
         )
 
 
 def _check_host(host: str) -> None:
-    """Refuses anything but a host name, such as an address with a port."""
+    """Raises for anything but a host name, such as a host with a port."""
     if not re.fullmatch(r"[\w.-]+", host):
         raise ValueError(
             "serve: `--allow-host` must be a name like models.example, without a scheme, a port "
@@ -285,17 +286,18 @@ def _check_host(host: str) -> None:
 
 
 def _allowed_hosts(names: list[str], listener: socket.socket) -> list[str] | None:
-    """Returns the names that clients may call the server by; None is any.
+    """Returns the host names that the server accepts; None for any.
 
-    What listens on other addresses, too, has names that only its network knows.
+    A server that also listens on other addresses may have names that only its network knows.
     """
     address = ipaddress.ip_address(listener.getsockname()[0])
     return [name.lower() for name in names] if address.is_loopback else None
 
 
 def _check_name(name: str, option: str) -> None:
-    """Refuses a name that could not be a part of a model's name."""
+    """Raises for a name that cannot be part of a model name."""
     if not NAME.fullmatch(name):
         raise ValueError(
-            f"serve: `{option}` must name with letters, digits, '.', '_' and '-'; got {name!r}."
+            f"serve: `{option}` must give a name of letters, digits, '.', '_' and '-'; got "
+            f"{name!r}."
         )

@@ -1,4 +1,4 @@
-"""Serving: many requests at once, each from the start state that it names."""
+"""Serving: concurrent requests, each from the start state that it names."""
 
 from rwkv7_jax.serving.engine import Engine
 from rwkv7_jax.serving.requests import (

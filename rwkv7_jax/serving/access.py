@@ -1,7 +1,7 @@
-"""Who is answered: clients with the key; without one, all but the pages of foreign sites.
+"""Access control: a server with a key requires it; one without rejects pages of foreign sites.
 
-A browser lets any page send requests to an address of this machine, and hides the answers alone; a
-site whose name its owner points at that address ("DNS rebinding") may read them, too.
+A browser lets any page send requests to a local address, and only hides the responses from it. If
+the owner of a site points its name at that address ("DNS rebinding"), the page can read them too.
 """
 
 import ipaddress
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rwkv7_jax.serving.fields import Refused
 
-# What a browser sends for a page that it does not name, such as one in a sandbox.
+# The origin that a browser sends for a page without one, such as a sandboxed page.
 _UNNAMED = "null"
 
 _LOCAL = "localhost"
@@ -29,16 +29,16 @@ LIVE = "/live"
 def access_checks(
     key: str | None, origins: Sequence[str], hosts: Sequence[str] | None
 ) -> list[Middleware]:
-    """Lists what a request passes before its route, in order.
+    """Returns the middleware that checks a request before its route, in order.
 
     Args:
-        key: that clients must send; None answers everybody.
-        origins: of the pages whose scripts a browser lets read the answers; "*" is all.
-        hosts: names, besides those of this machine, that clients without a key may call the server
-            by; None is any.
+        key: the key that clients must send; None accepts every client.
+        origins: origins of the pages that may read responses in a browser; "*" for all.
+        hosts: host names, besides those of this machine, that a server without a key accepts; None
+            for any.
     """
     passed = []
-    # Outside of the other: a browser asks for permission without the key.
+    # CORS comes first, because a browser sends its preflight request without the key.
     if origins:
         anything = ["*"]
         one = Middleware(
@@ -56,20 +56,20 @@ def access_checks(
 
 
 class _KeyCheck:
-    """Refuses requests without the key, but for those that ask after the server's health."""
+    """Middleware that rejects requests without the key, except health checks."""
 
     def __init__(self, app: ASGIApp, key: str):
-        """Takes what is behind it, and the key."""
+        """Stores the wrapped application and the key."""
         self._app = app
         self._expected = f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers it."""
+        """Forwards a request, or responds with status 401."""
         if _is_open(scope) or self._has_key(scope):
             await self._app(scope, receive, send)
             return
         refused = Refused(
-            "the header `Authorization` must be 'Bearer ' and the server's key.",
+            "the header `Authorization` must be 'Bearer ' followed by the key of the server.",
             status=401,
             code="invalid_api_key",
         )
@@ -83,18 +83,18 @@ class _KeyCheck:
 
 
 class _PageCheck:
-    """Refuses what pages of foreign sites make a browser send, but for the server's health."""
+    """Middleware that rejects requests from pages of foreign sites, except health checks."""
 
     def __init__(
         self, app: ASGIApp, origins: Sequence[str], hosts: Sequence[str] | None
     ):
-        """Takes what is behind it, and who may ask; see `access_checks`."""
+        """Stores the wrapped application and what it accepts; see `access_checks`."""
         self._app = app
         self._origins = origins
         self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers it."""
+        """Forwards a request, or responds with status 403."""
         refused = None if _is_open(scope) else self._refusal(scope)
         if refused is None:
             await self._app(scope, receive, send)
@@ -108,20 +108,20 @@ class _PageCheck:
         host = _name(f"//{headers.get(b'host', b'').decode('latin-1')}")
         if not self._is_known_origin(origin):
             return Refused(
-                "the header `Origin` must be of a page that the server was told to answer "
-                f"(`--allow-origin`), or there must be a key; got {origin!r:.60}.",
+                "the header `Origin` must be one that `--allow-origin` names, or the server must "
+                f"have a key; got {origin!r:.60}.",
                 status=403,
             )
         if not self._is_known_host(host):
             return Refused(
-                "the header `Host` must be an address, localhost or a name that the server was "
-                f"told to answer by (`--allow-host`), or there must be a key; got {host!r:.60}.",
+                "the header `Host` must be an IP address, localhost or a name that `--allow-host` "
+                f"gives, or the server must have a key; got {host!r:.60}.",
                 status=403,
             )
         return None
 
     def _is_known_origin(self, origin: str) -> bool:
-        # Programs send none, and extensions and desktop programs one of another scheme.
+        # Programs send no origin. Browser extensions and desktop programs send another scheme.
         is_page = origin == _UNNAMED or origin.startswith(("http://", "https://"))
         return not is_page or origin in self._origins or _is_local(_name(origin))
 
@@ -132,12 +132,12 @@ class _PageCheck:
 
 
 def _is_open(scope: Scope) -> bool:
-    """Tells whether everybody may have what a request asks for."""
+    """Returns whether a request needs no check."""
     return scope["type"] != "http" or scope["path"] in (READY, LIVE)
 
 
 def _name(address: str) -> str:
-    """Returns the host of an address in lower case; what is no address, as it is."""
+    """Returns the host of a URL in lower case; an invalid URL as it is."""
     try:
         return (urlsplit(address).hostname or "").rstrip(".")
     except ValueError:
@@ -145,13 +145,13 @@ def _name(address: str) -> str:
 
 
 def _is_local(host: str) -> bool:
-    """Tells whether a host is this machine, by whatever name server."""
+    """Returns whether a host is this machine, whatever the name server says."""
     is_named = host == _LOCAL or host.endswith(f".{_LOCAL}")
     return is_named or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def _is_address(host: str) -> bool:
-    """Tells whether a host is a number, which no foreign site has for a name."""
+    """Returns whether a host is an IP address, which DNS rebinding cannot use."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Answers as bodies of OpenAI's interface; no network.
+"""Answers as response bodies of OpenAI's API; no network.
 
 Sources: platform.openai.com/docs/api-reference, completions and chat; api-docs.deepseek.com for
 `reasoning_content`.
@@ -20,16 +20,16 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 
 
 def models_body(served: Served) -> dict[str, Any]:
-    """Lists the base model, and one model for each start state."""
+    """Returns the list of models: the base model, and one model per start state."""
     entries = [model_body(served, name) for name in served.models()]
     return {"object": "list", "data": entries}
 
 
 def model_body(served: Served, name: str) -> dict[str, Any]:
-    """Describes one model.
+    """Returns the description of one model.
 
     Raises:
-        Refused: none has the name.
+        Refused: no model has the name.
     """
     named_state(None, name, served)
     body = {"id": name, "object": "model", "created": served.started}
@@ -37,29 +37,29 @@ def model_body(served: Served, name: str) -> dict[str, Any]:
 
 
 def states_body(served: Served) -> dict[str, Any]:
-    """Lists the start states."""
+    """Returns the list of start states."""
     entries = [{"id": name, "object": "state"} for name in served.states]
     return {"object": "list", "data": entries}
 
 
 class AnswerBodies:
-    """The bodies of one call's answers, whole or as events of a stream."""
+    """The bodies of one call's answers, complete or as events of a stream."""
 
     def __init__(self, call: Call, tokenizer: Tokenizer):
-        """Takes what was asked for, and the vocabulary that scored tokens are spelled with."""
+        """Stores the call, and the tokenizer that decodes scored tokens."""
         self._call = call
         self._tokenizer = tokenizer
-        # Of the answers of a chat.
+        # One reader per answer of a chat.
         self._readers: list[AnswerReader] = []
         if chat := call.chat:
             for _ in call.requests:
                 reader = AnswerReader(chat.tools, parallel=chat.parallel)
-                # The beginning of a thought, at most, of which nothing is said.
+                # The opening is at most the start of a thought, which produces no event.
                 reader.push(chat.opening)
                 self._readers.append(reader)
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """Returns the body of the answers, in the order of the call's requests."""
+        """Returns the body with all answers, in the order of the call's requests."""
         choices = []
         for index, answer in enumerate(answers):
             choice: dict[str, Any] = {"index": index}
@@ -77,7 +77,7 @@ class AnswerBodies:
         return self._body(choices, "chat.completion") | {"usage": self._usage(answers)}
 
     def openings(self) -> list[dict[str, Any]]:
-        """Returns the events before the first pieces, which chats have."""
+        """Returns the events before the first pieces; only chats have any."""
         role = {"delta": {"role": "assistant", "content": ""}}
         return [self._event(index, role) for index in range(len(self._readers))]
 
@@ -102,13 +102,13 @@ class AnswerBodies:
         return [*events, self._event(index, {"delta": {}, "finish_reason": reason})]
 
     def usage_event(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """Returns the last event of a stream whose client asked for the numbers."""
+        """Returns the last event of a stream whose client asked for the token counts."""
         return self._body([], "chat.completion.chunk") | {"usage": self._usage(answers)}
 
     def _deltas(
         self, index: int, parts: AnswerParts, scores: Sequence[TokenScore]
     ) -> list[dict[str, Any]]:
-        """Returns the events of parts of a message, and of scores, which the first one has."""
+        """Returns the events of parts of a message; the first event also has the scores."""
         deltas: list[dict[str, Any]] = []
         if parts.thought:
             deltas.append({"reasoning_content": parts.thought})
@@ -121,7 +121,7 @@ class AnswerBodies:
                 calls.append({"index": number} | _tool_call(call))
             deltas.append({"tool_calls": calls})
         if scores and not deltas:
-            # Text of these tokens is held back, or is none of the message.
+            # The text of these tokens is held back or is not part of the message.
             deltas.append({})
         events = []
         for delta in deltas:
@@ -143,7 +143,7 @@ class AnswerBodies:
         }
 
     def _usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """Counts the tokens of the call; a prompt counts once, however many answers it has."""
+        """Returns the token counts of the call; each prompt counts once for all its answers."""
         firsts = answers[:: self._call.per_prompt]
         prompts = sum(answer.prompt_tokens for answer in firsts)
         cached = sum(answer.cached_tokens for answer in firsts)
@@ -156,7 +156,7 @@ class AnswerBodies:
         }
 
     def _logprobs(self, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
-        """Returns the scores of tokens as the interface has them."""
+        """Returns the scores of tokens in the format of the API; None without scores."""
         if not scores:
             return None
         if self._call.chat:
@@ -184,7 +184,7 @@ class AnswerBodies:
         }
 
     def _name(self, id: int) -> str:
-        """Names a token by its text, or by what it is where that is no text."""
+        """Returns the text of a token; its bytes or its id if it has no text."""
         spelling = self._spelling(id)
         if not spelling:
             return f"token_id:{id}"
@@ -194,13 +194,13 @@ class AnswerBodies:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
 
     def _spelling(self, id: int) -> bytes:
-        # A model's rows may be more than its vocabulary's ids.
+        # The embedding of a model may have more rows than its tokenizer has ids.
         is_known = id < self._tokenizer.vocab_size
         return self._tokenizer.token_bytes(id) if is_known else b""
 
 
 def _message(parts: AnswerParts) -> dict[str, Any]:
-    """Returns what an assistant said; a message that only calls functions has no content."""
+    """Returns an assistant message; one with only function calls has the content None."""
     content = None if parts.calls and not parts.words else parts.words
     message: dict[str, Any] = {"role": "assistant", "content": content}
     if parts.thought:
@@ -211,17 +211,17 @@ def _message(parts: AnswerParts) -> dict[str, Any]:
 
 
 def _tool_call(call: ToolCall) -> dict[str, Any]:
-    """Returns a call of a function, by an id that is new."""
+    """Returns a function call with a new id."""
     function = {"name": call.name, "arguments": call.arguments}
     id = "call_" + secrets.token_hex(12)
     return {"id": id, "type": "function", "function": function}
 
 
 def _finish_reason(answer: Answer, *, called: bool = False) -> str:
-    """Returns how an answer ended, in the interface's words.
+    """Returns the finish reason of an answer in the terms of the API.
 
     Args:
-        answer: that ended.
+        answer: the complete answer.
         called: whether it calls functions.
     """
     if answer.ended == "length":

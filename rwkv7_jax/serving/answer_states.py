@@ -1,7 +1,8 @@
-"""The states after answers: what a client sends back begins with its last answer.
+"""The states after answers, kept because a client's next prompt begins with its last answer.
 
-After a stop string, or a stop id of the request, a row has read further tokens. A state cannot be
-rolled back, so the last tokens that stay are read again, from a state before them.
+When a stop string or a stop id of the request ends an answer, the row may already have read further
+tokens. A state cannot be rolled back, so the last tokens before the stop are read again, from an
+earlier state.
 """
 
 from rwkv7_jax.model.state import RWKV7State
@@ -11,20 +12,20 @@ from rwkv7_jax.serving.ticket import Earlier, Ticket
 
 
 class AnswerStates:
-    """Keeps the states after answers in a cache."""
+    """The states after answers, in a cache."""
 
     def __init__(self, slots: Slots, cache: PrefixCache):
-        """Takes the rows that answer, and the cache."""
+        """Stores the rows and the cache."""
         self._slots = slots
         self._cache = cache
 
     def note_block(self, ticket: Ticket, slot: int, before: RWKV7State) -> None:
-        """Copies a row's state from before a block of which a stop string may cut tokens.
+        """Copies the state that a row had before a block if a stop string may cut its tokens.
 
         Args:
-            ticket: whose row.
+            ticket: the request of the row.
             slot: the row.
-            before: states of all rows before the block.
+            before: the states of all rows before the block.
         """
         if not self._cache.is_used:
             return
@@ -33,10 +34,10 @@ class AnswerStates:
         elif ticket.certain >= ticket.block_start:
             state = row_state(before, slot)
             ticket.earlier = Earlier(ticket.block_start, state)
-        # Otherwise the one that is there is from before all that may be cut.
+        # Otherwise `earlier` already precedes all tokens that may be cut.
 
     def keep(self, ticket: Ticket, slot: int) -> None:
-        """Keeps the state after the tokens of an answer that is complete."""
+        """Caches the state after the tokens of a complete answer."""
         if not self._cache.is_used:
             return
         kept = ticket.kept

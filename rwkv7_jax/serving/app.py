@@ -1,7 +1,7 @@
-"""An application with OpenAI's interface over HTTP: routes, streams, errors.
+"""An HTTP application with OpenAI's API: routes, streams and errors.
 
-The engine's thread calls back; what it says goes through a queue of asyncio to the one coroutine
-that answers the client. A client that leaves cancels its request.
+The callbacks of the engine's thread put their events into an asyncio queue. One coroutine per call
+reads the queue and responds to the client. If the client disconnects, its requests are cancelled.
 """
 
 import asyncio
@@ -43,11 +43,11 @@ try:
     from rwkv7_jax.serving.request_log import RequestLog, UnexpectedErrors
 except ImportError:
     raise ImportError(
-        "serve: the server needs the packages of the extra server: "
+        "serve: the server needs the packages of the extra `server`: "
         "pip install 'rwkv7_jax[server]'."
     ) from None
 
-# After an answer to a request whose body was not read, its connection cannot go on.
+# If the body of a request was not read to its end, the connection cannot be reused.
 _ERROR_HEADERS = {
     408: {"Connection": "close"},
     413: {"Connection": "close"},
@@ -57,13 +57,13 @@ _ERROR_HEADERS = {
 # Caches and proxies must not buffer a stream.
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
-# Seconds without an event after which a stream says that it is alive.
+# Seconds without an event after which a stream sends a keep-alive comment.
 _QUIET_SECONDS = 10
 
-# Of each answer, by its number, the pieces, and last the whole.
+# Pairs of the index of an answer and an event: its pieces, and finally the complete answer.
 _Events = asyncio.Queue[tuple[int, Piece | Answer]]
 
-# A client's names for what the engine says about a request.
+# The names in the API of the arguments that the engine's errors name.
 _FIELDS = {
     "tokens": "max_tokens",
     "stop_ids": "stop_token_ids",
@@ -81,18 +81,18 @@ def make_app(
     refresh: Callable[[], None] = lambda: None,
     request_log: TextIO | None = None,
 ) -> Starlette:
-    """Makes the application; it starts the engine's thread, and ends it.
+    """Creates the application, which starts and ends the engine's thread.
 
     Args:
-        engine: not started.
-        name: of the model, for clients.
-        key: that clients must send; None answers everybody.
-        origins: of the pages whose scripts a browser lets read the answers; "*" is all. Without a
-            key, pages of other sites are refused.
-        hosts: names, besides those of this machine, that clients without a key may call the server
-            by; None is any.
-        refresh: called before states are looked up, in any thread.
-        request_log: takes a line of JSON for each request; None writes none.
+        engine: an engine that was not started.
+        name: the name of the model for clients.
+        key: the key that clients must send; None accepts every client.
+        origins: origins of the pages that may read responses in a browser; "*" for all. Without a
+            key, requests from pages of other sites are rejected.
+        hosts: host names, besides those of this machine, that a server without a key accepts; None
+            for any.
+        refresh: called in any thread before states are looked up.
+        request_log: receives a line of JSON per request; None disables the log.
     """
     served = Served(
         name=name,
@@ -130,7 +130,7 @@ def make_app(
 
 
 def _longest_token(tokenizer: Tokenizer) -> int:
-    """Counts the bytes of the vocabulary's longest token."""
+    """Returns the number of bytes of the vocabulary's longest token."""
     return max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size))
 
 
@@ -138,7 +138,7 @@ class _Routes:
     """The endpoints of one engine."""
 
     def __init__(self, engine: Engine, served: Served, refresh: Callable[[], None]):
-        """Stores the engine, and what clients may name besides its states."""
+        """Stores the engine, and what the server offers besides the engine's states."""
         self._engine = engine
         self._constants = served
         self._refresh = refresh
@@ -156,7 +156,7 @@ class _Routes:
         await asyncio.to_thread(self._engine.close)
 
     async def health(self, request: Request) -> Response:
-        """Says whether the server answers."""
+        """Responds with status 200 while the server accepts calls, and with 503 afterwards."""
         del request
         if not self._engine.is_open:
             raise stopped()
@@ -164,33 +164,33 @@ class _Routes:
         return JSONResponse({"status": "ok"})
 
     async def live(self, request: Request) -> Response:
-        """Says whether the server will answer, now or after its answers so far."""
+        """Returns 200 while the device answers, also while the server drains."""
         del request
         self._check_device()
         return JSONResponse({"status": "ok"})
 
     def _check_device(self) -> None:
-        """Refuses where the device does not answer, which only a new process may change."""
+        """Rejects requests if the device does not answer; only a new process can help."""
         if self._engine.is_stalled:
             raise Refused("the device does not answer.", status=503, code="stalled")
 
     async def metrics(self, request: Request) -> Response:
-        """Counts what was done, for Prometheus."""
+        """Returns the metrics for Prometheus."""
         del request
         return Response(self._metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     def _served(self) -> Served:
-        """Returns what clients may name now."""
+        """Returns what the server offers now."""
         self._refresh()
         return dataclasses.replace(self._constants, states=self._engine.state_names)
 
     async def models(self, request: Request) -> Response:
-        """Lists the model, by itself and with each state."""
+        """Lists the base model, and the model with each state."""
         del request
         return JSONResponse(models_body(await run_in_threadpool(self._served)))
 
     async def model(self, request: Request) -> Response:
-        """Describes a model by its name."""
+        """Describes the model with a name."""
         served = await run_in_threadpool(self._served)
         return JSONResponse(model_body(served, request.path_params["model"]))
 
@@ -211,7 +211,7 @@ class _Routes:
         events: _Events = asyncio.Queue()
         loop = asyncio.get_running_loop()
         async with self._bodies.read(request) as body:
-            # In a thread: reading a long text would hold up the streams of other clients.
+            # In a thread, because encoding a long text would block the streams of other clients.
             call, tickets = await run_in_threadpool(
                 self._submit, body, events, loop, is_chat=is_chat
             )
@@ -232,12 +232,12 @@ class _Routes:
         *,
         is_chat: bool,
     ) -> tuple[Call, list[Ticket]]:
-        """Submits the requests of a call, or none of them."""
+        """Submits all requests of a call, or none of them."""
         self._check_device()
         call = read_call(_parse(body), self._served(), is_chat=is_chat)
         tickets: list[Ticket] = []
         for index, request in enumerate(call.requests):
-            # The engine's thread may reach asyncio's loop by `call_soon_threadsafe` alone.
+            # Other threads may use an asyncio loop only through `call_soon_threadsafe`.
             def tell(event: Piece | Answer, index: int = index) -> None:
                 loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
@@ -254,7 +254,7 @@ class _Routes:
 
 
 def _as_refused(error: Exception) -> Refused:
-    """Makes an error of the engine name the fields of the body."""
+    """Converts an error of the engine to one that names the fields of the body."""
     if isinstance(error, TooBusy):
         return Refused(str(error), status=429, code="too_busy")
     if isinstance(error, Closed):
@@ -267,27 +267,27 @@ def _as_refused(error: Exception) -> Refused:
 
 
 def _cancel(tickets: Sequence[Ticket]) -> None:
-    """Cancels requests; it has no effect on those that are complete."""
+    """Cancels requests; this has no effect on complete ones."""
     for ticket in tickets:
         ticket.cancel()
 
 
 def _parse(body: bytes) -> Any:
-    """Reads JSON.
+    """Parses a body.
 
     Raises:
-        Refused: it is none.
+        Refused: the body is not JSON.
     """
     try:
         return parse_json(body)
     except ValueError as error:
-        raise Refused(f"the body is no JSON: {error}.") from None
+        raise Refused(f"the body is not JSON: {error}.") from None
 
 
 async def _whole(
     request: Request, events: _Events, tickets: Sequence[Ticket]
 ) -> list[Answer]:
-    """Waits for the ends of all answers; a client that disconnects cancels them."""
+    """Waits for all complete answers; cancels them if the client disconnects."""
     watcher = asyncio.create_task(_cancel_when_gone(request, tickets))
     answers: dict[int, Answer] = {}
     try:
@@ -312,7 +312,7 @@ class _EventStream(StreamingResponse):
     """A stream of events whose requests are cancelled if the client disconnects."""
 
     def __init__(self, content: AsyncIterator[str], tickets: Sequence[Ticket]):
-        """Stores the events to send, and the requests that they answer."""
+        """Stores the events to send and the requests that produce them."""
         super().__init__(
             content, media_type="text/event-stream", headers=_STREAM_HEADERS
         )
@@ -329,7 +329,7 @@ class _EventStream(StreamingResponse):
 async def _stream(
     call: Call, bodies: AnswerBodies, events: _Events
 ) -> AsyncIterator[str]:
-    """Yields the events of a call's answers as they are made."""
+    """Yields the events of a call's answers as they are generated."""
     for opening in bodies.openings():
         yield _event(opening)
     answers: dict[int, Answer] = {}
@@ -339,8 +339,8 @@ async def _stream(
             quiet = sent + _QUIET_SECONDS - time.monotonic()
             index, event = await asyncio.wait_for(events.get(), quiet)
         except TimeoutError:
-            # A comment, so that no proxy takes a request that waits for a dead one. A call of a
-            # function is held back until it is complete: pieces alone are no sign of life.
+            # A comment keeps proxies from closing a quiet connection. Pieces do not suffice,
+            # because a function call is held back until it is complete.
             yield ": waiting\n\n"
             sent = time.monotonic()
             continue
@@ -365,7 +365,7 @@ def _event(body: dict[str, Any]) -> str:
 
 
 def _problem(answer: Answer) -> Refused | None:
-    """Returns what the client gets in place of an answer that failed or was cancelled."""
+    """Returns the error for an answer that failed or was cancelled; None for others."""
     if answer.ended == "failed":
         return Refused(f"the answer failed: {answer.error}.", status=500)
     if answer.ended == "cancelled":
@@ -389,6 +389,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _left(request: Request, error: Exception) -> Response:
-    # The client has disconnected in the middle of its body: nobody reads this.
+    # The client disconnected before its body was complete, so nobody reads this response.
     del request, error
     return Response(status_code=499)

@@ -1,6 +1,6 @@
-"""The bodies of calls as they arrive: how long, how slow, and how many at once they may be.
+"""Request bodies as they arrive, with limits on size, time and concurrency.
 
-A connection costs nothing, so clients must not decide how much the server holds for them.
+A connection costs a client nothing, so the server must limit the memory that it uses for clients.
 """
 
 import asyncio
@@ -11,33 +11,33 @@ from starlette.requests import Request
 
 from rwkv7_jax.serving.fields import Refused, stopped
 
-# Bytes of a body at most.
+# The maximum size of a body in bytes.
 MOST_BYTES = 2**24
 
-# Bytes of all bodies that are there, whole or in part.
+# The maximum size of all bodies in memory, complete or not, in bytes.
 _MOST_HELD = 2**28
 
-# A body of so few bytes is taken however many others there are.
+# A body of at most this many bytes is accepted even beyond `_MOST_HELD`.
 _FEW_BYTES = 2**16
 
-# Seconds in which a body must be complete.
+# The timeout in seconds for a complete body.
 _SECONDS = 60
 
-# Seconds between two looks whether a body still can be answered.
-_LOOK_SECONDS = 0.2
+# Seconds between two checks whether the server still accepts calls.
+_CHECK_SECONDS = 0.2
 
-# Bodies that are read as JSON at once: each may take twenty times its bytes.
+# How many bodies are parsed concurrently: parsed JSON may take twenty times the bytes of its text.
 _MOST_PARSED = 4
 
 
 class CallBodies:
-    """Reads bodies, and counts the bytes of those that are there."""
+    """The reader of all bodies; it counts the bytes in memory."""
 
     def __init__(self, is_open: Callable[[], bool]):
         """Starts without a body.
 
         Args:
-            is_open: tells whether calls can still be answered.
+            is_open: returns whether the server still accepts calls.
         """
         self._is_open = is_open
         self._held = 0
@@ -45,11 +45,11 @@ class CallBodies:
 
     @contextlib.asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """Yields the body of a call when it is its turn to be parsed.
+        """Yields the body of a call once it may be parsed.
 
         Raises:
-            Refused: it is too long or too slow, too many others are there, or the server is being
-                stopped.
+            Refused: the body is too long or too slow, too many long bodies arrive at once, or the
+                server is shutting down.
         """
         data = bytearray()
         try:
@@ -60,14 +60,14 @@ class CallBodies:
             self._held -= len(data)
 
     async def _receive(self, request: Request, data: bytearray) -> None:
-        """Appends what arrives to `data` until it is complete or the server is stopped."""
+        """Appends to `data` until the body is complete; raises if the server is shutting down."""
         reading = asyncio.create_task(self._append(request, data))
         try:
             async with asyncio.timeout(_SECONDS):
                 while not reading.done():
                     if not self._is_open():
                         raise stopped()
-                    await asyncio.wait({reading}, timeout=_LOOK_SECONDS)
+                    await asyncio.wait({reading}, timeout=_CHECK_SECONDS)
                 await reading
         except TimeoutError:
             raise Refused(
@@ -83,14 +83,14 @@ class CallBodies:
             self._check(len(data))
 
     def _check(self, size: int) -> None:
-        """Refuses a body of which so many bytes are there."""
+        """Raises if a body of which `size` bytes have arrived exceeds a limit."""
         if size > MOST_BYTES:
             raise Refused(
                 f"the body must have at most {MOST_BYTES:,} bytes.", status=413
             )
         if size > _FEW_BYTES and self._held > _MOST_HELD:
             raise Refused(
-                "too many long bodies come at once; try again later.",
+                "too many long bodies arrive at once; try again later.",
                 status=429,
                 code="too_busy",
             )

@@ -1,4 +1,4 @@
-"""What a chat asks for: a conversation, how long the model thinks, the functions it may call.
+"""The fields of a chat request: the conversation, the think mode and the callable functions.
 
 Sources: platform.openai.com/docs/api-reference/chat for `tools` and `reasoning_effort`; vLLM for
 `chat_template_kwargs`.
@@ -18,7 +18,7 @@ from rwkv7_jax.text.chat_template import (
     write_conversation,
 )
 
-# The think modes that the efforts of OpenAI's interface mean.
+# The think mode for each value of `reasoning_effort` in OpenAI's API.
 EFFORTS = {
     "none": "off",
     "minimal": "fast",
@@ -32,13 +32,13 @@ _TEMPLATE_FIELDS = ("enable_thinking",)
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """A conversation whose next message is asked for.
+    """A conversation to continue with the next message.
 
     Attributes:
-        parts: of the prompt, each of which is encoded by itself.
-        opening: beginning of the answer that the prompt has already.
-        tools: functions that may be called, as `chat_template.tool_text` writes them.
-        parallel: whether an answer may have several calls.
+        parts: the parts of the prompt, each encoded separately.
+        opening: the start of the answer, which is already in the prompt.
+        tools: the callable functions, as `chat_template.tool_texts` formats them.
+        parallel: whether an answer may have several function calls.
     """
 
     parts: tuple[str, ...]
@@ -51,7 +51,7 @@ def read_chat(fields: Fields) -> Chat:
     """Takes the fields that only chats have.
 
     Raises:
-        Refused: one is wrong, or two contradict each other.
+        Refused: a field is invalid, or two fields contradict each other.
     """
     think = _think_mode(fields)
     tools = _tools(fields)
@@ -65,15 +65,15 @@ def read_chat(fields: Fields) -> Chat:
 
 
 def _think_mode(fields: Fields) -> str:
-    """Takes the think mode, which has three spellings."""
+    """Takes the think mode, which any of three fields may set."""
     think = _choice(fields, "think", THINK_MODES)
     effort = _choice(fields, "reasoning_effort", EFFORTS)
     if effort is not None:
         meant = EFFORTS[effort]
         if think not in (None, meant):
             raise Refused(
-                f"`think` must be {meant!r}, which `reasoning_effort` {effort!r} means, or left "
-                f"out; got {think!r}.",
+                f"`think` must be {meant!r}, the think mode of `reasoning_effort` {effort!r}, or "
+                f"left out; got {think!r}.",
                 "think",
             )
         think = meant
@@ -81,19 +81,19 @@ def _think_mode(fields: Fields) -> str:
     if switch is None:
         return "off" if think is None else think
     if think is None:
-        # As in the Jinja template.
+        # As in the exported Jinja template.
         return "free" if switch else "fast"
     if switch != (THINK_MODES[think].filler is None):
         raise Refused(
-            "`chat_template_kwargs.enable_thinking` must agree with `think` or `reasoning_effort`, "
-            f"which mean {think!r}; got {str(switch).lower()}.",
+            "`chat_template_kwargs.enable_thinking` must agree with the think mode of `think` or "
+            f"`reasoning_effort`, {think!r}; got {str(switch).lower()}.",
             "chat_template_kwargs",
         )
     return think
 
 
 def _choice(fields: Fields, name: str, known: Mapping[str, Any]) -> str | None:
-    """Takes a string that must be one of those known; None where it is not given."""
+    """Takes a string that must be one of the known values; None if it is absent."""
     value = fields.text(name, None)
     if value is not None and value not in known:
         raise Refused(
@@ -103,21 +103,21 @@ def _choice(fields: Fields, name: str, known: Mapping[str, Any]) -> str | None:
 
 
 def _enable_thinking(fields: Fields) -> bool | None:
-    """Takes the variables of a chat template, of which there is one."""
+    """Takes the only known variable of the chat template; None if it is absent."""
     name = "chat_template_kwargs"
     variables = fields.members(name)
     for variable, value in variables.items():
         if variable not in _TEMPLATE_FIELDS or not isinstance(value, bool):
             raise Refused(
-                f"`{name}.{variable:.60}` must be {', '.join(_TEMPLATE_FIELDS)}, and true or "
-                "false.",
+                f"`{name}.{variable:.60}` must have the name {', '.join(_TEMPLATE_FIELDS)} and the "
+                "value true or false.",
                 name,
             )
     return variables.get("enable_thinking")
 
 
 def _tools(fields: Fields) -> tuple[str, ...]:
-    """Takes the functions that the model may call, as the template writes them."""
+    """Takes the callable functions, as the template formats them."""
     tools = fields.items("tools")
     choice = fields.optional("tool_choice", "auto")
     for tool in tools:
@@ -132,15 +132,15 @@ def _tools(fields: Fields) -> tuple[str, ...]:
     if choice not in ("auto", "none"):
         kind = repr(choice) if isinstance(choice, str) else kind_of(choice)
         raise Refused(
-            "`tool_choice` must be 'auto' or 'none', because no answer is sure to have a call; "
-            f"got {kind:.60}.",
+            "`tool_choice` must be 'auto' or 'none', because a call cannot be enforced; got "
+            f"{kind:.60}.",
             "tool_choice",
         )
     return texts if choice == "auto" else ()
 
 
 def _check_tool(tool: Any) -> None:
-    """Refuses tools that are no functions, and promises that cannot be given."""
+    """Raises for a tool that is not a function, and for `strict`, which cannot be enforced."""
     if not isinstance(tool, dict):
         return
     kind = tool.get("type") or "function"
@@ -150,24 +150,24 @@ def _check_tool(tool: Any) -> None:
     described = function if isinstance(function, dict) else tool
     if described.get("strict"):
         raise Refused(
-            "`tools` must not be `strict`, because no schema is enforced here; leave it out.",
+            "`tools` must not be `strict`, because schemas are not enforced; leave it out.",
             "tools",
         )
 
 
 def _prompt(messages: Any, think: str, tools: Sequence[str]) -> tuple[str, ...]:
-    """Writes a conversation up to the beginning of the next answer, in parts as in tuning.
+    """Formats a conversation up to the start of the next answer, in the same parts as in tuning.
 
-    The ids of the messages so far do not change by what follows, and the cache finds them again.
+    Later messages do not change the token ids of earlier ones, so the cache finds them again.
     """
     if not isinstance(messages, list) or not messages:
         raise Refused("`messages` must be a list of messages.", "messages")
     try:
         turns = [read_message(message, at) for at, message in enumerate(messages, 1)]
         turns = _in_order_of_calls(turns, messages)
-        # As in `rwkv7 generate`, a system that says nothing has no turn.
+        # As in `rwkv7 generate`, an empty system message has no turn.
         turns = [turn for turn in turns if turn.content or turn.role != "system"]
-        # The model chooses between words and a call, as "auto" says.
+        # `must_call` is false because "auto" lets the model choose between text and a call.
         parts = write_conversation(
             turns, think=think, tools=tools, must_call=False, ask=True
         )
@@ -177,7 +177,8 @@ def _prompt(messages: Any, think: str, tools: Sequence[str]) -> tuple[str, ...]:
         raise Refused("`messages` is nested too deeply.", "messages") from None
     if not turns or turns[-1].role == "assistant":
         raise Refused(
-            "`messages` must end with one that the assistant is to answer.", "messages"
+            "`messages` must end with a message for the assistant to answer.",
+            "messages",
         )
     return tuple(part.text for part in parts)
 
@@ -185,10 +186,10 @@ def _prompt(messages: Any, think: str, tools: Sequence[str]) -> tuple[str, ...]:
 def _in_order_of_calls(
     turns: Sequence[Message], messages: Sequence[Mapping[str, Any]]
 ) -> list[Message]:
-    """Puts what functions gave in the order of their calls: the template has no ids.
+    """Sorts the results of functions into the order of their calls: the template has no ids.
 
     Raises:
-        ValueError: an id that no call of the answer before has.
+        ValueError: no call in the previous answer has the id of a result.
     """
     keys: list[tuple[int, int]] = []
     answer = 0
@@ -201,10 +202,10 @@ def _in_order_of_calls(
             keys.append((number, 0))
             continue
         id = message.get("tool_call_id")
-        # By its spelling: a wrong one may be a list, which is no key.
+        # Use `repr`: an invalid id may be a list, which cannot be a dict key.
         if id is not None and repr(id) not in places:
             raise ValueError(
-                f'message {number}: "tool_call_id" must be that of a call in the answer before; '
+                f'message {number}: "tool_call_id" must be that of a call in the previous answer; '
                 f"got {id!r:.60}"
             )
         keys.append((answer, number if id is None else places[repr(id)]))
@@ -213,7 +214,7 @@ def _in_order_of_calls(
 
 
 def _first_places(ids: Sequence[Any]) -> dict[str, int]:
-    """Maps the spelling of each id to its first place."""
+    """Maps the `repr` of each id to its first position."""
     places: dict[str, int] = {}
     for place, id in enumerate(ids):
         places.setdefault(repr(id), place)

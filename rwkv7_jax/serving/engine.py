@@ -1,6 +1,6 @@
 """Continuous batching: requests wait in a queue, get a row of the batch, and decode together.
 
-One thread uses the device. In a tick it reads a chunk of a prompt for each free row, which bounds
+One thread uses the device. Each tick prefills one chunk of a prompt for each free row, which bounds
 how long the other requests wait, and decodes a block of tokens in every row. A recurrent state
 makes this simple: admitting a request writes one row, whose size does not grow with the text.
 """
@@ -43,14 +43,14 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 
 _CACHE_BYTES = 2**28
 
-# Ids that prompts must share for a state after them to be worth its memory.
+# Prompts must share this many more tokens than are cached for another state to be worth its memory.
 _LEAST_FORK = 32
 
-# Ticks in a row that may fail: after so many it is the device, and no request, that is broken.
+# After this many consecutive failed ticks the device is assumed broken, not a request.
 _MOST_FAILURES = 3
 
-# Seconds between two looks whether a thread that is to end still can.
-_LOOK_SECONDS = 1.0
+# Seconds between two checks whether a closing thread can still end.
+_CHECK_SECONDS = 1.0
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,21 +58,21 @@ _NOT_FINITE = "the model's logits are not finite"
 
 
 class Engine:
-    """A model, its start states, and the requests that it is answering.
+    """A model, its start states, and its open requests.
 
-    A request's tokens depend on the request alone: not on its row, on its neighbours, or on when it
-    came. Rows are independent in the model, and draws are made by the request's seed and the number
-    of the token. A prefix from the cache was read in other chunks, so numbers after it are equal up
-    to rounding; without a cache they are equal.
+    The tokens of an answer depend only on the request, not on its row, on other requests or on its
+    arrival time. The rows of the model are independent, and sampling depends only on the seed of
+    the request and the index of the token. Without a cache, results are bit-exact. A cached prefix
+    was read in other chunks, so results after it may differ by rounding.
 
     Attributes:
-        model: that answers.
-        tokenizer: its vocabulary.
-        longest_prompt: ids of a prompt at most.
-        longest_answer: new ids of an answer at most.
-        most_waiting: requests that may wait for a row.
-        is_closed: it has ended.
-        failure: the error that ended it; None if none has.
+        model: the model.
+        tokenizer: the tokenizer of the model.
+        longest_prompt: the maximum number of prompt tokens.
+        longest_answer: the maximum number of new tokens.
+        most_waiting: the maximum number of requests that wait for a row.
+        is_closed: whether the engine has ended.
+        failure: the error that ended the engine; None if there was none.
     """
 
     def __init__(
@@ -89,24 +89,25 @@ class Engine:
         cache_bytes: int = _CACHE_BYTES,
         watchdog: Watchdog | None = None,
     ):
-        """Makes free rows; nothing is compiled before `warm_up` or the first request.
+        """Creates free rows; decoding compiles in `warm_up` or at the first request.
 
         Args:
-            model: static.
+            model: the model.
             params: the weights.
-            tokenizer: of the model's vocabulary.
+            tokenizer: the tokenizer of the model.
             states: start states by name, each of one sequence.
-            slots: requests that decode together.
-            queue: requests that may wait for a row.
-            longest_prompt: ids of a prompt at most.
-            longest_answer: new ids of an answer at most.
-            cache_bytes: of states that are kept after prompts and answers; 0 keeps none.
-            watchdog: that tells when a tick lasts too long; None is one of two minutes.
+            slots: the number of requests that decode together.
+            queue: the maximum number of requests that wait for a row.
+            longest_prompt: the maximum number of prompt tokens.
+            longest_answer: the maximum number of new tokens.
+            cache_bytes: the memory for cached states after prompts and answers; 0 disables the
+                cache.
+            watchdog: detects a tick that takes too long; None allows two minutes.
 
         Raises:
-            TypeError: an argument of the wrong kind.
-            ValueError: an argument out of its range, a state of another model, or upscaled states
-                that cannot be rows of one batch.
+            TypeError: an argument has the wrong type.
+            ValueError: an argument is out of range, a state belongs to another model, or upscaled
+                states cannot be rows of one batch.
         """
         with prefix_errors("Engine"):
             check_model(model)
@@ -130,10 +131,10 @@ class Engine:
         self._cache = PrefixCache(cache_bytes)
         self._answers = AnswerStates(self._slots, self._cache)
         self._taken: list[Ticket | None] = [None] * slots
-        # Those whose prompts are being read, of which each will get a row that is free now.
+        # Requests whose prompts are being read. For each of them a row is free.
         self._readers: list[Reader] = []
         self._watchdog = watchdog or Watchdog()
-        # Guards what other threads touch: the queue and whether the engine goes on.
+        # Guards what other threads use: the queue, and whether the engine continues.
         self._lock = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._takes_more = True
@@ -142,19 +143,19 @@ class Engine:
         self._thread: threading.Thread | None = None
 
     def submit(self, request: Request, *, on_piece: OnPiece, on_end: OnEnd) -> Ticket:
-        """Takes a request; may be called from any thread.
+        """Adds a request to the queue; may be called from any thread.
 
         Args:
-            request: what to continue, and how.
-            on_piece: called with each piece of the answer, by the engine's thread.
-            on_end: called once, with the answer.
+            request: the prompt and how to continue it.
+            on_piece: called by the engine's thread with each piece of the answer.
+            on_end: called once with the answer.
 
         Raises:
-            UnknownState: no state has the request's name.
-            TooBusy: too many requests wait.
-            Closed: the engine takes no more requests.
-            ValueError: a number out of its range, or an id outside the vocabulary.
-            TypeError: an argument of the wrong kind.
+            UnknownState: no state has the name that the request gives.
+            TooBusy: the queue is full.
+            Closed: the engine accepts no more requests.
+            ValueError: a number is out of range, or an id is outside the vocabulary.
+            TypeError: an argument has the wrong type.
         """
         with prefix_errors("submit"):
             check_instance(request, Request, "`request`")
@@ -178,36 +179,36 @@ class Engine:
         )
         with self._lock:
             if not self._takes_more:
-                raise Closed("no more requests are taken.")
+                raise Closed("the engine accepts no more requests.")
             if len(self._waiting) >= self.most_waiting:
-                raise TooBusy("too many requests wait; try again later.")
+                raise TooBusy("the queue is full; try again later.")
             self._waiting.append(ticket)
             self._lock.notify()
         return ticket
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """Lists the names of the start states that requests may give."""
+        """Returns the names of the start states that requests may give."""
         return self._states.names()
 
     def put_state(self, name: str, state: RWKV7State) -> None:
-        """Adds a start state, or replaces the one that has its name, from the next request on.
+        """Adds a start state, or replaces the one of the same name, for later requests.
 
         Args:
-            name: for requests.
-            state: of one sequence.
+            name: the name for requests.
+            state: the state of one sequence.
 
         Raises:
-            TypeError: something else than a state.
-            ValueError: a state of another model, or with a memory of another form than those from
-                the beginning.
+            TypeError: an argument has the wrong type.
+            ValueError: the state belongs to another model, or its memory differs in kind or size
+                from that of the initial states.
         """
         with prefix_errors("put_state"):
             check_instance(name, str, "`name`")
             self._states.put(name, state)
 
     def remove_state(self, name: str) -> None:
-        """Removes a start state; requests that were taken before go on from it.
+        """Removes a start state; earlier requests still start from it.
 
         Raises:
             UnknownState: no state has the name.
@@ -217,55 +218,55 @@ class Engine:
             self._states.remove(name)
 
     def _start(self, name: str | None) -> Start:
-        """Returns the start state of a name, which may be replaced or removed the moment after.
+        """Returns the start state of a name; another thread may replace or remove it at any time.
 
         Raises:
-            UnknownState: none has it.
+            UnknownState: no state has the name.
         """
         start = self._states.get(name)
         if start is None:
             names = ", ".join(self.state_names) or "none is served"
             raise UnknownState(
-                f"`state` must be a state that is served ({names}); got {name!r}."
+                f"`state` must name a state that is served ({names}); got {name!r}."
             )
         return start
 
     @property
     def decoding(self) -> int:
-        """Counts the requests that have a row."""
+        """Returns the number of requests that have a row."""
         return sum(ticket is not None for ticket in self._taken)
 
     @property
     def waiting(self) -> int:
-        """Counts the requests that wait for a row, or whose prompt is being read."""
+        """Returns the number of requests in the queue or in prefill."""
         return len(self._waiting) + len(self._readers)
 
     def start(self) -> None:
-        """Begins the thread that answers, if it has not begun; `close` ends it.
+        """Starts the engine's thread unless it was started; `close` ends it.
 
         Raises:
             Closed: the engine was closed.
         """
         with self._lock:
             if self.is_closed:
-                raise Closed("the engine was closed; make another one.")
+                raise Closed("the engine was closed; create another one.")
             if self._thread is not None:
                 return
             self._thread = threading.Thread(
                 target=self._run, name="engine", daemon=True
             )
             self._thread.start()
-        # A thread that still computes while the interpreter ends would abort the process.
+        # A thread that still computes while the interpreter exits would abort the process.
         atexit.register(self.close)
 
     def refuse_more(self) -> None:
-        """Takes no more requests; those that are open go on."""
+        """Accepts no more requests; open ones continue."""
         self._takes_more = False
 
     def close(self) -> None:
-        """Ends the thread after its tick; all requests that are open end as cancelled.
+        """Ends the thread after its tick; all open requests end as cancelled.
 
-        A thread whose device does not answer is left behind.
+        A thread whose device does not answer is abandoned.
         """
         with self._lock:
             self._takes_more = False
@@ -273,18 +274,18 @@ class Engine:
             self._lock.notify()
         if self._thread is not None:
             while self._thread.is_alive() and not self.is_stalled:
-                self._thread.join(_LOOK_SECONDS)
+                self._thread.join(_CHECK_SECONDS)
             atexit.unregister(self.close)
         self._end_all("cancelled", None)
 
     def warm_up(self) -> None:
-        """Compiles every program that requests need, before the thread begins.
+        """Compiles every program that requests need; call it before `start`.
 
         Raises:
-            RuntimeError: the thread has begun.
+            RuntimeError: the thread is running.
         """
         self._check_no_thread()
-        # The longest first: a longer prompt would find the shorter one in the cache.
+        # Longest first: a longer prompt would find a shorter one in the cache and skip its program.
         for width in sorted(self._slots.widths(), reverse=True):
             prompt = (0,) * min(width + 1, self.longest_prompt)
             tokens = min(BLOCK, self.longest_answer)
@@ -304,13 +305,13 @@ class Engine:
                         self._tick()
                     failures = 0
                 except Exception as error:
-                    _LOG.exception("the requests that are open fail")
+                    _LOG.exception("all open requests fail")
                     reason = f"{type(error).__name__}: {first_line(error)}"
                     self._end_all("failed", reason)
                     failures += 1
                     if failures == _MOST_FAILURES:
                         raise
-                    # The arrays of the rows may be half updated, or donated and gone.
+                    # The arrays of the rows may be partly updated, or donated and deleted.
                     self._slots.reset()
         except Exception as error:
             self.failure = error
@@ -322,34 +323,34 @@ class Engine:
             self._end_all("cancelled", None)
 
     def _wait_for_work(self) -> bool:
-        """Waits until there is work; returns False once the engine is closed."""
+        """Waits for work; returns False once the engine is closed."""
         with self._lock:
             self._lock.wait_for(lambda: self.is_closed or self.has_work)
             return not self.is_closed
 
     @property
     def has_work(self) -> bool:
-        """Tells whether a request is open."""
+        """Returns whether a request is open."""
         return self.decoding > 0 or self.waiting > 0
 
     @property
     def is_open(self) -> bool:
-        """Tells whether requests are taken."""
+        """Returns whether the engine accepts requests."""
         return self._takes_more
 
     @property
     def is_stalled(self) -> bool:
-        """Tells whether the device does not answer, which no error may ever say."""
+        """Returns whether a call of the device takes too long; it may never raise an error."""
         return self._watchdog.is_over
 
     def tick(self) -> bool:
-        """Reads a chunk of every prompt that will get a row, and draws at most one block.
+        """Prefills a chunk of every prompt that will get a row, and decodes at most one block.
 
         Returns:
-            Whether there is more to do.
+            Whether a request is still open.
 
         Raises:
-            RuntimeError: the engine's thread does it.
+            RuntimeError: the engine's thread is running.
         """
         self._check_no_thread()
         return self._tick()
@@ -357,7 +358,7 @@ class Engine:
     def _check_no_thread(self) -> None:
         if self._thread is not None and self._thread.is_alive():
             raise RuntimeError(
-                "Engine: `tick` and `warm_up` must be called before `start`, whose thread ticks."
+                "Engine: `tick` and `warm_up` must be called before `start`; its thread is running."
             )
 
     def _tick(self) -> bool:
@@ -370,7 +371,7 @@ class Engine:
         return self.has_work
 
     def _end_cancelled(self) -> None:
-        """Ends cancelled requests, whether they wait, are read or decode."""
+        """Ends cancelled requests in the queue, in prefill and in decoding."""
         with self._lock:
             gone = [ticket for ticket in self._waiting if ticket.cancelled]
             for ticket in gone:
@@ -387,20 +388,20 @@ class Engine:
         self._release(cancelled)
 
     def _begin_reading(self) -> None:
-        """Takes the oldest requests from the queue, one for each row that is free."""
+        """Takes the oldest requests from the queue, one per free row."""
         with self._lock:
             while self._waiting and len(self._readers) < self._taken.count(None):
                 self._readers.append(Reader(self._waiting.popleft()))
 
     def _read_chunk(self, reader: Reader) -> None:
-        """Reads a chunk of a prompt; after its last chunk the request gets a row."""
+        """Prefills a chunk of a prompt; after the last chunk the request gets a row."""
         ticket = reader.ticket
         if reader.state is None:
             reader.state = self._begin_from_cache(reader)
         prompt = ticket.request.prompt
-        # The last token is read by the row, which then has its logits.
+        # The row reads the last token, to get its logits.
         end = min(reader.position + CHUNK, len(prompt) - 1)
-        # The state is kept where another prompt went on otherwise: a third one may do so again.
+        # Cache the state where another prompt continued differently: a third one may, too.
         is_fork = reader.position < reader.fork < end
         end = reader.fork if is_fork else end
         if reader.position < end:
@@ -423,7 +424,7 @@ class Engine:
         self._readers.remove(reader)
 
     def _begin_from_cache(self, reader: Reader) -> RWKV7State:
-        """Finds what reading begins from: the start state, or what the cache has after it."""
+        """Returns the state that prefill starts from, which has read the longest cached prefix."""
         ticket = reader.ticket
         match = self._cache.find(ticket.start.key, ticket.request.prompt[:-1])
         reader.position = match.length
@@ -433,7 +434,7 @@ class Engine:
         return ticket.start.state if match.state is None else match.state
 
     def _decode_block(self) -> None:
-        """Draws a block, and ends the requests that are complete."""
+        """Decodes a block and ends the complete requests."""
         ended: dict[int, Ending] = {}
         scored = False
         limits = np.zeros(len(self._taken), np.int32)
@@ -456,7 +457,7 @@ class Engine:
         self._release(ended)
 
     def _release(self, ended: Mapping[int, Ending]) -> None:
-        """Frees rows, and ends their requests."""
+        """Frees rows and ends their requests."""
         if not ended:
             return
         rows = np.zeros(len(self._taken), bool)
@@ -469,7 +470,7 @@ class Engine:
             ticket.end(ending, _NOT_FINITE if ending == "failed" else None)
 
     def _end_all(self, ending: Ending, error: str | None) -> None:
-        """Ends every request that is open."""
+        """Ends every open request."""
         with self._lock:
             tickets = list(self._waiting)
             self._waiting.clear()

@@ -1,4 +1,4 @@
-"""A process that serves an application: its address, its signals, and its end."""
+"""The HTTP server of an application: address, signals and shutdown."""
 
 import asyncio
 import contextlib
@@ -16,27 +16,27 @@ from rwkv7_jax.serving.connections import Connection
 from rwkv7_jax.serving.engine import Engine
 from rwkv7_jax.serving.starting import make_starting_app
 
-# Seconds that a stopped server waits for clients that read their last events slowly.
+# Seconds that a stopping server waits for slow clients to read their last events.
 _LAST_SECONDS = 5
 
-# Seconds between two looks whether the last answers are complete.
-_LOOK_SECONDS = 0.05
+# Seconds between two checks whether the last answers are complete.
+_CHECK_SECONDS = 0.05
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Takes an address, before anything slow is done for it; `starting` listens there.
+    """Binds a socket to an address, without listening; `starting` and `serve` listen.
 
     Args:
-        host: address to listen at.
-        port: 0 takes a free one.
+        host: the address.
+        port: the port; 0 for a free one.
 
     Raises:
-        OSError: the address cannot be had.
+        OSError: the address is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     taken = socket.socket(family)
     try:
-        # A server that ended a moment ago does not keep its address.
+        # Reuse the address of a server that has just ended.
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind((host, port))
     except BaseException:
@@ -46,35 +46,35 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _listen(listener: socket.socket, backlog: int) -> None:
-    """Begins to listen; uvloop's server would pass over the error.
+    """Starts to listen, because uvloop's server would ignore the error.
 
     Raises:
-        ValueError: another program listens at the address.
+        ValueError: another program listens on the address.
     """
     try:
         listener.listen(backlog)
     except OSError as error:
         host, port = listener.getsockname()[:2]
         raise ValueError(
-            f"serve: another program began to listen at {host}:{port} while this one made itself "
-            f"ready; take another `--port`: {error}."
+            f"serve: another program started to listen on {host}:{port} in the meantime; use "
+            f"another `--port`: {error}."
         ) from None
 
 
 def _config(app: Starlette, *, keep_alive: int, last_seconds: int) -> uvicorn.Config:
-    """Makes the settings of a server.
+    """Returns the settings of a server.
 
     Args:
-        app: that answers.
-        keep_alive: seconds after which a connection without a request is closed.
-        last_seconds: after which a stopped server waits for no answer.
+        app: the application.
+        keep_alive: the seconds after which an idle connection is closed.
+        last_seconds: the seconds that a stopping server waits for its answers.
     """
     return uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
         server_header=False,
-        # Of the parser h11: the other one of uvicorn bounds no header.
+        # Based on h11: httptools does not limit the size of headers.
         http=Connection,
         ws="none",
         timeout_keep_alive=keep_alive,
@@ -84,22 +84,22 @@ def _config(app: Starlette, *, keep_alive: int, last_seconds: int) -> uvicorn.Co
 
 @contextlib.contextmanager
 def starting(listener: socket.socket, *, keep_alive: int) -> Iterator[None]:
-    """Answers from a thread that the server is not ready, while it makes itself so.
+    """Answers from a thread that the server is not ready, until the block ends.
 
-    Connections that come after the block wait for `serve`.
+    Connections after the block wait for `serve`.
 
     Args:
-        listener: from `bind`; it stays open.
-        keep_alive: seconds after which a connection without a request is closed.
+        listener: the socket, from `bind`; it stays open.
+        keep_alive: the seconds after which an idle connection is closed.
 
     Raises:
-        ValueError: another program listens at the address since it was taken.
+        ValueError: another program has started to listen on the address.
     """
     app = make_starting_app()
     config = _config(app, keep_alive=keep_alive, last_seconds=_LAST_SECONDS)
     _listen(listener, config.backlog)
     server = uvicorn.Server(config)
-    # It closes what it is given.
+    # The server closes the socket that it is given.
     own = listener.dup()
     thread = threading.Thread(
         target=server.run, kwargs={"sockets": [own]}, name="starting", daemon=True
@@ -113,7 +113,7 @@ def starting(listener: socket.socket, *, keep_alive: int) -> Iterator[None]:
 
 
 class _Server(uvicorn.Server):
-    """A server whose end is that of its engine, and that lets answers end before it does."""
+    """A server that ends with its engine, and that completes answers before it shuts down."""
 
     def __init__(
         self,
@@ -123,44 +123,44 @@ class _Server(uvicorn.Server):
         on_ready: Callable[[], None],
         drain: float,
     ):
-        """Takes the engine that the answers come from."""
+        """Stores the engine of the application; see `serve` for the other arguments."""
         super().__init__(config)
         self._engine = engine
         self._on_ready = on_ready
         self._drain = drain
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to listen."""
+        """Starts to serve, then calls `on_ready`."""
         await super().startup(sockets)
         if self.started:
             self._on_ready()
 
     async def on_tick(self, counter: int) -> bool:
-        """Tells whether to end, which an engine without a device can only do."""
+        """Returns whether to shut down, which a closed engine also requires."""
         return await super().on_tick(counter) or self._engine.is_closed
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Ends the server: in peace after SIGTERM, at once after another signal or a second one."""
+        """Shuts down: gracefully after SIGTERM, at once after another signal or a second one."""
         if self.should_exit or sig != signal.SIGTERM:
             self._drain = 0
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends the server after a signal."""
+        """Ends the engine and the server after a signal."""
         self._engine.refuse_more()
         end = asyncio.create_task(self._end_engine())
         await super().shutdown(sockets)
         await end
 
     async def _end_engine(self) -> None:
-        """Ends the engine once its answers are complete, or the time for them is over."""
+        """Ends the engine once its answers are complete or the drain time is over."""
         start = time.monotonic()
         while (
             self._engine.has_work
             and not self._engine.is_stalled
             and time.monotonic() - start < self._drain
         ):
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_CHECK_SECONDS)
         await asyncio.to_thread(self._engine.close)
 
 
@@ -173,19 +173,19 @@ def serve(
     drain: float,
     keep_alive: int,
 ) -> None:
-    """Answers at an address until a signal, or an error of the engine, ends it.
+    """Serves an application until a signal or an error of the engine ends it.
 
     Args:
-        app: from `make_app`.
-        engine: the application's.
-        listener: from `bind`, also after `starting`; it is closed at the end.
-        on_ready: called when clients are answered.
-        drain: seconds that SIGTERM leaves to answers which have begun.
-        keep_alive: seconds after which a connection without a request is closed.
+        app: the application, from `make_app`.
+        engine: the engine of the application.
+        listener: the socket, from `bind`, also after `starting`; it is closed at the end.
+        on_ready: called when clients can connect.
+        drain: the seconds that open answers get to complete after SIGTERM.
+        keep_alive: the seconds after which an idle connection is closed.
 
     Raises:
-        ValueError: another program listens at the address since it was taken.
-        Exception: what ended the engine.
+        ValueError: another program has started to listen on the address.
+        Exception: the error that ended the engine.
     """
     config = _config(
         app, keep_alive=keep_alive, last_seconds=round(drain) + _LAST_SECONDS

@@ -1,4 +1,4 @@
-"""What a server's operator watches, in Prometheus' format."""
+"""Metrics of the server, in Prometheus' format."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,30 +17,30 @@ from rwkv7_jax.serving.requests import Answer, Ending, Piece
 
 _Receiver = Callable[[Piece | Answer], None]
 
-# How a request ends that found the queue full.
+# The label of a request that was rejected because the queue was full.
 _REFUSED = "refused"
 
-# Seconds; a small model on an accelerator is at the one end, a queue at a CPU at the other.
+# Seconds, from a small model on an accelerator to a queue on a CPU.
 _BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Metrics:
-    """Counts of requests and tokens, and times; any thread may add to them."""
+    """Counts of requests and tokens, and latencies. All methods are thread-safe."""
 
     def __init__(self, *, decoding: Callable[[], int], waiting: Callable[[], int]):
         """Starts at zero.
 
         Args:
-            decoding: counts the requests that have a row.
-            waiting: counts those that wait for one.
+            decoding: returns the number of requests that have a row.
+            waiting: returns the number of requests that wait for a row.
         """
         self._registry = CollectorRegistry()
-        # Memory, processor time and open files, where the system tells.
+        # Memory, CPU time and open files, on systems that report them.
         ProcessCollector(registry=self._registry)
         self._gauge("decoding", "requests that have a row of the batch", decoding)
         self._gauge("waiting", "requests in the queue", waiting)
         self._ended = self._counter("requests", "by how they ended", ["ended"])
-        # From the beginning: of a series that begins at 1, a rate misses the first failure.
+        # Create each series at 0: `rate` misses the first event of a series that begins at 1.
         for ending in (*get_args(Ending), _REFUSED):
             self._ended.labels(ending)
         self._prompt = self._counter("prompt_tokens", "of prompts")
@@ -65,7 +65,7 @@ class Metrics:
         )
 
     def watch(self, receive: _Receiver) -> _Receiver:
-        """Returns a receiver of a new request's events that notes them, and passes them on."""
+        """Returns a callback for a new request's events that records and forwards them."""
         start = time.monotonic()
         begun = False
 
@@ -89,9 +89,9 @@ class Metrics:
         self._whole.observe(seconds)
 
     def refuse(self) -> None:
-        """Notes a request that found the queue full."""
+        """Counts a request that was rejected because the queue was full."""
         self._ended.labels(_REFUSED).inc()
 
     def text(self) -> bytes:
-        """Returns all of them in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self._registry)

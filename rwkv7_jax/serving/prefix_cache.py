@@ -1,4 +1,4 @@
-"""States after prompts that were read before, so that what prompts share is not read again."""
+"""A cache of states, so that a prefix which prompts share is read only once."""
 
 import bisect
 from collections import OrderedDict
@@ -12,12 +12,13 @@ from rwkv7_jax.model.state import RWKV7State
 
 
 class Match(NamedTuple):
-    """What a cache knows of a prompt.
+    """The longest cached prefix of a prompt.
 
     Attributes:
-        length: tokens of the longest prefix that is cached.
-        state: after them; None if nothing is cached.
-        shared: tokens that the prompt has in common with another one, which may be longer than it.
+        length: the number of tokens in the longest cached prefix.
+        state: the state after it; None if no prefix is cached.
+        shared: the largest number of leading tokens that the prompt shares with a cached entry,
+            which may then continue differently.
     """
 
     length: int
@@ -34,13 +35,13 @@ class _Entry(NamedTuple):
         return self.tokens.nbytes + sum(leaf.nbytes for leaf in leaves)
 
     def common(self, tokens: np.ndarray) -> int:
-        """Counts the leading tokens that are the same."""
+        """Returns the number of leading tokens that are equal."""
         length = min(len(self.tokens), len(tokens))
         differ = self.tokens[:length] != tokens[:length]
         return int(differ.argmax()) if differ.any() else length
 
 
-# The start state's key and the tokens, as bytes whose order is that of the tokens.
+# The key of the start state and the tokens, as bytes that sort in the order of the tokens.
 _Key = tuple[int, bytes]
 
 
@@ -51,12 +52,12 @@ def _key(start: int, tokens: np.ndarray) -> _Key:
 class PrefixCache:
     """A cache of the states after prompts and answers; the least recently used are dropped.
 
-    The keys are kept in order, so that a prompt is compared with those next to it alone: the
-    engine's thread looks for every request, whatever the number of entries.
+    The keys are sorted, so a prompt is compared only with its neighbours. A lookup in the engine's
+    thread stays fast with many entries.
     """
 
     def __init__(self, most_bytes: int):
-        """Starts empty; with 0 bytes it stays so."""
+        """Starts empty; a limit of 0 bytes disables the cache."""
         self._most_bytes = most_bytes
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
         self._order: list[_Key] = []
@@ -64,16 +65,16 @@ class PrefixCache:
 
     @property
     def is_used(self) -> bool:
-        """Tells whether anything may be kept."""
+        """Returns whether the cache may hold anything."""
         return self._most_bytes > 0
 
     def keep(self, start: int, tokens: Sequence[int], state: RWKV7State) -> None:
-        """Keeps the state after tokens; those that were used longest ago make room for it.
+        """Caches the state after some tokens and drops the least recently used entries.
 
         Args:
-            start: key of the start state.
-            tokens: that were read after it.
-            state: of one row.
+            start: the key of the start state.
+            tokens: the tokens read after the start state.
+            state: the state of one row after them.
         """
         entry = _Entry(np.array(tokens, np.int32), state)
         size = entry.bytes()
@@ -88,15 +89,15 @@ class PrefixCache:
         self._bytes += size
 
     def find(self, start: int, tokens: Sequence[int]) -> Match:
-        """Finds what is cached of `tokens` after the start state with the key `start`."""
+        """Finds the longest cached prefix of `tokens` after the start state with key `start`."""
         prompt = np.array(tokens, np.int32)
         at = bisect.bisect_right(self._order, _key(start, prompt))
-        # Keys that begin like the prompt stand together, nearest to where it would stand itself.
+        # In sorted order, the keys that share most with the prompt are next to its own position.
         before = self._common(at - 1, start, prompt)
         shared = max(before, self._common(at, start, prompt))
         length = before
         while length:
-            # A prefix of the prompt that is cached begins the key before the prompt, too.
+            # Every cached prefix of the prompt is also a prefix of the key before the prompt.
             at = bisect.bisect_right(self._order, _key(start, prompt[:length]))
             common = self._common(at - 1, start, prompt[:length])
             key = self._order[at - 1]
@@ -108,13 +109,13 @@ class PrefixCache:
         return Match(0, None, shared)
 
     def _common(self, at: int, start: int, prompt: np.ndarray) -> int:
-        """Counts the leading tokens that a prompt shares with the key at a place in the order."""
+        """Returns how many leading tokens a prompt shares with the key at an index of the order."""
         if not 0 <= at < len(self._order) or self._order[at][0] != start:
             return 0
         return self._entries[self._order[at]].common(prompt)
 
     def clear(self) -> None:
-        """Drops all."""
+        """Drops all entries."""
         self._entries.clear()
         self._order.clear()
         self._bytes = 0

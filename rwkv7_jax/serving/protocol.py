@@ -1,7 +1,7 @@
-"""Bodies of OpenAI's interface, read as requests; no network.
+"""Request bodies of OpenAI's API, parsed to requests for the engine; no network.
 
-Fields that change nothing here are passed over, all others that are not known are refused: an
-answer that ignores what was asked for looks like one that does not.
+Fields that change nothing here are ignored. Other unknown or unsupported fields are rejected,
+because a client could not see from the answer that its field was ignored.
 
 Sources: platform.openai.com/docs/api-reference, completions and chat; the fields `state`,
 `penalty_decay` and `stop_token_ids` are those of RWKV's servers (josStorer/RWKV-Runner@64269f0
@@ -20,10 +20,10 @@ from rwkv7_jax.serving.requests import Request
 from rwkv7_jax.text.chat_template import CHAT_STOP
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-# What every model may be called, besides its name.
+# A name that every model has besides its own.
 ANY_MODEL = "rwkv"
 
-# Tokens that continue a text, where the client does not say.
+# The default limit on new tokens of a completion.
 _LENGTH = 256
 
 
@@ -32,13 +32,13 @@ class Served:
     """What a server offers.
 
     Attributes:
-        name: of the model.
-        states: names of the start states.
-        tokenizer: of the model.
-        most_bytes: of a prompt; a longer one cannot be as few ids as a prompt may have.
-        longest_answer: new ids of an answer at most.
-        most_answers: of one call.
-        started: seconds since 1970.
+        name: the name of the model.
+        states: the names of the start states.
+        tokenizer: the tokenizer of the model.
+        most_bytes: the maximum size of a prompt; a larger one has too many tokens in any case.
+        longest_answer: the maximum number of new tokens.
+        most_answers: the maximum number of answers to one call.
+        started: the start time in seconds since 1970.
     """
 
     name: str
@@ -50,23 +50,23 @@ class Served:
     started: int = 0
 
     def models(self) -> list[str]:
-        """Lists what a call may name as its model: the base, and each state on it."""
+        """Returns the model names that a call may give: the base, and the base with each state."""
         return [self.name, *(f"{self.name}:{state}" for state in self.states)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A body that was read.
+    """A parsed body.
 
     Attributes:
-        requests: for the engine, one for each answer; those of one prompt follow each other.
-        per_prompt: answers to each prompt.
-        chat: that is to go on; None where a text is.
-        stream: whether it is sent as it is made.
-        include_usage: whether a stream ends with the numbers of tokens.
-        model: as the client named it.
-        id: of the answer.
-        created: seconds since 1970.
+        requests: the requests for the engine, one per answer, grouped by prompt.
+        per_prompt: the number of answers per prompt.
+        chat: the conversation to continue; None for a completion.
+        stream: whether to stream the answers.
+        include_usage: whether a stream ends with the token counts.
+        model: the model name that the client gave.
+        id: the id of the response.
+        created: the time of the call in seconds since 1970.
     """
 
     requests: tuple[Request, ...]
@@ -80,11 +80,11 @@ class Call:
 
 
 def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
-    """Reads the body of a call.
+    """Parses the body of a call.
 
     Raises:
-        Refused: a field that is unknown, is not served, or has a value of another kind. Ranges are
-            the engine's to check.
+        Refused: a field is unknown or unsupported, or its value has the wrong type. The engine
+            checks the ranges of values.
     """
     if not isinstance(body, dict):
         raise Refused(f"the body must be an object; got {kind_of(body)}.")
@@ -100,10 +100,10 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
         stops = (*stops, CHAT_STOP)
     else:
         texts = _listed(fields.take("prompt"))
-        # Before they are encoded: a body has room for millions of short ones.
+        # Check the number before encoding: a body may hold millions of short prompts.
         per_prompt = fields.answers(len(texts), served.most_answers)
         prompts = [_text_prompt(text, served) for text in texts]
-    # A message ends by itself; a text may go on for ever.
+    # A message ends by itself; a completion may never end.
     usual = min(_LENGTH, served.longest_answer)
     first = Request(
         prompt=(),
@@ -122,7 +122,7 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
     )
     requests = []
     for prompt in prompts:
-        # One for all answers: a copy for each would be thousands of long ones.
+        # All answers share one tuple: thousands of copies of a long prompt would fill the memory.
         shared = dataclasses.replace(first, prompt=tuple(prompt))
         for answer in range(per_prompt):
             requests.append(dataclasses.replace(shared, seed=first.seed + answer))
@@ -142,7 +142,7 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
 
 
 def named_state(state: str | None, model: str, served: Served) -> str | None:
-    """Finds the state that a call names, in `state` or in `model` after a colon.
+    """Returns the state that a call names, in `state` or after a colon in `model`.
 
     Raises:
         Refused: the model or the state is not served.
@@ -157,7 +157,7 @@ def named_state(state: str | None, model: str, served: Served) -> str | None:
         )
     if colon and state is not None and state != after:
         raise Refused(
-            f"`state` must be that of `model`, {after!r}, or left out; got {state!r:.60}.",
+            f"`state` must be the state in `model`, {after!r}, or left out; got {state!r:.60}.",
             "state",
         )
     param = "model" if colon else "state"
@@ -174,13 +174,13 @@ def named_state(state: str | None, model: str, served: Served) -> str | None:
 
 
 def _listed(prompt: Any) -> list[Any]:
-    """Returns prompts as a list: there may be one, which may be a list of ids itself."""
+    """Returns the prompts as a list; a single prompt may be a text or a list of ids."""
     is_list = isinstance(prompt, list) and prompt and not is_id(prompt[0])
     return prompt if is_list else [prompt]
 
 
 def _text_prompt(prompt: Any, served: Served) -> Sequence[int]:
-    """Reads a text or a list of ids; an empty text becomes the id that ends documents."""
+    """Encodes a text or returns a list of ids; an empty text becomes the end-of-document id."""
     if isinstance(prompt, str):
         return _encode([prompt], served, "prompt") or served.tokenizer.stop_ids
     if not isinstance(prompt, list) or not all(map(is_id, prompt)):
@@ -192,10 +192,10 @@ def _text_prompt(prompt: Any, served: Served) -> Sequence[int]:
 
 
 def _encode(parts: Sequence[str], served: Served, field: str) -> list[int]:
-    """Encodes the parts of a prompt, each by itself.
+    """Encodes the parts of a prompt, each separately.
 
     Raises:
-        Refused: they are no text, or so long that encoding them would be in vain.
+        Refused: a part is not valid Unicode, or the prompt is certainly too long.
     """
     try:
         texts = [part.encode() for part in parts]
@@ -204,7 +204,7 @@ def _encode(parts: Sequence[str], served: Served, field: str) -> list[int]:
     size = sum(map(len, texts))
     if size > served.most_bytes:
         raise Refused(
-            f"`{field}` must have at most {served.most_bytes:,} bytes, and fewer where its tokens "
+            f"`{field}` must have at most {served.most_bytes:,} bytes, and fewer if its tokens "
             f"are short; got {size:,}.",
             field,
         )

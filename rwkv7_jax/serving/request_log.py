@@ -1,4 +1,4 @@
-"""A line of the log for each request, and the id that client and operator know it by."""
+"""The request log: one line per request, with an id that the client also receives."""
 
 import contextlib
 import datetime
@@ -14,37 +14,37 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rwkv7_jax.serving.access import LIVE, READY
 from rwkv7_jax.serving.fields import Refused
 
-# An id that a client or a proxy may give; others could be anything, in any length.
+# A request id that a client or a proxy may give; others are replaced.
 _ID = re.compile(rb"[\w.:/+=-]{1,128}")
 
-# Asked every few seconds, by programs; lines of them would hide the others.
+# Programs request these paths every few seconds; their lines would hide the others.
 _PROBES = (READY, LIVE, "/metrics")
 
-# A client that disconnected before its answer was whole, as nginx notes it.
+# nginx's status for a client that disconnected before its response was complete.
 _LEFT = 499
 
 
 class RequestLog:
-    """Gives every answer the header `X-Request-Id`, and writes a line when it is complete."""
+    """Middleware that adds `X-Request-Id` to each response and logs it once it is complete."""
 
     def __init__(self, app: ASGIApp, stream: TextIO | None):
-        """Takes what is behind it.
+        """Stores the arguments.
 
         Args:
-            app: that answers.
-            stream: for the lines; None writes none.
+            app: the wrapped application.
+            stream: receives the lines; None disables the log.
         """
         self._app = app
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, and what is answered."""
+        """Forwards a request and its response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         id = _request_id(scope)
         start = time.monotonic()
-        # What an error that nobody expected becomes.
+        # The status that outer middleware gives to an unhandled error.
         status = 500
         complete = False
         left = False
@@ -71,7 +71,7 @@ class RequestLog:
             self._write(scope, id, _LEFT if left else status, time.monotonic() - start)
 
     def _write(self, scope: Scope, id: str, status: int, seconds: float) -> None:
-        """Writes the line of a request; a stream that is gone must not cost an answer."""
+        """Writes the line of a request; ignores a closed stream, which must not fail responses."""
         if self._stream is None or (scope["path"] in _PROBES and status == 200):
             return
         now = datetime.datetime.now(datetime.UTC)
@@ -90,17 +90,17 @@ class RequestLog:
 
 
 class UnexpectedErrors:
-    """Answers requests that an error ended which nobody expected; the server logs the error.
+    """Middleware that answers 500 after an unhandled error, which the server logs.
 
-    Starlette would do so outside of all middleware, where an answer gets no header any more.
+    Starlette would answer outside all middleware, which then could not add headers.
     """
 
     def __init__(self, app: ASGIApp):
-        """Takes what is behind it."""
+        """Wraps an application."""
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on."""
+        """Handles a request."""
         has_begun = False
 
         async def note_answer(message: Message) -> None:
@@ -121,6 +121,6 @@ class UnexpectedErrors:
 
 
 def _request_id(scope: Scope) -> str:
-    """Returns the id that came with a request, or a new one."""
+    """Returns the id that a request gives, or a new one."""
     given = dict(scope["headers"]).get(b"x-request-id", b"")
     return given.decode() if _ID.fullmatch(given) else secrets.token_hex(12)

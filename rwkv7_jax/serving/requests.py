@@ -6,17 +6,17 @@ from typing import Literal, NamedTuple
 Ending = Literal["stop_id", "stop_string", "length", "cancelled", "failed"]
 
 
-# Most probable ids that a request may ask for beside each token.
+# The maximum number of alternatives that a request may ask for per token.
 MOST_ALTERNATIVES = 20
 
 
 class TokenScore(NamedTuple):
-    """What the model says of a token: before penalties, cutoffs and temperature.
+    """The model's score of a token, before penalties, top-p, top-k and temperature.
 
     Attributes:
-        id: of the token.
+        id: the token id.
         logp: its log-probability.
-        alternatives: the most probable ids and their log-probabilities, best first.
+        alternatives: the most probable ids with their log-probabilities, most probable first.
     """
 
     id: int
@@ -28,9 +28,9 @@ class Piece(NamedTuple):
     """The next part of an answer.
 
     Attributes:
-        text: that no stop string can cut any more.
-        scores: of tokens that are certain, if the request asks for them. They may be ahead of the
-            text: a character can be several tokens.
+        text: text that no stop string can cut any more.
+        scores: the scores of tokens that no stop string can cut, if the request asks for scores.
+            They may be ahead of the text, because a character may consist of several tokens.
     """
 
     text: str
@@ -41,22 +41,22 @@ class Piece(NamedTuple):
 class Request:
     """A prompt to continue.
 
-    The same request gives the same tokens, whatever else is served meanwhile.
+    The tokens of the answer do not depend on concurrent requests.
 
     Attributes:
-        prompt: ids that are read first, at least one.
-        state: name of the start state; None is a model that has read nothing.
-        tokens: new ids at most, at least 1.
-        seed: of the draws.
-        temperature: 0 takes the most probable token.
-        top_p: probability mass to keep.
-        top_k: tokens to keep; 0 for no limit.
-        presence_penalty: subtracted from the logit of ids that were generated.
-        frequency_penalty: subtracted once more for every time they were generated.
-        penalty_decay: factor on those counts at every token.
-        stop_ids: ids that end the answer besides the vocabulary's end of text.
-        stop_strings: strings that end the answer; not part of it.
-        alternatives: most probable ids to report beside each token; None reports no token's score.
+        prompt: the prompt tokens, at least one.
+        state: the name of the start state; None for a model that has read nothing.
+        tokens: the maximum number of new tokens, at least 1.
+        seed: the seed of sampling.
+        temperature: 0 for greedy decoding.
+        top_p: the probability mass to keep.
+        top_k: the number of tokens to keep; 0 for no limit.
+        presence_penalty: subtracted from the logits of ids that were generated.
+        frequency_penalty: subtracted once more for each time that an id was generated.
+        penalty_decay: factor on the counts of generated ids at every token.
+        stop_ids: ids that end the answer besides the vocabulary's end-of-text id.
+        stop_strings: strings that end the answer and are not part of it.
+        alternatives: the number of most probable ids to report per token; None for no scores.
     """
 
     prompt: tuple[int, ...]
@@ -79,14 +79,15 @@ class Answer:
     """The result of a request.
 
     Attributes:
-        text: the whole answer; of one that was cancelled or failed, what there was of it.
-        tokens: its ids.
-        ended: how it ended.
-        prompt_tokens: ids of the prompt.
-        cached_tokens: how many of them were not read again, since a cache held the state after
+        text: the answer; the part so far if the request was cancelled or failed.
+        tokens: the ids of the answer.
+        ended: how the answer ended.
+        prompt_tokens: the number of prompt tokens.
+        cached_tokens: how many prompt tokens were not read, because the cache held the state after
             them.
-        scores: of the tokens, if the request asks for them; none of a token that a stop string cut.
-        error: what went wrong, one sentence; None unless it failed.
+        scores: the scores of the tokens, without those that a stop string cut; empty unless the
+            request asks for them.
+        error: why the request failed, as one sentence; None unless it failed.
     """
 
     text: str
@@ -99,12 +100,12 @@ class Answer:
 
 
 class UnknownState(ValueError):
-    """No start state has the name that a request gave."""
+    """No start state has the name that a request gives."""
 
 
 class TooBusy(Exception):
-    """More requests wait than may."""
+    """The queue is full."""
 
 
 class Closed(Exception):
-    """The engine takes no more requests."""
+    """The engine accepts no more requests."""

@@ -1,8 +1,8 @@
-"""The device's side of serving: a batch of fixed size whose rows are given to requests.
+"""The device side of serving: a batch of fixed size whose rows are assigned to requests.
 
-Whatever is served, the programs are the same: some read a chunk of one prompt, each of one width,
-and one decodes a block of all rows. A row is taken by writing one row of the state, so nothing is
-compiled or moved for it.
+The compiled programs do not depend on the requests. One program per chunk width prefills a chunk of
+one prompt, and one program decodes a block of all rows. Assigning a row only writes one row of the
+state, so nothing is recompiled or moved.
 """
 
 import functools
@@ -35,22 +35,22 @@ from rwkv7_jax.serving.requests import MOST_ALTERNATIVES, TokenScore
 from rwkv7_jax.sharding import to_host
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-# Tokens that a row draws between two looks of the host.
+# The number of tokens that a row decodes before the host reads them.
 BLOCK = 8
 
-# Tokens of a prompt that are read at once.
+# The maximum number of prompt tokens in one prefill program.
 CHUNK = 256
 
 
 class Drawn(NamedTuple):
-    """What one block gave a row.
+    """The result of one block in one row.
 
     Attributes:
-        tokens: new ids, without the one that stopped the row.
-        stopped: an id that ends a text was drawn after them.
-        broken: the logits after them were not finite.
-        scores: of the tokens, with as many alternatives as a request may ask for; none where they
-            were not asked for.
+        tokens: the new ids, without the one that stopped the row.
+        stopped: whether an end-of-text id was drawn after them.
+        broken: whether the logits after them were non-finite.
+        scores: the scores of the tokens, with the maximum number of alternatives; empty unless
+            `decode` was called with `scored`.
     """
 
     tokens: list[int]
@@ -60,8 +60,8 @@ class Drawn(NamedTuple):
 
 
 def free_options(model: RWKV7, tokenizer: Tokenizer) -> sampling.SamplingParams:
-    """Makes the sampling options of a free row; its token masks apply to all rows."""
-    # Greedy, so that it costs no draws.
+    """Returns the sampling options of a free row; its token masks apply to all rows."""
+    # Greedy, because it costs no random numbers.
     return sampling.make_options(
         model.config.vocab_size,
         temperature=0.0,
@@ -71,7 +71,7 @@ def free_options(model: RWKV7, tokenizer: Tokenizer) -> sampling.SamplingParams:
 
 
 class Slots:
-    """Rows of a batch that decode together, each for a request of its own."""
+    """The rows of a batch that decode together, each for its own request."""
 
     def __init__(
         self,
@@ -82,14 +82,14 @@ class Slots:
         slots: int,
         free: sampling.SamplingParams,
     ):
-        """Makes free rows.
+        """Creates free rows.
 
         Args:
-            model: static.
+            model: the model.
             params: the weights.
-            start: a state of one row, with the leaves that all have.
-            slots: rows (B).
-            free: options of a row that nobody has taken; the ids in them count for all rows.
+            start: a state of one row, with the leaves that all states have.
+            slots: the number of rows (B).
+            free: the sampling options of a free row; its token masks apply to all rows.
         """
         self._model = model
         self._params = params
@@ -98,13 +98,13 @@ class Slots:
         self._free = free
         self._alternatives = min(MOST_ALTERNATIVES, model.config.vocab_size)
         self._options = [free] * slots
-        # Tokens that rows read before they draw: the last one of a prompt.
+        # The token that each new row reads before it samples: the last one of the prompt.
         self._known = np.zeros(slots, np.int32)
         self._is_new = np.zeros(slots, bool)
         self.reset()
 
     def reset(self) -> None:
-        """Makes all rows free and new."""
+        """Frees all rows and creates their arrays anew."""
         self._is_new[:] = False
         count = len(self._options)
         run = DecodeState.create(
@@ -116,12 +116,12 @@ class Slots:
         self._rows = commit_like(self._params, _Rows(run, keys))
 
     def widths(self) -> set[int]:
-        """Returns the widths of chunks, each of which is a program."""
+        """Returns the chunk widths, each of which has its own program."""
         chunks = (next(chunk_widths(total, CHUNK)) for total in range(1, CHUNK + 1))
         return {width for _, width in chunks}
 
     def read(self, state: RWKV7State, tokens: Sequence[int]) -> RWKV7State:
-        """Reads tokens into the state of one row, at most a chunk at once."""
+        """Prefills the state of one row with tokens, at most one chunk per call of the device."""
         return prefill_rows(self._model, self._params, state, [tokens], chunk=CHUNK)
 
     def take(
@@ -133,16 +133,16 @@ class Slots:
         seed: int,
         options: sampling.SamplingParams,
     ) -> None:
-        """Gives a row to a request whose prompt was read but for its last token."""
+        """Assigns a row to a request, whose state has read the prompt except its last token."""
         self._options[slot] = options
         self._known[slot] = token
         self._is_new[slot] = True
         self._rows = _take(self._rows, slot, state, jax.random.key(seed))
 
     def free(self, slots: Bool[np.ndarray, " B"]) -> None:
-        """Stops rows; what is left in them is overwritten by the next request."""
+        """Stops rows; the next request overwrites their content."""
         self._is_new &= ~slots
-        # A row that is free draws nothing, and its choices should cost nothing.
+        # The sampling options of a free row should cost nothing.
         for slot in np.flatnonzero(slots):
             self._options[slot] = self._free
         self._rows = _free(self._rows, slots)
@@ -150,16 +150,16 @@ class Slots:
     def states(self) -> RWKV7State:
         """Returns the states of all rows, which have read all tokens that `decode` returned.
 
-        They are gone once a row is taken or freed.
+        They are invalid once a row is assigned or freed, which donates them.
         """
         return self._rows.run.state
 
     def decode(self, limits: Int[np.ndarray, " B"], *, scored: bool) -> list[Drawn]:
-        """Draws up to a block in every row that is taken; others draw nothing.
+        """Decodes up to one block in every assigned row.
 
         Args:
-            limits: tokens that each row draws at most.
-            scored: whether to score the tokens, which takes a sort of the vocabulary.
+            limits: the maximum number of tokens for each row.
+            scored: whether to score the tokens, which requires sorting the vocabulary.
         """
         decoded = decode(
             self._model,
@@ -193,7 +193,7 @@ class Slots:
 def _token_scores(
     tokens: np.ndarray, scores: sampling.ModelScores, row: int, count: int
 ) -> list[TokenScore]:
-    """Returns the scores of a row's first tokens."""
+    """Returns the scores of the first `count` tokens of a row."""
     found = []
     for at in range(count):
         ids = scores.ids[row, at].tolist()
@@ -208,18 +208,18 @@ def _token_scores(
 
 
 def _own_rows(state: RWKV7State, count: int) -> RWKV7State:
-    """Makes rows of a state of one row that share nothing: each will be written by itself."""
+    """Repeats a state of one row; each row gets its own buffer, as it is written separately."""
 
     def own(leaf: Array) -> Array:
         rows = jnp.broadcast_to(leaf, (leaf.shape[0], count, *leaf.shape[2:]))
-        # The rows are donated, and the state stays.
+        # Copy, because the rows are donated and the state must remain valid.
         return jnp.array(rows, copy=True)
 
     return jax.tree.map(own, state)
 
 
 class _Rows(NamedTuple):
-    """The rows on the device, and the key of each."""
+    """The rows on the device, and the random key of each."""
 
     run: DecodeState
     keys: Array
@@ -227,7 +227,7 @@ class _Rows(NamedTuple):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _take(rows: _Rows, slot: Int[Array, ""], state: RWKV7State, key: Array) -> _Rows:
-    """Writes a state into a row, and forgets what the row generated."""
+    """Writes a state to a row and clears what the row has generated."""
     run = rows.run
     occurrences = jax.tree.map(
         lambda leaf: leaf.at[slot].set(jnp.zeros((), leaf.dtype)), run.occurrences
@@ -252,5 +252,5 @@ def _free(rows: _Rows, slots: Bool[Array, " B"]) -> _Rows:
 
 @jax.jit
 def row_state(states: RWKV7State, slot: Int[Array, ""]) -> RWKV7State:
-    """Copies one row of the states of all."""
+    """Copies one row of the states of all rows."""
     return jax.tree.map(lambda leaf: leaf[:, slot][:, None], states)

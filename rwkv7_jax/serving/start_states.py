@@ -1,4 +1,4 @@
-"""The start states that requests may name: rows of one form, which come and go by name."""
+"""The start states that requests may name; all have the same leaves and shapes."""
 
 import itertools
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ class Start(NamedTuple):
     """A start state.
 
     Attributes:
-        key: of this one alone; a state that replaces it under its name has another.
-        state: of one row.
+        key: a unique key; a state that replaces this one under its name has another key.
+        state: the state of one row.
     """
 
     key: int
@@ -24,22 +24,22 @@ class Start(NamedTuple):
 
 
 class StartStates:
-    """Start states by name; None is the model that has read nothing.
+    """Start states by name; None is the name of the empty state.
 
-    All have the same leaves and shapes, so that programs do not depend on which is used. Any thread
-    may call it.
+    All have the same leaves and shapes, so one compiled program serves all of them. All methods are
+    thread-safe.
     """
 
     def __init__(self, config: RWKV7Config, states: Mapping[str, RWKV7State]):
-        """Brings states to one form.
+        """Converts the initial states to common leaves and shapes.
 
         Args:
-            config: of their model.
-            states: by name, each of one sequence.
+            config: the config of the model.
+            states: states by name, each of one sequence.
 
         Raises:
-            TypeError: something else than states by name.
-            ValueError: a state of another model, or upscaled ones that cannot share a batch.
+            TypeError: `states` is not a mapping to states.
+            ValueError: a state belongs to another model, or upscaled states cannot share a batch.
         """
         check_instance(states, Mapping, "`states`")
         for state in states.values():
@@ -52,26 +52,26 @@ class StartStates:
             self._starts[name] = Start(next(self._keys), select(rows, [row]))
 
     def get(self, name: str | None) -> Start | None:
-        """Returns the start of a name; None where none has it."""
+        """Returns the start state of a name; None if no state has the name."""
         return self._starts.get(name)
 
     def names(self) -> tuple[str, ...]:
-        """Lists the names."""
+        """Returns all names, without None."""
         return tuple(name for name in self._starts if name is not None)
 
     def put(self, name: str, state: RWKV7State) -> None:
-        """Adds a state, or replaces the one that has its name.
+        """Adds a state, or replaces the one of the same name.
 
         Raises:
-            TypeError: something else than a state.
-            ValueError: a state of another model, or with a memory that those from the beginning
-                do not have.
+            TypeError: `state` is not a state.
+            ValueError: the state belongs to another model, or its memory differs in kind or size
+                from that of the initial states.
         """
         check_state(state, 1, self._config)
         nothing = self._starts[None].state
         other_form = ValueError(
-            "`state` must have the form of the states from the beginning; its memory is of "
-            "another kind or size, and every program would be compiled anew."
+            "`state` must have a memory of the same kind and size as the initial states; another "
+            "one would recompile every program."
         )
         try:
             row = select(_cast(stack([nothing, state]), self._config), [1])
@@ -87,7 +87,7 @@ class StartStates:
 
 
 def _cast(rows: RWKV7State, config: RWKV7Config) -> RWKV7State:
-    """Gives the shifts the dtype that they have after the first token."""
+    """Casts the token shifts to the dtype that they have after the first token."""
     return rows.replace(
         att_shift=rows.att_shift.astype(config.dtype),
         ffn_shift=rows.ffn_shift.astype(config.dtype),

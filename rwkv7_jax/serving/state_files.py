@@ -1,4 +1,4 @@
-"""Files of start states, and folders of them, that an engine serves as they are now."""
+"""Files and folders of start states; an engine follows their changes."""
 
 import logging
 import re
@@ -11,17 +11,17 @@ from rwkv7_jax.checks import escape_controls
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.serving.engine import Engine
 
-# Names of states are parts of a model's name, which clients write into settings and addresses.
+# A state's name is part of a model name, which clients write into settings and URLs.
 NAME = re.compile(r"[\w.-]+")
 
 _LOG = logging.getLogger(__name__)
 
 
 class _Stamp(NamedTuple):
-    """What changes with a file's contents.
+    """The metadata that shows whether a file has changed.
 
-    States of a model have one size, and a program that copies files may set the time at which they
-    were modified, but not the time at which they were changed here.
+    The size does not suffice, because all states of a model have the same size. Nor does the
+    modification time, which a program that copies files may set; it cannot set the change time.
     """
 
     path: Path
@@ -31,7 +31,7 @@ class _Stamp(NamedTuple):
 
 
 class StateFiles:
-    """States by name, each from a file; those of a folder come and go with its files."""
+    """States by name, each from a file. States of a folder appear and disappear with its files."""
 
     def __init__(
         self,
@@ -41,12 +41,12 @@ class StateFiles:
         suffixes: Sequence[str],
         load: Callable[[Path], RWKV7State],
     ):
-        """Takes where the states are.
+        """Stores the locations of the states.
 
         Args:
-            files: by the state's name.
-            folders: with files whose names are those of the states, without the suffix.
-            suffixes: of files of states.
+            files: files by the name of their state.
+            folders: folders of files; a state is named after its file, without the suffix.
+            suffixes: the suffixes of state files.
             load: reads a file.
         """
         self._files = dict(files)
@@ -54,34 +54,35 @@ class StateFiles:
         self._suffixes = tuple(suffixes)
         self._load = load
         self._stamps: dict[str, _Stamp] = {}
-        # Folders and files that could not be read at the last look.
-        self._lost: set[Path] = set()
+        # Folders and files that could not be read at the last scan.
+        self._unreadable: set[Path] = set()
         self._lock = threading.Lock()
 
     def read(self) -> dict[str, RWKV7State]:
-        """Reads all states, which an engine begins with.
+        """Reads the initial states of an engine.
 
         Raises:
-            ValueError: a file is no state of the model.
+            ValueError: a file is not a state of the model.
             OSError: a file cannot be read.
         """
-        self._stamps = self._look()
-        # A file that is not there is an error here, which its reader names.
+        self._stamps = self._scan()
+        # Include missing files, so that `load` raises an error that names them.
         paths = dict(self._files)
         for name, stamp in self._stamps.items():
             paths[name] = stamp.path
         return {name: self._load(path) for name, path in paths.items()}
 
     def refresh(self, engine: Engine) -> None:
-        """Gives an engine the states that are new or have changed, and removes those that are gone.
+        """Updates an engine: adds new and changed states, and removes those whose file is deleted.
 
-        A file that cannot be served is named in the log, once, and what had its name stays. So do
-        the states of a folder that is gone or cannot be read, as a disk that is away for a while.
+        If a file cannot be served, the log names it once, and an earlier state of that name is
+        still served. If a folder is missing or cannot be read, such as on a disk that is away for a
+        while, its states are still served.
         """
         with self._lock:
-            now = self._look()
+            now = self._scan()
             for name in self._stamps.keys() - now.keys():
-                # A file of its own is one that is being replaced.
+                # A missing file that the user named is probably being replaced: keep its state.
                 if name not in self._files and name in engine.state_names:
                     engine.remove_state(name)
             for name, stamp in now.items():
@@ -96,16 +97,16 @@ class StateFiles:
             text = escape_controls(f"serve: `{path}` is not served: {error}")
             _LOG.warning("%s", text)
 
-    def _look(self) -> dict[str, _Stamp]:
-        """Looks which files there are now; where that cannot be told, those that there were."""
+    def _scan(self) -> dict[str, _Stamp]:
+        """Returns the stamps of all files; where they cannot be read, those of the last scan."""
         files = dict(self._files)
         stamps: dict[str, _Stamp] = {}
-        lost: dict[Path, OSError] = {}
+        unreadable: dict[Path, OSError] = {}
         for folder in self._folders:
             try:
                 paths = sorted(folder.iterdir())
             except OSError as error:
-                lost[folder] = error
+                unreadable[folder] = error
                 for name, stamp in self._stamps.items():
                     if stamp.path.parent == folder:
                         stamps[name] = stamp
@@ -119,21 +120,21 @@ class StateFiles:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                lost[path] = error
+                unreadable[path] = error
                 if name in self._stamps:
                     stamps[name] = self._stamps[name]
-        self._name_lost(lost)
+        self._warn_of_unreadable(unreadable)
         return stamps
 
-    def _name_lost(self, lost: Mapping[Path, OSError]) -> None:
-        """Names in the log what cannot be read since this look."""
-        for path in lost.keys() - self._lost:
+    def _warn_of_unreadable(self, unreadable: Mapping[Path, OSError]) -> None:
+        """Logs the paths that this scan could not read but the last one could."""
+        for path in unreadable.keys() - self._unreadable:
             _LOG.warning(
-                "serve: `%s` cannot be read, and what was read there before stays: %s",
+                "serve: `%s` cannot be read; its earlier states are still served: %s",
                 path,
-                lost[path],
+                unreadable[path],
             )
-        self._lost = set(lost)
+        self._unreadable = set(unreadable)
 
 
 def _stamp(path: Path) -> _Stamp:

@@ -1,4 +1,4 @@
-"""A request in the engine: the host's side of its answer."""
+"""A request in the engine: the host side of its answer."""
 
 import dataclasses
 import logging
@@ -20,11 +20,11 @@ OnEnd = Callable[[Answer], object]
 
 
 class Earlier(NamedTuple):
-    """A state from before tokens that a stop string may cut.
+    """A state before the tokens that a stop string may cut.
 
     Attributes:
-        count: ids of the prompt and the answer that it has read.
-        state: of one row.
+        count: the number of prompt and answer tokens that it has read.
+        state: the state of one row.
     """
 
     count: int
@@ -34,19 +34,19 @@ class Earlier(NamedTuple):
 class Ticket:
     """A request in the engine, and its answer so far.
 
-    The engine's thread alone changes it, but for `cancelled`.
+    Only the engine's thread changes it, except for `cancelled`.
 
     Attributes:
-        request: what was asked for.
-        start: the state that it starts from.
-        cancelled: whether the client has cancelled it.
-        options: how to sample.
+        request: the request.
+        start: the start state.
+        cancelled: whether the client has cancelled the request.
+        options: the sampling options.
         row: the answer so far.
-        cached_tokens: ids of the prompt that were not read again.
-        read: ids of the prompt and of the answer that the row of the batch has read.
-        block_start: how many they were before its last block.
-        earlier: a state of the row that no stop string can come before; None where that is true of
-            the row's own.
+        cached_tokens: the number of prompt tokens that the cache saved reading.
+        read: the number of prompt and answer tokens that the row of the batch has read.
+        block_start: the value of `read` before the last block.
+        earlier: an earlier state of the row, which has read no token that a stop string may cut;
+            None if that also holds for the current state.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Ticket:
         self.options = options
         self.row = RowText(tokenizer, request.stop_strings)
         self.cached_tokens = 0
-        # The row reads the last one itself.
+        # The row reads the last prompt token when it decodes.
         self.read = len(request.prompt) - 1
         self.block_start = self.read
         self.earlier: Earlier | None = None
-        # A client may name as many as the vocabulary has.
+        # A set, because a client may name as many ids as the vocabulary has.
         self._stops = frozenset(request.stop_ids)
         self._scores: list[TokenScore] = []
         self._sent_scores = 0
@@ -82,10 +82,10 @@ class Ticket:
         self.cancelled = True
 
     def append(self, drawn: Drawn) -> Ending | None:
-        """Adds a row's new tokens, sends what became certain, and returns how the answer ended.
+        """Adds a row's new tokens and sends the text that no stop string can cut any more.
 
         Returns:
-            None where it goes on.
+            How the answer ended; None if it continues.
         """
         self.block_start = self.read
         self.read = len(self.request.prompt) + len(self.row.tokens) + len(drawn.tokens)
@@ -107,16 +107,16 @@ class Ticket:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """Returns the ids of the prompt and of the answer, without what was cut from it."""
+        """Returns the ids of the prompt and of the answer, without the tokens that were cut."""
         return self.request.prompt + tuple(self.row.tokens)
 
     @property
     def certain(self) -> int:
-        """Counts the leading ids of the prompt and the answer that no stop string can cut."""
+        """Returns how many leading prompt and answer tokens no stop string can cut any more."""
         return len(self.request.prompt) + self.row.settled
 
     def _note(self, scores: Sequence[TokenScore]) -> None:
-        """Keeps scores with as many alternatives as the request asks for."""
+        """Stores scores, with the number of alternatives that the request asks for."""
         wanted = self.request.alternatives
         if wanted is None:
             return
@@ -125,14 +125,14 @@ class Ticket:
             self._scores.append(score._replace(alternatives=few))
 
     def _send(self, text: str, certain: int) -> None:
-        """Sends a piece: a text, and the scores that were not sent of so many certain tokens."""
+        """Sends a piece: a text, and the unsent scores among the first `certain` tokens."""
         scores = tuple(self._scores[self._sent_scores : certain])
         self._sent_scores += len(scores)
         if text or scores:
             self._call(self._on_piece, Piece(text, scores))
 
     def end(self, ending: Ending, error: str | None = None) -> None:
-        """Sends the text that was held back, and then the answer."""
+        """Sends the text that was held back, then the answer."""
         certain = self.row.settled
         if self.row.ended is None:
             certain = len(self.row.tokens)
@@ -153,19 +153,20 @@ class Ticket:
         try:
             receiver(what)
         except Exception:
-            _LOG.warning("a receiver failed; its request is cancelled", exc_info=True)
+            _LOG.warning("a callback failed; its request is cancelled", exc_info=True)
             self.cancelled = True
 
 
 @dataclasses.dataclass(eq=False)
 class Reader:
-    """A prompt that is being read.
+    """A prompt in prefill.
 
     Attributes:
-        ticket: whose prompt.
-        state: of one row; None before reading begins.
-        position: ids of the prompt that it has read.
-        fork: ids that it has in common with an earlier prompt; 0 where that is of no use.
+        ticket: the request of the prompt.
+        state: the state of one row; None before prefill starts.
+        position: the number of prompt tokens that the state has read.
+        fork: the number of leading tokens shared with an earlier prompt if the state after them is
+            to be cached; otherwise 0.
     """
 
     ticket: Ticket

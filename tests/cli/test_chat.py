@@ -205,8 +205,8 @@ def test_dropped_turns_leave_no_trace(chat, text, same, start):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("/nothing at all", "`/nothing at all` is no command: /help lists them"),
-        ("/undo", "`/undo` must follow an answer, and drops the last 8 at most."),
+        ("/nothing at all", "`/nothing at all` is not a command: /help lists them"),
+        ("/undo", "`/undo` must follow an answer; it drops at most the last 8."),
         ("/save", "`/save` must name a file"),
         ("/save x.txt", "`/save` must end in .pth, .safetensors, .st, .state; got"),
         ("/save m.pth", "`/save` must not overwrite `--model`"),
@@ -237,8 +237,11 @@ def test_a_file_that_cannot_be_written_does_not_end_the_chat(chat, folder):
         (["--save-state", "m.pth"], "`--save-state` must not overwrite `--model`"),
         (["--temperature", "-1"], "`--temperature` must be at least 0; got -1"),
         (["--stop", ""], "`--stop` must not be empty"),
-        (["--vocabulary", "binary.txt"], "`--vocabulary` must spell the template"),
-        (["--vocabulary", "ids"], "`--vocabulary` must spell the template"),
+        (
+            ["--vocabulary", "binary.txt"],
+            "`--vocabulary` must encode the chat template",
+        ),
+        (["--vocabulary", "ids"], "`--vocabulary` must encode the chat template"),
         (["--tools", "binary.txt"], "chat: `--tools` must be a JSON list of functions"),
         (["--tools", "none.json"], "none.json"),
         (["--stop", r"\q", "--escape"], "chat: `--stop` must have n, t, r, xNN"),
@@ -289,7 +292,7 @@ def test_a_second_interrupt_ends_the_chat_without_the_answer(chat, monkeypatch):
     chat("a\n", *GREEDY, "--save-state", "before.pth")
     words = [*GREEDY, "--state", "before.pth", "--save-state", "after.pth"]
     interrupt_answers(monkeypatch, 2)
-    assert "after.pth is not written" in chat("b\n", *words, code=130).err
+    assert "after.pth was not written" in chat("b\n", *words, code=130).err
     # At the prompt the first one does.
     said = chat("a\n\x03", *GREEDY, "--save-state", "after.pth", code=130)
     assert said.err == ""

@@ -33,14 +33,14 @@ TINY = str(Path(__file__).parents[2] / "assets" / "tiny.pth")
         (["--port", "70000"], "`--port` must be at most 65535; got 70000"),
         (["--slots", "0"], "`--slots` must be at least 1; got 0"),
         (["--host", "nowhere.invalid"], "`--host` and `--port` must be an address"),
-        (["--allow-origin", "a.example"], "`--allow-origin` must be '*' or like"),
+        (["--allow-origin", "a.example"], "`--allow-origin` must be '*' or an origin"),
         (["--allow-origin", "https://a.example/"], "without a path; got"),
         (["--allow-host", "a.example:80"], "`--allow-host` must be a name like"),
         (["--allow-host", "http://a.example"], "without a scheme, a port"),
-        (["--name", "a/b"], "`--name` must name with letters"),
-        (["--state", "a b=x.pth"], "`--state` must name with letters"),
-        (["--state", "x=a.pth", "--state", "x=b.pth"], "'x' is of `a.pth` and `b.pth`"),
-        (["--state", "poet.pth", "--state", "d/poet.st"], "a name of its own; 'poet'"),
+        (["--name", "a/b"], "`--name` must give a name of letters"),
+        (["--state", "a b=x.pth"], "`--state` must give a name of letters"),
+        (["--state", "x=a.pth", "--state", "x=b.pth"], "'x' names `a.pth` and `b.pth`"),
+        (["--state", "poet.pth", "--state", "d/poet.st"], "its own name; 'poet'"),
         (["--drain", "-1"], "`--drain` must be at least 0; got -1"),
         (["--port", "0", "--model", "none.pth"], "`none.pth` does not exist"),
         (["--port", "0", "--state", "none.pth"], "`none.pth` does not exist"),
@@ -70,7 +70,7 @@ def test_a_port_in_use_is_reported_before_the_model_is_read(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["serve", "--model", "none.pth", "--port", port]) == 2
-    assert f"127.0.0.1:{port} is none" in capsys.readouterr().err
+    assert f"can listen on; got 127.0.0.1:{port}" in capsys.readouterr().err
 
 
 def call(address, route="completions", **fields):
@@ -145,7 +145,7 @@ def test_a_server_answers_from_its_states_until_a_signal(tmp_path):
         assert streams[0].read().endswith(b"data: [DONE]\n\n")
         server.send_signal(signal.SIGTERM)
         last = streams[1].read().split(b"\n\n")[-2]
-        assert b"the server is being stopped" in last
+        assert b"the server is shutting down" in last
         for one in streams:
             one.close()
         _, error = server.communicate(timeout=60)

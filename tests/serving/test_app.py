@@ -275,7 +275,7 @@ def test_several_answers_all_arrive_or_none_do(client, engine, stream):
     last = events(response)[-1] if stream else response.json()
     assert last["error"]["message"] == "the answer failed: a reason."
     engine.requests.clear()
-    engine.refusal = TooBusy("too many requests wait; try again later.")
+    engine.refusal = TooBusy("the queue is full; try again later.")
     engine.accepted = 2
     response = client.post("/v1/chat/completions", body)
     assert response.status_code == 429 and len(engine.requests) == 2
@@ -317,14 +317,14 @@ def test_a_device_that_does_not_answer_is_no_health(client, engine):
     ("refusal", "status", "error"),
     [
         (
-            TooBusy("too many requests wait; try again later."),
+            TooBusy("the queue is full; try again later."),
             429,
-            {"code": "too_busy", "message": "too many requests wait; try again later."},
+            {"code": "too_busy", "message": "the queue is full; try again later."},
         ),
         (
-            Closed("no more requests are taken."),
+            Closed("the engine accepts no more requests."),
             503,
-            {"message": "the server is being stopped."},
+            {"message": "the server is shutting down."},
         ),
         (
             ValueError("submit: `tokens` must be at least 1; got 0."),
@@ -353,7 +353,7 @@ def test_a_request_that_the_engine_rejects_gets_its_reason(
     ("ended", "status", "sentence"),
     [
         ("failed", 500, "the answer failed: a reason."),
-        ("cancelled", 503, "the server is being stopped."),
+        ("cancelled", 503, "the server is shutting down."),
     ],
 )
 def test_a_failed_or_cancelled_answer_is_an_error(
@@ -378,9 +378,9 @@ def test_a_failed_or_cancelled_answer_is_an_error(
             405,
             "GET /v1/completions: Method Not Allowed.",
         ),
-        ("POST", "/v1/completions", b"{", 400, "the body is no JSON"),
-        ("POST", "/v1/completions", b"\xff", 400, "the body is no JSON"),
-        ("POST", "/v1/completions", b"[" * 100_000, 400, "the body is no JSON"),
+        ("POST", "/v1/completions", b"{", 400, "the body is not JSON"),
+        ("POST", "/v1/completions", b"\xff", 400, "the body is not JSON"),
+        ("POST", "/v1/completions", b"[" * 100_000, 400, "the body is not JSON"),
         (
             "POST",
             "/v1/completions",
@@ -410,7 +410,7 @@ def test_an_operator_sees_load_and_counts(client, engine):
     client.post("/v1/chat/completions", CHAT | {"stream": True})
     engine.ended = "failed"
     client.post("/v1/completions", TEXT)
-    engine.refusal = TooBusy("too many requests wait; try again later.")
+    engine.refusal = TooBusy("the queue is full; try again later.")
     client.post("/v1/completions", TEXT)
     response = client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=")

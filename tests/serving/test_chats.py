@@ -184,8 +184,8 @@ MODES = "off, fast, free, short, medium, long"
         (
             {"reasoning_effort": "high", "think": "off"},
             "think",
-            "`think` must be 'long', which `reasoning_effort` 'high' means, or left out; got "
-            "'off'.",
+            "`think` must be 'long', the think mode of `reasoning_effort` 'high', or left out; "
+            "got 'off'.",
         ),
         (
             {
@@ -193,23 +193,25 @@ MODES = "off, fast, free, short, medium, long"
                 "reasoning_effort": "low",
             },
             "chat_template_kwargs",
-            "`chat_template_kwargs.enable_thinking` must agree with `think` or "
-            "`reasoning_effort`, which mean 'short'; got false.",
+            "`chat_template_kwargs.enable_thinking` must agree with the think mode of `think` or "
+            "`reasoning_effort`, 'short'; got false.",
         ),
         (
             {"chat_template_kwargs": {"enable_thinking": True}, "think": "off"},
             "chat_template_kwargs",
-            "which mean 'off'; got true.",
+            "`reasoning_effort`, 'off'; got true.",
         ),
         (
             {"chat_template_kwargs": {"enable_thinking": 1}},
             "chat_template_kwargs",
-            "`chat_template_kwargs.enable_thinking` must be enable_thinking, and true or false.",
+            "`chat_template_kwargs.enable_thinking` must have the name enable_thinking and the "
+            "value true or false.",
         ),
         (
             {"chat_template_kwargs": {"thinking": True}},
             "chat_template_kwargs",
-            "`chat_template_kwargs.thinking` must be enable_thinking, and true or false.",
+            "`chat_template_kwargs.thinking` must have the name enable_thinking and the value "
+            "true or false.",
         ),
         (
             {"chat_template_kwargs": []},
@@ -237,7 +239,7 @@ MODES = "off, fast, free, short, medium, long"
         (
             {"tools": [{"function": FIND["function"] | {"strict": True}}]},
             "tools",
-            "`tools` must not be `strict`, because no schema is enforced here",
+            "`tools` must not be `strict`, because schemas are not enforced",
         ),
         ({"tools": [{"name": "\ud800"}]}, "tools", "`tools` has a lone surrogate."),
         (
@@ -248,7 +250,7 @@ MODES = "off, fast, free, short, medium, long"
         (
             {"tools": [FIND], "tool_choice": "required"},
             "tool_choice",
-            "`tool_choice` must be 'auto' or 'none', because no answer is sure to have a call; "
+            "`tool_choice` must be 'auto' or 'none', because a call cannot be enforced; "
             "got 'required'.",
         ),
         (
@@ -261,12 +263,12 @@ MODES = "off, fast, free, short, medium, long"
             "parallel_tool_calls",
             "`parallel_tool_calls` must be true or false; got a string.",
         ),
-        ({"functions": [{"name": "f"}]}, "functions", "`functions` is not served here"),
+        ({"functions": [{"name": "f"}]}, "functions", "`functions` is not supported"),
         (
             {"messages": [*HI, calling(call("f", "1")), output("a", "2")]},
             "messages",
-            '`messages`: message 3: "tool_call_id" must be that of a call in the answer '
-            "before; got '2'.",
+            '`messages`: message 3: "tool_call_id" must be that of a call in the '
+            "previous answer; got '2'.",
         ),
         (
             {"messages": [*HI, calling(call("f", "1")), *HI, output("a", "1")]},

@@ -279,7 +279,7 @@ def test_an_engine_starts_only_once(engine):
             call()
     assert not engine.has_work
     engine.close()
-    with pytest.raises(Closed, match="make another one"):
+    with pytest.raises(Closed, match="create another one"):
         engine.start()
 
 
@@ -354,7 +354,7 @@ def test_requests_beyond_the_queue_limit_are_rejected(params):
     engine = Engine(MODEL, params, BYTES, {}, slots=1, queue=2)
     for _ in range(2):
         ask(engine, Request((65,), tokens=2))
-    with pytest.raises(TooBusy, match="too many requests wait"):
+    with pytest.raises(TooBusy, match="the queue is full"):
         ask(engine, Request((65,)))
     work(engine)
     assert answer(engine, Request((65,), tokens=2, temperature=0.0)).ended == "length"

@@ -95,7 +95,7 @@ def test_a_second_server_at_an_address_is_rejected_in_one_sentence():
         port = first.getsockname()[1]
         second = bind("127.0.0.1", port)
         first.listen()
-        with pytest.raises(ValueError, match=f"began to listen at 127.0.0.1:{port}"):
+        with pytest.raises(ValueError, match=f"started to listen on 127.0.0.1:{port}"):
             serve(
                 Starlette(),
                 Lost(),

@@ -69,7 +69,9 @@ def test_states_are_added_and_removed_while_requests_are_answered(params, engine
 def test_a_state_that_would_change_the_compiled_programs_is_rejected(params, engine):
     tokens = jnp.arange(40)[None]
     upscaled = upscale(MODEL, params, tokens, size=8, kind="gaussian")
-    with pytest.raises(ValueError, match="put_state: `state` must have the form"):
+    with pytest.raises(
+        ValueError, match="put_state: `state` must have a memory of the same kind"
+    ):
         engine.put_state("wide", upscaled)
     with pytest.raises(ValueError, match=r"put_state: `state.wkv` must have shape"):
         other = dataclasses.replace(CONFIG, head_size=32)
@@ -157,7 +159,7 @@ def test_states_remain_while_their_disk_is_unavailable(
     assert engine.state_names == ("poet",)
     (said,) = [record.getMessage() for record in caplog.records]
     lost = folder / "poet.pth" if how == "file" else folder
-    assert said.startswith(f"serve: `{lost}` cannot be read, and what was read there")
+    assert said.startswith(f"serve: `{lost}` cannot be read; its earlier states")
     if how == "gone":
         away.rename(folder)
     files.refresh(engine)

@@ -98,5 +98,7 @@ def test_a_memory_that_replaces_the_wkv_state_is_rejected_next_to_plain_states(p
     with pytest.raises(ValueError, match=r"Engine: `states` must all have a memory"):
         Engine(MODEL, params, BYTES, {"paper": paper})
     engine = Engine(MODEL, params, BYTES, wide_states("static"))
-    with pytest.raises(ValueError, match=r"put_state: `state` must have the form"):
+    with pytest.raises(
+        ValueError, match=r"put_state: `state` must have a memory of the same kind"
+    ):
         engine.put_state("paper", paper)
