@@ -1,7 +1,8 @@
 """The states after answers: what a client sends back begins with its last answer.
 
-After a stop string, or a stop id of the request, a row has read further tokens. A state cannot be
-rolled back, so the last tokens that stay are read again, from a state before them.
+After a stop string, a stop id of the request, or blanks that end a message, a row has read further
+tokens. A state cannot be rolled back, so the last tokens that stay are read again, from a state
+before them.
 """
 
 from rwkv7_jax.model.state import RWKV7State
@@ -19,7 +20,7 @@ class AnswerStates:
         self._cache = cache
 
     def note_block(self, ticket: Ticket, slot: int, before: RWKV7State) -> None:
-        """Copies a row's state from before a block of which a stop string may cut tokens.
+        """Copies a row's state from before a block of which a stop string may still cut tokens.
 
         Args:
             ticket: whose row.
@@ -35,16 +36,29 @@ class AnswerStates:
             ticket.earlier = Earlier(ticket.block_start, state)
         # Otherwise the one that is there is from before all that may be cut.
 
-    def keep(self, ticket: Ticket, slot: int) -> None:
-        """Keeps the state after the tokens of an answer that is complete."""
+    def keep(self, ticket: Ticket, slot: int, before: RWKV7State) -> None:
+        """Keeps the state after an answer that is complete, at the token where it comes back.
+
+        Args:
+            ticket: whose row.
+            slot: the row.
+            before: states of all rows before the last block.
+        """
         if not self._cache.is_used:
             return
         kept = ticket.kept
-        if ticket.read == len(kept):
+        # A state from after these has read something else than the client sends back.
+        same = min(ticket.as_drawn, len(kept))
+        if same == len(kept) == ticket.read:
             state = row_state(self._slots.states(), slot)
         else:
-            assert ticket.earlier is not None
-            count, state = ticket.earlier
-            if count < len(kept):
-                state = self._slots.read(state, kept[count:])
+            earlier = ticket.earlier
+            if same >= ticket.block_start:
+                earlier = Earlier(ticket.block_start, row_state(before, slot))
+            if earlier is None or earlier.count > same:
+                # Blanks that do not come back fill more than the last block.
+                return
+            state = earlier.state
+            if earlier.count < len(kept):
+                state = self._slots.read(state, kept[earlier.count :])
         self._cache.keep(ticket.start.key, kept, state)

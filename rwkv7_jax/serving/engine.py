@@ -151,6 +151,7 @@ class Engine:
 
         Raises:
             UnknownState: no state has the request's name.
+            TooLong: the prompt has too many ids.
             TooBusy: too many requests wait.
             Closed: the engine takes no more requests.
             ValueError: a number out of its range, or an id outside the vocabulary.
@@ -447,12 +448,12 @@ class Engine:
             if ticket is None:
                 continue
             ending = ticket.append(drawn)
-            self._answers.note_block(ticket, slot, before)
             if ending is None:
+                self._answers.note_block(ticket, slot, before)
                 continue
             ended[slot] = ending
             if ending != "failed":
-                self._answers.keep(ticket, slot)
+                self._answers.keep(ticket, slot, before)
         self._release(ended)
 
     def _release(self, ended: Mapping[int, Ending]) -> None:

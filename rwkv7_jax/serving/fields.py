@@ -13,6 +13,9 @@ _LONGEST_STOP = 1024
 # The second one is about padding against eavesdroppers, of which there is none here.
 _STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 
+# Clients shorten a conversation where an error has this code.
+TOO_LONG = "context_length_exceeded"
+
 # Fields of clients that change no answer.
 _WITHOUT_EFFECT = (
     "user",
@@ -21,6 +24,8 @@ _WITHOUT_EFFECT = (
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
+    "prompt_cache_retention",
+    "prompt_cache_options",
     "parallel_tool_calls",
 )
 

@@ -2,7 +2,7 @@
 
 from rwkv7_jax.checks import check_count, check_ids
 from rwkv7_jax.generation.sampling import SamplingParams, make_options
-from rwkv7_jax.serving.requests import MOST_ALTERNATIVES, Request
+from rwkv7_jax.serving.requests import MOST_ALTERNATIVES, Request, TooLong
 from rwkv7_jax.text.detokenizer import check_stop_strings
 
 
@@ -24,11 +24,17 @@ def request_options(
         free: options of a row that nobody has taken; the ids in them count for all rows.
 
     Raises:
+        TooLong: the prompt has too many ids.
         ValueError: a number out of its range, or an id outside the vocabulary.
         TypeError: an argument of the wrong kind.
     """
     check_ids(request.prompt, vocab_size, "`prompt`")
-    check_count(len(request.prompt), 1, "the length of `prompt`", most=longest_prompt)
+    length = len(request.prompt)
+    check_count(length, 1, "the length of `prompt`")
+    if length > longest_prompt:
+        raise TooLong(
+            f"submit: the length of `prompt` must be at most {longest_prompt}; got {length}."
+        )
     check_count(request.tokens, 1, "`tokens`", most=longest_answer)
     check_count(request.seed, 0, "`seed`", most=2**63 - 1)
     if request.alternatives is not None:

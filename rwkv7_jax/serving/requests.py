@@ -57,6 +57,7 @@ class Request:
         stop_ids: ids that end the answer besides the vocabulary's end of text.
         stop_strings: strings that end the answer; not part of it.
         alternatives: most probable ids to report beside each token; None reports no token's score.
+        is_message: whether the answer is one of a chat, which comes back without blanks at its end.
     """
 
     prompt: tuple[int, ...]
@@ -72,6 +73,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     alternatives: int | None = None
+    is_message: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,10 @@ class Answer:
 
 class UnknownState(ValueError):
     """No start state has the name that a request gave."""
+
+
+class TooLong(ValueError):
+    """A prompt has more ids than one may have."""
 
 
 class TooBusy(Exception):

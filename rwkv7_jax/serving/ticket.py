@@ -64,6 +64,7 @@ class Ticket:
         self.start = start
         self.cancelled = False
         self.options = options
+        self._tokenizer = tokenizer
         self.row = RowText(tokenizer, request.stop_strings)
         self.cached_tokens = 0
         # The row reads the last one itself.
@@ -107,13 +108,27 @@ class Ticket:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """Returns the ids of the prompt and of the answer, without what was cut from it."""
-        return self.request.prompt + tuple(self.row.tokens)
+        """Returns the ids of the prompt and of the answer, as the client will send them back."""
+        tokens = list(self.row.tokens)
+        if self.request.is_message:
+            while tokens and self._tokenizer.token_bytes(tokens[-1]).isspace():
+                tokens.pop()
+        return (*self.request.prompt, *tokens)
 
     @property
     def certain(self) -> int:
         """Counts the leading ids of the prompt and the answer that no stop string can cut."""
         return len(self.request.prompt) + self.row.settled
+
+    @property
+    def as_drawn(self) -> int:
+        """Counts the leading ids of the prompt and the answer that the row has read so.
+
+        A stop string may have begun inside of a token: other ids spell what is left of it.
+        """
+        if self.row.ended == "stop_string":
+            return self.certain
+        return len(self.request.prompt) + len(self.row.tokens)
 
     def _note(self, scores: Sequence[TokenScore]) -> None:
         """Keeps scores with as many alternatives as the request asks for."""
