@@ -1,17 +1,17 @@
-"""Messages of a process that waits for something for long."""
+"""Messages of a process that waits."""
 
 import contextlib
 import sys
 import threading
 from collections.abc import Iterator
 
-# Seconds until the first message, and between two of them.
+# Seconds until the first message and between messages.
 SECONDS = 15.0
 
 
 @contextlib.contextmanager
 def report_wait(what: str) -> Iterator[None]:
-    """Says on stderr, every few seconds until the block ends, what it waits for.
+    """Prints what the block waits for on stderr, every few seconds until it ends.
 
     Args:
         what: the end of the sentence, such as "process 0".
@@ -21,7 +21,7 @@ def report_wait(what: str) -> Iterator[None]:
     def report() -> None:
         waited = SECONDS
         while not ended.wait(SECONDS):
-            # None where it was closed before the program began.
+            # None if it was closed before the program started.
             if sys.stderr is not None:
                 line = f"waiting for {what} ({waited:.0f} s)"
                 print(line, file=sys.stderr, flush=True)

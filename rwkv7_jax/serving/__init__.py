@@ -8,6 +8,7 @@ from rwkv7_jax.serving.requests import (
     Request,
     TokenScore,
     TooBusy,
+    TooLong,
     UnknownState,
 )
 from rwkv7_jax.serving.ticket import Ticket
@@ -22,6 +23,7 @@ __all__ = [
     "Ticket",
     "TokenScore",
     "TooBusy",
+    "TooLong",
     "UnknownState",
     "Watchdog",
 ]

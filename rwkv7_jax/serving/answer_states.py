@@ -1,8 +1,8 @@
 """The states after answers, kept because a client's next prompt begins with its last answer.
 
-When a stop string or a stop id of the request ends an answer, the row may already have read further
-tokens. A state cannot be rolled back, so the last tokens before the stop are read again, from an
-earlier state.
+When a stop string, a stop id of the request or blanks at the end of a message are cut from an
+answer, the row has already read further tokens. A state cannot be rolled back, so the last tokens
+before the cut are read again, from an earlier state.
 """
 
 from rwkv7_jax.model.state import RWKV7State
@@ -36,16 +36,29 @@ class AnswerStates:
             ticket.earlier = Earlier(ticket.block_start, state)
         # Otherwise `earlier` already precedes all tokens that may be cut.
 
-    def keep(self, ticket: Ticket, slot: int) -> None:
-        """Caches the state after the tokens of a complete answer."""
+    def keep(self, ticket: Ticket, slot: int, before: RWKV7State) -> None:
+        """Caches the state after a complete answer, at the token where the client continues.
+
+        Args:
+            ticket: the request of the row.
+            slot: the row.
+            before: the states of all rows before the last block.
+        """
         if not self._cache.is_used:
             return
         kept = ticket.kept
-        if ticket.read == len(kept):
+        # A state after more tokens than these differs from what the client will send back.
+        same = min(ticket.as_drawn, len(kept))
+        if same == len(kept) == ticket.read:
             state = row_state(self._slots.states(), slot)
         else:
-            assert ticket.earlier is not None
-            count, state = ticket.earlier
-            if count < len(kept):
-                state = self._slots.read(state, kept[count:])
+            earlier = ticket.earlier
+            if same >= ticket.block_start:
+                earlier = Earlier(ticket.block_start, row_state(before, slot))
+            if earlier is None or earlier.count > same:
+                # More than the last block is blanks, which the client does not send back.
+                return
+            state = earlier.state
+            if earlier.count < len(kept):
+                state = self._slots.read(state, kept[earlier.count :])
         self._cache.keep(ticket.start.key, kept, state)

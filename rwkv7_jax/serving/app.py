@@ -21,9 +21,9 @@ from rwkv7_jax.serving.answer_bodies import (
     states_body,
 )
 from rwkv7_jax.serving.engine import Engine, Ticket
-from rwkv7_jax.serving.fields import Refused, stopped
+from rwkv7_jax.serving.fields import TOO_LONG, Refused, stopped
 from rwkv7_jax.serving.protocol import Call, Served, read_call
-from rwkv7_jax.serving.requests import Answer, Closed, Piece, TooBusy
+from rwkv7_jax.serving.requests import Answer, Closed, Piece, TooBusy, TooLong
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 try:
@@ -248,12 +248,12 @@ class _Routes:
                 _cancel(tickets)
                 if isinstance(error, TooBusy):
                     self._metrics.refuse()
-                raise _as_refused(error) from None
+                raise _as_refused(error, is_chat=is_chat) from None
             tickets.append(ticket)
         return call, tickets
 
 
-def _as_refused(error: Exception) -> Refused:
+def _as_refused(error: Exception, *, is_chat: bool) -> Refused:
     """Converts an error of the engine to one that names the fields of the body."""
     if isinstance(error, TooBusy):
         return Refused(str(error), status=429, code="too_busy")
@@ -262,8 +262,11 @@ def _as_refused(error: Exception) -> Refused:
     sentence = str(error).removeprefix("submit: ")
     for ours, theirs in _FIELDS.items():
         sentence = sentence.replace(f"`{ours}`", f"`{theirs}`")
+    if is_chat:
+        sentence = sentence.replace("`prompt`", "`messages`")
     name = re.search(r"`(\w+)`", sentence)
-    return Refused(sentence, name and name[1])
+    code = TOO_LONG if isinstance(error, TooLong) else None
+    return Refused(sentence, name and name[1], code=code)
 
 
 def _cancel(tickets: Sequence[Ticket]) -> None:

@@ -1,7 +1,7 @@
-"""Connections over HTTP/1.1: how many there may be, and how long one may be without a request.
+"""Limits on HTTP/1.1 connections: their number, and the time until a request is complete.
 
-uvicorn ends a connection that is idle after an answer. It has no limit for one that never sends a
-request, or sends the head of one, or what is left of a body, byte by byte.
+uvicorn closes a connection that is idle after an answer. It has no limit for a client that never
+sends a request, or that sends the head or the rest of a body byte by byte.
 """
 
 import asyncio
@@ -18,15 +18,15 @@ from rwkv7_jax.serving.fields import Refused
 # Seconds from the first byte of a request to the end of its head.
 _HEAD_SECONDS = 30
 
-# Connections at most, where the system lets the process have so many files.
+# The maximum number of connections, if the process may open as many files.
 _MOST_CONNECTIONS = 4096
 
-# Files that are none of connections.
+# Files reserved for other uses.
 _OTHER_FILES = 128
 
 
 def most_connections() -> int:
-    """Counts the connections that may be open at once."""
+    """Returns the maximum number of open connections."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return _MOST_CONNECTIONS
@@ -34,12 +34,12 @@ def most_connections() -> int:
 
 
 class Connection(H11Protocol):
-    """A connection that ends where its client sends no whole request in time."""
+    """A connection that closes if its client sends no complete request in time."""
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Begins to wait for the first request, unless there are too many connections."""
+        """Waits for the first request, or rejects one connection too many."""
         super().connection_made(transport)
         if len(self.connections) > most_connections():
             refused = Refused(
@@ -52,30 +52,30 @@ class Connection(H11Protocol):
         self._wait_for_request()
 
     def data_received(self, data: bytes) -> None:
-        """Reads on, and sees to it that a request which has begun becomes complete."""
+        """Parses the data and starts or stops the deadline of an incomplete request."""
         super().data_received(data)
         is_answering = self.cycle is not None and not self.cycle.response_complete
         if is_answering or self.transport.is_closing():
             self._end_deadline()
         elif self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
-            # What is left of a body that nobody waited for is complete.
+            # The unread rest of a body is complete.
             self._end_deadline()
             self._wait_for_request()
         elif self._deadline is None:
             self._deadline = self.loop.call_later(_HEAD_SECONDS, self._end_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forgets the connection."""
+        """Cancels the timers of the connection."""
         self._end_deadline()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is no request of HTTP."""
+        """Answers data that is not an HTTP request."""
         self._end_with(Refused(msg), {})
 
     def _wait_for_request(self) -> None:
-        """Gives the client as long as between two requests."""
+        """Gives the client the idle time between two requests."""
         self._unset_keepalive_if_required()
         self.timeout_keep_alive_task = self.loop.call_later(
             self.timeout_keep_alive, self.timeout_keep_alive_handler
@@ -87,11 +87,11 @@ class Connection(H11Protocol):
             self._deadline = None
 
     def _end_slow(self) -> None:
-        """Ends a connection whose request did not become complete in time."""
+        """Closes a connection whose request was not complete in time."""
         if self.transport.is_closing():
             return
         if self.conn.our_state is not h11.IDLE:
-            # The request was answered; what comes is the rest of its body.
+            # The request was answered already; the rest of its body is missing.
             self.transport.close()
             return
         sentence = (
@@ -100,7 +100,7 @@ class Connection(H11Protocol):
         self._end_with(Refused(sentence, status=408), {})
 
     def _end_with(self, refused: Refused, headers: dict[str, str]) -> None:
-        """Sends an error that belongs to no request, and closes the connection."""
+        """Sends an error outside any request and closes the connection."""
         body = json.dumps(refused.body()).encode()
         fields = {
             "Content-Type": "application/json",

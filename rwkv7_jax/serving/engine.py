@@ -152,6 +152,7 @@ class Engine:
 
         Raises:
             UnknownState: no state has the name that the request gives.
+            TooLong: the prompt has too many tokens.
             TooBusy: the queue is full.
             Closed: the engine accepts no more requests.
             ValueError: a number is out of range, or an id is outside the vocabulary.
@@ -448,12 +449,12 @@ class Engine:
             if ticket is None:
                 continue
             ending = ticket.append(drawn)
-            self._answers.note_block(ticket, slot, before)
             if ending is None:
+                self._answers.note_block(ticket, slot, before)
                 continue
             ended[slot] = ending
             if ending != "failed":
-                self._answers.keep(ticket, slot)
+                self._answers.keep(ticket, slot, before)
         self._release(ended)
 
     def _release(self, ended: Mapping[int, Ending]) -> None:

@@ -13,6 +13,9 @@ _LONGEST_STOP = 1024
 # `include_obfuscation` asks for padding against eavesdroppers; this server never pads.
 _STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 
+# The error code on which clients shorten a conversation.
+TOO_LONG = "context_length_exceeded"
+
 # Fields that do not affect answers and are ignored.
 _WITHOUT_EFFECT = (
     "user",
@@ -21,6 +24,8 @@ _WITHOUT_EFFECT = (
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
+    "prompt_cache_retention",
+    "prompt_cache_options",
     "parallel_tool_calls",
 )
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rwkv7_jax.serving.chats import Chat, read_chat
-from rwkv7_jax.serving.fields import Fields, Refused, is_id, kind_of
+from rwkv7_jax.serving.fields import TOO_LONG, Fields, Refused, is_id, kind_of
 from rwkv7_jax.serving.requests import Request
 from rwkv7_jax.text.chat_template import CHAT_STOP
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -119,6 +119,7 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
         stop_ids=fields.integers("stop_token_ids"),
         stop_strings=stops,
         alternatives=fields.alternatives(is_chat=is_chat),
+        is_message=is_chat,
     )
     requests = []
     for prompt in prompts:
@@ -207,5 +208,6 @@ def _encode(parts: Sequence[str], served: Served, field: str) -> list[int]:
             f"`{field}` must have at most {served.most_bytes:,} bytes, and fewer if its tokens "
             f"are short; got {size:,}.",
             field,
+            code=TOO_LONG,
         )
     return [id for text in texts for id in served.tokenizer.encode(text)]

@@ -1,8 +1,8 @@
-"""What a request must be to wait for a row, checked before it does."""
+"""Checks of a request before it waits for a row."""
 
 from rwkv7_jax.checks import check_count, check_ids
 from rwkv7_jax.generation.sampling import SamplingParams, make_options
-from rwkv7_jax.serving.requests import MOST_ALTERNATIVES, Request
+from rwkv7_jax.serving.requests import MOST_ALTERNATIVES, Request, TooLong
 from rwkv7_jax.text.detokenizer import check_stop_strings
 
 
@@ -14,21 +14,27 @@ def request_options(
     longest_answer: int,
     free: SamplingParams,
 ) -> SamplingParams:
-    """Checks a request, and makes its sampling options.
+    """Checks a request and returns its sampling options.
 
     Args:
-        request: that a client made.
-        vocab_size: ids of the model.
-        longest_prompt: ids of a prompt at most.
-        longest_answer: new ids of an answer at most.
-        free: options of a row that nobody has taken; the ids in them count for all rows.
+        request: the request.
+        vocab_size: the vocabulary size of the model.
+        longest_prompt: the maximum number of prompt tokens.
+        longest_answer: the maximum number of new tokens.
+        free: the options of a free row, whose masks all rows share.
 
     Raises:
-        ValueError: a number out of its range, or an id outside the vocabulary.
-        TypeError: an argument of the wrong kind.
+        TooLong: the prompt has too many tokens.
+        ValueError: a number is out of range, or an id is outside the vocabulary.
+        TypeError: an argument has the wrong type.
     """
     check_ids(request.prompt, vocab_size, "`prompt`")
-    check_count(len(request.prompt), 1, "the length of `prompt`", most=longest_prompt)
+    length = len(request.prompt)
+    check_count(length, 1, "the length of `prompt`")
+    if length > longest_prompt:
+        raise TooLong(
+            f"submit: the length of `prompt` must be at most {longest_prompt}; got {length}."
+        )
     check_count(request.tokens, 1, "`tokens`", most=longest_answer)
     check_count(request.seed, 0, "`seed`", most=2**63 - 1)
     if request.alternatives is not None:
@@ -44,5 +50,5 @@ def request_options(
         frequency_penalty=request.frequency_penalty,
         penalty_decay=request.penalty_decay,
     )
-    # Thousands may wait, and a mask is as long as the vocabulary.
+    # Share the masks: thousands of requests may wait, and a mask is as long as the vocabulary.
     return options._replace(weights=free.weights, banned=free.banned, stops=free.stops)

@@ -57,6 +57,8 @@ class Request:
         stop_ids: ids that end the answer besides the vocabulary's end-of-text id.
         stop_strings: strings that end the answer and are not part of it.
         alternatives: the number of most probable ids to report per token; None for no scores.
+        is_message: whether the answer is a chat message, which clients send back without the blanks
+            at its end.
     """
 
     prompt: tuple[int, ...]
@@ -72,6 +74,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     alternatives: int | None = None
+    is_message: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,10 @@ class Answer:
 
 class UnknownState(ValueError):
     """No start state has the name that a request gives."""
+
+
+class TooLong(ValueError):
+    """A prompt has too many tokens."""
 
 
 class TooBusy(Exception):

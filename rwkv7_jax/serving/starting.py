@@ -1,4 +1,4 @@
-"""What clients get while a model is loaded: that the server lives, and when to come again."""
+"""The application that answers while the model loads: live, but not ready."""
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -10,12 +10,12 @@ from rwkv7_jax.serving.access import LIVE
 from rwkv7_jax.serving.fields import Refused
 from rwkv7_jax.serving.request_log import RequestLog
 
-# Seconds after which a client may ask again.
+# Seconds after which a client may retry.
 _RETRY_SECONDS = "5"
 
 
 def make_starting_app() -> Starlette:
-    """Makes an application that answers before there is a model."""
+    """Makes the application that answers until the model is loaded."""
     return Starlette(
         routes=[Route(LIVE, _live)],
         exception_handlers={404: _starting, 405: _starting},
@@ -31,7 +31,7 @@ async def _live(request: Request) -> Response:
 async def _starting(request: Request, error: Exception) -> Response:
     del request, error
     refused = Refused(
-        "the model is being loaded; try again later.", status=503, code="starting"
+        "the model is still loading; try again later.", status=503, code="starting"
     )
     headers = {"Retry-After": _RETRY_SECONDS}
     return JSONResponse(refused.body(), refused.status, headers=headers)

@@ -64,6 +64,7 @@ class Ticket:
         self.start = start
         self.cancelled = False
         self.options = options
+        self._tokenizer = tokenizer
         self.row = RowText(tokenizer, request.stop_strings)
         self.cached_tokens = 0
         # The row reads the last prompt token when it decodes.
@@ -107,13 +108,27 @@ class Ticket:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """Returns the ids of the prompt and of the answer, without the tokens that were cut."""
-        return self.request.prompt + tuple(self.row.tokens)
+        """Returns the ids of the prompt and the answer as the client will send them back."""
+        tokens = list(self.row.tokens)
+        if self.request.is_message:
+            while tokens and self._tokenizer.token_bytes(tokens[-1]).isspace():
+                tokens.pop()
+        return (*self.request.prompt, *tokens)
 
     @property
     def certain(self) -> int:
         """Returns how many leading prompt and answer tokens no stop string can cut any more."""
         return len(self.request.prompt) + self.row.settled
+
+    @property
+    def as_drawn(self) -> int:
+        """Returns how many leading prompt and answer tokens the row has read as they are.
+
+        A stop string may begin inside a token. Other ids then spell the rest of that token.
+        """
+        if self.row.ended == "stop_string":
+            return self.certain
+        return len(self.request.prompt) + len(self.row.tokens)
 
     def _note(self, scores: Sequence[TokenScore]) -> None:
         """Stores scores, with the number of alternatives that the request asks for."""

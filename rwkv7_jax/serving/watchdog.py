@@ -1,4 +1,4 @@
-"""A device that does not answer: its call never returns, so that no error tells of it."""
+"""Detection of a device call that never returns and so raises no error."""
 
 import contextlib
 import math
@@ -7,28 +7,28 @@ from collections.abc import Callable, Iterator
 
 from rwkv7_jax.checks import check_number
 
-# Longer than the longest tick of a large model on a slow device, which reads a chunk in every row.
+# More than the longest tick of a large model on a slow device, which prefills a chunk in every row.
 _SECONDS = 120
 
 
 class Watchdog:
-    """A clock beside work that comes in rounds, of which none may last too long.
+    """A time limit on repeated rounds of work.
 
-    The thread that works says when a round begins and ends; any thread may ask.
+    The working thread enters `watch` for each round; any thread may read `is_over`.
     """
 
     def __init__(
         self, seconds: float = _SECONDS, *, clock: Callable[[], float] = time.monotonic
     ):
-        """Starts between two rounds.
+        """Creates a watchdog that watches nothing yet.
 
         Args:
-            seconds: that a round may last.
-            clock: of seconds, which never goes back.
+            seconds: the time that a round may take.
+            clock: a monotonic clock in seconds.
 
         Raises:
-            TypeError: `seconds` is no number.
-            ValueError: it is not above zero.
+            TypeError: `seconds` is not a number.
+            ValueError: `seconds` is not above zero.
         """
         check_number(seconds, 0, math.inf, "Watchdog: `seconds`", above=True)
         self._seconds = seconds
@@ -38,7 +38,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Watches a round."""
+        """Watches one round of work."""
         self._began = self._clock()
         try:
             yield
@@ -47,6 +47,6 @@ class Watchdog:
 
     @property
     def is_over(self) -> bool:
-        """Tells whether a round goes on that has lasted too long."""
+        """Returns whether the current round has exceeded its time."""
         began = self._began
         return began is not None and self._clock() - began > self._seconds

@@ -12,6 +12,7 @@ from tolerances import SAME, assert_trees_close
 from rwkv7_jax.generation.decode_loop import prefill_rows
 from rwkv7_jax.serving.engine import Engine
 from rwkv7_jax.serving.requests import Request
+from rwkv7_jax.serving.slots import BLOCK
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 LETTERS = "abcdefghijklmno"
@@ -43,17 +44,20 @@ def assert_next_turn_reads_what_is_new(params, engine, request, said):
     assert_same(again, alone(params, following))
 
 
-@pytest.mark.parametrize("length", [1, 3, 6, 33, 70])
+@pytest.mark.parametrize("length", [1, 2, 3, 6, 7, 33, 70])
 def test_an_answer_that_a_stop_string_ended_is_not_read_again(
     params, letters, monkeypatch, length
 ):
     """However many blocks the stop string lies in, and where in a block or a token it begins."""
     monkeypatch.setattr(engine_cases, "BYTES", letters)
     engine = Engine(MODEL, params, letters, STATES, slots=2)
-    free = Request((70, 71), state="poet", tokens=64, seed=5, temperature=1.0)
-    text = alone(params, free).texts[0]
-    for begin in range(10, 27):
+    for begin in range(8, 40):
+        free = Request((70, 71), state="poet", tokens=64, seed=begin, temperature=1.0)
+        text = alone(params, free).texts[0]
         stop = text[begin : begin + length]
+        if not stop:
+            # The vocabulary's end of text came before.
+            continue
         request = dataclasses.replace(free, stop_strings=(stop,))
         said = answer(engine, request)
         assert said.ended == "stop_string"
@@ -69,6 +73,56 @@ def test_an_answer_that_a_stop_id_of_the_request_ended_is_not_read_again(
         said = answer(engine, request)
         assert said.ended == "stop_id"
         assert_next_turn_reads_what_is_new(params, engine, request, said)
+
+
+@pytest.fixture(scope="module")
+def blanks():
+    """A vocabulary in which every second id is blanks."""
+    words = map("".join, itertools.product(LETTERS, LETTERS))
+    entries = {}
+    for id in range(1, 257):
+        word = next(words) if id % 2 else " " * (id // 2)
+        entries[id] = word.encode()
+    return Tokenizer(entries, vocab_size=257, name="blanks")
+
+
+@pytest.mark.parametrize("stops", [(), ("a", "b", "c d", "e  ")])
+def test_a_message_comes_back_without_the_blanks_at_its_end(params, blanks, stops):
+    """However it ended, and wherever in a block its blanks begin."""
+    engine = Engine(MODEL, params, blanks, STATES, slots=1)
+    trimmed = 0
+    for seed in range(30):
+        request = Request((70, seed + 1), tokens=seed % 13 + 8, seed=seed)
+        request = dataclasses.replace(request, stop_strings=stops, is_message=True)
+        said = answer(engine, request)
+        back = list(said.tokens)
+        while back and back[-1] % 2 == 0:
+            back.pop()
+        if len(back) < len(said.tokens) // BLOCK * BLOCK:
+            # No state is from before the blanks.
+            continue
+        trimmed += len(back) < len(said.tokens)
+        ids = (*request.prompt, *back)
+        key = engine._start(None).key
+        kept = engine._cache.find(key, (*ids, 255, 255))
+        assert kept.length == len(ids)
+        fresh = prefill_rows(MODEL, params, engine._start(None).state, [ids], chunk=256)
+        assert_trees_close(kept.state, fresh, SAME["model"])
+    assert trimmed > 5
+
+
+def test_blanks_that_fill_more_than_a_block_keep_no_state_of_theirs(params, blanks):
+    stops = tuple(range(1, 257, 2))
+    request = Request((70, 71), tokens=40, stop_ids=stops, is_message=True)
+    for seed in range(200):
+        said = alone(params, dataclasses.replace(request, seed=seed))
+        if len(said.tokens[0]) > BLOCK:
+            break
+    engine = Engine(MODEL, params, blanks, {}, slots=1)
+    only = answer(engine, dataclasses.replace(request, seed=seed))
+    assert only.text.isspace() and only.tokens == tuple(said.tokens[0])
+    # What was read of the prompt.
+    assert engine._cache.find(engine._start(None).key, (70, 71, 72)).length == 1
 
 
 def test_requests_that_end_together_keep_their_own_states(params, letters, monkeypatch):

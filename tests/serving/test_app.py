@@ -11,7 +11,14 @@ import time
 import pytest
 from asgi_client import Client
 
-from rwkv7_jax.serving.requests import Answer, Closed, Piece, TokenScore, TooBusy
+from rwkv7_jax.serving.requests import (
+    Answer,
+    Closed,
+    Piece,
+    TokenScore,
+    TooBusy,
+    TooLong,
+)
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 pytest.importorskip("starlette", reason="the extra server is not installed")
@@ -334,6 +341,11 @@ def test_a_device_that_does_not_answer_is_no_health(client, engine):
                 "message": "`max_tokens` must be at least 1; got 0.",
             },
         ),
+        (
+            TooLong("submit: the length of `prompt` must be at most 9; got 10."),
+            400,
+            {"code": "context_length_exceeded"},
+        ),
         (RuntimeError("secret"), 500, {"message": "the server failed: RuntimeError."}),
     ],
 )
@@ -346,6 +358,10 @@ def test_a_request_that_the_engine_rejects_gets_its_reason(
     assert response.json()["error"].items() >= error.items()
     assert ("retry-after" in response.headers) == (status == 429)
     assert response.headers["x-request-id"]
+    if isinstance(refusal, TooLong):
+        field = "messages" if "chat" in address else "prompt"
+        assert response.json()["error"]["param"] == field
+        assert f"`{field}` must be at most" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("address", BODIES)

@@ -28,7 +28,7 @@ from engine_cases import (
 
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.serving.engine import Engine
-from rwkv7_jax.serving.requests import Closed, Request, TooBusy, UnknownState
+from rwkv7_jax.serving.requests import Closed, Request, TooBusy, TooLong, UnknownState
 
 
 def test_answers_equal_those_of_generate_next_to_other_requests(params, engine):
@@ -372,7 +372,7 @@ def test_requests_beyond_the_queue_limit_are_rejected(params):
         ({"prompt": (300,)}, ValueError, "`prompt` must hold ids .*300"),
         (
             {"prompt": (1,) * 65537},
-            ValueError,
+            TooLong,
             "the length of `prompt` must be at most",
         ),
         ({"tokens": 0}, ValueError, "`tokens` must be at least 1; got 0"),
