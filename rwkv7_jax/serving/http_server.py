@@ -72,6 +72,8 @@ def _config(app: Starlette, *, keep_alive: int, last_seconds: int) -> uvicorn.Co
     return uvicorn.Config(
         app,
         log_level="warning",
+        # uvicorn's own would close the handlers that the process has, and what they write to.
+        log_config=None,
         access_log=False,
         server_header=False,
         # Of the parser h11: the other one of uvicorn bounds no header.
