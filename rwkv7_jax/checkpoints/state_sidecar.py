@@ -66,9 +66,7 @@ def own_entries(info: Mapping[str, Any]) -> dict[str, Any]:
     try:
         text = json.dumps(entries, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"`info` must hold JSON values that are finite; got {error}."
-        ) from None
+        raise ValueError(f"`info` must hold finite JSON values; got {error}.") from None
     entries = json.loads(text)
     _check_fields(entries)
     return entries

@@ -72,6 +72,8 @@ def _config(app: Starlette, *, keep_alive: int, last_seconds: int) -> uvicorn.Co
     return uvicorn.Config(
         app,
         log_level="warning",
+        # The default would close the logging handlers of the process and their streams.
+        log_config=None,
         access_log=False,
         server_header=False,
         # Based on h11: httptools does not limit the size of headers.

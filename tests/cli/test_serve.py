@@ -41,6 +41,7 @@ TINY = str(Path(__file__).parents[2] / "assets" / "tiny.pth")
         (["--state", "a b=x.pth"], "`--state` must give a name of letters"),
         (["--state", "x=a.pth", "--state", "x=b.pth"], "'x' names `a.pth` and `b.pth`"),
         (["--state", "poet.pth", "--state", "d/poet.st"], "its own name; 'poet'"),
+        (["--watchdog", "0"], "`--watchdog` must be at least 1; got 0"),
         (["--drain", "-1"], "`--drain` must be at least 0; got -1"),
         (["--port", "0", "--model", "none.pth"], "`none.pth` does not exist"),
         (["--port", "0", "--state", "none.pth"], "`none.pth` does not exist"),

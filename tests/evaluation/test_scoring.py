@@ -176,7 +176,9 @@ def test_answers_start_from_the_state(params, batch):
 
 
 def test_a_batch_without_scored_positions_is_rejected(params, batch):
-    with pytest.raises(ValueError, match=r"score_answers: `batch\.mask` must count"):
+    with pytest.raises(
+        ValueError, match=r"score_answers: `batch\.mask` must be nonzero for"
+    ):
         score_answers(
             MODEL, params, init_state(CONFIG), batch | {"mask": batch["mask"] * 0}
         )
