@@ -397,20 +397,8 @@ def test_a_failed_or_cancelled_answer_is_an_error(
         ("POST", "/v1/completions", b"{", 400, "the body is not JSON"),
         ("POST", "/v1/completions", b"\xff", 400, "the body is not JSON"),
         ("POST", "/v1/completions", b"[" * 100_000, 400, "the body is not JSON"),
-        (
-            "POST",
-            "/v1/completions",
-            b"[]",
-            400,
-            "the body must be an object; got a list.",
-        ),
-        (
-            "POST",
-            "/v1/completions",
-            b" " * (2**24 + 1),
-            413,
-            "at most 16,777,216 bytes",
-        ),
+        ("POST", "/v1/completions", b"[]", 400, "must be an object; got a list."),
+        ("POST", "/v1/completions", b" " * (2**24 + 1), 413, "at most 16,777,216"),
     ],
 )
 def test_an_invalid_request_gets_an_error_object(
