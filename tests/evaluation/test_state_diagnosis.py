@@ -180,7 +180,7 @@ def test_the_order_of_rows_does_not_matter(model, params, bare):
 
 
 def test_a_text_without_scored_targets_is_rejected(model, params):
-    with pytest.raises(ValueError, match=r"diagnose: `batch\.mask` must count"):
+    with pytest.raises(ValueError, match=r"diagnose: `batch\.mask` must be nonzero for"):
         diagnose(model, params, init_state(CONFIG), text(scored=0))
     with pytest.raises(
         ValueError, match=r"retention: `batches\['other'\]\.mask` must count"
