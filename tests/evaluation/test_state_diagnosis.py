@@ -180,10 +180,12 @@ def test_the_order_of_rows_does_not_matter(model, params, bare):
 
 
 def test_a_text_without_scored_targets_is_rejected(model, params):
-    with pytest.raises(ValueError, match=r"diagnose: `batch\.mask` must be nonzero for"):
+    with pytest.raises(
+        ValueError, match=r"diagnose: `batch\.mask` must be nonzero for"
+    ):
         diagnose(model, params, init_state(CONFIG), text(scored=0))
     with pytest.raises(
-        ValueError, match=r"retention: `batches\['other'\]\.mask` must count"
+        ValueError, match=r"retention: `batches\['other'\]\.mask` must be nonzero"
     ):
         retention(model, params, init_state(CONFIG), {"other": text(scored=0)})
 
