@@ -46,9 +46,7 @@ def add_state_command(subparsers) -> None:
     parser = subparsers.add_parser("state", help=COMMANDS["state"])
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    info = commands.add_parser(
-        "info", help="sizes, norms, ranks and capacity of a state"
-    )
+    info = commands.add_parser("info", help="sizes, norms and capacity of a state")
     info.add_argument("state", type=path, help=_STATE_HELP)
     info.add_argument("--model", type=path, help="checkpoint that the state must fit")
     info.set_defaults(run=_info)
@@ -91,9 +89,7 @@ def add_state_command(subparsers) -> None:
     )
     mix.set_defaults(run=_mix)
 
-    scale = commands.add_parser(
-        "scale", help="write a state times alpha; 0 gives the base model"
-    )
+    scale = commands.add_parser("scale", help="write a state times alpha")
     scale.add_argument("state", type=path, help=_STATE_HELP)
     scale.add_argument(
         "--alpha",

@@ -13,6 +13,7 @@ from rwkv7_jax.checks import (
     as_array,
     check_instance,
     check_model,
+    check_not_intercepted,
     check_params,
     check_placed,
     prefix_errors,
@@ -84,6 +85,7 @@ def evaluate_handover(
         ValueError: a batch, a state or weights of other sizes, or no unmasked target after a split.
     """
     with prefix_errors("evaluate_handover"):
+        check_not_intercepted()
         check_model(teacher, "`teacher`")
         check_params(teacher_params, teacher.config, "`teacher_params`")
         check_placed(teacher_params, "`teacher_params`")
@@ -143,6 +145,7 @@ def proposal_error(
         ValueError: models, ids or lengths that do not match, or one row without a variance.
     """
     with prefix_errors("proposal_error"):
+        check_not_intercepted()
         check_instance(observer, Observer, "`observer`")
         check_model(teacher, "`teacher`")
         check_teacher(observer, teacher.config)

@@ -29,6 +29,7 @@ from rwkv7_jax.checks import (
     check_key,
     check_lengths,
     check_model,
+    check_not_intercepted,
     check_params,
     check_placed,
     check_tokens,
@@ -252,6 +253,7 @@ def propose(
         ValueError: ids or lengths out of range, or parameters of another observer.
     """
     with prefix_errors("propose"):
+        check_not_intercepted()
         check_instance(observer, Observer, "`observer`")
         check_maps(observer, params)
         check_placed(params, "`params`")
@@ -324,6 +326,7 @@ def state_moments(
         ValueError: no rows, ids or lengths out of range, or weights of another model.
     """
     with prefix_errors("state_moments"):
+        check_not_intercepted()
         check_model(teacher, "`teacher`")
         check_params(teacher_params, teacher.config, "`teacher_params`")
         check_placed(teacher_params, "`teacher_params`")

@@ -16,6 +16,7 @@ from rwkv7_jax.checks import (
     check_instance,
     check_key,
     check_model,
+    check_not_intercepted,
     check_params,
     check_prompts,
     prefix_errors,
@@ -193,6 +194,7 @@ class RolloutSampler:
             ValueError: an argument is out of range, or a row does not fit.
         """
         with prefix_errors("RolloutSampler.draw"):
+            check_not_intercepted()
             if state is not None:
                 check_state(state, 1, self.model.config)
             rows = check_prompts(prompts, self.model.config.vocab_size)

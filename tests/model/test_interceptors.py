@@ -11,6 +11,8 @@ from tolerances import SAME, assert_close
 
 import rwkv7_jax as rwkv
 from rwkv7_jax.generation import prefill_state
+from rwkv7_jax.observer import state_moments
+from rwkv7_jax.test_time import RolloutSampler
 
 MODEL = rwkv.RWKV7(CONFIG)
 IDS = tokens(2, 5, CONFIG)
@@ -73,6 +75,16 @@ def test_new_weights_of_an_interceptor_are_not_kept():
         (
             "prefill_state",
             lambda: prefill_state(MODEL, lively(CONFIG), np.array([1, 2])),
+        ),
+        (
+            "RolloutSampler.draw",
+            lambda: RolloutSampler(MODEL, lively(CONFIG), 1, 1, temperature=0).draw(
+                None, [[1]], None
+            ),
+        ),
+        (
+            "state_moments",
+            lambda: state_moments(MODEL, lively(CONFIG), IDS),
         ),
         ("upscale", lambda: rwkv.upscale(MODEL, lively(CONFIG), IDS)),
         (
