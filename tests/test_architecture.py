@@ -108,6 +108,37 @@ def test_a_statement_assigns_one_value():
         assert not packed, name_of(path)
 
 
+PRODUCTS = {
+    f"{module}.{name}"
+    for module in ("jnp", "jax.lax", "lax")
+    for name in ("dot", "dot_general", "einsum", "inner", "matmul", "tensordot", "vdot")
+}
+
+
+def _products_of_default_precision(path):
+    """Finds the lines of matrix products whose precision is left to the platform."""
+    chosen = set()
+    for node in ast.walk(tree_of(path)):
+        if not isinstance(node, ast.Call):
+            continue
+        # The precision may also be that of `functools.partial(jnp.einsum, ...)`.
+        if {"precision", "preferred_element_type"} & {x.arg for x in node.keywords}:
+            chosen |= {id(node.func), *map(id, node.args)}
+    return [
+        node.lineno
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node) in PRODUCTS
+        and id(node) not in chosen
+    ]
+
+
+def test_matrix_products_name_their_precision():
+    # By default, TPUs round float32 operands to bfloat16, and GPUs to TF32.
+    for path in MODULES:
+        assert not _products_of_default_precision(path), name_of(path)
+
+
 def test_the_package_has_at_most_25_public_names_and_all_exist():
     names = getattr(rwkv7_jax, "__all__", [])
     assert len(names) <= 25

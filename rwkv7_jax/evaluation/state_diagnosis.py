@@ -177,10 +177,9 @@ def _reads(
     def summarize(psi: Float[Array, "B T H M"]) -> dict[str, Array]:
         heads = psi.shape[2]
         # [T]; padding rows have weight 0.
-        squares = jnp.einsum("bthm,bthm,b->t", psi, psi, present) / (
-            jnp.sum(present) * heads
-        )
-        return {"moments": second_moment(psi, weights)[0], "reads": squares}
+        squares = jnp.einsum("bthm,bthm,b->t", psi, psi, present, precision="highest")
+        reads = squares / (jnp.sum(present) * heads)
+        return {"moments": second_moment(psi, weights)[0], "reads": reads}
 
     def read_wkv(layer: Any) -> dict[str, Array]:
         return summarize(
@@ -214,7 +213,8 @@ def _mean_square_norms(
     _, end = outputs
     squares = jnp.sum(jnp.square(end.wkv), axis=(-2, -1))
     # The caller averages the squares over all parts before it takes the root.
-    return jnp.einsum("lbh,b->lh", squares, present) / jnp.sum(present)
+    total = jnp.einsum("lbh,b->lh", squares, present, precision="highest")
+    return total / jnp.sum(present)
 
 
 def _reference_norm(
