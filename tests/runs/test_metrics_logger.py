@@ -5,6 +5,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -75,6 +76,17 @@ def _take(logger: MetricsLogger, number: int) -> None:
     tokens = np.zeros((1, _TOKENS + 1), np.int32)
     logger.before_step(number, _SCHEDULE)
     logger.log_step(number, metrics, Batch(tokens=tokens))
+
+
+def test_a_line_is_written_without_new_work_for_the_device():
+    schedule = optax.cosine_decay_schedule(1.0, 10)
+    logger, lines = _logger(5, 1, rates=schedule)
+    for number in range(1, 4):
+        _take(logger, number)
+    # Work on the device would begin with a transfer of its arguments.
+    with jax.transfer_guard_host_to_device("disallow_explicit"):
+        logger.drain()
+    assert lines[3]["learning_rate"] == pytest.approx(float(schedule(0)))
 
 
 @pytest.mark.parametrize(("steps", "log_every"), [(12, 10), (5, 1), (7, 3), (2, 10)])

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
@@ -57,8 +56,8 @@ def schedule_and_optimizer(
     return learning_rate, optimizer
 
 
-def copy_updates_made(opt_state: Any) -> Int[Array, "*K"]:
-    """Copies the schedule's count of updates, which excludes skipped updates.
+def updates_made(opt_state: Any) -> Int[Array, "*K"]:
+    """Finds the schedule's count of updates, which excludes skipped updates.
 
     Args:
         opt_state: state of the optimizer of `schedule_and_optimizer`, also wrapped by a mode; for a
@@ -69,5 +68,4 @@ def copy_updates_made(opt_state: Any) -> Int[Array, "*K"]:
         return isinstance(node, optax.ScaleByScheduleState)
 
     nodes = jax.tree.leaves(opt_state, is_leaf=is_count)
-    # A copy, because steps donate their arguments.
-    return jnp.copy(next(node.count for node in nodes if is_count(node)))
+    return next(node.count for node in nodes if is_count(node))

@@ -21,7 +21,7 @@ from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import NotFinite, warn
 from rwkv7_jax.runs.input_pipeline import BatchSource
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.scheduled_optimizer import RateAt, copy_updates_made
+from rwkv7_jax.runs.modes.scheduled_optimizer import RateAt, updates_made
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.sharding import to_host
@@ -40,8 +40,8 @@ class _Step:
         metrics: the metrics of its update, on the device.
         batch: the batch of the step; None if it had nothing to learn from.
         targets: the number of targets in the loss; None if the step is not written to the log.
-        updates: the number of updates before the step, of each state; None if the step is not
-            written to the log.
+        rate: the learning rate of its update, of each state; None if the step is not written to the
+            log.
         ended: the time at which the device finished it; NaN until then.
     """
 
@@ -49,7 +49,7 @@ class _Step:
     metrics: Mapping[str, Any]
     batch: Batch | None
     targets: Any = None
-    updates: Any = None
+    rate: Any = None
     ended: float = math.nan
 
     def is_ready(self) -> bool:
@@ -105,12 +105,13 @@ class MetricsLogger:
         self._settings = mode.settings
         self._start_step = start_step
         self._batches = batches
-        self._rates = rates
+        # One program, whose result stays when the step donates the count.
+        self._rate_at = jax.jit(rates)
         self._devices = devices
         self._bar = ProgressBar(self._settings.steps - start_step, self._settings.mode)
         self._compile_clock = CompileClock()
         self._pending: collections.deque[_Step] = collections.deque()
-        self._updates: Any = None
+        self._rate: Any = None
         self._warned = False
         self._last_end = time.monotonic()
         # The following are measured since the last line of the log.
@@ -122,14 +123,18 @@ class MetricsLogger:
         self._compiled_before = 0.0
 
     def before_step(self, number: int, opt_state: Any) -> None:
-        """Records the number of updates before a step, for its learning rate, if it is logged.
+        """Computes the learning rate of a step, if it is logged.
+
+        Computed now: a rate that is computed when the line is written would queue behind later
+        steps, and reading it would wait for them.
 
         Args:
             number: the number of the step, counted from 1.
             opt_state: the optimizer state before the step, which donates it.
         """
-        is_written = self._is_written(number)
-        self._updates = copy_updates_made(opt_state) if is_written else None
+        self._rate = None
+        if self._is_written(number):
+            self._rate = self._rate_at(updates_made(opt_state))
 
     def log_step(
         self, number: int, metrics: Mapping[str, Any], batch: Batch | None
@@ -144,9 +149,9 @@ class MetricsLogger:
         Raises:
             NotFinite: too many consecutive updates were skipped.
         """
-        step = _Step(number, metrics, batch, updates=self._updates)
+        step = _Step(number, metrics, batch, rate=self._rate)
         if self._is_written(number) and batch is not None and batch.mask is not None:
-            # Count now: a count dispatched when the line is written would queue behind later steps.
+            # Counted now, for the same reason as the rate.
             step.targets = _count_targets(batch.mask)
         self._pending.append(step)
         self._note_ends()
@@ -248,8 +253,7 @@ class MetricsLogger:
             # In plain text all targets always count, so no column is needed.
             if share < 1.0:
                 numbers["targets_in_loss"] = share
-        rates = self._rates(to_host(step.updates))
-        numbers |= self._mode.step_metrics({"learning_rate": rates})
+        numbers |= self._mode.step_metrics({"learning_rate": to_host(step.rate)})
         numbers |= self._speed(step.ended)
         numbers |= self._use_of_devices(numbers["tokens_per_second"])
         self._directory.log(number, numbers)
