@@ -52,6 +52,7 @@ from rwkv7_jax.reports import plots
 from rwkv7_jax.runs import compilation_cache, config_flags, process
 from rwkv7_jax.runs.comparison import Comparison, load_comparison, read_held_out
 from rwkv7_jax.runs.datasets import training_stream
+from rwkv7_jax.runs.devices import check_devices
 from rwkv7_jax.runs.question_answers import AskedQuestions
 from rwkv7_jax.runs.settings import Settings, read_settings
 
@@ -226,6 +227,7 @@ def main(arguments: list[str]) -> None:
         if len(arguments) > 1:
             raise ValueError(f"unknown argument {arguments[1]!r}.")
         settings = read_settings(config_flags.config_values())
+        check_devices()
         compilation_cache.enable_compilation_cache(compilation_cache.user_folder())
         evaluate(settings)
 

@@ -35,6 +35,7 @@ from rwkv7_jax.runs import (
     rate_record,
 )
 from rwkv7_jax.runs.after_step import evaluate_and_save
+from rwkv7_jax.runs.devices import check_devices
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import Stopped, check_stopped_code, warn
 from rwkv7_jax.runs.modes.rate_stack import SEARCH_FOLDER, RateStackMode
@@ -197,6 +198,7 @@ def main(arguments: list[str]) -> None:
         multihost.join(
             _COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value
         )
+        check_devices()
         with (
             StopSignals(code) as stop,
             open_run_directory(workdir, settings) as folder,

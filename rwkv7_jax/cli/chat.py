@@ -86,7 +86,7 @@ def add_chat_command(subparsers) -> None:
     add_stop_options(parser)
     add_escape_option(parser, "--stop")
     add_vocabulary_option(parser, "the model's")
-    parser.set_defaults(run=run_chat, compiles=True)
+    parser.set_defaults(run=run_chat, computes=True)
 
 
 def run_chat(options: argparse.Namespace) -> None:

@@ -46,6 +46,7 @@ from rwkv7_jax.model.int8_weights import quantize
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.system_info import lines, system, version
 from rwkv7_jax.runs.compilation_cache import enable_compilation_cache, user_folder
+from rwkv7_jax.runs.devices import check_devices, use_cpu
 from rwkv7_jax.runs.exit_codes import (
     Stopped,
     exit_code,
@@ -289,7 +290,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
 
     doctor = commands.add_parser("doctor", help=COMMANDS["doctor"])
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=_doctor, computes=True)
 
     report = commands.add_parser("report", help=COMMANDS["report"])
     report.add_argument("folder", type=path)
@@ -321,23 +322,32 @@ def main(arguments: list[str] | None = None) -> int:
     warn_in_one_line()
     try:
         with StopSignals(None) as stop, stop.interruptible():
-            return _run(sys.argv[1:], caches=True)
+            return _run(sys.argv[1:], owns_process=True)
     except Stopped as error:
         # XLA threads may still compile, and would crash during interpreter shutdown.
         os._exit(error.code)
 
 
-def _run(words: list[str], *, caches: bool = False) -> int:
+def _choose_devices(options: argparse.Namespace) -> None:
+    """Prepares the accelerator for commands that compute; keeps the others off it."""
+    if not getattr(options, "computes", False):
+        use_cpu()
+        return
+    check_devices()
+    enable_compilation_cache(user_folder())
+
+
+def _run(words: list[str], *, owns_process: bool = False) -> int:
     """Runs one command and returns the exit code.
 
     Args:
         words: arguments without the program's name.
-        caches: whether to write compiled programs to the user's cache.
+        owns_process: whether JAX may be configured for the command.
     """
     try:
         options = parser().parse_args(join_negative_numbers(words))
-        if caches and getattr(options, "compiles", False):
-            enable_compilation_cache(user_folder())
+        if owns_process:
+            _choose_devices(options)
         report = options.run(options)
         with name_output():
             if report is not None:

@@ -69,7 +69,7 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
         action="store_true",
         help="print one JSON object at the end instead of streaming",
     )
-    parser.set_defaults(run=run_generate, compiles=True)
+    parser.set_defaults(run=run_generate, computes=True)
     return parser
 
 

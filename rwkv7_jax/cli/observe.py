@@ -63,7 +63,7 @@ def add_observe_command(subparsers) -> None:
         help="windows of --text, at least 2 (%(default)s)",
     )
     add_vocabulary_option(parser, "the model's")
-    parser.set_defaults(run=run_observe, compiles=True)
+    parser.set_defaults(run=run_observe, computes=True)
 
 
 def run_observe(options: argparse.Namespace) -> str:

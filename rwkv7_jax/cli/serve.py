@@ -75,7 +75,7 @@ def add_serve_command(subparsers) -> None:
         help="write a line of JSON per request to stderr, with its X-Request-Id",
     )
     _add_limits(parser)
-    parser.set_defaults(run=run_serve, compiles=True)
+    parser.set_defaults(run=run_serve, computes=True)
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:

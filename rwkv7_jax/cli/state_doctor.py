@@ -75,7 +75,7 @@ def add_doctor_command(subparsers) -> None:
         help="write a PNG of fading, loss by position and spectra",
     )
     add_vocabulary_option(parser, "the model's")
-    parser.set_defaults(run=_doctor, compiles=True)
+    parser.set_defaults(run=_doctor, computes=True)
 
 
 def _doctor(options: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@
 * 5: disk error
 * 6: another process of the run was lost
 * 7: out of memory
-* 75: another process uses the folder or the store
+* 75: another process uses the folder, the store or the TPU
 * 130: Ctrl-C
 """
 
@@ -68,7 +68,7 @@ _USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 
 class InUse(ValueError):
-    """A folder or a store that another process uses; a later attempt may succeed."""
+    """A folder, a store or a device that another process uses; a later attempt may succeed."""
 
 
 class NoValidCheckpoint(RuntimeError):
