@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from rwkv7_jax.array_types import Params
@@ -148,7 +149,7 @@ def load_model(
             if weights is not None:
                 return _load_orbax_in_int8(folder, dtype, mesh, verify=verify)
             return load_orbax(
-                folder, dtype=dtype, allow_nan=allow_nan, verify=verify, device=mesh
+                folder, dtype=dtype, allow_nan=allow_nan, verify=verify, mesh=mesh
             )
         tensors, config = _open_model(path, verify=verify)
         if mesh is not None:
@@ -191,18 +192,16 @@ def _load_orbax_in_int8(
     For the hash, the host holds one tensor at a time. Every process must take part in computing the
     hash.
     """
-    params, config = load_orbax(folder, dtype=dtype, verify=verify, device=mesh)
+    params, config = load_orbax(folder, dtype=dtype, verify=verify, mesh=mesh)
     origin = model_hash(params, config)
-    places = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    leaves, structure = jax.tree.flatten(params)
+    leaves = traverse_util.flatten_dict(params)
     # Each float matrix is freed as soon as it is quantised.
     del params
-    for index, path in enumerate(places):
-        path_of_leaf = tuple(key.key for key in path)
-        if is_quantizable(path_of_leaf, leaves[index].ndim):
-            matrix = _quantize_rows(leaves[index], origin=origin)
-            leaves[index] = jax.block_until_ready(matrix)
-    return place(mesh, jax.tree.unflatten(structure, leaves)), config
+    for path in leaves:
+        if is_quantizable(path, leaves[path].ndim):
+            matrix = _quantize_rows(leaves[path], origin=origin)
+            leaves[path] = jax.block_until_ready(matrix)
+    return place(mesh, traverse_util.unflatten_dict(leaves)), config
 
 
 def _int8_leaf(origin: str, path: tuple[str, ...], array: np.ndarray) -> Any:
