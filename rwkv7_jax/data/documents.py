@@ -7,38 +7,16 @@ token counts in the loss, because a model must learn where to stop.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from rwkv7_jax.data.text_files import CHUNK, TextFile
+from rwkv7_jax.text.tokenizer import Tokenizer
 
 # Content hashes are below this number.
 HASH_RANGE = 2**64
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """The part of a tokenizer that documents need."""
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The id that ends a document; empty if there is none."""
-        ...
-
-    @property
-    def dtype(self) -> type[np.integer]:
-        """The dtype of ids."""
-        ...
-
-    def encode_chunks(
-        self,
-        chunks: Iterable[bytes],
-    ) -> Iterator[np.ndarray]:
-        """Encodes the joined chunks and yields the ids in pieces."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +79,7 @@ class Document:
             digest.update(chunk)
         return int.from_bytes(digest.digest(), "big")
 
-    def ids(
-        self,
-        tokenizer: Encoder,
-    ) -> Iterator[tuple[np.ndarray, bool]]:
+    def ids(self, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, bool]]:
         """Yields the ids in pieces, each with a flag for whether it is in the loss.
 
         The last id is the vocabulary's end of text, if there is one.

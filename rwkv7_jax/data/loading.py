@@ -24,7 +24,7 @@ from rwkv7_jax.data.batching import (
 )
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
 from rwkv7_jax.data.choices import ON_BAD, SPLITS, Split
-from rwkv7_jax.data.documents import Document, Encoder, held_out_threshold
+from rwkv7_jax.data.documents import Document, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents, warn_of_skipped
 from rwkv7_jax.data.token_cache import (
@@ -52,7 +52,7 @@ __all__ = [
 PathsOrIds = str | Path | Sequence[str | Path] | np.ndarray | TokenStream
 
 
-def _encode(selected: Iterable[Document], tokenizer: Encoder) -> TokenArray:
+def _encode(selected: Iterable[Document], tokenizer: Tokenizer) -> TokenArray:
     """Encodes documents into one array in memory."""
     # Starts with an empty array, for when there are no documents.
     pieces = [np.zeros(0, tokenizer.dtype)]
