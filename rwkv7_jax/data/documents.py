@@ -15,9 +15,6 @@ import numpy as np
 from rwkv7_jax.data.text_files import CHUNK, TextFile
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-# Content hashes are below this number.
-HASH_RANGE = 2**64
-
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
@@ -103,6 +100,5 @@ def held_out_threshold(share: float) -> int:
     Args:
         share: fraction of all documents to hold out.
     """
-    # Shares of 0 and 1 must hold out nothing and everything despite rounding.
-    threshold = math.ceil(share * HASH_RANGE)
-    return min(max(threshold, 0), HASH_RANGE)
+    # A hash has 64 bits, so a share of 1 holds out everything.
+    return math.ceil(share * 2**64)
