@@ -44,6 +44,7 @@ from rwkv7_jax.checkpoints.orbax_folder import (
     save_orbax,
 )
 from rwkv7_jax.checkpoints.param_tree import (
+    TreePath,
     check_names,
     finite_tensors,
     infer_config,
@@ -194,7 +195,7 @@ def _load_orbax_in_int8(
     """
     params, config = load_orbax(folder, dtype=dtype, verify=verify, mesh=mesh)
     origin = model_hash(params, config)
-    leaves = traverse_util.flatten_dict(params)
+    leaves: dict[TreePath, Any] = traverse_util.flatten_dict(params)
     # Each float matrix is freed as soon as it is quantised.
     del params
     for path in leaves:
@@ -204,7 +205,7 @@ def _load_orbax_in_int8(
     return place(mesh, traverse_util.unflatten_dict(leaves)), config
 
 
-def _int8_leaf(origin: str, path: tuple[str, ...], array: np.ndarray) -> Any:
+def _int8_leaf(origin: str, path: TreePath, array: np.ndarray) -> Any:
     """Quantises a leaf, or some of its rows, to 8 bits; other leaves than matrices are kept.
 
     Args:
