@@ -326,10 +326,8 @@ def open_cache(
     if split != "all":
         hashes = _map_sibling(path, ".keys", "<u8", count)
     _check_blocks(path, card)
-    if hashes is None:
-        return TokenStream.of_array(tokens)
     # A single document is split by position, as in other sources.
-    if count == 1:
+    if hashes is None or count == 1:
         return split_by_position(tokens, split, held_out)
     is_held_out = hashes < held_out_threshold(held_out)
     return TokenStream.of_documents(
