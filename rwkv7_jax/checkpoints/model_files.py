@@ -30,11 +30,6 @@ from rwkv7_jax.checkpoints.layouts.other_architectures import (
     reject_adapters,
     reject_other_architectures,
 )
-from rwkv7_jax.checkpoints.loading.tree_reader import (
-    Progress,
-    build_tree,
-    loaded_tensors,
-)
 from rwkv7_jax.checkpoints.model_folder import existing_model, refuse_other_files
 from rwkv7_jax.checkpoints.orbax_folder import (
     ORBAX_CONTENT,
@@ -62,6 +57,11 @@ from rwkv7_jax.checkpoints.tensor_files import (
     write_safetensors,
 )
 from rwkv7_jax.checkpoints.tensor_names import Tensor
+from rwkv7_jax.checkpoints.tree_reader import (
+    Progress,
+    build_tree,
+    loaded_tensors,
+)
 from rwkv7_jax.checkpoints.unused_value_residual import (
     add_unused_value_residual,
     drop_unused_value_residual,

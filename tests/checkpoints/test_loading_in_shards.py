@@ -16,7 +16,7 @@ from tiny_models import CONFIG as TINY
 from tiny_models import lively
 
 from rwkv7_jax import sharding
-from rwkv7_jax.checkpoints.loading import tree_reader
+from rwkv7_jax.checkpoints import tree_reader
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.model.config import RWKV7Config
