@@ -144,6 +144,8 @@ def load_model(
             dtype = require_jax_dtype(require_float_dtype(dtype))
         path = existing_model(path)
         _check_weights(weights, allow_nan)
+        if mesh is not None:
+            refuse_explicit_axes(mesh, "`mesh`")
     with name_file(path, "load_model"):
         if is_orbax(path):
             folder = path.absolute()
@@ -154,7 +156,6 @@ def load_model(
             )
         tensors, config = _open_model(path, verify=verify)
         if mesh is not None:
-            refuse_explicit_axes(mesh, "`mesh`")
             check_shared_heads(config, mesh.shape.get(TENSOR, 1), "`mesh`")
         convert = None
         if weights is not None:

@@ -179,6 +179,17 @@ def test_indivisible_heads_are_rejected_before_reading(
         load_model(tmp_path / "model.pth", mesh=mesh)
 
 
+@pytest.mark.parametrize("name", ["model.pth", "folder"])
+def test_a_mesh_with_explicit_axes_is_rejected_before_reading(params, tmp_path, name):
+    path = saved(params, tmp_path, name)
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Explicit,))
+    message = (
+        r"^load_model: `mesh` must have axes of type AxisType.Auto, .* for fsdp\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_model(path, mesh=mesh)
+
+
 def test_a_non_finite_value_in_any_shard_is_rejected(params, mesh, tmp_path):
     broken = jax.tree.map(lambda leaf: leaf, params)
     key = broken["layers"]["ffn"]["key"]
