@@ -118,7 +118,7 @@ _HF_INSIDE = {
 }
 
 # Without the prefix `model.`, which HF files put on every name except the head's.
-HF_NAMES = NameTable(_HF_OUTSIDE, _HF_INSIDE, block="layers")
+_HF_NAMES = NameTable(_HF_OUTSIDE, _HF_INSIDE, block="layers")
 
 
 # One slice per axis.
@@ -246,8 +246,13 @@ def hf_shape(name: str, shape: Shape) -> Shape:
 
 def to_hf(name: str) -> str:
     """Translates an official name to HF's."""
-    theirs = HF_NAMES.from_official(name)
+    theirs = _HF_NAMES.from_official(name)
     return theirs if name == "head.weight" else f"model.{theirs}"
+
+
+def from_hf(name: str) -> str:
+    """Translates an HF name without its prefix to the official one; keeps an unknown name."""
+    return _HF_NAMES.to_official(name)
 
 
 def split_states(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

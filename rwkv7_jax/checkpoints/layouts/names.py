@@ -115,7 +115,7 @@ def _official_name(name: str) -> tuple[str, bool]:
     bias = _LINEAR_BIAS.match(name)
     if bias:
         return f"{bias[1]}0", False
-    official = tensor_names.HF_NAMES.to_official(name)
+    official = tensor_names.from_hf(name)
     return official, official != name and bool(LOW_RANK.search(official))
 
 
