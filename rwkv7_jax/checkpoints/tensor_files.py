@@ -16,7 +16,7 @@ import safetensors
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints.integrity import file_signatures
-from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
+from rwkv7_jax.checkpoints.integrity.digests import ContentDigest, digest_of_arrays
 from rwkv7_jax.checkpoints.integrity.file_signatures import Container
 from rwkv7_jax.checkpoints.layouts.orientation import LowRank
 from rwkv7_jax.checkpoints.mapped_files import map_file, release_pages
@@ -407,21 +407,32 @@ def dump_safetensors(
     # Wide dtypes first, as in the package, so that every tensor is aligned.
     names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
     arrays = {name: arrays[name] for name in names}
-    metadata = metadata or {}
-    digest = digest_of_arrays(arrays.items(), metadata)
-    file.write(_safetensors_header(arrays, {**metadata, _DIGEST_KEY: digest}))
-    for array in arrays.values():
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    start = file.tell()
+    # Each array is read once, since it may be mapped from a file that is larger than memory.
+    digest = ContentDigest()
+    # The digest is known only after all tensors; a placeholder reserves its space.
+    placeholder = digest.hexdigest()
+    file.write(_safetensors_header(arrays, metadata or {}, placeholder))
+    for name, array in arrays.items():
+        # `ascontiguousarray` turns a scalar into a vector, so the shape is restored.
+        contiguous = np.ascontiguousarray(array).reshape(array.shape)
+        file.write(contiguous.reshape(-1).view(np.uint8).data)
+        digest.add(name, contiguous)
+    final = digest.hexdigest(dict(metadata or {}))
+    end = file.tell()
+    file.seek(start)
+    file.write(_safetensors_header(arrays, metadata or {}, final))
+    file.seek(end)
 
 
 def _safetensors_header(
-    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], digest: str
 ) -> bytes:
     """Returns the start of a file: the header's length and the header.
 
     Source: huggingface/safetensors README.md, "Format".
     """
-    table: dict[str, Any] = {"__metadata__": metadata}
+    table: dict[str, Any] = {"__metadata__": {**metadata, _DIGEST_KEY: digest}}
     end = 0
     for name, array in arrays.items():
         begin = end
