@@ -29,7 +29,7 @@ from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
 from rwkv7_jax.checkpoints.layouts.names import split_lerps
 from rwkv7_jax.checkpoints.layouts.orientation import transposed
 from rwkv7_jax.checkpoints.tensor_files import TensorFile
-from rwkv7_jax.checkpoints.tensor_names import LERPS, Tensor
+from rwkv7_jax.checkpoints.tensor_names import LERPS, NameTable, Tensor
 from rwkv7_jax.checkpoints.unused_value_residual import drop_unused_value_residual
 from rwkv7_jax.checks import first_line
 from rwkv7_jax.model.config import RWKV7Config
@@ -73,7 +73,11 @@ _OUTSIDE = {
     "head.weight": "output.weight",
 }
 
+# All six lerps of time mix are fused into one tensor [6, 1, 1, D], in the order of `LERPS`.
+_FUSED_LERPS = f"att.x_{LERPS}"
+
 _INSIDE = {
+    _FUSED_LERPS: "time_mix_lerp_fused.weight",
     "ln1.weight": "attn_norm.weight",
     "ln1.bias": "attn_norm.bias",
     "ln2.weight": "attn_norm_2.weight",
@@ -103,14 +107,7 @@ _INSIDE = {
     "ffn.value.weight": "channel_mix_value.weight",
 }
 
-_OFFICIAL_OUTSIDE = {theirs: official for official, theirs in _OUTSIDE.items()}
-
-_OFFICIAL_INSIDE = {theirs: official for official, theirs in _INSIDE.items()}
-
-# The six lerps of time mix, fused into one tensor [6, 1, 1, D] in the order of `LERPS`.
-_FUSED_LERPS = "time_mix_lerp_fused.weight"
-
-_OFFICIAL_INSIDE[_FUSED_LERPS] = f"att.x_{LERPS}"
+_NAMES = NameTable(_OUTSIDE, _INSIDE, block="blk")
 
 _LERP = re.compile(r"^blocks\.(\d+)\.att\.x_([rwkvag])$")
 
@@ -231,7 +228,7 @@ def read_gguf(path: Path, *, verify: bool = False) -> TensorFile:
         # Block 0 never uses its value residual; in GGUF files it is a copy of other tensors.
         if _UNREAD.match(entry.name):
             continue
-        parts = split_lerps(_official_name(entry.name), _tensor(entry))
+        parts = split_lerps(_NAMES.to_official(entry.name), _tensor(entry))
         for name, part in parts.items():
             tensors[name] = _official_form(name, part, head_size)
     _narrow(tensors, reader, path)
@@ -275,15 +272,6 @@ def _tensor(stored: gguf.ReaderTensor) -> Tensor:
     )
 
 
-def _official_name(name: str) -> str:
-    """Translates a llama.cpp name; an unknown name is kept, so that `check_names` reports it."""
-    if name in _OFFICIAL_OUTSIDE:
-        return _OFFICIAL_OUTSIDE[name]
-    block, _, inside = name.removeprefix("blk.").partition(".")
-    official = _OFFICIAL_INSIDE.get(inside)
-    return f"blocks.{block}.{official}" if official else name
-
-
 def _official_form(name: str, tensor: Tensor, head_size: int) -> Tensor:
     """Converts a tensor to its official orientation and shape."""
     if tensor_names.LOW_RANK.search(name):
@@ -318,7 +306,12 @@ def _narrowed(wide: Tensor, dtype: np.dtype, name: str, path: Path) -> Tensor:
             )
         return narrowed
 
-    return wide.converted(dtype, narrow)
+    return Tensor(
+        wide.shape,
+        dtype,
+        lambda: narrow(wide.read()),
+        lambda index: narrow(wide.part(index)),
+    )
 
 
 def save_gguf(
@@ -417,7 +410,8 @@ def _add_tensors(
         lerps[lerp[2]] = array
         if len(lerps) == len(LERPS):
             rows = np.stack([lerps[letter] for letter in LERPS])
-            writer.add_tensor(f"blk.{lerp[1]}.{_FUSED_LERPS}", rows[:, None, None])
+            fused = _NAMES.from_official(f"blocks.{lerp[1]}.{_FUSED_LERPS}")
+            writer.add_tensor(fused, rows[:, None, None])
             lerps = {}
     for dtype, names in widened.items():
         writer.add_array(_WIDENED_KEY.format(dtype=dtype), names)
@@ -443,16 +437,8 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, array: np.ndarray) -> None:
         # The package treats bfloat16 as a quantised type, whose arrays are bytes.
         raw_dtype = gguf.GGMLQuantizationType.BF16
         array = array.view(np.uint8)
-    writer.add_tensor(_to_gguf(name), array, raw_dtype=raw_dtype)
+    writer.add_tensor(_NAMES.from_official(name), array, raw_dtype=raw_dtype)
     copied = _COPIED_IN_BLOCK_0.match(name)
     if copied:
         name = f"blocks.0.att.v{copied[1]}"
-        writer.add_tensor(_to_gguf(name), array, raw_dtype=raw_dtype)
-
-
-def _to_gguf(name: str) -> str:
-    """Translates an official name to llama.cpp's."""
-    if name in _OUTSIDE:
-        return _OUTSIDE[name]
-    _, block, inside = name.split(".", 2)
-    return f"blk.{block}.{_INSIDE[inside]}"
+        writer.add_tensor(_NAMES.from_official(name), array, raw_dtype=raw_dtype)

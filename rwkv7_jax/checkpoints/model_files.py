@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from rwkv7_jax.array_types import Params
@@ -29,11 +30,6 @@ from rwkv7_jax.checkpoints.layouts.other_architectures import (
     reject_adapters,
     reject_other_architectures,
 )
-from rwkv7_jax.checkpoints.loading.tree_reader import (
-    Progress,
-    build_tree,
-    loaded_tensors,
-)
 from rwkv7_jax.checkpoints.model_folder import existing_model, refuse_other_files
 from rwkv7_jax.checkpoints.orbax_folder import (
     ORBAX_CONTENT,
@@ -43,6 +39,7 @@ from rwkv7_jax.checkpoints.orbax_folder import (
     save_orbax,
 )
 from rwkv7_jax.checkpoints.param_tree import (
+    TreePath,
     check_names,
     finite_tensors,
     infer_config,
@@ -60,6 +57,11 @@ from rwkv7_jax.checkpoints.tensor_files import (
     write_safetensors,
 )
 from rwkv7_jax.checkpoints.tensor_names import Tensor
+from rwkv7_jax.checkpoints.tree_reader import (
+    Progress,
+    build_tree,
+    loaded_tensors,
+)
 from rwkv7_jax.checkpoints.unused_value_residual import (
     add_unused_value_residual,
     drop_unused_value_residual,
@@ -142,17 +144,18 @@ def load_model(
             dtype = require_jax_dtype(require_float_dtype(dtype))
         path = existing_model(path)
         _check_weights(weights, allow_nan)
+        if mesh is not None:
+            refuse_explicit_axes(mesh, "`mesh`")
     with name_file(path, "load_model"):
         if is_orbax(path):
             folder = path.absolute()
             if weights is not None:
                 return _load_orbax_in_int8(folder, dtype, mesh, verify=verify)
             return load_orbax(
-                folder, dtype=dtype, allow_nan=allow_nan, verify=verify, device=mesh
+                folder, dtype=dtype, allow_nan=allow_nan, verify=verify, mesh=mesh
             )
         tensors, config = _open_model(path, verify=verify)
         if mesh is not None:
-            refuse_explicit_axes(mesh, "`mesh`")
             check_shared_heads(config, mesh.shape.get(TENSOR, 1), "`mesh`")
         convert = None
         if weights is not None:
@@ -191,21 +194,19 @@ def _load_orbax_in_int8(
     For the hash, the host holds one tensor at a time. Every process must take part in computing the
     hash.
     """
-    params, config = load_orbax(folder, dtype=dtype, verify=verify, device=mesh)
+    params, config = load_orbax(folder, dtype=dtype, verify=verify, mesh=mesh)
     origin = model_hash(params, config)
-    places = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    leaves, structure = jax.tree.flatten(params)
+    leaves: dict[TreePath, Any] = traverse_util.flatten_dict(params)
     # Each float matrix is freed as soon as it is quantised.
     del params
-    for index, path in enumerate(places):
-        path_of_leaf = tuple(key.key for key in path)
-        if is_quantizable(path_of_leaf, leaves[index].ndim):
-            matrix = _quantize_rows(leaves[index], origin=origin)
-            leaves[index] = jax.block_until_ready(matrix)
-    return place(mesh, jax.tree.unflatten(structure, leaves)), config
+    for path in leaves:
+        if is_quantizable(path, leaves[path].ndim):
+            matrix = _quantize_rows(leaves[path], origin=origin)
+            leaves[path] = jax.block_until_ready(matrix)
+    return place(mesh, traverse_util.unflatten_dict(leaves)), config
 
 
-def _int8_leaf(origin: str, path: tuple[str, ...], array: np.ndarray) -> Any:
+def _int8_leaf(origin: str, path: TreePath, array: np.ndarray) -> Any:
     """Quantises a leaf, or some of its rows, to 8 bits; other leaves than matrices are kept.
 
     Args:

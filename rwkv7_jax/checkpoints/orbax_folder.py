@@ -74,7 +74,7 @@ def load_orbax(
     dtype=None,
     allow_nan: bool = False,
     verify: bool = False,
-    device: Any = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Params, RWKV7Config]:
     """Loads the parameters and the config of an Orbax folder.
 
@@ -83,30 +83,25 @@ def load_orbax(
         dtype: dtype of all leaves; None keeps the folder's.
         allow_nan: accept NaN and Inf.
         verify: check the arrays against the digest in the card, if it has one.
-        device: device of the arrays, or a mesh to shard them over; None uses the default device.
+        mesh: mesh to shard the arrays over; None uses the default device.
 
     Raises:
-        ValueError: the folder is not an Orbax checkpoint or is damaged, its leaves do not match the
-            config, a value is NaN or Inf, or a leaf is float64 and x64 is off.
+        ValueError: the folder is damaged, its leaves do not match the config, a value is NaN or
+            Inf, or a leaf is float64 and x64 is off.
     """
-    path = folder / CARD_FILE
-    if not path.exists():
-        raise ValueError(f"`{folder}` is not a checkpoint: it has no {CARD_FILE}.")
-    require_unicode(folder, "`path`")
-    card = read_json(path)
-    config = _config_of(card, path)
-    if isinstance(device, Mesh):
-        check_shared_heads(config, device.shape.get(TENSOR, 1), "`mesh`")
+    card, config = _read_card(folder)
+    if mesh is not None:
+        check_shared_heads(config, mesh.shape.get(TENSOR, 1), "`mesh`")
     _check_files(card, folder)
     # The folder may come from a machine with another mesh, so its own shardings are ignored.
     params = _restore(
         folder / _ARRAYS,
-        device or jax.local_devices()[0],
+        mesh or jax.local_devices()[0],
         folder,
         may_narrow=dtype is not None,
     )
     check_all_leaves(params, config)
-    _check_card(card, path)
+    _check_card(card, folder / CARD_FILE)
     if verify and _DIGEST in card:
         _check_arrays(params, config, card, folder)
     if not allow_nan:
@@ -125,10 +120,7 @@ def describe_orbax(folder: Path) -> tuple[RWKV7Config, str]:
     Raises:
         ValueError: the folder is damaged.
     """
-    path = folder / CARD_FILE
-    require_unicode(folder, "`path`")
-    card = read_json(path)
-    config = _config_of(card, path)
+    _, config = _read_card(folder)
     with _handler() as handler:
         tree = _read_list(handler, folder / _ARRAYS, folder)
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree)]
@@ -161,20 +153,19 @@ def _restore(
         may_narrow: read float64 as float32 if x64 is off.
     """
 
-    def on_device(tree: Any) -> Any:
-        if isinstance(device, Mesh):
-            return abstract_shards(device, tree)
-        sharding = jax.sharding.SingleDeviceSharding(device)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=sharding
-            ),
-            tree,
-        )
-
     def read_arrays() -> Params:
-        target = import_orbax().args.StandardRestore(on_device(tree))
-        return handler.restore(arrays, args=target)
+        if isinstance(device, Mesh):
+            target = abstract_shards(device, tree)
+        else:
+            place = jax.sharding.SingleDeviceSharding(device)
+            target = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=place
+                ),
+                tree,
+            )
+        arguments = import_orbax().args.StandardRestore(target)
+        return handler.restore(arrays, args=arguments)
 
     with _handler() as handler:
         tree = _read_list(handler, arrays, folder)
@@ -202,13 +193,16 @@ def _name_damage(read: Callable[[], Any], folder: Path) -> Any:
     raise ValueError(f"`{folder}` is damaged or incomplete; copy it again ({reason}).")
 
 
-def _config_of(card: dict[str, Any], path: Path) -> RWKV7Config:
-    """Returns the config in the card."""
+def _read_card(folder: Path) -> tuple[dict[str, Any], RWKV7Config]:
+    """Reads the card and the config in it."""
+    require_unicode(folder, "`path`")
+    path = folder / CARD_FILE
+    card = read_json(path)
     # The layout comes first: another layout's config may have other fields.
     if card.get("layout") != _LAYOUT:
         raise ValueError(f"`{path}` has layout {card.get('layout')!r}, not {_LAYOUT}.")
     try:
-        return RWKV7Config(**card["config"])
+        return card, RWKV7Config(**card["config"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"`{path}` has an unknown config: {error}.") from None
 

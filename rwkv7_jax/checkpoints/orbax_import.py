@@ -3,6 +3,7 @@
 The import takes seconds, which a command that only reads a `.pth` file should not pay.
 """
 
+import functools
 import logging
 import sys
 from collections.abc import Callable
@@ -25,17 +26,10 @@ def import_orbax() -> ModuleType:
     return orbax.checkpoint
 
 
-class _Filter:
-    """A `sys.unraisablehook` that drops the messages of a failed Orbax read."""
-
-    def __init__(self, others: Callable[[Any], Any]):
-        """Stores the hook that handles all other messages."""
-        self._others = others
-
-    def __call__(self, unraisable: Any) -> None:
-        """Forwards an error that does not come from Orbax."""
-        if not is_abandoned_read(unraisable):
-            self._others(unraisable)
+def _report(others: Callable[[Any], Any], unraisable: Any) -> None:
+    """Forwards an unraisable error to the other hook unless it comes from an abandoned read."""
+    if not is_abandoned_read(unraisable):
+        others(unraisable)
 
 
 def hide_abandoned_reads() -> None:
@@ -46,8 +40,8 @@ def hide_abandoned_reads() -> None:
     it, up to the end of the process: tens of lines about one damaged file. The error itself is
     always raised.
     """
-    if not isinstance(sys.unraisablehook, _Filter):
-        sys.unraisablehook = _Filter(sys.unraisablehook)
+    if getattr(sys.unraisablehook, "func", None) is not _report:
+        sys.unraisablehook = functools.partial(_report, sys.unraisablehook)
 
 
 def is_abandoned_read(unraisable: Any) -> bool:

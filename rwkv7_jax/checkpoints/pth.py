@@ -253,14 +253,14 @@ def _refusal(path: Path, reason: Exception) -> ValueError:
 def _refuse_other_files(path: Path) -> None:
     """Raises unless the bytes are those of a complete zip archive."""
     sentence = file_signatures.describe_other_file(path)
-    head = file_signatures.read_head(path)
-    if sentence is None and file_signatures.is_safetensors(head, path.stat().st_size):
+    container = file_signatures.container_of(path)
+    if sentence is None and container == "safetensors":
         sentence = (
             "holds safetensors: rename it to .safetensors (web-rwkv's files to .st)"
         )
     # `is_zipfile` looks for the central directory at the file's end.
     elif sentence is None and not zipfile.is_zipfile(path):
-        if file_signatures.is_zip(head):
+        if container == "pth":
             sentence = file_signatures.describe_cut_zip(path)
         else:
             sentence = "is not a zip file, as PyTorch's files are; it may be damaged"

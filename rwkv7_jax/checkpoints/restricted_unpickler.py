@@ -105,31 +105,23 @@ class RestrictedUnpickler:
         for _ in range(_STEP_LIMIT):
             code = file.read(1)
             opcode = _OPCODES.get(code)
+            # Anything after the first STOP is not part of the program.
+            if opcode is not None and opcode.name == "STOP":
+                return self._stack.pop()
             # Checked before its argument is read: some readers parse long strings.
-            if opcode is None or opcode.name not in _SUPPORTED:
+            if opcode is None or opcode.name not in _EFFECTS:
                 name = opcode.name if opcode else code.hex() or "nothing at its end"
                 raise ValueError(f"its pickle uses {name}, which no checkpoint needs")
-            # Anything after the first STOP is not part of the program.
-            if opcode.name == "STOP":
-                return self._stack.pop()
             argument = None
             if opcode.name == "GLOBAL":
                 argument = _read_global(file)
             elif opcode.arg is not None:
                 argument = opcode.arg.reader(file)
-            self._step(opcode.name, argument)
+            _EFFECTS[opcode.name](self, argument)
         raise ValueError(f"its pickle takes more than {_STEP_LIMIT} steps")
 
-    def _step(self, name: str, argument: Any) -> None:
-        """Interprets one opcode."""
-        if name in _CONSTANTS:
-            self._stack.append(_CONSTANTS[name]())
-        elif name in _LITERALS:
-            self._stack.append(argument)
-        elif name in _TUPLE_SIZES:
-            self._stack.append(tuple(self._pop_many(_TUPLE_SIZES[name])))
-        else:
-            _HANDLERS[name](self, argument)
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
 
     def _pop_many(self, count: int) -> list[Any]:
         """Pops a number of values and returns them in the order in which they were pushed."""
@@ -145,64 +137,15 @@ class RestrictedUnpickler:
             value = self._stack.pop()
         return values[::-1]
 
-    def _ignore(self, _: Any) -> None:
-        """Ignores the opcode, as protocol and frames do not matter here."""
-
     def _put(self, key: int) -> None:
-        """Stores the top of the stack in the memo under a number."""
+        """Stores the top of the stack in the memo."""
         self._memo[key] = self._stack[-1]
 
-    def _memoize(self, _: Any) -> None:
-        """Stores the top of the stack in the memo under the next number."""
-        self._memo[len(self._memo)] = self._stack[-1]
-
-    def _get(self, key: int) -> None:
-        """Pushes a value from the memo."""
-        self._stack.append(self._memo[key])
-
-    def _global(self, name: tuple[str, str]) -> None:
-        """Pushes a name that is written in the program."""
-        self._stack.append(_allowed(*name))
-
-    def _stack_global(self, _: Any) -> None:
-        """Pushes a name whose two parts are on the stack."""
-        module, name = self._pop_many(2)
-        self._stack.append(_allowed(module, name))
-
-    def _tuple(self, _: Any) -> None:
-        """Gathers the values after the last mark into a tuple."""
-        self._stack.append(tuple(self._pop_to_mark()))
-
-    def _persistent_id(self, _: Any) -> None:
-        """Replaces a persistent id by the storage that it describes."""
-        self._stack.append(self._storage(self._stack.pop()))
-
-    def _reduce(self, _: Any) -> None:
-        """Replaces a function and its arguments by the result of the call."""
-        function, arguments = self._pop_many(2)
-        self._stack.append(self._call(function, arguments))
-
-    def _build(self, _: Any) -> None:
+    def _build(self) -> None:
         """Drops the attributes of an ordered dict, whose `_metadata` is not needed."""
         self._stack.pop()
         if not isinstance(self._stack[-1], dict):
             raise ValueError("it sets the attributes of something that is not a dict")
-
-    def _append(self, _: Any) -> None:
-        """Appends one value to a list."""
-        self._extend_list(self._pop_many(1))
-
-    def _appends(self, _: Any) -> None:
-        """Appends the values after the last mark to a list."""
-        self._extend_list(self._pop_to_mark())
-
-    def _set_item(self, _: Any) -> None:
-        """Sets one item of a dict."""
-        self._update_dict(self._pop_many(2))
-
-    def _set_items(self, _: Any) -> None:
-        """Sets the items after the last mark in a dict."""
-        self._update_dict(self._pop_to_mark())
 
     def _extend_list(self, values: list[Any]) -> None:
         """Appends to the list on top of the stack."""
@@ -303,58 +246,54 @@ class RestrictedUnpickler:
         return tensor
 
 
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "EMPTY_DICT": dict,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "MARK": lambda: _MARK,
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-}
-
-_LITERALS = frozenset(
-    {
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG1",
-        "BINFLOAT",
-        "BINUNICODE",
-        "SHORT_BINUNICODE",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-        "BINUNICODE8",
-    }
+# Opcodes that push their argument.
+_LITERALS = (
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINUNICODE8",
 )
 
-_TUPLE_SIZES = {
-    "TUPLE1": 1,
-    "TUPLE2": 2,
-    "TUPLE3": 3,
-}
-
-_HANDLERS: dict[str, Callable[[RestrictedUnpickler, Any], None]] = {
-    "PROTO": RestrictedUnpickler._ignore,
-    "FRAME": RestrictedUnpickler._ignore,
+# What each supported opcode does, given the machine and the opcode's argument.
+_EFFECTS: dict[str, Callable[[RestrictedUnpickler, Any], None]] = {
+    # The protocol and the frames do not matter here.
+    "PROTO": lambda machine, _: None,
+    "FRAME": lambda machine, _: None,
+    **dict.fromkeys(_LITERALS, RestrictedUnpickler._push),
+    "NONE": lambda machine, _: machine._push(None),
+    "NEWTRUE": lambda machine, _: machine._push(True),
+    "NEWFALSE": lambda machine, _: machine._push(False),
+    "MARK": lambda machine, _: machine._push(_MARK),
+    "EMPTY_DICT": lambda machine, _: machine._push({}),
+    "EMPTY_LIST": lambda machine, _: machine._push([]),
+    "EMPTY_TUPLE": lambda machine, _: machine._push(()),
+    "TUPLE1": lambda machine, _: machine._push(tuple(machine._pop_many(1))),
+    "TUPLE2": lambda machine, _: machine._push(tuple(machine._pop_many(2))),
+    "TUPLE3": lambda machine, _: machine._push(tuple(machine._pop_many(3))),
+    "TUPLE": lambda machine, _: machine._push(tuple(machine._pop_to_mark())),
     "BINPUT": RestrictedUnpickler._put,
     "LONG_BINPUT": RestrictedUnpickler._put,
-    "MEMOIZE": RestrictedUnpickler._memoize,
-    "BINGET": RestrictedUnpickler._get,
-    "LONG_BINGET": RestrictedUnpickler._get,
-    "GLOBAL": RestrictedUnpickler._global,
-    "STACK_GLOBAL": RestrictedUnpickler._stack_global,
-    "TUPLE": RestrictedUnpickler._tuple,
-    "BINPERSID": RestrictedUnpickler._persistent_id,
-    "REDUCE": RestrictedUnpickler._reduce,
-    "BUILD": RestrictedUnpickler._build,
-    "APPEND": RestrictedUnpickler._append,
-    "APPENDS": RestrictedUnpickler._appends,
-    "SETITEM": RestrictedUnpickler._set_item,
-    "SETITEMS": RestrictedUnpickler._set_items,
+    "MEMOIZE": lambda machine, _: machine._put(len(machine._memo)),
+    "BINGET": lambda machine, key: machine._push(machine._memo[key]),
+    "LONG_BINGET": lambda machine, key: machine._push(machine._memo[key]),
+    "GLOBAL": lambda machine, name: machine._push(_allowed(*name)),
+    "STACK_GLOBAL": lambda machine, _: machine._push(_allowed(*machine._pop_many(2))),
+    "BINPERSID": lambda machine, _: machine._push(
+        machine._storage(*machine._pop_many(1))
+    ),
+    "REDUCE": lambda machine, _: machine._push(machine._call(*machine._pop_many(2))),
+    "BUILD": lambda machine, _: machine._build(),
+    "APPEND": lambda machine, _: machine._extend_list(machine._pop_many(1)),
+    "APPENDS": lambda machine, _: machine._extend_list(machine._pop_to_mark()),
+    "SETITEM": lambda machine, _: machine._update_dict(machine._pop_many(2)),
+    "SETITEMS": lambda machine, _: machine._update_dict(machine._pop_to_mark()),
 }
-
-_SUPPORTED = {"STOP", *_CONSTANTS, *_LITERALS, *_TUPLE_SIZES, *_HANDLERS}
 
 _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 

@@ -15,7 +15,6 @@ from rwkv7_jax.checkpoints.orbax_folder import is_orbax
 from rwkv7_jax.checkpoints.pth import open_pth
 from rwkv7_jax.checkpoints.tensor_files import (
     container_of,
-    named_arrays,
     open_tensors,
     read_tensors,
 )
@@ -82,13 +81,11 @@ def open_state_tensors(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         return read_hf(path).tensors
     if container_of(path) == "pth":
-        content, sums = open_pth(path)
+        content, _ = open_pth(path)
         if isinstance(content, list):
             open_pth(path, verify=True)
             return _session_tensors(content, path)
-        tensors = named_arrays(content, path, sums)
-    else:
-        tensors = read_tensors(path)
+    tensors = read_tensors(path)
     is_model = _MODEL_TENSOR in with_official_names(tensors, path).tensors
     return tensors if is_model else read_tensors(path, verify=True)
 

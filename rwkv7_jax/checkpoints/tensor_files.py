@@ -120,7 +120,7 @@ def _open_header(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"`{path}` is not a file.")
     sentence = file_signatures.describe_other_file(path)
-    if sentence is None and file_signatures.is_zip(file_signatures.read_head(path)):
+    if sentence is None and file_signatures.container_of(path) == "pth":
         sentence = "is a zip archive, as PyTorch's files are: rename it to .pth"
     if sentence is not None:
         raise ValueError(f"`{path}` {sentence}.")
@@ -408,6 +408,7 @@ def dump_safetensors(
     names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
     arrays = {name: arrays[name] for name in names}
     start = file.tell()
+    # Each array is read once, since it may be mapped from a file that is larger than memory.
     digest = ContentDigest()
     # The digest is known only after all tensors; a placeholder reserves its space.
     placeholder = digest.hexdigest()

@@ -25,10 +25,6 @@ LOW_RANK = re.compile(r"\.att\.[wavg][12]$")
 # The order of the six lerps of time mix, also in a tensor that holds all of them.
 LERPS = "rwkvag"
 
-_BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
-
-_HF_BLOCK = re.compile(r"^layers\.(\d+)\.(.+)$")
-
 # The prefix of an upscaled memory's tensors.
 UPSCALED = "upscaled."
 
@@ -40,7 +36,42 @@ _STATE = re.compile(
     rf"|^{re.escape(UPSCALED)}|^{re.escape(LOGITS)}$"
 )
 
-# Names without the prefix `model.`, which HF files put on every name except the head's.
+
+class NameTable:
+    """The names that another program gives to the official tensors."""
+
+    def __init__(self, outside: dict[str, str], inside: dict[str, str], *, block: str):
+        """Builds the table.
+
+        Args:
+            outside: their names outside the blocks, by official name.
+            inside: their names inside a block, by official name, both without the block.
+            block: what they call a block, before its number.
+        """
+        self._outside = outside
+        self._inside = inside
+        self._block = block
+        self._in_block = re.compile(rf"{block}\.(\d+)\.(.+)")
+        self._official_outside = {name: official for official, name in outside.items()}
+        self._official_inside = {name: official for official, name in inside.items()}
+
+    def from_official(self, name: str) -> str:
+        """Translates an official name to theirs."""
+        if name in self._outside:
+            return self._outside[name]
+        _, number, inside = name.split(".", 2)
+        return f"{self._block}.{number}.{self._inside[inside]}"
+
+    def to_official(self, name: str) -> str:
+        """Translates their name to the official one; keeps an unknown name."""
+        if name in self._official_outside:
+            return self._official_outside[name]
+        match = self._in_block.fullmatch(name)
+        if match is None or match[2] not in self._official_inside:
+            return name
+        return f"blocks.{match[1]}.{self._official_inside[match[2]]}"
+
+
 _HF_OUTSIDE = {
     "emb.weight": "embeddings.weight",
     "blocks.0.ln0.weight": "layers.0.pre_norm.weight",
@@ -86,9 +117,8 @@ _HF_INSIDE = {
     "ffn.value.weight": "ffn.value.weight",
 }
 
-_OFFICIAL_OUTSIDE = {hf: official for official, hf in _HF_OUTSIDE.items()}
-
-_OFFICIAL_INSIDE = {hf: official for official, hf in _HF_INSIDE.items()}
+# Without the prefix `model.`, which HF files put on every name except the head's.
+_HF_NAMES = NameTable(_HF_OUTSIDE, _HF_INSIDE, block="layers")
 
 
 # One slice per axis.
@@ -126,17 +156,6 @@ class Tensor(NamedTuple):
         if is_all or self.read_part is None:
             return self.read()[index]
         return self.read_part(index)
-
-    def converted(
-        self, dtype: np.dtype, convert: Callable[[np.ndarray], np.ndarray]
-    ) -> "Tensor":
-        """Returns the tensor in another dtype; parts are converted when they are read."""
-        return Tensor(
-            self.shape,
-            dtype,
-            lambda: convert(self.read()),
-            lambda index: convert(self.part(index)),
-        )
 
 
 Tensors = Mapping[str, Tensor]
@@ -227,24 +246,13 @@ def hf_shape(name: str, shape: Shape) -> Shape:
 
 def to_hf(name: str) -> str:
     """Translates an official name to HF's."""
-    if name == "head.weight":
-        return _HF_OUTSIDE[name]
-    if name in _HF_OUTSIDE:
-        return f"model.{_HF_OUTSIDE[name]}"
-    match = _BLOCK.match(name)
-    assert match is not None, name
-    layer, inside = match.groups()
-    return f"model.layers.{layer}.{_HF_INSIDE[inside]}"
+    theirs = _HF_NAMES.from_official(name)
+    return theirs if name == "head.weight" else f"model.{theirs}"
 
 
 def from_hf(name: str) -> str:
     """Translates an HF name without its prefix to the official one; keeps an unknown name."""
-    if name in _OFFICIAL_OUTSIDE:
-        return _OFFICIAL_OUTSIDE[name]
-    match = _HF_BLOCK.match(name)
-    if match is None or match[2] not in _OFFICIAL_INSIDE:
-        return name
-    return f"blocks.{match[1]}.{_OFFICIAL_INSIDE[match[2]]}"
+    return _HF_NAMES.to_official(name)
 
 
 def split_states(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

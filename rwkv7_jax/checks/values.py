@@ -154,14 +154,14 @@ def check_size(value: Any, argument: str) -> int:
     return size
 
 
-def check_seed(value: Any, argument: str = "`seed`") -> int:
+def check_seed(seed: Any) -> int:
     """Checks a seed for NumPy and JAX, an integer from 0 to 2**32 - 1, and returns it as an int.
 
     Raises:
         TypeError: the value is not an integer.
         ValueError: the integer is out of range.
     """
-    return check_count(value, 0, argument, most=2**32 - 1)
+    return check_count(seed, 0, "`seed`", most=2**32 - 1)
 
 
 def typed_key(key: Any) -> Array:

@@ -167,25 +167,17 @@ class BinidxWriter:
     def __init__(
         self,
         path: str | Path,
-        dtype: type = np.uint16,
+        dtype: type[np.integer] = np.uint16,
     ):
         """Prepares the writer; files are opened only when it is entered.
 
         Args:
             path: path of the `.bin` file; the `.idx` is written next to it.
-            dtype: dtype of the ids; RWKV's own files use uint16.
-
-        Raises:
-            ValueError: the format does not support the dtype.
+            dtype: dtype of the ids, as of `Tokenizer.dtype`; RWKV's own files use uint16.
         """
-        if np.dtype(dtype) not in _CODES:
-            raise ValueError(
-                f"BinidxWriter: `dtype` must be an integer dtype of the format; got {dtype!r}."
-            )
-        native: np.dtype = np.dtype(dtype)
         # The format is little-endian on every machine.
-        self.dtype = native.newbyteorder("<")
-        self._code = _CODES[native]
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self._code = _CODES[np.dtype(dtype)]
         self._path = Path(path)
         self._stack = contextlib.ExitStack()
         self._files: dict[str, DigestedFile] = {}

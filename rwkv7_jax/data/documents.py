@@ -7,38 +7,13 @@ token counts in the loss, because a model must learn where to stop.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from rwkv7_jax.data.text_files import CHUNK, TextFile
-
-# Content hashes are below this number.
-HASH_RANGE = 2**64
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """The part of a tokenizer that documents need."""
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The id that ends a document; empty if there is none."""
-        ...
-
-    @property
-    def dtype(self) -> type[np.integer]:
-        """The dtype of ids."""
-        ...
-
-    def encode_chunks(
-        self,
-        chunks: Iterable[bytes],
-    ) -> Iterator[np.ndarray]:
-        """Encodes the joined chunks and yields the ids in pieces."""
-        ...
+from rwkv7_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +76,7 @@ class Document:
             digest.update(chunk)
         return int.from_bytes(digest.digest(), "big")
 
-    def ids(
-        self,
-        tokenizer: Encoder,
-    ) -> Iterator[tuple[np.ndarray, bool]]:
+    def ids(self, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, bool]]:
         """Yields the ids in pieces, each with a flag for whether it is in the loss.
 
         The last id is the vocabulary's end of text, if there is one.
@@ -128,6 +100,5 @@ def held_out_threshold(share: float) -> int:
     Args:
         share: fraction of all documents to hold out.
     """
-    # Shares of 0 and 1 must hold out nothing and everything despite rounding.
-    threshold = math.ceil(share * HASH_RANGE)
-    return min(max(threshold, 0), HASH_RANGE)
+    # A hash has 64 bits, so a share of 1 holds out everything.
+    return math.ceil(share * 2**64)

@@ -1,10 +1,10 @@
 """Loading of paths as a token stream and as batches."""
 
-import dataclasses
+import functools
 import itertools
 import os
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rwkv7_jax.data.batching import (
 )
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
 from rwkv7_jax.data.choices import ON_BAD, SPLITS, Split
-from rwkv7_jax.data.documents import Document, Encoder, held_out_threshold
+from rwkv7_jax.data.documents import Document, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents, warn_of_skipped
 from rwkv7_jax.data.token_cache import (
@@ -51,8 +51,11 @@ __all__ = [
 # What `token_stream` and `packed` accept.
 PathsOrIds = str | Path | Sequence[str | Path] | np.ndarray | TokenStream
 
+# `readers.documents` with the options of the call; takes a source and its statistics.
+_Read = Callable[..., Iterator[Document]]
 
-def _encode(selected: Iterable[Document], tokenizer: Encoder) -> TokenArray:
+
+def _encode(selected: Iterable[Document], tokenizer: Tokenizer) -> TokenArray:
     """Encodes documents into one array in memory."""
     # Starts with an empty array, for when there are no documents.
     pieces = [np.zeros(0, tokenizer.dtype)]
@@ -75,51 +78,32 @@ def _encode(selected: Iterable[Document], tokenizer: Encoder) -> TokenArray:
     return TokenArray(np.concatenate(pieces), mask, starts)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reading:
-    """The options for reading a source; the attributes are arguments of `token_stream`."""
-
-    split: Split
-    held_out: float
-    on_bad: str
-    as_bytes: bool
-    encoding: str | None
-
-    def documents(self, source: str | Path, stats: ReadStats) -> Iterator[Document]:
-        """Yields all documents of a source, regardless of the split."""
-        return documents(
-            source,
-            on_bad=self.on_bad,
-            stats=stats,
-            as_bytes=self.as_bytes,
-            encoding=self.encoding,
-        )
-
-
-def _open(path: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenStream:
+def _open(
+    path: str | Path, tokenizer: Tokenizer, read: _Read, split: Split, held_out: float
+) -> TokenStream:
     """Maps a cache, or reads the documents of any other source."""
     # `Path("")` is the current folder and would read everything below it.
     if isinstance(path, str) and path not in BUILT_IN:
         path = local_path(path, "token_stream: `source`")
     cache = cache_file(path)
     if cache is not None:
-        return open_cache(
-            cache, tokenizer, split=reading.split, held_out=reading.held_out
-        )
-    return _read(path, tokenizer, reading)
+        return open_cache(cache, tokenizer, split=split, held_out=held_out)
+    return _encode_split(path, tokenizer, read, split, held_out)
 
 
-def _read(source: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenStream:
+def _encode_split(
+    source: str | Path, tokenizer: Tokenizer, read: _Read, split: Split, held_out: float
+) -> TokenStream:
     """Reads one split of the documents of a source into memory."""
     stats = ReadStats()
-    selected = reading.documents(source, stats)
+    selected = read(source, stats=stats)
     # A single document is split by position, so two must be read to know.
     first_two = list(itertools.islice(selected, 2))
     selected = itertools.chain(first_two, selected)
-    by_document = reading.split != "all" and len(first_two) != 1
+    by_document = split != "all" and len(first_two) != 1
     if by_document:
-        threshold = held_out_threshold(reading.held_out)
-        wants_held_out = reading.split == "held_out"
+        threshold = held_out_threshold(held_out)
+        wants_held_out = split == "held_out"
         selected = (
             document
             for document in selected
@@ -130,14 +114,14 @@ def _read(source: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenS
     warn_of_skipped(source, stats, stacklevel=5)
     if by_document:
         return TokenStream.of_array(tokens)
-    return split_by_position(tokens, reading.split, reading.held_out)
+    return split_by_position(tokens, split, held_out)
 
 
-def _holds_document(path: str | Path, reading: _Reading) -> bool:
+def _holds_document(path: str | Path, read: _Read) -> bool:
     """Returns whether a source that was read without an error has any document."""
     if cache_file(path) is not None:
         return True
-    return next(reading.documents(path, ReadStats()), None) is not None
+    return next(read(path, stats=ReadStats()), None) is not None
 
 
 def _check_source(source: Any, tokenizer: Any, held_out: Any) -> None:
@@ -213,15 +197,17 @@ def token_stream(
         array = TokenArray(source, end_of_text=tokenizer.end_of_text)
         return split_by_position(array, part, held_out)
     paths = [source] if isinstance(source, (str, Path)) else list(source)
-    reading = _Reading(part, held_out, on_bad, as_bytes, encoding)
+    read = functools.partial(
+        documents, on_bad=on_bad, as_bytes=as_bytes, encoding=encoding
+    )
     # A loop, because a comprehension would add a frame and shift the warning's stack level.
     streams = []
     for path in paths:
-        streams.append(_open(path, tokenizer, reading))
+        streams.append(_open(path, tokenizer, read, part, held_out))
     stream = TokenStream.concatenate(streams)
     if not len(stream):
         names = ", ".join(map(str, paths))
-        if part == "all" or not any(_holds_document(path, reading) for path in paths):
+        if part == "all" or not any(_holds_document(path, read) for path in paths):
             raise ValueError(f"token_stream: `{names}` holds no document.")
         raise ValueError(
             f"token_stream: `{names}` has no document in its split {split!r} with a held-out share "

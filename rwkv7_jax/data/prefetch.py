@@ -1,12 +1,11 @@
 """Prefetching of an iterator's items in a thread."""
 
-import queue
-import threading
+import collections
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-# Seconds between checks of a waiting thread for whether it is still needed.
-_POLL_SECONDS = 0.1
+from rwkv7_jax.checks import check_count, prefix_errors
 
 
 class Prefetch:
@@ -16,45 +15,22 @@ class Prefetch:
     of the item.
     """
 
-    def __init__(
-        self,
-        items: Iterator[Any],
-        *,
-        ahead: int = 2,
-    ):
-        """Starts the thread."""
+    def __init__(self, items: Iterator[Any], *, ahead: int = 2):
+        """Starts the thread.
+
+        Raises:
+            ValueError: `ahead` is below 1.
+        """
+        with prefix_errors("Prefetch"):
+            check_count(ahead, 1, "`ahead`")
         self._items = items
-        # Pairs of an item and None, or of None and the error that ends the iteration.
-        self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(
-            maxsize=ahead
-        )
-        self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run,
-            name="prefetch",
-            daemon=True,
-        )
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._ready: collections.deque[Future[Any]] = collections.deque()
+        for _ in range(ahead):
+            self._request()
 
-    def _run(self) -> None:
-        try:
-            for item in self._items:
-                if not self._put(item, None):
-                    return
-            self._put(None, StopIteration())
-        # Any error is passed to the thread that consumes the items.
-        except BaseException as error:
-            self._put(None, error)
-
-    def _put(self, item: Any, error: BaseException | None) -> bool:
-        """Adds to the queue, waiting for room; returns false if `close` was called first."""
-        while not self._closed.is_set():
-            try:
-                self._ready.put((item, error), timeout=_POLL_SECONDS)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def _request(self) -> None:
+        self._ready.append(self._thread.submit(next, self._items))
 
     def __iter__(self) -> "Prefetch":
         """Returns itself."""
@@ -62,14 +38,12 @@ class Prefetch:
 
     def __next__(self) -> Any:
         """Returns the next item, as soon as it is ready."""
-        item, error = self._ready.get()
-        if error is not None:
-            # Put back, so that later calls raise it again instead of waiting forever.
-            self._ready.put((None, error))
-            raise error
+        # An error stays in the queue, so that later calls raise it again.
+        item = self._ready[0].result()
+        self._ready.popleft()
+        self._request()
         return item
 
     def close(self) -> None:
         """Stops the thread and waits until it has ended."""
-        self._closed.set()
-        self._thread.join()
+        self._thread.shutdown(cancel_futures=True)

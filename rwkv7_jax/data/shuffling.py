@@ -82,20 +82,12 @@ def is_prime(number: int) -> bool:
 def magic_prime(tokens: int, length: int) -> int:
     """Finds the largest prime p with p % 3 == 2 that is at most tokens // length - 1.
 
-    Cubing permutes the numbers modulo such a prime.
+    Cubing permutes the numbers modulo such a prime. The stream must have at least three windows.
 
     Source: BlinkDL/RWKV-LM@1abbde7 RWKV-v5/make_data.py:124-131.
-
-    Raises:
-        ValueError: the stream is shorter than three windows, so there is no such prime.
     """
-    for number in range(tokens // length - 1, 1, -1):
-        if number % 3 == 2 and is_prime(number):
-            return number
-    raise ValueError(
-        f"magic_prime: `tokens` must be at least {3 * length} for windows of {length}; "
-        f"got {tokens}."
-    )
+    numbers = range(tokens // length - 1, 1, -1)
+    return next(number for number in numbers if number % 3 == 2 and is_prime(number))
 
 
 def cubic_windows(
@@ -110,9 +102,6 @@ def cubic_windows(
     first p windows, where p is `magic_prime`.
 
     Source: BlinkDL/RWKV-LM@d07df1c RWKV-v7/train_temp/src/dataset.py:49-61.
-
-    Raises:
-        ValueError: the stream is shorter than three windows.
     """
     prime = magic_prime(tokens, length)
     golden = (math.sqrt(5) - 1) / 2

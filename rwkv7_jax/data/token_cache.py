@@ -28,7 +28,7 @@ from rwkv7_jax.data.binidx import (
 )
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
 from rwkv7_jax.data.choices import Split
-from rwkv7_jax.data.documents import HASH_RANGE, Document, held_out_threshold
+from rwkv7_jax.data.documents import Document, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents, size_of
 from rwkv7_jax.data.token_streams import TokenArray, TokenStream
@@ -326,22 +326,13 @@ def open_cache(
     if split != "all":
         hashes = _map_sibling(path, ".keys", "<u8", count)
     _check_blocks(path, card)
-    if hashes is None:
-        return TokenStream.of_array(tokens)
     # A single document is split by position, as in other sources.
-    if count == 1:
+    if hashes is None or count == 1:
         return split_by_position(tokens, split, held_out)
-    is_held_out = _below(hashes, held_out_threshold(held_out))
+    is_held_out = hashes < held_out_threshold(held_out)
     return TokenStream.of_documents(
         tokens, is_held_out if split == "held_out" else ~is_held_out
     )
-
-
-def _below(hashes: np.ndarray, threshold: int) -> np.ndarray:
-    """Compares 64-bit hashes with a threshold that may be 2**64, which uint64 cannot hold."""
-    if threshold == HASH_RANGE:
-        return np.ones(len(hashes), bool)
-    return hashes < np.uint64(threshold)
 
 
 def split_by_position(tokens: TokenArray, split: Split, held_out: float) -> TokenStream:

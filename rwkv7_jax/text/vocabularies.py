@@ -17,7 +17,7 @@ from rwkv7_jax.text.id_tokenizer import IdTokenizer
 from rwkv7_jax.text.json_tokenizer import JsonTokenizer, end_token_beside
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.text.vocabulary_entries import WORLD_ENTRIES, built_in_vocabulary
-from rwkv7_jax.text.vocabulary_file import format_vocabulary, parse_vocabulary
+from rwkv7_jax.text.vocabulary_file import parse_vocabulary
 
 _BUILT_IN = {
     "world": Tokenizer.world,
@@ -154,8 +154,7 @@ def vocabulary_of_text(text: str, name: str) -> Tokenizer:
     if not any(entries.values()):
         raise ValueError(f"`{name}` has no entries.")
     # World's own file becomes World, whatever its name, because caches and runs use that name.
-    if len(entries) == WORLD_ENTRIES:
-        world = Tokenizer.world()
-        if format_vocabulary(entries) == world.file_text():
-            return world
+    world = built_in_vocabulary(entries) if len(entries) == WORLD_ENTRIES else None
+    if world is not None:
+        return world
     return Tokenizer(entries, vocab_size=max(entries) + 1, name=name, kind=FILE_KIND)

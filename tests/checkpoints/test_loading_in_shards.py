@@ -16,7 +16,7 @@ from tiny_models import CONFIG as TINY
 from tiny_models import lively
 
 from rwkv7_jax import sharding
-from rwkv7_jax.checkpoints.loading import tree_reader
+from rwkv7_jax.checkpoints import tree_reader
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.model.config import RWKV7Config
@@ -177,6 +177,17 @@ def test_indivisible_heads_are_rejected_before_reading(
     mesh = sharding.make_mesh({"tensor": 2}, 2)
     with pytest.raises(ValueError, match=r"load_model: `mesh` must .* 1 heads"):
         load_model(tmp_path / "model.pth", mesh=mesh)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "folder"])
+def test_a_mesh_with_explicit_axes_is_rejected_before_reading(params, tmp_path, name):
+    path = saved(params, tmp_path, name)
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Explicit,))
+    message = (
+        r"^load_model: `mesh` must have axes of type AxisType.Auto, .* for fsdp\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_model(path, mesh=mesh)
 
 
 def test_a_non_finite_value_in_any_shard_is_rejected(params, mesh, tmp_path):

@@ -14,7 +14,6 @@ from random_checkpoints import CONFIG, differing, random_params
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.integrity.finite_numbers import is_finite
 from rwkv7_jax.checkpoints.layouts.names import with_official_names
-from rwkv7_jax.checkpoints.loading.tree_reader import build_tree
 from rwkv7_jax.checkpoints.param_tree import (
     check_all_leaves,
     check_names,
@@ -23,6 +22,7 @@ from rwkv7_jax.checkpoints.param_tree import (
     tree_path,
 )
 from rwkv7_jax.checkpoints.tensor_names import Tensor
+from rwkv7_jax.checkpoints.tree_reader import build_tree
 from rwkv7_jax.checkpoints.unused_value_residual import unused_value_residual_shapes
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7

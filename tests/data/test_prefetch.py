@@ -1,7 +1,7 @@
 """Prefetched batches: order, errors and number."""
 
 import itertools
-import time
+import threading
 
 import pytest
 
@@ -23,9 +23,23 @@ def test_prefetching_keeps_order_and_raises_errors():
 
 def test_prefetching_is_bounded_and_stops_on_close():
     made = []
+    others = set(threading.enumerate())
     ahead = Prefetch((made.append(n) or n for n in itertools.count()), ahead=3)
     assert next(ahead) == 0
-    time.sleep(0.1)
+    assert next(ahead) == 1
     assert len(made) <= 5
     ahead.close()
-    assert not ahead._thread.is_alive()
+    started = set(threading.enumerate()) - others
+    assert not [thread for thread in started if thread.name.startswith("prefetch")]
+
+
+def test_a_prefetched_iterator_ends_where_the_other_one_does():
+    ahead = Prefetch(iter(range(5)), ahead=3)
+    assert list(ahead) == list(range(5))
+    assert list(ahead) == []
+    ahead.close()
+
+
+def test_prefetching_needs_at_least_one_item_ahead():
+    with pytest.raises(ValueError, match="Prefetch: `ahead` must be at least 1; got 0"):
+        Prefetch(iter([1]), ahead=0)

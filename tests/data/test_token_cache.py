@@ -79,6 +79,15 @@ def test_a_cache_has_the_hash_of_its_source(pair, split):
     assert data_hash(one) == data_hash(two)
 
 
+def test_a_share_of_0_or_1_holds_out_nothing_or_everything(pair):
+    everything = streams(pair, split="all")
+    for split, share in (("train", 0.0), ("held_out", 1.0)):
+        for one, whole in zip(
+            streams(pair, split=split, held_out=share), everything, strict=True
+        ):
+            np.testing.assert_array_equal(one[:], whole[:])
+
+
 def test_packed_accepts_a_cache(pair):
     _, cache, tokenizer = pair
     batch = next(packed(cache, batch_size=2, length=16, seed=0, tokenizer=tokenizer))

@@ -1,5 +1,6 @@
 """The batches of a run: prefetched from data, or sampled with the current parameters."""
 
+import threading
 import time
 
 import jax
@@ -80,7 +81,9 @@ def test_the_time_spent_waiting_for_batches_is_counted():
 
 
 def test_closing_ends_the_thread_that_makes_batches():
+    others = set(threading.enumerate())
     feed = PrefetchedBatches(iter(numbered(0) for _ in range(100)), None, rows=2)
     feed(0, not_needed)
     feed.close()
-    assert not feed._prefetch._thread.is_alive()
+    started = set(threading.enumerate()) - others
+    assert not [thread for thread in started if thread.name.startswith("prefetch")]

@@ -53,13 +53,13 @@ _MAGIC = (
 _LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
-def is_zip(head: bytes) -> bool:
+def _is_zip(head: bytes) -> bool:
     """Returns whether a file begins like a zip archive."""
     # The file may be truncated within the four bytes.
     return head[:4] in (b"PK\x03\x04", b"PK\x05\x06") or head in (b"PK", b"PK\x03")
 
 
-def is_safetensors(head: bytes, size: int) -> bool:
+def _is_safetensors(head: bytes, size: int) -> bool:
     """Returns whether a file begins like a .safetensors file: a length, then a JSON object."""
     if len(head) < 9 or head[8:9] != b"{":
         return False
@@ -69,19 +69,19 @@ def is_safetensors(head: bytes, size: int) -> bool:
 
 def container_of(path: Path) -> Container | None:
     """Detects the format of a tensor file from its first bytes; None if it is none of them."""
-    head = read_head(path)
-    if is_zip(head):
+    head = _read_head(path)
+    if _is_zip(head):
         return "pth"
     if head.startswith(_RWKV_CPP):
         return "rwkv.cpp"
     if head.startswith(_GGUF):
         return "gguf"
-    if is_safetensors(head, path.stat().st_size):
+    if _is_safetensors(head, path.stat().st_size):
         return "safetensors"
     return None
 
 
-def read_head(path: Path) -> bytes:
+def _read_head(path: Path) -> bytes:
     """Reads the first bytes of a file."""
     with path.open("rb") as file:
         return file.read(_HEAD)
@@ -94,12 +94,12 @@ def describe_other_file(path: Path, *, also_text: bool = True) -> str | None:
         path: path of the file.
         also_text: also describe plain text; useful only if the file's name promises a checkpoint.
     """
-    head = read_head(path)
+    head = _read_head(path)
     if not head:
         return "is empty (0 bytes): the download did not begin; download it again"
     if not head.strip(b"\0") and len(head) == min(_HEAD, path.stat().st_size):
         return "begins with zeros only: the download did not finish; download it again"
-    if is_zip(head):
+    if _is_zip(head):
         return None
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(_POINTERS):

@@ -51,9 +51,10 @@ def json_records(
             return _of_object(content, path)
         if is_conversation(content):
             return [content]
-    if isinstance(content, list) and any(map(_is_object_or_record, content)):
-        return content
-    return None
+    if not isinstance(content, list):
+        return None
+    holds_records = any(isinstance(item, dict) or is_record(item) for item in content)
+    return content if holds_records else None
 
 
 def _of_lines(lines: list[bytes]) -> list[Any] | None:
@@ -62,10 +63,6 @@ def _of_lines(lines: list[bytes]) -> list[Any] | None:
         return [decode_json(line, allow_nan=False) for line in lines if line.strip()]
     except ValueError:
         return None
-
-
-def _is_object_or_record(value: Any) -> bool:
-    return isinstance(value, dict) or is_record(value)
 
 
 def is_record(value: Any) -> bool:

@@ -1,1 +1,0 @@
-"""Loading of a file's tensors into arrays on devices, replicated or sharded."""
