@@ -17,6 +17,7 @@ from rwkv7_jax.checks.models import (
     check_model,
     check_not_intercepted,
     check_params,
+    check_runnable,
     is_intercepted,
     leaf_at,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "check_params",
     "check_placed",
     "check_prompts",
+    "check_runnable",
     "check_seed",
     "check_size",
     "check_tokens",

@@ -16,8 +16,8 @@ from rwkv7_jax.array_types import Lengths, Params, Tokens
 from rwkv7_jax.checks import (
     check_count,
     check_ids,
-    check_model,
-    check_params,
+    check_not_intercepted,
+    check_runnable,
     prefix_errors,
 )
 from rwkv7_jax.generation.decode_loop import chunk_widths, cut_chunk, prefill_rows
@@ -94,17 +94,16 @@ class StateLM(TemplateLM):
 
         Raises:
             TypeError: an argument has the wrong type.
-            ValueError: the weights or the state do not fit the model, an id is out of range, or a
-                count is below 1.
+            ValueError: the weights or the state do not fit the model, an id is out of range, a
+                count is below 1, or it is called inside `flax.linen.intercept_methods`.
         """
         super().__init__()
         with prefix_errors("StateLM"):
-            check_model(model)
+            check_runnable(model, params)
             if not hasattr(tokenizer, "token_bytes"):
                 raise TypeError(
                     f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
                 )
-            check_params(params, model.config)
             if state is None:
                 state = init_state(model.config)
             check_state(state, 1, model.config)
@@ -308,6 +307,9 @@ class StateLM(TemplateLM):
 
     def _read_shared(self, contexts: list[tuple[int, ...]]) -> tuple[int, RWKV7State]:
         """Reads the common prefix of the sorted contexts; returns its length and the state."""
+        # The model runs only after this, in `loglikelihood` as in `generate_until`.
+        with prefix_errors("StateLM"):
+            check_not_intercepted()
         if len(contexts) < 2:
             return 0, self._start
         # In sorted order, the common prefix of the first and the last is that of all.

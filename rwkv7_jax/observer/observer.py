@@ -28,10 +28,10 @@ from rwkv7_jax.checks import (
     check_instance,
     check_key,
     check_lengths,
-    check_model,
     check_not_intercepted,
     check_params,
     check_placed,
+    check_runnable,
     check_tokens,
     prefix_errors,
 )
@@ -326,10 +326,7 @@ def state_moments(
         ValueError: no rows, ids or lengths out of range, or weights of another model.
     """
     with prefix_errors("state_moments"):
-        check_not_intercepted()
-        check_model(teacher, "`teacher`")
-        check_params(teacher_params, teacher.config, "`teacher_params`")
-        check_placed(teacher_params, "`teacher_params`")
+        check_runnable(teacher, teacher_params, "`teacher`", "`teacher_params`")
         tokens, lengths = check_prompt_tokens(
             tokens, lengths, teacher.config.vocab_size
         )

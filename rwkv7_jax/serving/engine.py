@@ -18,8 +18,8 @@ from rwkv7_jax.checks import (
     check_count,
     check_function,
     check_instance,
-    check_model,
-    check_params,
+    check_not_intercepted,
+    check_runnable,
     first_line,
     prefix_errors,
 )
@@ -106,12 +106,12 @@ class Engine:
 
         Raises:
             TypeError: an argument has the wrong type.
-            ValueError: an argument is out of range, a state belongs to another model, or upscaled
-                states cannot be rows of one batch.
+            ValueError: an argument is out of range, a state belongs to another model, upscaled
+                states cannot be rows of one batch, or it is called inside
+                `flax.linen.intercept_methods`.
         """
         with prefix_errors("Engine"):
-            check_model(model)
-            check_params(params, model.config)
+            check_runnable(model, params)
             check_count(slots, 1, "`slots`")
             check_count(queue, 1, "`queue`")
             check_count(longest_prompt, 1, "`longest_prompt`")
@@ -155,10 +155,12 @@ class Engine:
             TooLong: the prompt has too many tokens.
             TooBusy: the queue is full.
             Closed: the engine accepts no more requests.
-            ValueError: a number is out of range, or an id is outside the vocabulary.
+            ValueError: a number is out of range, an id is outside the vocabulary, or it is called
+                inside `flax.linen.intercept_methods`.
             TypeError: an argument has the wrong type.
         """
         with prefix_errors("submit"):
+            check_not_intercepted()
             check_instance(request, Request, "`request`")
             check_function(on_piece, "`on_piece`")
             check_function(on_end, "`on_end`")
@@ -284,8 +286,9 @@ class Engine:
 
         Raises:
             RuntimeError: the thread is running.
+            ValueError: it is called inside `flax.linen.intercept_methods`.
         """
-        self._check_no_thread()
+        self._check_may_tick()
         # Longest first: a longer prompt would find a shorter one in the cache and skip its program.
         for width in sorted(self._slots.widths(), reverse=True):
             prompt = (0,) * min(width + 1, self.longest_prompt)
@@ -352,11 +355,14 @@ class Engine:
 
         Raises:
             RuntimeError: the engine's thread is running.
+            ValueError: it is called inside `flax.linen.intercept_methods`.
         """
-        self._check_no_thread()
+        self._check_may_tick()
         return self._tick()
 
-    def _check_no_thread(self) -> None:
+    def _check_may_tick(self) -> None:
+        with prefix_errors("Engine"):
+            check_not_intercepted()
         if self._thread is not None and self._thread.is_alive():
             raise RuntimeError(
                 "Engine: `tick` and `warm_up` must be called before `start`; its thread is running."
