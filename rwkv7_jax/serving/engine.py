@@ -17,6 +17,7 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     check_count,
     check_function,
+    check_ids,
     check_instance,
     check_not_intercepted,
     check_runnable,
@@ -27,18 +28,19 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.serving.answer_states import AnswerStates
 from rwkv7_jax.serving.prefix_cache import PrefixCache
-from rwkv7_jax.serving.request_checks import request_options
 from rwkv7_jax.serving.requests import (
+    MOST_ALTERNATIVES,
     Closed,
     Ending,
     Request,
     TooBusy,
-    UnknownState,
+    TooLong,
 )
-from rwkv7_jax.serving.slots import BLOCK, CHUNK, Slots, free_options
-from rwkv7_jax.serving.start_states import Start, StartStates
+from rwkv7_jax.serving.slots import BLOCK, CHUNK, Slots
+from rwkv7_jax.serving.start_states import StartStates
 from rwkv7_jax.serving.ticket import OnEnd, OnPiece, Reader, Ticket
 from rwkv7_jax.serving.watchdog import Watchdog
+from rwkv7_jax.text.detokenizer import check_stop_strings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _CACHE_BYTES = 2**28
@@ -125,9 +127,8 @@ class Engine:
         self.longest_prompt = longest_prompt
         self.longest_answer = longest_answer
         self.most_waiting = queue
-        self._free = free_options(model, tokenizer)
-        nothing = self._start(None).state
-        self._slots = Slots(model, params, nothing, slots=slots, free=self._free)
+        nothing = self._states.get(None).state
+        self._slots = Slots(model, params, tokenizer, nothing, slots=slots)
         self._cache = PrefixCache(cache_bytes)
         self._answers = AnswerStates(self._slots, self._cache)
         self._taken: list[Ticket | None] = [None] * slots
@@ -164,14 +165,9 @@ class Engine:
             check_instance(request, Request, "`request`")
             check_function(on_piece, "`on_piece`")
             check_function(on_end, "`on_end`")
-            options = request_options(
-                request,
-                self.model.config.vocab_size,
-                longest_prompt=self.longest_prompt,
-                longest_answer=self.longest_answer,
-                free=self._free,
-            )
-            start = self._start(request.state)
+            self._check_request(request)
+            options = self._slots.options_of(request)
+            start = self._states.get(request.state)
         ticket = Ticket(
             request,
             start,
@@ -188,6 +184,25 @@ class Engine:
             self._waiting.append(ticket)
             self._lock.notify()
         return ticket
+
+    def _check_request(self, request: Request) -> None:
+        """Checks everything about a request but its sampling options and its start state."""
+        vocab_size = self.model.config.vocab_size
+        check_ids(request.prompt, vocab_size, "`prompt`")
+        length = len(request.prompt)
+        check_count(length, 1, "the length of `prompt`")
+        if length > self.longest_prompt:
+            raise TooLong(
+                f"submit: the length of `prompt` must be at most {self.longest_prompt}; "
+                f"got {length}."
+            )
+        check_count(request.tokens, 1, "`tokens`", most=self.longest_answer)
+        check_count(request.seed, 0, "`seed`", most=2**63 - 1)
+        if request.alternatives is not None:
+            most = MOST_ALTERNATIVES
+            check_count(request.alternatives, 0, "`alternatives`", most=most)
+        check_ids(request.stop_ids, vocab_size, "`stop_ids`")
+        check_stop_strings(request.stop_strings)
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -217,22 +232,7 @@ class Engine:
             UnknownState: no state has the name.
         """
         with prefix_errors("remove_state"):
-            self._start(name)
             self._states.remove(name)
-
-    def _start(self, name: str | None) -> Start:
-        """Returns the start state of a name; another thread may replace or remove it at any time.
-
-        Raises:
-            UnknownState: no state has the name.
-        """
-        start = self._states.get(name)
-        if start is None:
-            names = ", ".join(self.state_names) or "none is served"
-            raise UnknownState(
-                f"`state` must name a state that is served ({names}); got {name!r}."
-            )
-        return start
 
     @property
     def decoding(self) -> int:
