@@ -25,6 +25,7 @@ from rwkv7_jax.checks.tokens import (
     check_ids,
     check_lengths,
     check_prompts,
+    check_tokenizer,
     check_tokens,
 )
 from rwkv7_jax.checks.values import (
@@ -59,6 +60,7 @@ __all__ = [
     "check_runnable",
     "check_seed",
     "check_size",
+    "check_tokenizer",
     "check_tokens",
     "escape_controls",
     "first_line",

@@ -18,6 +18,7 @@ from rwkv7_jax.checks import (
     check_ids,
     check_not_intercepted,
     check_runnable,
+    check_tokenizer,
     prefix_errors,
 )
 from rwkv7_jax.generation.decode_loop import chunk_widths, cut_chunk, prefill_rows
@@ -100,10 +101,7 @@ class StateLM(TemplateLM):
         super().__init__()
         with prefix_errors("StateLM"):
             check_runnable(model, params)
-            if not hasattr(tokenizer, "token_bytes"):
-                raise TypeError(
-                    f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
-                )
+            check_tokenizer(tokenizer, "encode", "token_bytes")
             if state is None:
                 state = init_state(model.config)
             check_state(state, 1, model.config)

@@ -16,6 +16,7 @@ from rwkv7_jax.checks import (
     as_array,
     check_count,
     check_runnable,
+    check_tokenizer,
     check_tokens,
     prefix_errors,
 )
@@ -220,10 +221,7 @@ def score(
     with prefix_errors("score"):
         check_start(model, params, state)
         batch = check_masked_batch(batch, model.config.vocab_size)
-        if not (hasattr(tokenizer, "token_bytes") and hasattr(tokenizer, "vocab_size")):
-            raise TypeError(
-                f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
-            )
+        check_tokenizer(tokenizer, "token_bytes", "vocab_size")
     tokens = np.asarray(batch.tokens)
     largest = int(tokens.max())
     if largest >= tokenizer.vocab_size:

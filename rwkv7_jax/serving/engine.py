@@ -21,6 +21,7 @@ from rwkv7_jax.checks import (
     check_instance,
     check_not_intercepted,
     check_runnable,
+    check_tokenizer,
     first_line,
     prefix_errors,
 )
@@ -114,6 +115,7 @@ class Engine:
         """
         with prefix_errors("Engine"):
             check_runnable(model, params)
+            check_tokenizer(tokenizer, "token_bytes", "stop_ids")
             check_count(slots, 1, "`slots`")
             check_count(queue, 1, "`queue`")
             check_count(longest_prompt, 1, "`longest_prompt`")

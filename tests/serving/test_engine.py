@@ -414,3 +414,8 @@ def test_calls_inside_interceptors_are_rejected(engine, params, name, call):
     ):
         call(engine, params)
     assert not engine.has_work
+
+
+def test_something_other_than_a_tokenizer_is_rejected(params, unchecked):
+    with pytest.raises(TypeError, match="Engine: `tokenizer` must be a Tokenizer"):
+        Engine(MODEL, params, "bytes", {})
