@@ -50,18 +50,15 @@ def forward_and_gradients(
     return y, end, (*grads, dstate)
 
 
+def _named(implementation: str | None) -> Op:
+    return lambda inputs, state: wkv7(*inputs, state, implementation=implementation)
+
+
 def implementations(case: Case) -> dict[str, Op]:
     """Returns the implementations to measure: the default, each available one, the definition."""
-
-    def named(implementation: str | None) -> Op:
-        def op(inputs: WKVInputs, state: State) -> tuple[Array, State]:
-            return wkv7(*inputs, state, implementation=implementation)
-
-        return op
-
-    ops = {"(best)": named(None)}
+    ops = {"(best)": _named(None)}
     for name in available():
-        ops[name] = named(name)
+        ops[name] = _named(name)
     states = 4 * case.batch * case.tokens * case.heads * case.key_size * case.value_size
     if states <= STATES_LIMIT_BYTES:
         ops["definition"] = wkv7_reference
@@ -143,13 +140,10 @@ def truth(arguments: tuple) -> tuple[Array, Array, tuple[Array, ...]]:
 
     It uses "scan", which recomputes states; autodiff of the definition would save all of them.
     """
-
-    def op(inputs: WKVInputs, state: State) -> tuple[Array, State]:
-        return wkv7(*inputs, state, implementation="scan")
-
+    run = functools.partial(forward_and_gradients, _named("scan"))
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), arguments)
-        return jax.jit(functools.partial(forward_and_gradients, op))(*wide)
+        return jax.jit(run)(*wide)
 
 
 def measure(

@@ -74,6 +74,7 @@ class Engine:
         longest_prompt: the maximum number of prompt tokens.
         longest_answer: the maximum number of new tokens.
         most_waiting: the maximum number of requests that wait for a row.
+        is_open: whether the engine accepts requests.
         is_closed: whether the engine has ended.
         failure: the error that ended the engine; None if there was none.
     """
@@ -137,10 +138,10 @@ class Engine:
         # Requests whose prompts are being read. For each of them a row is free.
         self._readers: list[Reader] = []
         self._watchdog = watchdog or Watchdog()
-        # Guards what other threads use: the queue, and whether the engine continues.
+        # Guards what other threads use: the queue, `is_open` and `is_closed`.
         self._lock = threading.Condition()
         self._waiting: deque[Ticket] = deque()
-        self._takes_more = True
+        self.is_open = True
         self.is_closed = False
         self.failure: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -179,7 +180,7 @@ class Engine:
             on_end=on_end,
         )
         with self._lock:
-            if not self._takes_more:
+            if not self.is_open:
                 raise Closed("the engine accepts no more requests.")
             if len(self._waiting) >= self.most_waiting:
                 raise TooBusy("the queue is full; try again later.")
@@ -266,7 +267,7 @@ class Engine:
 
     def refuse_more(self) -> None:
         """Accepts no more requests; open ones continue."""
-        self._takes_more = False
+        self.is_open = False
 
     def close(self) -> None:
         """Ends the thread after its tick; all open requests end as cancelled.
@@ -274,7 +275,7 @@ class Engine:
         A thread whose device does not answer is abandoned.
         """
         with self._lock:
-            self._takes_more = False
+            self.is_open = False
             self.is_closed = True
             self._lock.notify()
         if self._thread is not None:
@@ -296,7 +297,7 @@ class Engine:
             prompt = (0,) * min(width + 1, self.longest_prompt)
             tokens = min(BLOCK, self.longest_answer)
             request = Request(prompt, tokens=tokens, temperature=0.0)
-            self.submit(request, on_piece=_ignore, on_end=_ignore)
+            self.submit(request, on_piece=lambda _: None, on_end=lambda _: None)
             while self.tick():
                 pass
         self._cache.clear()
@@ -324,7 +325,7 @@ class Engine:
             raise
         finally:
             with self._lock:
-                self._takes_more = False
+                self.is_open = False
                 self.is_closed = True
             self._end_all("cancelled", None)
 
@@ -338,11 +339,6 @@ class Engine:
     def has_work(self) -> bool:
         """Returns whether a request is open."""
         return self.decoding > 0 or self.waiting > 0
-
-    @property
-    def is_open(self) -> bool:
-        """Returns whether the engine accepts requests."""
-        return self._takes_more
 
     @property
     def is_stalled(self) -> bool:
@@ -489,7 +485,3 @@ class Engine:
         self._taken = [None] * len(self._taken)
         for ticket in tickets:
             ticket.end(ending, error)
-
-
-def _ignore(result: object) -> None:
-    del result
