@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -23,6 +24,7 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.generation.decode_loop import chunk_widths, cut_chunk, prefill_rows
 from rwkv7_jax.generation.generate import commit_like, generate
+from rwkv7_jax.generation.sampling import fold_keys
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat, select
 from rwkv7_jax.text.tokenizer import END_OF_TEXT, Tokenizer
@@ -275,15 +277,14 @@ class StateLM(TemplateLM):
             self.tokens_read += sum(len(context) - shared for context, _ in part)
             # Repeat the last row so that all batches have one shape and one program.
             filled = part + part[-1:] * (self._rows - len(part))
-            draws = np.array([draw for _, draw in filled])
-            fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+            draws = jnp.array([draw for _, draw in filled])
             generated = generate(
                 self._model,
                 self._params,
                 [context[shared:] for context, _ in filled],
                 start,
                 tokens=sampling.tokens,
-                key=fold(jax.random.key(0), draws),
+                key=fold_keys(jax.random.key(0), draws),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,

@@ -262,7 +262,7 @@ def _row_keys(key: Array | None, batch: int, *, needed: bool) -> Array:
     key = typed_key(key)
     if key.ndim == 0:
         # Folded with the row's index, so that a row does not depend on the batch size.
-        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
+        return sampling.fold_keys(key, jnp.arange(batch))
     if key.shape != (batch,):
         raise ValueError(f"`key` must be one key or {batch}; got shape {key.shape}.")
     return key

@@ -64,13 +64,8 @@ class Observer:
     def __post_init__(self):
         """Checks that both read the same tokens."""
         with prefix_errors("Observer"):
-            if not isinstance(self.model, RWKV7) or not isinstance(
-                self.teacher, RWKV7Config
-            ):
-                raise TypeError(
-                    "`model` must be an RWKV7 and `teacher` an RWKV7Config; got "
-                    f"{type(self.model).__name__} and {type(self.teacher).__name__}."
-                )
+            check_instance(self.model, RWKV7, "`model`")
+            check_instance(self.teacher, RWKV7Config, "`teacher`")
             own = self.model.config.vocab_size
             other = self.teacher.vocab_size
             if own != other:

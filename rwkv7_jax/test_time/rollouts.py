@@ -113,14 +113,6 @@ def _at_targets(drawn: Rollouts, logps: list[list[float]]) -> np.ndarray:
     return at_targets
 
 
-def _some_row_keys(key: Array, first: int, stop: int) -> Array:
-    """Returns the keys of the rows from `first` to `stop`, as `generate` on all rows makes them."""
-    if key.ndim:
-        return key[first:stop]
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return fold(key, jnp.arange(first, stop))
-
-
 @dataclasses.dataclass(frozen=True)
 class RolloutSampler:
     """A model with sampling options.
@@ -207,10 +199,11 @@ class RolloutSampler:
                 )
         part = self.share.drawn(len(rows))
         if part != slice(0, len(rows)):
-            # A completion does not depend on the process that samples it.
+            # As in `generate` on all rows: a completion does not depend on the process.
             if key is not None:
-                first = part.start * self.group
-                key = _some_row_keys(key, first, part.stop * self.group)
+                if not key.ndim:
+                    key = sampling.fold_keys(key, jnp.arange(len(rows) * self.group))
+                key = key[part.start * self.group : part.stop * self.group]
             rows = rows[part]
         # Completions of one prompt are adjacent: `advantages` reshapes them to [P K].
         repeats = np.repeat(np.arange(len(rows)), self.group)

@@ -23,6 +23,7 @@ from rwkv7_jax.checks import (
     check_prompts,
     prefix_errors,
 )
+from rwkv7_jax.generation.sampling import fold_keys
 from rwkv7_jax.model.state import RWKV7State, check_state
 from rwkv7_jax.test_time.completion_cache import CompletionCache
 from rwkv7_jax.test_time.prompt_share import ALONE
@@ -316,9 +317,9 @@ class _TeacherAnswers:
         filled = [*questions, *[questions[-1]] * (self._rows - len(questions))]
         # Keys come from the identity, not the index, so other questions do not matter.
         numbers = [int(question.identity[:8], 16) for question in filled]
-        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-        question_keys = fold(self._key, jnp.asarray(numbers, jnp.uint32))
-        keys = jax.vmap(fold, in_axes=(0, None))(question_keys, jnp.arange(samples))
+        question_keys = fold_keys(self._key, jnp.asarray(numbers, jnp.uint32))
+        fold_each = jax.vmap(fold_keys, in_axes=(0, None))
+        keys = fold_each(question_keys, jnp.arange(samples))
         drawn = self._drawing.draw(
             self._state,
             [question.teacher_prompt for question in filled],
