@@ -103,12 +103,14 @@ def _row_length(rows: list[list[int]], tokens: int, length: int | None) -> int:
     return length
 
 
-def _at_targets(drawn: Rollouts, logps: list[list[float]]) -> np.ndarray:
+def _at_targets(
+    logps: list[list[float]], prompts: list[Ids], length: int
+) -> np.ndarray:
     """Arranges the log-probabilities of sampled ids at the target positions of their rows."""
-    at_targets = np.zeros(drawn.mask.shape, np.float32)
-    for row, values in enumerate(logps):
+    at_targets = np.zeros((len(prompts), length), np.float32)
+    for row, (values, prompt) in enumerate(zip(logps, prompts, strict=True)):
         # The target of position t is token t + 1.
-        start = len(drawn.prompts[row]) - 1
+        start = len(prompt) - 1
         at_targets[row, start : start + len(values)] = values
     return at_targets
 
@@ -214,16 +216,16 @@ class RolloutSampler:
         batch = completion_rows(repeated_prompts, completions, length=length)
         # Each prompt is prefilled once, although its state continues `group` times.
         spent = sum(map(len, rows)) + sum(map(len, completions))
-        drawn = Rollouts(
+        return Rollouts(
             tokens=np.asarray(batch.tokens),
             mask=np.asarray(batch.mask),
             prompts=repeated_prompts,
             completions=completions,
             budget=TokenBudget(rollout_tokens=spent),
             judged=[self.judged(completion) for completion in completions],
+            logps=_at_targets(out.logps, repeated_prompts, length),
             first=part.start,
         )
-        return dataclasses.replace(drawn, logps=_at_targets(drawn, out.logps))
 
     def judge(
         self,
