@@ -154,25 +154,28 @@ def check_and_measure(candidate: Candidate) -> tuple[float, str]:
     return wall, ""
 
 
-def measure_apart(candidate: Candidate) -> float:
-    """Measures a candidate in a separate process and prints the result.
+def run_apart(candidate: Candidate) -> tuple[float, str]:
+    """Runs a candidate in a separate process.
 
     Returns:
-        Milliseconds; infinity if the results are wrong, or if it does not compile, crashes or times
-        out.
+        Milliseconds and an empty string, or infinity and the reason: the results are wrong, it does
+        not compile, it crashes, or it times out.
     """
     command = [sys.executable, "-m", _MODULE, "--candidate", candidate.to_json()]
-    wall = math.inf
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        reason = f"no result in {LIMIT} s"
-    else:
-        if done.returncode == 0:
-            wall, reason = json.loads(done.stdout.splitlines()[-1])
-        else:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            reason = lines[-1][:100]
+        return math.inf, f"no result in {LIMIT} s"
+    if done.returncode == 0:
+        wall, reason = json.loads(done.stdout.splitlines()[-1])
+        return float(wall), reason
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return math.inf, lines[-1][:100]
+
+
+def measure_apart(candidate: Candidate) -> float:
+    """Works as `run_apart`, prints the result and returns the milliseconds."""
+    wall, reason = run_apart(candidate)
     shown = f"{wall:9.3f} ms" if math.isfinite(wall) else "   no result"
     print(f"{shown}  {candidate.choice}  {reason}".rstrip(), flush=True)
     return wall
