@@ -28,6 +28,8 @@ from pallas_kernels.wkv7 import wkv7
 # Calls are repeated until a measurement takes this long.
 RUN_SECONDS = 0.02
 COPIED_BYTES = 2**28
+# Tokens between two states that the forward pass of a gradient saves.
+SAVED_EVERY = 32
 # Autodiff of the definition saves every state. It is skipped if they take more than this.
 STATES_LIMIT_BYTES = 2**32
 
@@ -48,18 +50,15 @@ def forward_and_gradients(
     return y, end, (*grads, dstate)
 
 
+def _named(implementation: str | None) -> Op:
+    return lambda inputs, state: wkv7(*inputs, state, implementation=implementation)
+
+
 def implementations(case: Case) -> dict[str, Op]:
     """Returns the implementations to measure: the default, each available one, the definition."""
-
-    def named(implementation: str | None) -> Op:
-        def op(inputs: WKVInputs, state: State) -> tuple[Array, State]:
-            return wkv7(*inputs, state, implementation=implementation)
-
-        return op
-
-    ops = {"(best)": named(None)}
+    ops = {"(best)": _named(None)}
     for name in available():
-        ops[name] = named(name)
+        ops[name] = _named(name)
     states = 4 * case.batch * case.tokens * case.heads * case.key_size * case.value_size
     if states <= STATES_LIMIT_BYTES:
         ops["definition"] = wkv7_reference
@@ -104,19 +103,19 @@ def copy_bandwidth(repeats: int) -> float:
     return 2 * x.nbytes / (1e-3 * wall)
 
 
-def least_bytes(case: Case, dtype: str, chunk: int = 32) -> dict[str, int]:
+def least_bytes(case: Case, dtype: str) -> dict[str, int]:
     """Counts the bytes that the op must read and write for one token of one head, by pass.
 
     The forward pass reads the six inputs and writes y. For a gradient it also writes a state every
-    `chunk` tokens, in the tokens' dtype. The backward pass reads the same arrays, with dy in place
-    of y, and writes six gradients. In bfloat16 with heads of 64 these are 1,024 bytes forward,
-    1,280 with the states, and 2,176 backward.
+    `SAVED_EVERY` tokens, in the tokens' dtype. The backward pass reads the same arrays, with dy in
+    place of y, and writes six gradients. In bfloat16 with heads of 64 these are 1,024 bytes
+    forward, 1,280 with the states, and 2,176 backward.
     """
     size = jnp.dtype(dtype).itemsize
     # log_w stays float32.
     inputs = size * (4 * case.key_size + case.value_size) + 4 * case.key_size
     forward = inputs + size * case.value_size
-    forward_saving = forward + size * case.key_size * case.value_size // chunk
+    forward_saving = forward + size * case.key_size * case.value_size // SAVED_EVERY
     both = 2 * forward_saving + inputs
     return {
         "fwd": forward,
@@ -141,13 +140,10 @@ def truth(arguments: tuple) -> tuple[Array, Array, tuple[Array, ...]]:
 
     It uses "scan", which recomputes states; autodiff of the definition would save all of them.
     """
-
-    def op(inputs: WKVInputs, state: State) -> tuple[Array, State]:
-        return wkv7(*inputs, state, implementation="scan")
-
+    run = functools.partial(forward_and_gradients, _named("scan"))
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), arguments)
-        return jax.jit(functools.partial(forward_and_gradients, op))(*wide)
+        return jax.jit(run)(*wide)
 
 
 def measure(

@@ -9,6 +9,8 @@ There are four modes of data:
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,3 +112,18 @@ def make_inputs(
         b=(direction * rate).astype(dtype),
     )
     return inputs, state
+
+
+def describe(arrays: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
+    """Describes a tree of arrays or descriptions, placed by a sharding."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arrays
+    )
+
+
+def describe_inputs(
+    case: Case, dtype: str, sharding: jax.sharding.Sharding | None = None
+) -> tuple[WKVInputs, Any]:
+    """Describes the arrays of `make_inputs`, placed by a sharding."""
+    arrays = jax.eval_shape(functools.partial(make_inputs, case, dtype))
+    return describe(arrays, sharding)

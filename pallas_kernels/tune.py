@@ -166,7 +166,11 @@ def run_apart(candidate: Candidate) -> tuple[float, str]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
         return math.inf, f"no result in {LIMIT} s"
-    return _parse(done)
+    if done.returncode == 0:
+        wall, reason = json.loads(done.stdout.splitlines()[-1])
+        return float(wall), reason
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return math.inf, lines[-1][:100]
 
 
 def measure_apart(candidate: Candidate) -> float:
@@ -175,15 +179,6 @@ def measure_apart(candidate: Candidate) -> float:
     shown = f"{wall:9.3f} ms" if math.isfinite(wall) else "   no result"
     print(f"{shown}  {candidate.choice}  {reason}".rstrip(), flush=True)
     return wall
-
-
-def _parse(done: subprocess.CompletedProcess) -> tuple[float, str]:
-    """Reads a child's last line of output, or its last line of errors if it failed."""
-    if done.returncode == 0:
-        wall, reason = json.loads(done.stdout.splitlines()[-1])
-        return float(wall), reason
-    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    return math.inf, lines[-1][:100]
 
 
 def tune_tpu(measure: Measure) -> tiles.TPU:

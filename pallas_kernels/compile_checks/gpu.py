@@ -20,8 +20,8 @@ import jax
 from jax.experimental import topologies
 
 from pallas_kernels import tiles
+from pallas_kernels.cases import Case, describe, describe_inputs
 from pallas_kernels.gpu import pallas_calls
-from pallas_kernels.reference import WKVInputs
 
 
 class Device(NamedTuple):
@@ -251,36 +251,23 @@ def _make_passes(
     size: Size, packed: bool, sharding
 ) -> Iterator[tuple[Callable, tuple]]:
     """Yields Pallas's forward and backward passes and its token kernel, with argument shapes."""
-    heads = CHANNELS // size.keys
-
-    def array(kind, *shape) -> Any:
-        return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
-
-    def six(tokens: int) -> WKVInputs:
-        key_array = array(size.dtype, BATCH, tokens, heads, size.keys)
-        return WKVInputs(
-            r=key_array,
-            log_w=array("float32", BATCH, tokens, heads, size.keys),
-            k=key_array,
-            v=array(size.dtype, BATCH, tokens, heads, size.values),
-            a=key_array,
-            b=key_array,
-        )
-
-    inputs = six(TOKENS)
-    states = BATCH * SEQUENCES if packed else BATCH
-    state = array("float32", states, heads, size.values, size.keys)
+    case = Case(BATCH, TOKENS, CHANNELS // size.keys, size.keys, size.values)
+    inputs, state = describe_inputs(case, size.dtype, sharding)
     owners = None
     if packed:
         choice = tiles.for_gpu(tiles.PALLAS_GPU, *size, tiles.capability())
-        owners = array("int32", BATCH, TOKENS // choice.chunk)
+        states = (BATCH * SEQUENCES, *state.shape[1:])
+        state = jax.ShapeDtypeStruct(states, state.dtype, sharding=sharding)
+        chunks = (BATCH, TOKENS // choice.chunk)
+        owners = jax.ShapeDtypeStruct(chunks, "int32", sharding=sharding)
     kernels = pallas_calls.KERNELS
-    starts = jax.eval_shape(kernels.forward_saving, inputs, state, owners)[2]
-    starts = array(starts.dtype, *starts.shape)
+    saved = jax.eval_shape(kernels.forward_saving, inputs, state, owners)
+    starts = describe(saved[2], sharding)
     yield kernels.forward_saving, (inputs, state, owners)
     yield kernels.backward, (inputs, starts, inputs.v, state, owners)
     if not packed:
-        yield kernels.forward, (six(1), state)
+        token = dataclasses.replace(case, tokens=1)
+        yield kernels.forward, describe_inputs(token, size.dtype, sharding)
 
 
 def absent_device(device: Device, memory: int = 80_000_000_000) -> Any:

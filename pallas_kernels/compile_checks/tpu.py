@@ -14,12 +14,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.experimental import topologies
 
-from pallas_kernels.reference import WKVInputs
+from pallas_kernels.cases import Case, describe, describe_inputs
 from pallas_kernels.tpu import pallas_calls
 from pallas_kernels.tpu.head_packing import TileLayout
 
@@ -59,6 +58,11 @@ def cases(chip: str) -> Iterator[tuple[str, tuple[int, int, str]]]:
             yield kernel, size
 
 
+def _case(keys: int, values: int) -> Case:
+    """Returns the sizes of a call with these head sizes."""
+    return Case(BATCH, TOKENS, CHANNELS // keys, keys, values)
+
+
 def _make_program(
     kernel: str,
     keys: int,
@@ -75,26 +79,14 @@ def _make_program(
         dtype: of the tokens.
         sharding: of all arrays.
     """
-    heads = CHANNELS // keys
-
-    def array(kind, *shape) -> Any:
-        return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
-
-    key_array = array(dtype, BATCH, TOKENS, heads * keys)
-    tokens = WKVInputs(
-        r=key_array,
-        log_w=array("float32", BATCH, TOKENS, heads * keys),
-        k=key_array,
-        v=array(dtype, BATCH, TOKENS, heads * values),
-        a=key_array,
-        b=key_array,
-    )
-    state = array("float32", BATCH, heads, values, keys)
+    inputs, state = describe_inputs(_case(keys, values), dtype, sharding)
+    heads = inputs.r.shape[2]
     owners = None
     if kernel.startswith("packed"):
-        state = array("float32", SEQUENCES * BATCH, heads, values, keys)
-        chunk = _choose_layout(keys, values, dtype).chunk
-        owners = array("int32", BATCH, TOKENS // chunk)
+        states = (SEQUENCES * BATCH, *state.shape[1:])
+        state = jax.ShapeDtypeStruct(states, state.dtype, sharding=sharding)
+        chunks = (BATCH, TOKENS // _choose_layout(keys, values, dtype).chunk)
+        owners = jax.ShapeDtypeStruct(chunks, "int32", sharding=sharding)
 
     def split(arrays):
         return jax.tree.map(lambda x: x.reshape(BATCH, TOKENS, heads, -1), arrays)
@@ -113,26 +105,17 @@ def _make_program(
         )
         return jax.tree.map(flat, grads), dstate
 
+    flat_inputs = jax.eval_shape(lambda arrays: jax.tree.map(flat, arrays), inputs)
+    tokens = describe(flat_inputs, sharding)
     if kernel.endswith("forward"):
         return forward, (tokens, state, owners)
-    starts = jax.eval_shape(forward, tokens, state, owners)[2]
-    starts = array(starts.dtype, *starts.shape)
+    starts = describe(jax.eval_shape(forward, tokens, state, owners)[2], sharding)
     return backward, (tokens, starts, tokens.v, state, owners)
 
 
 def _choose_layout(keys: int, values: int, dtype: str) -> TileLayout:
     """Returns the layout that the kernels choose for these sizes."""
-    heads = CHANNELS // keys
-    key_array: Any = jax.ShapeDtypeStruct((BATCH, TOKENS, heads, keys), dtype)
-    value_array: Any = jax.ShapeDtypeStruct((BATCH, TOKENS, heads, values), dtype)
-    inputs = WKVInputs(
-        r=key_array,
-        log_w=key_array,
-        k=key_array,
-        v=value_array,
-        a=key_array,
-        b=key_array,
-    )
+    inputs, _ = describe_inputs(_case(keys, values), dtype)
     return pallas_calls.choose_layout(inputs, None)
 
 

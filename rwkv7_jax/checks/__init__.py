@@ -17,6 +17,7 @@ from rwkv7_jax.checks.models import (
     check_model,
     check_not_intercepted,
     check_params,
+    check_runnable,
     is_intercepted,
     leaf_at,
 )
@@ -24,6 +25,7 @@ from rwkv7_jax.checks.tokens import (
     check_ids,
     check_lengths,
     check_prompts,
+    check_tokenizer,
     check_tokens,
 )
 from rwkv7_jax.checks.values import (
@@ -55,8 +57,10 @@ __all__ = [
     "check_params",
     "check_placed",
     "check_prompts",
+    "check_runnable",
     "check_seed",
     "check_size",
+    "check_tokenizer",
     "check_tokens",
     "escape_controls",
     "first_line",

@@ -6,6 +6,8 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
+from rwkv7_jax.checks.arrays import check_placed
+
 
 def check_model(model: Any, argument: str = "`model`") -> None:
     """Checks that a value is a model, not a config or weights.
@@ -84,6 +86,31 @@ def check_params(params: Any, config: Any, argument: str = "`params`") -> None:
                 f"{argument} must be those of this model, with {path} of shape {wanted}; "
                 f"got {came}."
             )
+
+
+def check_runnable(
+    model: Any,
+    params: Any,
+    model_argument: str = "`model`",
+    params_argument: str = "`params`",
+) -> None:
+    """Checks that a public function may run a model on its weights.
+
+    Args:
+        model: the model.
+        params: the inner tree of weights.
+        model_argument: the model's argument in backticks; a message begins with it.
+        params_argument: the same for the weights.
+
+    Raises:
+        TypeError: not a model, or the weights are not a mapping.
+        ValueError: the weights belong to another model or are not placed on the mesh, or the call
+            is inside `flax.linen.intercept_methods`.
+    """
+    check_not_intercepted()
+    check_model(model, model_argument)
+    check_params(params, model.config, params_argument)
+    check_placed(params, params_argument)
 
 
 def leaf_at(params: Any, path: str) -> Any:

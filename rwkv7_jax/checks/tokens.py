@@ -163,3 +163,19 @@ def check_prompts(
             raise ValueError(f"{row} must hold an id ([0] begins a text); got 0.")
         rows.append(checked)
     return rows
+
+
+def check_tokenizer(tokenizer: Any, *names: str) -> None:
+    """Checks that a value has what a function uses of a tokenizer.
+
+    Args:
+        tokenizer: the value; any class may be a tokenizer.
+        *names: the attributes that the function uses.
+
+    Raises:
+        TypeError: an attribute is missing.
+    """
+    if not all(hasattr(tokenizer, name) for name in names):
+        raise TypeError(
+            f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
+        )

@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from rwkv7_jax.checks import check_choice, check_count, check_number, prefix_errors
+from rwkv7_jax.checks import (
+    check_choice,
+    check_count,
+    check_number,
+    check_tokenizer,
+    prefix_errors,
+)
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.batching import (
     batch_at,
@@ -126,10 +132,7 @@ def _holds_document(path: str | Path, read: _Read) -> bool:
 
 def _check_source(source: Any, tokenizer: Any, held_out: Any) -> None:
     """Raises unless a source, a tokenizer and a held-out share are valid."""
-    if not (hasattr(tokenizer, "vocab_size") and hasattr(tokenizer, "encode")):
-        raise TypeError(
-            f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
-        )
+    check_tokenizer(tokenizer, "encode", "vocab_size")
     check_number(held_out, 0, 1, "`held_out`")
     if isinstance(source, np.ndarray):
         if not np.issubdtype(source.dtype, np.integer):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -16,12 +17,14 @@ from rwkv7_jax.array_types import Lengths, Params, Tokens
 from rwkv7_jax.checks import (
     check_count,
     check_ids,
-    check_model,
-    check_params,
+    check_not_intercepted,
+    check_runnable,
+    check_tokenizer,
     prefix_errors,
 )
 from rwkv7_jax.generation.decode_loop import chunk_widths, cut_chunk, prefill_rows
 from rwkv7_jax.generation.generate import commit_like, generate
+from rwkv7_jax.generation.sampling import fold_keys
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat, select
 from rwkv7_jax.text.tokenizer import END_OF_TEXT, Tokenizer
@@ -94,17 +97,13 @@ class StateLM(TemplateLM):
 
         Raises:
             TypeError: an argument has the wrong type.
-            ValueError: the weights or the state do not fit the model, an id is out of range, or a
-                count is below 1.
+            ValueError: the weights or the state do not fit the model, an id is out of range, a
+                count is below 1, or it is called inside `flax.linen.intercept_methods`.
         """
         super().__init__()
         with prefix_errors("StateLM"):
-            check_model(model)
-            if not hasattr(tokenizer, "token_bytes"):
-                raise TypeError(
-                    f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
-                )
-            check_params(params, model.config)
+            check_runnable(model, params)
+            check_tokenizer(tokenizer, "encode", "token_bytes")
             if state is None:
                 state = init_state(model.config)
             check_state(state, 1, model.config)
@@ -278,15 +277,14 @@ class StateLM(TemplateLM):
             self.tokens_read += sum(len(context) - shared for context, _ in part)
             # Repeat the last row so that all batches have one shape and one program.
             filled = part + part[-1:] * (self._rows - len(part))
-            draws = np.array([draw for _, draw in filled])
-            fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+            draws = jnp.array([draw for _, draw in filled])
             generated = generate(
                 self._model,
                 self._params,
                 [context[shared:] for context, _ in filled],
                 start,
                 tokens=sampling.tokens,
-                key=fold(jax.random.key(0), draws),
+                key=fold_keys(jax.random.key(0), draws),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
@@ -308,6 +306,9 @@ class StateLM(TemplateLM):
 
     def _read_shared(self, contexts: list[tuple[int, ...]]) -> tuple[int, RWKV7State]:
         """Reads the common prefix of the sorted contexts; returns its length and the state."""
+        # The model runs only after this, in `loglikelihood` as in `generate_until`.
+        with prefix_errors("StateLM"):
+            check_not_intercepted()
         if len(contexts) < 2:
             return 0, self._start
         # In sorted order, the common prefix of the first and the last is that of all.

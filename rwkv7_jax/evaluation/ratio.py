@@ -71,42 +71,32 @@ def ratio(
     return float(value), float(math.sqrt(variance) / weight)
 
 
-def difference_from(base: Any, row: Any) -> tuple[float, float] | None:
-    """Returns a row's difference from the base and its standard error; None for the base itself.
-
-    Args:
-        base: the first row of a table.
-        row: an object of the same type, with a method `difference`.
-    """
-    return None if row is base else row.difference(base)
-
-
 def estimate_head(name: str) -> str:
     """Formats the heads of two columns: a value, and its difference from the base."""
     return f"{name:>{_COLUMN_WIDTH}}{'difference':>{_COLUMN_WIDTH}}"
 
 
-def estimate_columns(
-    estimate: tuple[float, float], difference: tuple[float, float] | None
-) -> str:
+def estimate_columns(value: float, row: Any, base: Any) -> str:
     """Formats a value and its difference from the base, each with its standard error if known.
 
     Args:
-        estimate: the value and its error.
-        difference: the difference and its error; None for the base itself.
+        value: the row's value.
+        row: an object with `standard_error` and the method `difference`.
+        base: the first row of the table, whose own difference is left blank.
     """
-    value, error = estimate
-    columns = _with_error(f"{value:.4f}", error)
-    if difference is None:
+    columns = _with_error(f"{value:.4f}", row.standard_error)
+    if row is base:
         return columns + " " * _COLUMN_WIDTH
-    value, error = difference
-    return columns + _with_error(f"{value:+.4f}", error)
+    difference, error = row.difference(base)
+    return columns + _with_error(f"{difference:+.4f}", error)
 
 
-def difference_as_json(difference: tuple[float, float]) -> dict[str, float | None]:
-    """Converts a difference and its standard error for JSON; NaN becomes None."""
-    value, error = difference
-    return {"difference": known(value), "difference_error": known(error)}
+def difference_as_json(row: Any, base: Any) -> dict[str, float | None]:
+    """Converts a row's difference from the base for JSON; empty for the base itself."""
+    if row is base:
+        return {}
+    difference, error = row.difference(base)
+    return {"difference": known(difference), "difference_error": known(error)}
 
 
 def known(value: float) -> float | None:

@@ -15,10 +15,8 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     as_array,
     check_count,
-    check_model,
-    check_not_intercepted,
-    check_params,
-    check_placed,
+    check_runnable,
+    check_tokenizer,
     check_tokens,
     prefix_errors,
 )
@@ -165,10 +163,7 @@ def token_nats(
 
 def check_start(model: RWKV7, params: Params, state: RWKV7State) -> None:
     """Raises unless the weights and the state fit the model, and the state has batch 1."""
-    check_not_intercepted()
-    check_model(model)
-    check_params(params, model.config)
-    check_placed(params, "`params`")
+    check_runnable(model, params)
     check_state(state, 1, model.config)
 
 
@@ -226,10 +221,7 @@ def score(
     with prefix_errors("score"):
         check_start(model, params, state)
         batch = check_masked_batch(batch, model.config.vocab_size)
-        if not (hasattr(tokenizer, "token_bytes") and hasattr(tokenizer, "vocab_size")):
-            raise TypeError(
-                f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
-            )
+        check_tokenizer(tokenizer, "token_bytes", "vocab_size")
     tokens = np.asarray(batch.tokens)
     largest = int(tokens.max())
     if largest >= tokenizer.vocab_size:

@@ -9,7 +9,6 @@ import numpy as np
 from rwkv7_jax.evaluation.ratio import (
     Ratio,
     difference_as_json,
-    difference_from,
     estimate_columns,
     estimate_head,
     known,
@@ -81,8 +80,7 @@ def score_table(task: str, rows: Mapping[str, TaskScores]) -> str:
     for name, scores in rows.items():
         line = f"{name:<{width}}"
         for metric, score in scores[task].items():
-            estimate = (score.value, score.standard_error)
-            line += estimate_columns(estimate, difference_from(base[metric], score))
+            line += estimate_columns(score.value, score, base[metric])
         lines.append(line.rstrip())
     return "\n".join(lines)
 
@@ -112,7 +110,4 @@ def _score_as_json(score: QuestionScores, base: QuestionScores) -> dict[str, Any
         "standard_error": known(score.standard_error),
         "questions": len(score.questions),
     }
-    difference = difference_from(base, score)
-    if difference is not None:
-        cell |= difference_as_json(difference)
-    return cell
+    return cell | difference_as_json(score, base)

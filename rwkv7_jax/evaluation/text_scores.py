@@ -9,7 +9,6 @@ import numpy as np
 from rwkv7_jax.evaluation.ratio import (
     Ratio,
     difference_as_json,
-    difference_from,
     estimate_columns,
     estimate_head,
     known,
@@ -36,10 +35,7 @@ def text_table(title: str, scores: Mapping[str, Score]) -> str:
         head += _position_head(first, end)
     lines = [head]
     for name, row in scores.items():
-        estimate = (row.bits_per_byte, row.standard_error)
-        line = (
-            f"{name:<{width}}{estimate_columns(estimate, difference_from(base, row))}"
-        )
+        line = f"{name:<{width}}{estimate_columns(row.bits_per_byte, row, base)}"
         # A base of 0 bits per byte has no relative change.
         change = row.bits_per_byte / (base.bits_per_byte or np.nan) - 1
         line += f"{change:>+8.1%}{row.perplexity:>11.3f}"
@@ -62,10 +58,7 @@ def answer_table(title: str, answers: Mapping[str, Answers]) -> str:
     head = f"{title:<{width}}{estimate_head('accuracy')}{'all right':>11}{'nats':>9}"
     lines = [head]
     for name, row in answers.items():
-        estimate = (row.accuracy, row.standard_error)
-        line = (
-            f"{name:<{width}}{estimate_columns(estimate, difference_from(base, row))}"
-        )
+        line = f"{name:<{width}}{estimate_columns(row.accuracy, row, base)}"
         lines.append(f"{line}{row.exact:>11.4f}{row.nats:>9.3f}")
     lines.append(_footnote(base.by_row, "row"))
     return "\n".join(lines)
@@ -100,9 +93,7 @@ def rows_as_json(rows: Mapping[str, Score | Answers]) -> dict[str, dict[str, Any
     for name, row in rows.items():
         table[name] = _without_nan(dataclasses.asdict(row))
         table[name]["standard_error"] = known(row.standard_error)
-        difference = difference_from(base, row)
-        if difference is not None:
-            table[name] |= difference_as_json(difference)
+        table[name] |= difference_as_json(row, base)
     return table
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rwkv7_jax.array_types import Lengths, Params, Tokens
+from rwkv7_jax.checks import check_not_intercepted, prefix_errors
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import RWKV7State, restore_rows
@@ -344,7 +345,12 @@ class Decoder:
 
         The head runs only for each row's last token, because the logits of a whole chunk would be
         the largest array.
+
+        Raises:
+            ValueError: it is called inside `flax.linen.intercept_methods`.
         """
+        with prefix_errors("Decoder"):
+            check_not_intercepted()
         lengths = np.array([len(row) for row in rows], np.int32)
         state = prefill_rows(
             self._model,
@@ -359,7 +365,13 @@ class Decoder:
         return self._decode(run._replace(state=state), known, limit=0).run
 
     def decode(self, run: DecodeState, *, limit: int) -> Decoded:
-        """Generates up to `limit` tokens, at most a block; see the function `decode`."""
+        """Generates up to `limit` tokens, at most a block; see the function `decode`.
+
+        Raises:
+            ValueError: it is called inside `flax.linen.intercept_methods`.
+        """
+        with prefix_errors("Decoder"):
+            check_not_intercepted()
         batch = run.logits.shape[0]
         none = KnownTokens(np.zeros(batch, np.int32), np.zeros(batch, bool))
         return self._decode(run, none, limit=limit)

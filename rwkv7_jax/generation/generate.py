@@ -20,6 +20,7 @@ from rwkv7_jax.checks import (
     check_not_intercepted,
     check_params,
     check_placed,
+    check_tokenizer,
     is_traced,
     prefix_errors,
     typed_key,
@@ -215,11 +216,9 @@ def check_text_options(tokenizer: Any, stop_strings: Any, on_text: Any = None) -
     check_stop_strings(stop_strings)
     if on_text is not None:
         check_function(on_text, "`on_text`")
-    if tokenizer is not None and not hasattr(tokenizer, "token_bytes"):
-        raise TypeError(
-            f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
-        )
-    if tokenizer is None and (stop_strings or on_text):
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, "token_bytes")
+    elif stop_strings or on_text:
         name = "stop_strings" if stop_strings else "on_text"
         raise ValueError(f"`tokenizer` must be given with `{name}`; got None.")
 
@@ -263,7 +262,7 @@ def _row_keys(key: Array | None, batch: int, *, needed: bool) -> Array:
     key = typed_key(key)
     if key.ndim == 0:
         # Folded with the row's index, so that a row does not depend on the batch size.
-        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
+        return sampling.fold_keys(key, jnp.arange(batch))
     if key.shape != (batch,):
         raise ValueError(f"`key` must be one key or {batch}; got shape {key.shape}.")
     return key

@@ -7,10 +7,7 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     check_count,
     check_ids,
-    check_model,
-    check_not_intercepted,
-    check_params,
-    check_placed,
+    check_runnable,
     prefix_errors,
 )
 from rwkv7_jax.generation.decode_loop import prefill
@@ -42,10 +39,7 @@ def prefill_state(
             below 1.
     """
     with prefix_errors("prefill_state"):
-        check_not_intercepted()
-        check_model(model)
-        check_params(params, model.config)
-        check_placed(params, "`params`")
+        check_runnable(model, params)
         check_count(chunk, 1, "`chunk`")
         tokens = check_ids(tokens, model.config.vocab_size, "`tokens`")
     state = init_state(model.config)

@@ -191,6 +191,11 @@ def exempt_ids(tokenizer: Vocabulary) -> tuple[int, ...]:
     return tuple(sorted(exempt))
 
 
+def fold_keys(key: Array, numbers: Array) -> Array:
+    """Returns a random key for each number."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
+
+
 def no_occurrences(batch: int, vocab_size: int) -> Occurrences:
     """Returns counts with no id generated."""
     shape = (batch, vocab_size)

@@ -99,54 +99,42 @@ def _leaf_shapes(config: RWKV7Config, batch: int) -> dict[str, tuple[int, ...]]:
     return {"att_shift": shift, "wkv": heads, "ffn_shift": shift}
 
 
-def check_state(
-    state: RWKV7State,
-    batch: int,
-    config: RWKV7Config,
-    *,
-    caller: str | None = None,
-) -> None:
+def check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
     """Checks that a state matches a model and a batch; works on arrays, tracers and shapes.
 
     Args:
         state: the state to check.
         batch: the number of sequences it must hold.
         config: the model's configuration.
-        caller: the function whose name begins the message; by default this one, or that of an
-            enclosing `prefix_errors` block.
 
     Raises:
         TypeError: not an `RWKV7State`, or the WKV state is not float32.
         ValueError: a leaf has the wrong shape, or an upscaled memory has an unknown form.
     """
-    with prefix_errors("check_state" if caller is None else caller):
-        _check_state(state, batch, config)
-
-
-def _check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
-    check_instance(state, RWKV7State, "`state`")
-    check_not_donated(state, "`state`")
-    check_instance(config, RWKV7Config, "`config`")
-    _check_batch(batch)
-    shapes = _leaf_shapes(config, batch)
-    for name, shape in shapes.items():
-        leaf = getattr(state, name)
-        # Tensors of PyTorch have dtypes of another kind.
-        if not isinstance(getattr(leaf, "dtype", None), np.dtype):
-            raise TypeError(
-                f"`state.{name}` must be an array; got {type(leaf).__name__}."
-            )
-        came = tuple(leaf.shape)
-        if came != shape:
-            raise ValueError(
-                f"`state.{name}` must have shape {shape} "
-                f"(layers {config.num_layers}, batch {batch}, ...); got {came}."
-            )
-    # In bfloat16, products of thousands of decays lose all precision.
-    if state.wkv.dtype != jnp.float32:
-        raise TypeError(f"`state.wkv` must be float32; got {state.wkv.dtype}.")
-    if state.upscaled is not None:
-        _check_upscaled(state.upscaled, shapes["wkv"])
+    with prefix_errors("check_state"):
+        check_instance(state, RWKV7State, "`state`")
+        check_not_donated(state, "`state`")
+        check_instance(config, RWKV7Config, "`config`")
+        _check_batch(batch)
+        shapes = _leaf_shapes(config, batch)
+        for name, shape in shapes.items():
+            leaf = getattr(state, name)
+            # Tensors of PyTorch have dtypes of another kind.
+            if not isinstance(getattr(leaf, "dtype", None), np.dtype):
+                raise TypeError(
+                    f"`state.{name}` must be an array; got {type(leaf).__name__}."
+                )
+            came = tuple(leaf.shape)
+            if came != shape:
+                raise ValueError(
+                    f"`state.{name}` must have shape {shape} "
+                    f"(layers {config.num_layers}, batch {batch}, ...); got {came}."
+                )
+        # In bfloat16, products of thousands of decays lose all precision.
+        if state.wkv.dtype != jnp.float32:
+            raise TypeError(f"`state.wkv` must be float32; got {state.wkv.dtype}.")
+        if state.upscaled is not None:
+            _check_upscaled(state.upscaled, shapes["wkv"])
 
 
 def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...]) -> None:

@@ -12,10 +12,7 @@ from rwkv7_jax.array_types import Lengths, Params, Tokens
 from rwkv7_jax.checks import (
     as_array,
     check_instance,
-    check_model,
-    check_not_intercepted,
-    check_params,
-    check_placed,
+    check_runnable,
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch, BatchLike
@@ -85,10 +82,7 @@ def evaluate_handover(
         ValueError: a batch, a state or weights of other sizes, or no unmasked target after a split.
     """
     with prefix_errors("evaluate_handover"):
-        check_not_intercepted()
-        check_model(teacher, "`teacher`")
-        check_params(teacher_params, teacher.config, "`teacher_params`")
-        check_placed(teacher_params, "`teacher_params`")
+        check_runnable(teacher, teacher_params, "`teacher`", "`teacher_params`")
         # Weights are ignored.
         batch = Batch.of(batch, "mask").replace(weights=None)
         batch = check_split(batch, teacher.config.vocab_size)
@@ -145,12 +139,9 @@ def proposal_error(
         ValueError: models, ids or lengths that do not match, or one row without a variance.
     """
     with prefix_errors("proposal_error"):
-        check_not_intercepted()
         check_instance(observer, Observer, "`observer`")
-        check_model(teacher, "`teacher`")
+        check_runnable(teacher, teacher_params, "`teacher`", "`teacher_params`")
         check_teacher(observer, teacher.config)
-        check_params(teacher_params, teacher.config, "`teacher_params`")
-        check_placed(teacher_params, "`teacher_params`")
         check_maps(observer, params)
         tokens, lengths = check_prompt_tokens(
             tokens, lengths, teacher.config.vocab_size

@@ -222,14 +222,6 @@ def _answer_loss(
     return loss
 
 
-def _check_weights(weights: dict[str, float]) -> None:
-    for name, weight in weights.items():
-        check_number(weight, 0, math.inf, f"`{name}`")
-    if not any(weights.values()):
-        names = ", ".join(f"`{name}`" for name in weights)
-        raise ValueError(f"one of {names} must be above 0; all are 0.")
-
-
 def observer_loss(
     observer: Observer,
     teacher: RWKV7,
@@ -273,6 +265,10 @@ def observer_loss(
         check_model(teacher, "`teacher`")
         check_teacher(observer, teacher.config)
         check_params(teacher_params, teacher.config, "`teacher_params`")
-        _check_weights(weights)
+        for name, weight in weights.items():
+            check_number(weight, 0, math.inf, f"`{name}`")
+        if not any(weights.values()):
+            names = ", ".join(f"`{name}`" for name in weights)
+            raise ValueError(f"one of {names} must be above 0; all are 0.")
     loss = ObserverLoss(observer, teacher, variance, divergence, answers)
     return Partial(loss, teacher_params)

@@ -28,10 +28,10 @@ from rwkv7_jax.checks import (
     check_instance,
     check_key,
     check_lengths,
-    check_model,
     check_not_intercepted,
     check_params,
     check_placed,
+    check_runnable,
     check_tokens,
     prefix_errors,
 )
@@ -64,13 +64,8 @@ class Observer:
     def __post_init__(self):
         """Checks that both read the same tokens."""
         with prefix_errors("Observer"):
-            if not isinstance(self.model, RWKV7) or not isinstance(
-                self.teacher, RWKV7Config
-            ):
-                raise TypeError(
-                    "`model` must be an RWKV7 and `teacher` an RWKV7Config; got "
-                    f"{type(self.model).__name__} and {type(self.teacher).__name__}."
-                )
+            check_instance(self.model, RWKV7, "`model`")
+            check_instance(self.teacher, RWKV7Config, "`teacher`")
             own = self.model.config.vocab_size
             other = self.teacher.vocab_size
             if own != other:
@@ -326,10 +321,7 @@ def state_moments(
         ValueError: no rows, ids or lengths out of range, or weights of another model.
     """
     with prefix_errors("state_moments"):
-        check_not_intercepted()
-        check_model(teacher, "`teacher`")
-        check_params(teacher_params, teacher.config, "`teacher_params`")
-        check_placed(teacher_params, "`teacher_params`")
+        check_runnable(teacher, teacher_params, "`teacher`", "`teacher_params`")
         tokens, lengths = check_prompt_tokens(
             tokens, lengths, teacher.config.vocab_size
         )

@@ -4,9 +4,10 @@ A browser lets any page send requests to a local address, and only hides the res
 the owner of a site points its name at that address ("DNS rebinding"), the page can read them too.
 """
 
+import functools
 import ipaddress
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 from starlette.middleware import Middleware
@@ -20,6 +21,9 @@ from rwkv7_jax.serving.fields import Refused
 _UNNAMED = "null"
 
 _LOCAL = "localhost"
+
+# The headers of a request, by their names in lower case.
+_Headers = dict[bytes, bytes]
 
 # Whether the server can answer now, and whether waiting for that is of use.
 READY = "/health"
@@ -49,91 +53,68 @@ def access_checks(
         )
         passed.append(one)
     if key is not None:
-        passed.append(Middleware(_KeyCheck, key=key))
+        expected = f"Bearer {key}".encode()
+        passed.append(Middleware(_HeaderCheck, functools.partial(_check_key, expected)))
     elif "*" not in origins:
-        passed.append(Middleware(_PageCheck, origins=origins, hosts=hosts))
+        check = functools.partial(_check_page, origins, hosts)
+        passed.append(Middleware(_HeaderCheck, check))
     return passed
 
 
-class _KeyCheck:
-    """Middleware that rejects requests without the key, except health checks."""
+class _HeaderCheck:
+    """Middleware that rejects requests by their headers, except health checks."""
 
-    def __init__(self, app: ASGIApp, key: str):
-        """Stores the wrapped application and the key."""
+    def __init__(self, app: ASGIApp, check: Callable[[_Headers], Refused | None]):
+        """Stores the wrapped application and the check, which returns an error or None."""
         self._app = app
-        self._expected = f"Bearer {key}".encode()
+        self._check = check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forwards a request, or responds with status 401."""
-        if _is_open(scope) or self._has_key(scope):
-            await self._app(scope, receive, send)
-            return
-        refused = Refused(
-            "the header `Authorization` must be 'Bearer ' followed by the key of the server.",
-            status=401,
-            code="invalid_api_key",
-        )
-        headers = {"WWW-Authenticate": "Bearer"}
-        response = JSONResponse(refused.body(), 401, headers=headers)
-        await response(scope, receive, send)
-
-    def _has_key(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return secrets.compare_digest(given, self._expected)
-
-
-class _PageCheck:
-    """Middleware that rejects requests from pages of foreign sites, except health checks."""
-
-    def __init__(
-        self, app: ASGIApp, origins: Sequence[str], hosts: Sequence[str] | None
-    ):
-        """Stores the wrapped application and what it accepts; see `access_checks`."""
-        self._app = app
-        self._origins = origins
-        self._hosts = hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forwards a request, or responds with status 403."""
-        refused = None if _is_open(scope) else self._refusal(scope)
+        """Forwards a request, or responds with an error."""
+        refused = None
+        if scope["type"] == "http" and scope["path"] not in (READY, LIVE):
+            refused = self._check(dict(scope["headers"]))
         if refused is None:
             await self._app(scope, receive, send)
             return
-        response = JSONResponse(refused.body(), refused.status)
+        headers = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else None
+        response = JSONResponse(refused.body(), refused.status, headers=headers)
         await response(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> Refused | None:
-        headers = dict(scope["headers"])
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        host = _name(f"//{headers.get(b'host', b'').decode('latin-1')}")
-        if not self._is_known_origin(origin):
-            return Refused(
-                "the header `Origin` must be one that `--allow-origin` names, or the server must "
-                f"have a key; got {origin!r:.60}.",
-                status=403,
-            )
-        if not self._is_known_host(host):
-            return Refused(
-                "the header `Host` must be an IP address, localhost or a name that `--allow-host` "
-                f"gives, or the server must have a key; got {host!r:.60}.",
-                status=403,
-            )
+
+def _check_key(expected: bytes, headers: _Headers) -> Refused | None:
+    """Returns the error for a request without the key."""
+    if secrets.compare_digest(headers.get(b"authorization", b""), expected):
         return None
-
-    def _is_known_origin(self, origin: str) -> bool:
-        # Programs send no origin. Browser extensions and desktop programs send another scheme.
-        is_page = origin == _UNNAMED or origin.startswith(("http://", "https://"))
-        return not is_page or origin in self._origins or _is_local(_name(origin))
-
-    def _is_known_host(self, host: str) -> bool:
-        if not host or self._hosts is None or host in self._hosts:
-            return True
-        return _is_local(host) or _is_address(host)
+    return Refused(
+        "the header `Authorization` must be 'Bearer ' followed by the key of the server.",
+        status=401,
+        code="invalid_api_key",
+    )
 
 
-def _is_open(scope: Scope) -> bool:
-    """Returns whether a request needs no check."""
-    return scope["type"] != "http" or scope["path"] in (READY, LIVE)
+def _check_page(
+    origins: Sequence[str], hosts: Sequence[str] | None, headers: _Headers
+) -> Refused | None:
+    """Returns the error for a request from a page of a foreign site."""
+    origin = headers.get(b"origin", b"").decode("latin-1")
+    # Programs send no origin. Browser extensions and desktop programs send another scheme.
+    is_page = origin == _UNNAMED or origin.startswith(("http://", "https://"))
+    if is_page and origin not in origins and not _is_local(_name(origin)):
+        return Refused(
+            "the header `Origin` must be one that `--allow-origin` names, or the server must "
+            f"have a key; got {origin!r:.60}.",
+            status=403,
+        )
+    host = _name(f"//{headers.get(b'host', b'').decode('latin-1')}")
+    is_accepted = not host or hosts is None or host in hosts
+    if not (is_accepted or _is_local(host) or _is_address(host)):
+        return Refused(
+            "the header `Host` must be an IP address, localhost or a name that `--allow-host` "
+            f"gives, or the server must have a key; got {host!r:.60}.",
+            status=403,
+        )
+    return None
 
 
 def _name(address: str) -> str:

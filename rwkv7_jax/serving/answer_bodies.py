@@ -16,6 +16,7 @@ from rwkv7_jax.text.chat_answers import (
     ToolCall,
     read_answer,
 )
+from rwkv7_jax.text.detokenizer import StreamingDetokenizer
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 
@@ -42,6 +43,21 @@ def states_body(served: Served) -> dict[str, Any]:
     return {"object": "list", "data": entries}
 
 
+class _TextOffsets:
+    """The offsets of an answer's tokens in its text, which may arrive in pieces."""
+
+    def __init__(self):
+        """Starts at the beginning of the text."""
+        self._detokenizer = StreamingDetokenizer()
+        self._characters = 0
+
+    def add(self, spelling: bytes) -> int:
+        """Returns the number of complete characters before the next token."""
+        before = self._characters
+        self._characters += len(self._detokenizer.push(spelling))
+        return before
+
+
 class AnswerBodies:
     """The bodies of one call's answers, complete or as events of a stream."""
 
@@ -49,6 +65,8 @@ class AnswerBodies:
         """Stores the call, and the tokenizer that decodes scored tokens."""
         self._call = call
         self._tokenizer = tokenizer
+        # One per answer of a stream of completions.
+        self._offsets = [_TextOffsets() for _ in call.requests]
         # One reader per answer of a chat.
         self._readers: list[AnswerReader] = []
         if chat := call.chat:
@@ -68,10 +86,11 @@ class AnswerBodies:
                 text = chat.opening + answer.text
                 parts = read_answer(text, chat.tools, parallel=chat.parallel)
                 choice["message"] = _message(parts)
+                choice["logprobs"] = self._chat_logprobs(answer.scores)
                 called = bool(parts.calls)
             else:
                 choice["text"] = answer.text
-            choice["logprobs"] = self._logprobs(answer.scores)
+                choice["logprobs"] = self._logprobs(answer.scores, _TextOffsets())
             choice["finish_reason"] = _finish_reason(answer, called=called)
             choices.append(choice)
         return self._body(choices, "chat.completion") | {"usage": self._usage(answers)}
@@ -88,7 +107,7 @@ class AnswerBodies:
             return self._deltas(index, parts, piece.scores)
         if not piece.text and not piece.scores:
             return []
-        logprobs = self._logprobs(piece.scores)
+        logprobs = self._logprobs(piece.scores, self._offsets[index])
         return [self._event(index, {"text": piece.text, "logprobs": logprobs})]
 
     def end(self, index: int, answer: Answer) -> list[dict[str, Any]]:
@@ -125,7 +144,7 @@ class AnswerBodies:
             deltas.append({})
         events = []
         for delta in deltas:
-            logprobs = self._logprobs(() if events else scores)
+            logprobs = self._chat_logprobs(() if events else scores)
             events.append(self._event(index, {"delta": delta, "logprobs": logprobs}))
         return events
 
@@ -155,17 +174,23 @@ class AnswerBodies:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def _logprobs(self, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
-        """Returns the scores of tokens in the format of the API; None without scores."""
+    def _chat_logprobs(self, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+        """Returns the scores of a message's tokens; None without scores."""
         if not scores:
             return None
-        if self._call.chat:
-            content = []
-            for score in scores:
-                others = [self._entry(*other) for other in score.alternatives]
-                entry = self._entry(score.id, score.logp)
-                content.append(entry | {"top_logprobs": others})
-            return {"content": content, "refusal": None}
+        content = []
+        for score in scores:
+            others = [self._entry(*other) for other in score.alternatives]
+            entry = self._entry(score.id, score.logp)
+            content.append(entry | {"top_logprobs": others})
+        return {"content": content, "refusal": None}
+
+    def _logprobs(
+        self, scores: Sequence[TokenScore], offsets: _TextOffsets
+    ) -> dict[str, Any] | None:
+        """Returns the scores of a completion's next tokens; None without scores."""
+        if not scores:
+            return None
         most_probable = []
         for score in scores:
             named = {self._name(id): logp for id, logp in score.alternatives}
@@ -174,6 +199,7 @@ class AnswerBodies:
             "tokens": [self._name(score.id) for score in scores],
             "token_logprobs": [score.logp for score in scores],
             "top_logprobs": most_probable,
+            "text_offset": [offsets.add(self._spelling(score.id)) for score in scores],
         }
 
     def _entry(self, id: int, logp: float) -> dict[str, Any]:

@@ -234,7 +234,11 @@ class _Routes:
     ) -> tuple[Call, list[Ticket]]:
         """Submits all requests of a call, or none of them."""
         self._check_device()
-        call = read_call(_parse(body), self._served(), is_chat=is_chat)
+        try:
+            fields = parse_json(body)
+        except ValueError as error:
+            raise Refused(f"the body is not JSON: {error}.") from None
+        call = read_call(fields, self._served(), is_chat=is_chat)
         tickets: list[Ticket] = []
         for index, request in enumerate(call.requests):
             # Other threads may use an asyncio loop only through `call_soon_threadsafe`.
@@ -273,18 +277,6 @@ def _cancel(tickets: Sequence[Ticket]) -> None:
     """Cancels requests; this has no effect on complete ones."""
     for ticket in tickets:
         ticket.cancel()
-
-
-def _parse(body: bytes) -> Any:
-    """Parses a body.
-
-    Raises:
-        Refused: the body is not JSON.
-    """
-    try:
-        return parse_json(body)
-    except ValueError as error:
-        raise Refused(f"the body is not JSON: {error}.") from None
 
 
 async def _whole(

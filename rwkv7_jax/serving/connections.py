@@ -1,7 +1,8 @@
-"""Limits on HTTP/1.1 connections: their number, and the time until a request is complete.
+"""Limits on HTTP/1.1 connections: their number, and the time that a client may take.
 
 uvicorn closes a connection that is idle after an answer. It has no limit for a client that never
-sends a request, or that sends the head or the rest of a body byte by byte.
+sends a request, that sends the head or the rest of a body byte by byte, or that does not read its
+answer.
 """
 
 import asyncio
@@ -17,6 +18,9 @@ from rwkv7_jax.serving.fields import Refused
 
 # Seconds from the first byte of a request to the end of its head.
 _HEAD_SECONDS = 30
+
+# Seconds in which a client must read some of the data that waits for it.
+_READ_SECONDS = 60
 
 # The maximum number of connections, if the process may open as many files.
 _MOST_CONNECTIONS = 4096
@@ -34,13 +38,16 @@ def most_connections() -> int:
 
 
 class Connection(H11Protocol):
-    """A connection that closes if its client sends no complete request in time."""
+    """A connection that closes if its client does not send a request or read its answer in time."""
 
     _deadline: asyncio.TimerHandle | None = None
+    _read_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Waits for the first request, or rejects one connection too many."""
         super().connection_made(transport)
+        # Calls `pause_writing` for any unsent data: a closing connection waits for all of it.
+        transport.set_write_buffer_limits(high=0)
         if len(self.connections) > most_connections():
             refused = Refused(
                 "too many connections are open; try again later.",
@@ -67,8 +74,38 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancels the timers of the connection."""
         self._end_deadline()
+        self._end_read_timer()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Stops answering until the client has read everything, for which it has some time."""
+        super().pause_writing()
+        self._start_read_timer()
+
+    def resume_writing(self) -> None:
+        """Continues to answer."""
+        super().resume_writing()
+        self._end_read_timer()
+
+    def _start_read_timer(self) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        self._read_timer = self.loop.call_later(
+            _READ_SECONDS, self._check_reading, unsent
+        )
+
+    def _check_reading(self, before: int) -> None:
+        """Closes a connection whose client has read nothing since `before` bytes were unsent."""
+        if self.transport.get_write_buffer_size() < before:
+            self._start_read_timer()
+        else:
+            # `close` would wait for the client.
+            self.transport.abort()
+
+    def _end_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
 
     def send_400_response(self, msg: str) -> None:
         """Answers data that is not an HTTP request."""

@@ -17,9 +17,11 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     check_count,
     check_function,
+    check_ids,
     check_instance,
-    check_model,
-    check_params,
+    check_not_intercepted,
+    check_runnable,
+    check_tokenizer,
     first_line,
     prefix_errors,
 )
@@ -27,18 +29,19 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.serving.answer_states import AnswerStates
 from rwkv7_jax.serving.prefix_cache import PrefixCache
-from rwkv7_jax.serving.request_checks import request_options
 from rwkv7_jax.serving.requests import (
+    MOST_ALTERNATIVES,
     Closed,
     Ending,
     Request,
     TooBusy,
-    UnknownState,
+    TooLong,
 )
-from rwkv7_jax.serving.slots import BLOCK, CHUNK, Slots, free_options
-from rwkv7_jax.serving.start_states import Start, StartStates
+from rwkv7_jax.serving.slots import BLOCK, CHUNK, Slots
+from rwkv7_jax.serving.start_states import StartStates
 from rwkv7_jax.serving.ticket import OnEnd, OnPiece, Reader, Ticket
 from rwkv7_jax.serving.watchdog import Watchdog
+from rwkv7_jax.text.detokenizer import check_stop_strings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _CACHE_BYTES = 2**28
@@ -71,6 +74,7 @@ class Engine:
         longest_prompt: the maximum number of prompt tokens.
         longest_answer: the maximum number of new tokens.
         most_waiting: the maximum number of requests that wait for a row.
+        is_open: whether the engine accepts requests.
         is_closed: whether the engine has ended.
         failure: the error that ended the engine; None if there was none.
     """
@@ -106,12 +110,13 @@ class Engine:
 
         Raises:
             TypeError: an argument has the wrong type.
-            ValueError: an argument is out of range, a state belongs to another model, or upscaled
-                states cannot be rows of one batch.
+            ValueError: an argument is out of range, a state belongs to another model, upscaled
+                states cannot be rows of one batch, or it is called inside
+                `flax.linen.intercept_methods`.
         """
         with prefix_errors("Engine"):
-            check_model(model)
-            check_params(params, model.config)
+            check_runnable(model, params)
+            check_tokenizer(tokenizer, "token_bytes", "stop_ids")
             check_count(slots, 1, "`slots`")
             check_count(queue, 1, "`queue`")
             check_count(longest_prompt, 1, "`longest_prompt`")
@@ -125,19 +130,18 @@ class Engine:
         self.longest_prompt = longest_prompt
         self.longest_answer = longest_answer
         self.most_waiting = queue
-        self._free = free_options(model, tokenizer)
-        nothing = self._start(None).state
-        self._slots = Slots(model, params, nothing, slots=slots, free=self._free)
+        nothing = self._states.get(None).state
+        self._slots = Slots(model, params, tokenizer, nothing, slots=slots)
         self._cache = PrefixCache(cache_bytes)
         self._answers = AnswerStates(self._slots, self._cache)
         self._taken: list[Ticket | None] = [None] * slots
         # Requests whose prompts are being read. For each of them a row is free.
         self._readers: list[Reader] = []
         self._watchdog = watchdog or Watchdog()
-        # Guards what other threads use: the queue, and whether the engine continues.
+        # Guards what other threads use: the queue, `is_open` and `is_closed`.
         self._lock = threading.Condition()
         self._waiting: deque[Ticket] = deque()
-        self._takes_more = True
+        self.is_open = True
         self.is_closed = False
         self.failure: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -155,21 +159,18 @@ class Engine:
             TooLong: the prompt has too many tokens.
             TooBusy: the queue is full.
             Closed: the engine accepts no more requests.
-            ValueError: a number is out of range, or an id is outside the vocabulary.
+            ValueError: a number is out of range, an id is outside the vocabulary, or it is called
+                inside `flax.linen.intercept_methods`.
             TypeError: an argument has the wrong type.
         """
         with prefix_errors("submit"):
+            check_not_intercepted()
             check_instance(request, Request, "`request`")
             check_function(on_piece, "`on_piece`")
             check_function(on_end, "`on_end`")
-            options = request_options(
-                request,
-                self.model.config.vocab_size,
-                longest_prompt=self.longest_prompt,
-                longest_answer=self.longest_answer,
-                free=self._free,
-            )
-            start = self._start(request.state)
+            self._check_request(request)
+            options = self._slots.options_of(request)
+            start = self._states.get(request.state)
         ticket = Ticket(
             request,
             start,
@@ -179,13 +180,32 @@ class Engine:
             on_end=on_end,
         )
         with self._lock:
-            if not self._takes_more:
+            if not self.is_open:
                 raise Closed("the engine accepts no more requests.")
             if len(self._waiting) >= self.most_waiting:
                 raise TooBusy("the queue is full; try again later.")
             self._waiting.append(ticket)
             self._lock.notify()
         return ticket
+
+    def _check_request(self, request: Request) -> None:
+        """Checks everything about a request but its sampling options and its start state."""
+        vocab_size = self.model.config.vocab_size
+        check_ids(request.prompt, vocab_size, "`prompt`")
+        length = len(request.prompt)
+        check_count(length, 1, "the length of `prompt`")
+        if length > self.longest_prompt:
+            raise TooLong(
+                f"submit: the length of `prompt` must be at most {self.longest_prompt}; "
+                f"got {length}."
+            )
+        check_count(request.tokens, 1, "`tokens`", most=self.longest_answer)
+        check_count(request.seed, 0, "`seed`", most=2**63 - 1)
+        if request.alternatives is not None:
+            most = MOST_ALTERNATIVES
+            check_count(request.alternatives, 0, "`alternatives`", most=most)
+        check_ids(request.stop_ids, vocab_size, "`stop_ids`")
+        check_stop_strings(request.stop_strings)
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -215,22 +235,7 @@ class Engine:
             UnknownState: no state has the name.
         """
         with prefix_errors("remove_state"):
-            self._start(name)
             self._states.remove(name)
-
-    def _start(self, name: str | None) -> Start:
-        """Returns the start state of a name; another thread may replace or remove it at any time.
-
-        Raises:
-            UnknownState: no state has the name.
-        """
-        start = self._states.get(name)
-        if start is None:
-            names = ", ".join(self.state_names) or "none is served"
-            raise UnknownState(
-                f"`state` must name a state that is served ({names}); got {name!r}."
-            )
-        return start
 
     @property
     def decoding(self) -> int:
@@ -262,7 +267,7 @@ class Engine:
 
     def refuse_more(self) -> None:
         """Accepts no more requests; open ones continue."""
-        self._takes_more = False
+        self.is_open = False
 
     def close(self) -> None:
         """Ends the thread after its tick; all open requests end as cancelled.
@@ -270,7 +275,7 @@ class Engine:
         A thread whose device does not answer is abandoned.
         """
         with self._lock:
-            self._takes_more = False
+            self.is_open = False
             self.is_closed = True
             self._lock.notify()
         if self._thread is not None:
@@ -284,14 +289,15 @@ class Engine:
 
         Raises:
             RuntimeError: the thread is running.
+            ValueError: it is called inside `flax.linen.intercept_methods`.
         """
-        self._check_no_thread()
+        self._check_may_tick()
         # Longest first: a longer prompt would find a shorter one in the cache and skip its program.
         for width in sorted(self._slots.widths(), reverse=True):
             prompt = (0,) * min(width + 1, self.longest_prompt)
             tokens = min(BLOCK, self.longest_answer)
             request = Request(prompt, tokens=tokens, temperature=0.0)
-            self.submit(request, on_piece=_ignore, on_end=_ignore)
+            self.submit(request, on_piece=lambda _: None, on_end=lambda _: None)
             while self.tick():
                 pass
         self._cache.clear()
@@ -319,7 +325,7 @@ class Engine:
             raise
         finally:
             with self._lock:
-                self._takes_more = False
+                self.is_open = False
                 self.is_closed = True
             self._end_all("cancelled", None)
 
@@ -335,11 +341,6 @@ class Engine:
         return self.decoding > 0 or self.waiting > 0
 
     @property
-    def is_open(self) -> bool:
-        """Returns whether the engine accepts requests."""
-        return self._takes_more
-
-    @property
     def is_stalled(self) -> bool:
         """Returns whether a call of the device takes too long; it may never raise an error."""
         return self._watchdog.is_over
@@ -352,11 +353,14 @@ class Engine:
 
         Raises:
             RuntimeError: the engine's thread is running.
+            ValueError: it is called inside `flax.linen.intercept_methods`.
         """
-        self._check_no_thread()
+        self._check_may_tick()
         return self._tick()
 
-    def _check_no_thread(self) -> None:
+    def _check_may_tick(self) -> None:
+        with prefix_errors("Engine"):
+            check_not_intercepted()
         if self._thread is not None and self._thread.is_alive():
             raise RuntimeError(
                 "Engine: `tick` and `warm_up` must be called before `start`; its thread is running."
@@ -481,7 +485,3 @@ class Engine:
         self._taken = [None] * len(self._taken)
         for ticket in tickets:
             ticket.end(ending, error)
-
-
-def _ignore(result: object) -> None:
-    del result

@@ -11,20 +11,29 @@ from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
+from rwkv7_jax.serving.access import LIVE
 from rwkv7_jax.serving.connections import Connection
 from rwkv7_jax.serving.engine import Engine
-from rwkv7_jax.serving.starting import make_starting_app
+from rwkv7_jax.serving.fields import Refused
+from rwkv7_jax.serving.request_log import RequestLog
 
 # Seconds that a stopping server waits for slow clients to read their last events.
 _LAST_SECONDS = 5
+
+# Seconds after which a client may retry while the model loads.
+_RETRY_SECONDS = "5"
 
 # Seconds between two checks whether the last answers are complete.
 _CHECK_SECONDS = 0.05
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Binds a socket to an address, without listening; `starting` and `serve` listen.
+    """Listens on an address; clients wait until `starting` or `serve` answers them.
 
     Args:
         host: the address.
@@ -34,31 +43,12 @@ def bind(host: str, port: int) -> socket.socket:
         OSError: the address is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    taken = socket.socket(family)
-    try:
-        # Reuse the address of a server that has just ended.
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind((host, port))
-    except BaseException:
-        taken.close()
-        raise
-    return taken
-
-
-def _listen(listener: socket.socket, backlog: int) -> None:
-    """Starts to listen, because uvloop's server would ignore the error.
-
-    Raises:
-        ValueError: another program listens on the address.
-    """
-    try:
-        listener.listen(backlog)
-    except OSError as error:
-        host, port = listener.getsockname()[:2]
-        raise ValueError(
-            f"serve: another program started to listen on {host}:{port} in the meantime; use "
-            f"another `--port`: {error}."
-        ) from None
+    return socket.create_server(
+        (host, port),
+        family=family,
+        # "::" also stands for the addresses of IPv4.
+        dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6(),
+    )
 
 
 def _config(app: Starlette, *, keep_alive: int, last_seconds: int) -> uvicorn.Config:
@@ -84,6 +74,20 @@ def _config(app: Starlette, *, keep_alive: int, last_seconds: int) -> uvicorn.Co
     )
 
 
+async def _live(request: Request) -> Response:
+    del request
+    return JSONResponse({"status": "starting"})
+
+
+async def _not_ready(request: Request, error: Exception) -> Response:
+    del request, error
+    refused = Refused(
+        "the model is still loading; try again later.", status=503, code="starting"
+    )
+    headers = {"Retry-After": _RETRY_SECONDS}
+    return JSONResponse(refused.body(), refused.status, headers=headers)
+
+
 @contextlib.contextmanager
 def starting(listener: socket.socket, *, keep_alive: int) -> Iterator[None]:
     """Answers from a thread that the server is not ready, until the block ends.
@@ -93,13 +97,13 @@ def starting(listener: socket.socket, *, keep_alive: int) -> Iterator[None]:
     Args:
         listener: the socket, from `bind`; it stays open.
         keep_alive: the seconds after which an idle connection is closed.
-
-    Raises:
-        ValueError: another program has started to listen on the address.
     """
-    app = make_starting_app()
+    app = Starlette(
+        routes=[Route(LIVE, _live)],
+        exception_handlers={404: _not_ready, 405: _not_ready},
+        middleware=[Middleware(RequestLog, stream=None)],
+    )
     config = _config(app, keep_alive=keep_alive, last_seconds=_LAST_SECONDS)
-    _listen(listener, config.backlog)
     server = uvicorn.Server(config)
     # The server closes the socket that it is given.
     own = listener.dup()
@@ -186,14 +190,12 @@ def serve(
         keep_alive: the seconds after which an idle connection is closed.
 
     Raises:
-        ValueError: another program has started to listen on the address.
         Exception: the error that ended the engine.
     """
     config = _config(
         app, keep_alive=keep_alive, last_seconds=round(drain) + _LAST_SECONDS
     )
     with contextlib.closing(listener):
-        _listen(listener, config.backlog)
         server = _Server(config, engine, on_ready=on_ready, drain=drain)
         server.run(sockets=[listener])
     if engine.failure is not None:

@@ -91,10 +91,9 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
     fields = Fields(body)
     model = fields.text("model", served.name)
     state = named_state(fields.text("state", None), model, served)
-    chat = None
     stops = fields.stops()
-    if is_chat:
-        chat = read_chat(fields)
+    chat = read_chat(fields) if is_chat else None
+    if chat:
         per_prompt = fields.answers(1, served.most_answers)
         prompts = [_encode(chat.parts, served, "messages")]
         stops = (*stops, CHAT_STOP)
@@ -134,7 +133,7 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
         chat=chat,
         stream=stream,
         include_usage=fields.includes_usage(stream=stream),
-        model=model or served.name,
+        model=model,
         id=("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12),
         created=int(time.time()),
     )

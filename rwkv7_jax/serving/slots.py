@@ -31,7 +31,7 @@ from rwkv7_jax.generation.generate import commit_like
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.model.unrolled import split_params
-from rwkv7_jax.serving.requests import MOST_ALTERNATIVES, TokenScore
+from rwkv7_jax.serving.requests import MOST_ALTERNATIVES, Request, TokenScore
 from rwkv7_jax.sharding import to_host
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -59,17 +59,6 @@ class Drawn(NamedTuple):
     scores: list[TokenScore]
 
 
-def free_options(model: RWKV7, tokenizer: Tokenizer) -> sampling.SamplingParams:
-    """Returns the sampling options of a free row; its token masks apply to all rows."""
-    # Greedy, because it costs no random numbers.
-    return sampling.make_options(
-        model.config.vocab_size,
-        temperature=0.0,
-        penalty_exempt=sampling.exempt_ids(tokenizer),
-        stop_ids=tokenizer.stop_ids,
-    )
-
-
 class Slots:
     """The rows of a batch that decode together, each for its own request."""
 
@@ -77,27 +66,33 @@ class Slots:
         self,
         model: RWKV7,
         params: Params,
+        tokenizer: Tokenizer,
         start: RWKV7State,
         *,
         slots: int,
-        free: sampling.SamplingParams,
     ):
         """Creates free rows.
 
         Args:
             model: the model.
             params: the weights.
+            tokenizer: the tokenizer of the model; its stop ids end every row.
             start: a state of one row, with the leaves that all states have.
             slots: the number of rows (B).
-            free: the sampling options of a free row; its token masks apply to all rows.
         """
         self._model = model
         self._params = params
         self._layers = split_params(params)
         self._start = start
-        self._free = free
+        # The options of a free row. Greedy, because that costs no random numbers.
+        self._free = sampling.make_options(
+            model.config.vocab_size,
+            temperature=0.0,
+            penalty_exempt=sampling.exempt_ids(tokenizer),
+            stop_ids=tokenizer.stop_ids,
+        )
         self._alternatives = min(MOST_ALTERNATIVES, model.config.vocab_size)
-        self._options = [free] * slots
+        self._options = [self._free] * slots
         # The token that each new row reads before it samples: the last one of the prompt.
         self._known = np.zeros(slots, np.int32)
         self._is_new = np.zeros(slots, bool)
@@ -114,6 +109,29 @@ class Slots:
         run = run._replace(status=jnp.full_like(run.status, STOPPED))
         keys = jax.random.split(jax.random.key(0), count)
         self._rows = commit_like(self._params, _Rows(run, keys))
+
+    def options_of(self, request: Request) -> sampling.SamplingParams:
+        """Checks and returns the sampling options of a request.
+
+        Raises:
+            ValueError: a number is out of range.
+            TypeError: an argument has the wrong type.
+        """
+        options = sampling.make_options(
+            self._model.config.vocab_size,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            penalty_decay=request.penalty_decay,
+        )
+        # All rows share the masks: thousands of requests may wait, and a mask is as long as the
+        # vocabulary.
+        free = self._free
+        return options._replace(
+            weights=free.weights, banned=free.banned, stops=free.stops
+        )
 
     def widths(self) -> set[int]:
         """Returns the chunk widths, each of which has its own program."""

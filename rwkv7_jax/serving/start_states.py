@@ -9,6 +9,7 @@ import jax
 from rwkv7_jax.checks import check_instance
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, select, stack
+from rwkv7_jax.serving.requests import UnknownState
 
 
 class Start(NamedTuple):
@@ -51,9 +52,20 @@ class StartStates:
         for row, name in enumerate((None, *states)):
             self._starts[name] = Start(next(self._keys), select(rows, [row]))
 
-    def get(self, name: str | None) -> Start | None:
-        """Returns the start state of a name; None if no state has the name."""
-        return self._starts.get(name)
+    def get(self, name: str | None) -> Start:
+        """Returns the start state of a name.
+
+        Raises:
+            UnknownState: no state has the name.
+        """
+        # Another thread may remove it at any time, also between a check and a lookup.
+        start = self._starts.get(name)
+        if start is None:
+            names = ", ".join(self.names()) or "none is served"
+            raise UnknownState(
+                f"`state` must name a state that is served ({names}); got {name!r}."
+            )
+        return start
 
     def names(self) -> tuple[str, ...]:
         """Returns all names, without None."""
@@ -82,7 +94,12 @@ class StartStates:
         self._starts[name] = Start(next(self._keys), row)
 
     def remove(self, name: str) -> None:
-        """Removes a state."""
+        """Removes a state.
+
+        Raises:
+            UnknownState: no state has the name.
+        """
+        self.get(name)
         self._starts.pop(name, None)
 
 

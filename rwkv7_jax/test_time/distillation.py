@@ -14,7 +14,6 @@ from rwkv7_jax.test_time.losses import distillation_loss
 from rwkv7_jax.test_time.traces import (
     Trace,
     check_trace_tokens,
-    check_traces,
     longest_trace,
     trace_batch,
 )
@@ -54,10 +53,9 @@ class TraceBatches(StateBatchSource):
         """
         super().__init__()
         with prefix_errors("TraceBatches"):
-            check_traces(traces)
+            longest = longest_trace(traces)
             check_count(batch_size, 1, "`batch_size`")
             check_count(seed, 0, "`seed`")
-            longest = longest_trace(traces)
             # In settings, 0 means the default.
             if length and check_count(length, 0, "`length`") < longest:
                 raise ValueError(

@@ -14,6 +14,7 @@ from rwkv7_jax.checks import (
     check_count,
     check_instance,
     check_number,
+    check_tokenizer,
     prefix_errors,
 )
 from rwkv7_jax.data.documents import Document, Segment, held_out_threshold
@@ -72,18 +73,11 @@ def _read_hashed(path: str | Path, tokenizer: Tokenizer) -> list[_Question]:
     """Reads a file like `read_questions`, with the hashes of its lines."""
     with prefix_errors("read_questions"):
         path = local_path(path, "`path`")
-        _check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer, "encode", "decode")
     questions = list(read_jsonl(path, functools.partial(_parse_question, tokenizer)))
     if not questions:
         raise ValueError(f"read_questions: `{path}` must hold at least one question.")
     return questions
-
-
-def _check_tokenizer(tokenizer: Any) -> None:
-    if not (hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")):
-        raise TypeError(
-            f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
-        )
 
 
 def _parse_question(tokenizer: Tokenizer, record: Any) -> _Question:
@@ -141,7 +135,7 @@ class QuestionSet:
         """
         with prefix_errors("QuestionSet"):
             check_instance(path, str, "`path`")
-            _check_tokenizer(tokenizer)
+            check_tokenizer(tokenizer, "encode", "decode")
             check_count(seed, 0, "`seed`")
             check_number(held_out, 0, 1, "`held_out`")
             if verifier is not None and verifier not in VERIFIERS:

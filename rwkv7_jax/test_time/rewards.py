@@ -5,9 +5,10 @@ includes its stop id, so a reward can tell a finished answer from a truncated on
 stop string and everything after it. Token 0 decodes to nothing.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,6 +18,15 @@ from jaxtyping import Float
 from rwkv7_jax.checks import as_array, check_choice, check_function, prefix_errors
 
 RewardFunction = Callable[[tuple[int, ...], tuple[int, ...]], Any]
+
+
+@contextlib.contextmanager
+def named_errors(label: str) -> Iterator[None]:
+    """Turns anything that a user's function raises into a `ValueError` that begins with a label."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{label} raised {type(error).__name__}: {error}") from error
 
 
 def evaluate_rewards(
@@ -58,12 +68,8 @@ def evaluate_rewards(
     rewards = []
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         label = f"{name} of prompt {first + row // group}"
-        try:
+        with named_errors(label):
             value = judge(tuple(prompt), tuple(completion))
-        except Exception as error:  # A user's function may raise anything.
-            raise ValueError(
-                f"{label} raised {type(error).__name__}: {error}"
-            ) from error
         rewards.append(_checked_reward(value, least, label))
     return np.array(rewards)
 

@@ -103,22 +103,16 @@ def _row_length(rows: list[list[int]], tokens: int, length: int | None) -> int:
     return length
 
 
-def _at_targets(drawn: Rollouts, logps: list[list[float]]) -> np.ndarray:
+def _at_targets(
+    logps: list[list[float]], prompts: list[Ids], length: int
+) -> np.ndarray:
     """Arranges the log-probabilities of sampled ids at the target positions of their rows."""
-    at_targets = np.zeros(drawn.mask.shape, np.float32)
-    for row, values in enumerate(logps):
+    at_targets = np.zeros((len(prompts), length), np.float32)
+    for row, (values, prompt) in enumerate(zip(logps, prompts, strict=True)):
         # The target of position t is token t + 1.
-        start = len(drawn.prompts[row]) - 1
+        start = len(prompt) - 1
         at_targets[row, start : start + len(values)] = values
     return at_targets
-
-
-def _some_row_keys(key: Array, first: int, stop: int) -> Array:
-    """Returns the keys of the rows from `first` to `stop`, as `generate` on all rows makes them."""
-    if key.ndim:
-        return key[first:stop]
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return fold(key, jnp.arange(first, stop))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,10 +201,11 @@ class RolloutSampler:
                 )
         part = self.share.drawn(len(rows))
         if part != slice(0, len(rows)):
-            # A completion does not depend on the process that samples it.
+            # As in `generate` on all rows: a completion does not depend on the process.
             if key is not None:
-                first = part.start * self.group
-                key = _some_row_keys(key, first, part.stop * self.group)
+                if not key.ndim:
+                    key = sampling.fold_keys(key, jnp.arange(len(rows) * self.group))
+                key = key[part.start * self.group : part.stop * self.group]
             rows = rows[part]
         # Completions of one prompt are adjacent: `advantages` reshapes them to [P K].
         repeats = np.repeat(np.arange(len(rows)), self.group)
@@ -221,16 +216,16 @@ class RolloutSampler:
         batch = completion_rows(repeated_prompts, completions, length=length)
         # Each prompt is prefilled once, although its state continues `group` times.
         spent = sum(map(len, rows)) + sum(map(len, completions))
-        drawn = Rollouts(
+        return Rollouts(
             tokens=np.asarray(batch.tokens),
             mask=np.asarray(batch.mask),
             prompts=repeated_prompts,
             completions=completions,
             budget=TokenBudget(rollout_tokens=spent),
             judged=[self.judged(completion) for completion in completions],
+            logps=_at_targets(out.logps, repeated_prompts, length),
             first=part.start,
         )
-        return dataclasses.replace(drawn, logps=_at_targets(drawn, out.logps))
 
     def judge(
         self,

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,15 @@ from rwkv7_jax.checks import (
     check_prompts,
     prefix_errors,
 )
+from rwkv7_jax.generation.sampling import fold_keys
 from rwkv7_jax.model.state import RWKV7State, check_state
 from rwkv7_jax.test_time.completion_cache import CompletionCache
 from rwkv7_jax.test_time.prompt_share import ALONE
-from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
+from rwkv7_jax.test_time.rewards import (
+    RewardFunction,
+    evaluate_rewards,
+    named_errors,
+)
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.traces import Ids, TokenBudget, Trace
 
@@ -183,7 +187,10 @@ def _questions(
     teacher_rows = rows
     if template is not None:
         check_function(template, "`template`")
-        filled = [_fill(template, index, row) for index, row in enumerate(rows)]
+        filled = []
+        for index, row in enumerate(rows):
+            with named_errors(f"`template` of prompt {index}"):
+                filled.append(template(tuple(row)))
         teacher_rows = check_prompts(filled, vocab_size, name="template")
     questions: list[_Question] = []
     times_seen: collections.Counter[str] = collections.Counter()
@@ -195,16 +202,6 @@ def _questions(
         times_seen[text] += 1
         questions.append(_Question(index, tuple(row), teacher_row, identity))
     return questions
-
-
-def _fill(template: Template, index: int, row: list[int]) -> Sequence[int]:
-    try:
-        return template(tuple(row))
-    except Exception as error:  # A user's function may raise anything.
-        kind = type(error).__name__
-        raise ValueError(
-            f"`template` of prompt {index} raised {kind}: {error}"
-        ) from error
 
 
 def _digest(*parts: str | bytes) -> str:
@@ -320,9 +317,9 @@ class _TeacherAnswers:
         filled = [*questions, *[questions[-1]] * (self._rows - len(questions))]
         # Keys come from the identity, not the index, so other questions do not matter.
         numbers = [int(question.identity[:8], 16) for question in filled]
-        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-        question_keys = fold(self._key, jnp.asarray(numbers, jnp.uint32))
-        keys = jax.vmap(fold, in_axes=(0, None))(question_keys, jnp.arange(samples))
+        question_keys = fold_keys(self._key, jnp.asarray(numbers, jnp.uint32))
+        fold_each = jax.vmap(fold_keys, in_axes=(0, None))
+        keys = fold_each(question_keys, jnp.arange(samples))
         drawn = self._drawing.draw(
             self._state,
             [question.teacher_prompt for question in filled],
@@ -347,9 +344,7 @@ def _make_judge(verify: RewardFunction | None, vote: Any) -> _Judge:
     if not (isinstance(vote, tuple) and len(vote) == 2 and callable(vote[0])):
         raise TypeError(f"`vote` must be a function and a margin; got {vote!r}.")
     extract, margin = vote
-    check_number(margin, -math.inf, math.inf, "the margin of `vote`")
-    if not 0 <= margin <= 1:
-        raise ValueError(f"`vote` must have a margin from 0 to 1; got {margin}.")
+    check_number(margin, 0, 1, "the margin of `vote`")
     return functools.partial(_voted, extract, margin)
 
 
@@ -372,7 +367,13 @@ def _voted(
     extract: Extract, margin: float, question: _Question, completions: list[Ids]
 ) -> list[float]:
     """Returns 1 for completions with the most frequent answer if it leads by enough, else 0."""
-    answers = [_answer(extract, question, completion) for completion in completions]
+    answers = []
+    for completion in completions:
+        with named_errors(f"collect_traces: `vote` of prompt {question.index}"):
+            answer = extract(completion)
+            # `Counter` needs hashable answers; a list must raise here, where the prompt is known.
+            hash(answer)
+        answers.append(answer)
     # None means that no answer was found; it must not win.
     votes = collections.Counter(answer for answer in answers if answer is not None)
     ranking = votes.most_common(2)
@@ -383,16 +384,3 @@ def _voted(
     lead = most - second
     enough = lead > 0 and lead / len(completions) >= margin
     return [float(enough and answer == best) for answer in answers]
-
-
-def _answer(extract: Extract, question: _Question, completion: Ids) -> Hashable:
-    try:
-        answer = extract(completion)
-        # `Counter` needs hashable answers; a list must raise here, where the prompt is known.
-        hash(answer)
-    except Exception as error:
-        raise ValueError(
-            f"collect_traces: `vote` of prompt {question.index} raised "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    return answer

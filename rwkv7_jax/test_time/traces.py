@@ -76,9 +76,7 @@ class Trace:
                 f"Trace: `weight` must be finite and at least 0; got {self.weight}."
             )
         object.__setattr__(self, "weight", float(self.weight))
-        if not isinstance(self.source, str):
-            kind = type(self.source).__name__
-            raise TypeError(f"Trace: `source` must be a string; got {kind}.")
+        check_instance(self.source, str, "Trace: `source`")
 
     @property
     def inputs(self) -> int:

@@ -247,14 +247,13 @@ def start_tuning(
         check_number(learning_rate, 0, math.inf, "`learning_rate`")
         if on_step is not None:
             check_function(on_step, "`on_step`")
-    # In bfloat16, small updates would be rounded away.
-    start = state.replace(
-        att_shift=jnp.asarray(state.att_shift, jnp.float32),
-        ffn_shift=jnp.asarray(state.ffn_shift, jnp.float32),
-    )
-    if tx is None:
-        tx = optax.adam(learning_rate, b2=0.99)
-    with prefix_errors("start_tuning"):
+        # In bfloat16, small updates would be rounded away.
+        start = state.replace(
+            att_shift=jnp.asarray(state.att_shift, jnp.float32),
+            ffn_shift=jnp.asarray(state.ffn_shift, jnp.float32),
+        )
+        if tx is None:
+            tx = optax.adam(learning_rate, b2=0.99)
         train = TrainState.create(start, tx)
         # Without donation, `on_step` may keep the state, which is small.
         step = make_train_step(loss, tx, statistics=statistics, donate=False)

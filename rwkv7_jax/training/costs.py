@@ -18,6 +18,9 @@ from rwkv7_jax.checks import check_choice
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.training.token_chunks import CHUNK
 
+# Tokens between two states that the recurrence saves.
+_SAVED_EVERY = 16
+
 # Operations on a head's N x N state per token, in units of N^2: decay 1, removal 2 and its write 2,
 # the value's write 2, read-out 2.
 _RECURRENCE = 9
@@ -216,12 +219,12 @@ def mfu(
     return tokens_per_second * flops / (peak * devices)
 
 
-def _state_bytes(config: RWKV7Config, chunk: int) -> float:
+def _state_bytes(config: RWKV7Config) -> float:
     """Computes the bytes per token of the states that one layer's recurrence saves."""
-    return 4 * config.width * config.head_size / chunk
+    return 4 * config.width * config.head_size / _SAVED_EVERY
 
 
-def _made_bytes(config: RWKV7Config, trained: str, chunk: int) -> float:
+def _made_bytes(config: RWKV7Config, trained: str) -> float:
     """Estimates the bytes per token that are live while one layer's gradients are computed."""
     size = _activation_bytes(config)
     ffn = 1
@@ -231,17 +234,17 @@ def _made_bytes(config: RWKV7Config, trained: str, chunk: int) -> float:
         ranks += config.icl_rank + config.value_rank + config.gate_rank
     vectors = _MADE_BY_LAYER[trained].bytes(config)
     narrow = size * (config.ffn_width * ffn + ranks)
-    return vectors + narrow + _state_bytes(config, chunk)
+    return vectors + narrow + _state_bytes(config)
 
 
-def _kept_bytes(config: RWKV7Config, trained: str, chunk: int) -> float:
+def _kept_bytes(config: RWKV7Config, trained: str) -> float:
     """Computes the bytes per token that one layer saves for the backward pass."""
     channels = _KEPT_VECTORS[config.remat] * config.width
     if config.remat == "none":
         channels += config.ffn_width + config.decay_rank + config.gate_rank
         if trained == "weights":
             channels += config.icl_rank + config.value_rank
-    states = 0.0 if config.remat == "block" else _state_bytes(config, chunk)
+    states = 0.0 if config.remat == "block" else _state_bytes(config)
     return _activation_bytes(config) * channels + states
 
 
@@ -273,13 +276,12 @@ def _activations(
     rows: int,
     length: int,
     *,
-    chunk: int,
     compiler: _Compiler,
 ) -> int:
     """Estimates the bytes that are saved for the backward pass, and its working memory."""
     # The backward pass computes one layer at a time, and recomputes what the layer did not save.
-    layers = config.num_layers * _kept_bytes(config, trained, chunk)
-    layers += compiler.block * _made_bytes(config, trained, chunk)
+    layers = config.num_layers * _kept_bytes(config, trained)
+    layers += compiler.block * _made_bytes(config, trained)
     if compiler is _CPU:
         layers += _STORED_OUTSIDE.bytes(config)
     # The logits of a chunk and their gradient.
@@ -307,7 +309,6 @@ def training_memory(
     trained: str = "weights",
     accumulate: int = 1,
     weight_bytes: float | int = 4,
-    chunk: int = 16,
     platform: str = "cpu",
     shards: int = 1,
 ) -> Memory:
@@ -322,7 +323,6 @@ def training_memory(
         trained: "weights", or "state" if the weights are frozen.
         accumulate: microbatches of a batch.
         weight_bytes: of a weight: 4, or 2 for frozen 16-bit weights, or the mean of a mixture.
-        chunk: tokens between two states that the recurrence saves.
         platform: of the device, "cpu" or another one.
         shards: of each weight and its moments; the device holds one of them.
 
@@ -348,7 +348,6 @@ def training_memory(
             trained,
             batch // accumulate,
             length,
-            chunk=chunk,
             compiler=_CPU if platform == "cpu" else _ACCELERATOR,
         )
         + _cast_bytes(config, weight_bytes) // shards

@@ -33,6 +33,8 @@ PREPARATIONS = ("none", "centre", "whiten")
 # Maximum number of distinct read vectors of a head for placing landmarks.
 _MAX_POINTS = 4096
 
+_KMEANS_ROUNDS = 8
+
 # Points and landmarks whose distances give the median.
 _DISTANCE_POINTS = 512
 _DISTANCE_LANDMARKS = 64
@@ -91,9 +93,9 @@ def resolve_features(
     return FeatureSettings(kind, prepare, widths)
 
 
-def _kmeans(points: np.ndarray, centres: np.ndarray, rounds: int = 8) -> np.ndarray:
+def _kmeans(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """Moves the centres by Lloyd's algorithm; a centre without points does not move."""
-    for _ in range(rounds):
+    for _ in range(_KMEANS_ROUNDS):
         # [points, centres], without |point|^2, which does not affect the nearest centre.
         distances = np.sum(centres**2, 1) - 2 * points @ centres.T
         nearest = distances.argmin(1)

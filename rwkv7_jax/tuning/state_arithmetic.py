@@ -111,7 +111,11 @@ def weighted_sum(
             weight if is_traced(weight) else float(np.asarray(weight))
             for weight in weights
         ]
-        _check_weights(weights, len(states))
+        if not states or len(states) != len(weights):
+            raise ValueError(
+                "`weights` must hold one number for each state, at least one; "
+                f"got {len(weights)} weights and {len(states)} states."
+            )
         for index, state in enumerate(states):
             _check_single(state, f"states[{index}]")
             _check_alike(states[0], state, f"states[{index}]")
@@ -126,14 +130,6 @@ def weighted_sum(
         return total.astype(first.dtype)
 
     return map_linear_leaves(weighted, *states)
-
-
-def _check_weights(weights: list, count: int) -> None:
-    if not count or count != len(weights):
-        raise ValueError(
-            "`weights` must hold one number for each state, at least one; "
-            f"got {len(weights)} weights and {count} states."
-        )
 
 
 def _check_single(state: RWKV7State, name: str) -> None:

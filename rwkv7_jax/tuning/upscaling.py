@@ -17,10 +17,7 @@ from rwkv7_jax.checks import (
     as_array,
     check_choice,
     check_count,
-    check_model,
-    check_not_intercepted,
-    check_params,
-    check_placed,
+    check_runnable,
     check_seed,
     check_tokens,
     is_traced,
@@ -219,10 +216,7 @@ def upscale(
             or ids outside the vocabulary.
     """
     with prefix_errors("upscale"):
-        check_not_intercepted()
-        check_model(model)
-        check_params(params, model.config)
-        check_placed(params, "`params`")
+        check_runnable(model, params)
         settings = resolve_features(dynamics, kind=kind, prepare=prepare, widths=widths)
         check_choice(settings.kind, tuple(FEATURE_MAPS), "`kind`")
         check_choice(landmarks, LANDMARKS, "`landmarks`")

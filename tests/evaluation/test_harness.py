@@ -3,6 +3,7 @@
 import math
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,3 +209,29 @@ def test_a_uniform_model_scores_log_vocabulary_size_per_token(params):
     lm = StateLM(MODEL, silent, BYTES, rows=4)
     ((value, _),) = lm.loglikelihood([request("a", "bcd")])
     assert value == pytest.approx(-3 * math.log(257), rel=1e-6)
+
+
+def unchanged(next_fun, args, kwargs, context):
+    """An interceptor that changes nothing."""
+    del context
+    return next_fun(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda lm: lm.loglikelihood([request("a", " b")]),
+        lambda lm: lm.loglikelihood_rolling([request("a text")]),
+        lambda lm: lm.generate_until([request("a", {"until": ["."]})]),
+        lambda lm: StateLM(MODEL, lively(CONFIG), BYTES),
+    ],
+    ids=["loglikelihood", "loglikelihood_rolling", "generate_until", "StateLM"],
+)
+def test_calls_inside_interceptors_are_rejected(params, call):
+    lm = StateLM(MODEL, params, BYTES)
+    with (
+        nn.intercept_methods(unchanged),
+        pytest.raises(ValueError, match=r"^StateLM: it must be called outside of flax"),
+    ):
+        call(lm)
+    assert lm.tokens_read == 0

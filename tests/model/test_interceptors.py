@@ -10,13 +10,26 @@ from tiny_models import lively, tokens
 from tolerances import SAME, assert_close
 
 import rwkv7_jax as rwkv
-from rwkv7_jax.generation import prefill_state
+from rwkv7_jax.generation import Decoder, DecodeState, make_options, prefill_state
 from rwkv7_jax.observer import state_moments
 from rwkv7_jax.test_time import RolloutSampler
 
 MODEL = rwkv.RWKV7(CONFIG)
 IDS = tokens(2, 5, CONFIG)
 STATE = rwkv.init_state(CONFIG, 2)
+START = DecodeState.create(
+    rwkv.init_state(CONFIG), jnp.zeros((1, CONFIG.vocab_size), jnp.float32)
+)
+
+
+def decoder():
+    return Decoder(
+        MODEL,
+        lively(CONFIG),
+        keys=jax.random.split(jax.random.key(0), 1),
+        options=make_options(CONFIG.vocab_size),
+        block=1,
+    )
 
 
 def forget_tokens(next_fun, args, kwargs, context):
@@ -86,6 +99,8 @@ def test_new_weights_of_an_interceptor_are_not_kept():
             "state_moments",
             lambda: state_moments(MODEL, lively(CONFIG), IDS),
         ),
+        ("Decoder", lambda: decoder().read(START, [[1]])),
+        ("Decoder", lambda: decoder().decode(START, limit=1)),
         ("upscale", lambda: rwkv.upscale(MODEL, lively(CONFIG), IDS)),
         (
             "token_nats",

@@ -126,7 +126,7 @@ def test_malformed_calls_are_rejected(made, teacher, batch):
 
 def test_arguments_of_the_wrong_type_are_rejected(unchecked, made, batch):
     with pytest.raises(
-        TypeError, match="Observer: `model` must be an RWKV7 and `teacher` an RWKV"
+        TypeError, match="Observer: `model` must be an RWKV7; got RWKV7Config"
     ):
         Observer(TEACHER, SMALL)
     with pytest.raises(

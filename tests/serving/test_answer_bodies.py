@@ -192,6 +192,29 @@ def test_scores_cover_all_tokens_in_order(fields, text):
     assert streamed == choice["logprobs"]["content"]
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_each_token_of_a_completion_has_its_offset_in_the_text(size):
+    text = "a\u00e9\u4e16\U0001f30d b"
+    ids = BYTES.encode(text)
+    scores = tuple(TokenScore(id, -1.0, ()) for id in ids)
+    call = read_call({"prompt": "hi", "logprobs": 0, "n": 2}, SERVED, is_chat=False)
+    # A byte that is not the first one of its character has the offset of that character.
+    expected = []
+    for offset, character in enumerate(text):
+        expected += [offset] * len(character.encode())
+    bodies = AnswerBodies(call, BYTES)
+    streamed = ([], [])
+    for first in range(0, len(scores), size):
+        for index, found in enumerate(streamed):
+            piece = Piece("", scores[first : first + size])
+            (event,) = bodies.piece(index, piece)
+            found += event["choices"][0]["logprobs"]["text_offset"]
+    assert streamed == (expected, expected)
+    answers = [answer_of(text, scores=scores)] * 2
+    for choice in bodies.whole(answers)["choices"]:
+        assert choice["logprobs"]["text_offset"] == expected
+
+
 def test_the_messages_of_an_answer_can_be_sent_back():
     for fields, text, ended, *_ in MESSAGES:
         (choice,) = bodies_of(**fields).whole([answer_of(text, ended)])["choices"]

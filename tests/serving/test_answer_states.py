@@ -32,7 +32,7 @@ def letters():
 def assert_next_turn_reads_what_is_new(params, engine, request, said):
     """The state that was kept is that of the answer's tokens, and answers stay the same."""
     ids = (*request.prompt, *said.tokens)
-    start = engine._start(request.state)
+    start = engine._states.get(request.state)
     kept = engine._cache.find(start.key, ids)
     assert kept.length == len(ids)
     fresh = prefill_rows(MODEL, params, start.state, [ids], chunk=256)
@@ -103,10 +103,12 @@ def test_a_message_comes_back_without_the_blanks_at_its_end(params, blanks, stop
             continue
         trimmed += len(back) < len(said.tokens)
         ids = (*request.prompt, *back)
-        key = engine._start(None).key
+        key = engine._states.get(None).key
         kept = engine._cache.find(key, (*ids, 255, 255))
         assert kept.length == len(ids)
-        fresh = prefill_rows(MODEL, params, engine._start(None).state, [ids], chunk=256)
+        fresh = prefill_rows(
+            MODEL, params, engine._states.get(None).state, [ids], chunk=256
+        )
         assert_trees_close(kept.state, fresh, SAME["model"])
     assert trimmed > 5
 
@@ -122,7 +124,7 @@ def test_blanks_that_fill_more_than_a_block_keep_no_state_of_theirs(params, blan
     only = answer(engine, dataclasses.replace(request, seed=seed))
     assert only.text.isspace() and only.tokens == tuple(said.tokens[0])
     # What was read of the prompt.
-    assert engine._cache.find(engine._start(None).key, (70, 71, 72)).length == 1
+    assert engine._cache.find(engine._states.get(None).key, (70, 71, 72)).length == 1
 
 
 def test_requests_that_end_together_keep_their_own_states(params, letters, monkeypatch):
@@ -157,5 +159,5 @@ def test_a_state_that_is_not_finite_is_not_kept(params):
     engine = Engine(MODEL, params, Tokenizer.bytes(), {"broken": broken}, slots=1)
     request = Request((70, 71), state="broken", tokens=20)
     assert answer(engine, request).ended == "failed"
-    key = engine._start("broken").key
+    key = engine._states.get("broken").key
     assert engine._cache.find(key, (70, 71, 72)).length == 1

@@ -1,6 +1,7 @@
 """How long a connection may be without a whole request, and how many there may be; no clock."""
 
 import asyncio
+import functools
 import json
 
 import pytest
@@ -18,6 +19,7 @@ GET = b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n"
 
 KEEP_ALIVE = 75
 HEAD_SECONDS = 30
+READ_SECONDS = 60
 
 
 class Timer:
@@ -39,7 +41,8 @@ class Loop:
         self.create_task = asyncio.get_running_loop().create_task
         self.timers = []
 
-    def call_later(self, seconds, call):
+    def call_later(self, seconds, call, *arguments):
+        call = functools.partial(call, *arguments)
         self.timers.append(Timer(seconds, call))
         return self.timers[-1]
 
@@ -59,9 +62,21 @@ class Line(asyncio.Transport):
         super().__init__()
         self.received = b""
         self.closed = False
+        self.aborted = False
+        self.unsent = 0
+        self.limit = None
 
     def write(self, data):
         self.received += data
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        self.limit = high
+
+    def get_write_buffer_size(self):
+        return self.unsent
+
+    def abort(self):
+        self.aborted = True
 
     def close(self):
         self.closed = True
@@ -227,6 +242,59 @@ def test_connections_beyond_the_limit_are_told_to_come_again(monkeypatch):
         }
         _, fourth, _ = connect(state)
         assert not fourth.closed
+
+    run(scenario)
+
+
+def test_a_client_that_reads_nothing_is_left():
+    async def scenario():
+        one, line, loop = connect()
+        # Any unsent data counts, because a connection that closes waits until it is read.
+        assert line.limit == 0
+        one.data_received(GET)
+        assert not loop.waiting()
+        line.unsent = 9
+        one.pause_writing()
+        await rest()
+        # The answer waits for the client.
+        assert loop.waiting() == [READ_SECONDS] and not line.received
+        loop.fire()
+        assert line.aborted
+        one.connection_lost(None)
+        await rest()
+        assert not loop.waiting() and not line.received
+
+    run(scenario)
+
+
+def test_a_client_that_reads_slowly_gets_its_whole_answer():
+    async def scenario():
+        one, line, loop = connect()
+        one.data_received(GET)
+        line.unsent = 9
+        one.pause_writing()
+        for left in (8, 1):
+            line.unsent = left
+            loop.fire()
+            assert loop.waiting() == [READ_SECONDS] and not line.aborted
+        one.resume_writing()
+        assert not loop.waiting()
+        await rest()
+        assert b"200 OK" in line.received and loop.waiting() == [KEEP_ALIVE]
+
+    run(scenario)
+
+
+def test_an_answer_that_is_not_read_ends_with_its_connection():
+    async def scenario():
+        one, line, loop = connect()
+        one.data_received(GET)
+        await rest()
+        line.unsent = 9
+        one.pause_writing()
+        assert sorted(loop.waiting()) == [READ_SECONDS, KEEP_ALIVE]
+        one.connection_lost(ConnectionResetError())
+        assert not loop.waiting() and not line.aborted
 
     run(scenario)
 

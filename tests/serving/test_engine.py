@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import engine_cases
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -392,3 +393,29 @@ def test_an_invalid_request_is_rejected_before_it_waits(
     with pytest.raises(error, match=sentence):
         ask(engine, dataclasses.replace(Request((65,)), **changes))
     assert not engine.tick()
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("Engine", lambda engine, params: Engine(MODEL, params, BYTES, {})),
+        ("Engine", lambda engine, params: engine.warm_up()),
+        ("Engine", lambda engine, params: engine.tick()),
+        ("submit", lambda engine, params: ask(engine, Request((65,)))),
+    ],
+)
+def test_calls_inside_interceptors_are_rejected(engine, params, name, call):
+    def unchanged(next_fun, args, kwargs, context):
+        return next_fun(*args, **kwargs)
+
+    with (
+        nn.intercept_methods(unchanged),
+        pytest.raises(ValueError, match=f"^{name}: it must be called outside of flax"),
+    ):
+        call(engine, params)
+    assert not engine.has_work
+
+
+def test_something_other_than_a_tokenizer_is_rejected(params, unchecked):
+    with pytest.raises(TypeError, match="Engine: `tokenizer` must be a Tokenizer"):
+        Engine(MODEL, params, "bytes", {})

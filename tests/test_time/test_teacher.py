@@ -238,7 +238,7 @@ def test_a_failing_judge_names_its_prompt_and_loses_no_completion(params, tmp_pa
         (
             {"vote": (len, 2)},
             ValueError,
-            "`vote` must have a margin from 0 to 1; got 2",
+            "the margin of `vote` must be from 0 to 1; got 2",
         ),
         (
             {"vote": (len, 0), "verify": len},

@@ -73,7 +73,7 @@ def test_an_incomplete_last_line_is_dropped_with_a_warning(tmp_path):
         ),
         (
             '{"prompt": [1], "completion": [1], "source": 3}',
-            "`source` must be a string",
+            "`source` must be a str; got int",
         ),
         (
             '{"prompt": [1], "completion": [1], "wieght": 1}',
