@@ -48,6 +48,7 @@ EXPERIMENTS = {
     "E6 steering": experiments.steering,
     "E7 novel functions": experiments.novel_functions,
     "E8 conditioning": experiments.conditioning,
+    "E8b conditioning, other seeds": experiments.conditioning_again,
     "E9 capacity": lambda: experiments.capacity(seeds=3),
     "E9b capacity curve": experiments.capacity_curve,
     "E10 rewards": experiments.policy,

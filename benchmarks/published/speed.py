@@ -86,16 +86,11 @@ def op_peers() -> list[list[str]]:
 
 
 def other_measurements() -> list[list[str]]:
-    """Makes the rows of loading, decoding, serving and tuning many states."""
+    """Makes the rows of loading, decoding, serving, reading data and tuning many states."""
     loaded = {
         row["what"]: row["peak_to_file"] for row in read("cpu-load-checkpoint")["rows"]
     }
-    served = read("cpu-serving")["rows"]
-    speeds = " / ".join(f"{served[n]['rate_over_generate']:.2g}" for n in ("8", "32"))
-    one = served["1"]["rate_over_generate"]
-    single = served["8, one request at a time"]
-    many = read("cpu-many-states")
-    ratios = many["processor_ratios"]
+    context = read("cpu-decode")["longest_to_shortest_context"]
     return [
         [
             "peak memory for loading a 0.9 GB `.pth`, mapped pages included, relative to the file: "
@@ -105,18 +100,32 @@ def other_measurements() -> list[list[str]]:
         ],
         [
             "decoding speed after 4,096 tokens of context relative to 64",
-            f"{read('cpu-decode')['longest_to_shortest_context']:.2f}",
+            f"{context:.2f}",
             "`python -m benchmarks.decode`",
         ],
+        *_serving(),
+        *_data(),
+        *_many_states(),
+    ]
+
+
+def _serving() -> list[list[str]]:
+    served = read("cpu-serving")["rows"]
+    ratios = {
+        name: row["rate_over_generate"]
+        for name, row in served.items()
+        if name != "generate"
+    }
+    return [
         [
             "serving 32 requests of the 0.1B model from four start states with 1 / 8 / 32 slots: "
             "tokens per second relative to sequential `generate` calls",
-            f"{one:.2f} / {speeds}",
+            f"{ratios['1']:.2f} / {ratios['8']:.1f} / {ratios['32']:.1f}",
             "`python -m benchmarks.serving`",
         ],
         [
             "the same, one request at a time with 8 slots",
-            f"{single['rate_over_generate']:.2f}",
+            f"{ratios['8, one request at a time']:.2f}",
             "",
         ],
         [
@@ -124,6 +133,39 @@ def other_measurements() -> list[list[str]]:
             served["32"]["answers_equal_to_generate"],
             "",
         ],
+    ]
+
+
+def _data() -> list[list[str]]:
+    rates = {
+        row["shape"]: row["tokens/s"] / 1e6
+        for row in read("cpu-data-rate")["rows"]
+        if row["what"] == "stream, shuffled"
+    }
+    speeds = {row["what"]: row["MB/s"] for row in read("cpu-tokenizer")["rows"]}
+    ours = speeds["rwkv7_jax"]
+    trie = ours / speeds["rwkv (trie)"]
+    rust = ours / speeds["pyrwkv-tokenizer (Rust)"]
+    return [
+        [
+            "batches from a token cache, million tokens per CPU second: 16 x 4,096 / 8 x 512",
+            f"{rates['16 x 4096']:.0f} / {rates['8 x 512']:.0f}",
+            "`python -m benchmarks.data_rate`",
+        ],
+        [
+            "speed of the tokenizer, same ids, relative to rwkv's trie / a Rust tokenizer (extra "
+            "`fast-world`)",
+            f"{trie:.2f} / {rust:.2f}",
+            "`python -m benchmarks.tokenizer_speed`",
+        ],
+    ]
+
+
+def _many_states() -> list[list[str]]:
+    many = read("cpu-many-states")
+    ratios = many["processor_ratios"]
+    error = f"{many['largest_relative_error']:.0e}".replace("e-0", "e-")
+    return [
         [
             "eight start states in one program, 4 rows of 128 tokens each: CPU time relative to "
             "one state with all rows / to eight runs",
@@ -137,7 +179,7 @@ def other_measurements() -> list[list[str]]:
         ],
         [
             f"the same: largest error against separate runs after {many['steps_compared']} steps",
-            f"{many['largest_relative_error']:.0e}".replace("e-0", "e-"),
+            error,
             "",
         ],
     ]
