@@ -1,12 +1,14 @@
 """The tables of the documentation are those that their records give."""
 
 import re
+from pathlib import Path
 
 import pytest
 from run_programs import ROOT
 
+from benchmarks import published
 from benchmarks.published.__main__ import TABLES
-from benchmarks.published.markdown import Table, rate, replaced, short
+from benchmarks.published.markdown import RESULTS, Table, rate, replaced, short
 
 PAGE = "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | |\n\nMore.\n"
 
@@ -28,6 +30,25 @@ def test_every_table_of_results_has_a_record():
     headings = re.findall(r"^(\|.*\|)\n\|(?:---\|)+$", page, re.M)
     known = {table.heading for table in TABLES} | set(OTHERS)
     assert [heading for heading in headings if heading not in known] == []
+
+
+def test_every_record_is_published():
+    sources = [
+        *(ROOT / "docs").glob("*.md"),
+        *Path(published.__file__).parent.glob("*.py"),
+    ]
+    text = "".join(path.read_text(encoding="utf-8") for path in sources)
+    records = [*RESULTS.glob("*.json"), *RESULTS.glob("*.md")]
+    assert records
+    assert [path.name for path in records if path.stem not in text] == []
+
+
+def test_pictures_of_the_pages_are_those_of_the_records():
+    pictures = [*(ROOT / "docs" / "images").glob("*.png")]
+    both = [path for path in pictures if (RESULTS / path.name).exists()]
+    assert both
+    for path in both:
+        assert path.read_bytes() == (RESULTS / path.name).read_bytes(), path.name
 
 
 def test_a_table_is_made_again_in_its_place():
