@@ -118,6 +118,23 @@ def conditioning(seed: int = 0, *, all_rules: bool = True) -> Numbers:
     }
 
 
+def conditioning_again(seeds: tuple[int, ...] = (1, 2)) -> Numbers:
+    """Repeats `conditioning` with other seeds, for the spread; lists a number for each."""
+    runs = [conditioning(seed=seed) for seed in seeds]
+    return {
+        "seeds": seeds,
+        "accuracy": _by_label(runs, "accuracy"),
+        "steps_to_half_a_nat": _by_label(runs, "steps_to_half_a_nat"),
+        "chosen": _by_label(runs, "chosen"),
+        "passed": None,
+    }
+
+
+def _by_label(runs: list[Numbers], name: str) -> dict[str, list]:
+    """Lists the runs' values of one entry by the label of the row."""
+    return {label: [run[name][label] for run in runs] for label in runs[0][name]}
+
+
 def _first_below(losses: list[float], level: float) -> int | None:
     """Finds the first step at which the mean of five losses is below a level."""
     means = np.convolve(losses, np.ones(5) / 5, "valid")

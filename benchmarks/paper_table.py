@@ -48,6 +48,7 @@ EXPERIMENTS = {
     "E6 steering": experiments.steering,
     "E7 novel functions": experiments.novel_functions,
     "E8 conditioning": experiments.conditioning,
+    "E8b conditioning, other seeds": experiments.conditioning_again,
     "E9 capacity": lambda: experiments.capacity(seeds=3),
     "E9b capacity curve": experiments.capacity_curve,
     "E10 rewards": experiments.policy,
@@ -65,6 +66,14 @@ QUICK = ("E1", "E2", "E4", "E6", "E8", "E9", "E10", "E11", "E13", "E14", "E15")
 FEWER_RUNS = {
     "E8 conditioning": lambda: experiments.conditioning(all_rules=False),
     "E9 capacity": experiments.capacity,
+}
+# What the picture of E8 calls the curves.
+CURVES = {
+    "adam": "Adam",
+    "dbp": "DBP, our rule",
+    "whitened": "Adam, whitened features",
+    "dbp, one iteration": "DBP, our rule, one iteration",
+    "dbp, as published": "DBP, as published",
 }
 # The files that results depend on.
 DEPENDENCIES = (
@@ -186,14 +195,18 @@ def show(found: dict[str, dict[str, list]]) -> str:
     return "\n".join(lines)
 
 
-def draw(folder: Path, cells: Cells) -> None:
-    """Draws the loss with and without DBP, the capacity, and the forgetting."""
+def draw(folder: Path, found: dict[str, Any]) -> None:
+    """Draws the loss with and without DBP, the capacity, and the forgetting.
+
+    Args:
+        folder: of the pictures; it is made.
+        found: the numbers of the experiments by name; those that are missing are not drawn.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    known = {name: cell["found"] for name, cell in cells.results.items()}
-    losses = known.get("E8 conditioning", {}).get("losses")
+    losses = found.get("E8 conditioning", {}).get("losses")
     if losses:
         lines = {
-            name: [(step + 1, value) for step, value in enumerate(curve)]
+            CURVES[name]: [(step + 1, value) for step, value in enumerate(curve)]
             for name, curve in losses.items()
         }
         pictures.curves(
@@ -202,28 +215,36 @@ def draw(folder: Path, cells: Cells) -> None:
             x="step",
             y="loss (nats), 128 facts",
         )
-    points = known.get("E9b capacity curve", {}).get("points")
+    points = found.get("E9b capacity curve", {}).get("points")
     if points:
-        sizes = [
-            (point["numbers"], max(point["facts"].values()))
-            for point in points.values()
-        ]
+        lines = {
+            label: [
+                (point["numbers"], max(point["facts"].values()))
+                for name, point in points.items()
+                if name.startswith(letter)
+            ]
+            for letter, label in {"N": "start state", "M": "upscaled, DBP"}.items()
+        }
         pictures.curves(
             folder / "capacity.png",
-            {"facts stored in 300 steps": sizes},
-            x="parameters",
-            y="facts",
+            lines,
+            x="tuned parameters",
+            y="facts stored in 300 steps",
         )
-    blocks = known.get("E14 forgetting", {}).get("by_eight_facts")
+    blocks = found.get("E14 forgetting", {}).get("by_eight_facts")
     if blocks:
+        labels = {
+            "standard": "start state",
+            "static": "upscaled state, static memory",
+        }
         lines = {
-            name: [(8 * i + 4, share) for i, share in enumerate(shares)]
+            labels[name]: [(8 * i + 4, share) for i, share in enumerate(shares)]
             for name, shares in blocks.items()
         }
         pictures.curves(
             folder / "forgetting.png",
             lines,
-            x="fact of the row",
+            x="number of the fact in its row (means of eight)",
             y="accuracy",
         )
 
@@ -303,7 +324,7 @@ def main() -> int:
         f"{bars - len(missed)} of {bars} targets met, {time.monotonic() - began:.0f} s"
     )
     if options.pictures:
-        draw(options.pictures, cells)
+        draw(options.pictures, more)
     if options.json:
         # Of a part, as of the gate alone, the other rows of the file stay as they were.
         before = carried_over(Path(options.json))

@@ -52,6 +52,20 @@ def test_named_files_and_modules_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_flags_of_named_programs_exist(page):
+    commands = r"-m ((?:benchmarks|pallas_kernels)\.\w+)((?: [^`\s|]+)*)"
+    for name, words in re.findall(commands, page.read_text()):
+        found = importlib.util.find_spec(name)
+        assert found and found.origin, name
+        source = Path(found.origin)
+        if source.name == "__init__.py":
+            source = source.with_name("__main__.py")
+        code = source.read_text(encoding="utf-8")
+        for flag in re.findall(r"--[a-z][\w-]*", words):
+            assert f'"{flag}"' in code, (name, flag)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_named_tests_exist(page):
     for path, word in re.findall(r"(tests/[\w/]+\.py) -k (\w+)", page.read_text()):
         assert re.search(rf"def test_\w*{word}", (ROOT / path).read_text()), (

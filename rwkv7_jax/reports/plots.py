@@ -137,13 +137,17 @@ def scatter(
         axis.step(
             *zip(*front_of(points), strict=True),
             where="post",
-            color="#7a7a7a",
+            color="#b0b0b0",
             lw=1,
             ls="--",
             label="front",
+            zorder=1,
         )
     if all(point[0] > 1 for point in points):
         axis.set_xscale("log")
+    if all(point[1] >= 1000 for point in points):
+        axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.set(xlabel=x, ylabel=y)
     axis.grid(alpha=0.25)
     _label(axis, groups)
@@ -152,6 +156,7 @@ def scatter(
 
 def _label(axis: Any, groups: Points) -> None:
     """Writes each point's name next to it, where it overlaps the fewest names and points."""
+    from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     middles = [point[:2] for points in groups.values() for point in points]
@@ -168,6 +173,8 @@ def _label(axis: Any, groups: Points) -> None:
                 textcoords="offset points",
                 fontsize=6.5,
                 color=colour,
+                # Lines behind a name are interrupted.
+                path_effects=[withStroke(linewidth=2, foreground="white")],
             )
             covered = [
                 sum(_place(text, *at).overlaps(other) for other in taken)
