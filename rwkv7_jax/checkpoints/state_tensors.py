@@ -124,6 +124,9 @@ def read_state_arrays(
     """Reads the tensors of a state and, without their prefix, those of its upscaled memory.
 
     The tensors of a model in the same file are not read.
+
+    Raises:
+        ValueError: the file holds no model, but tensors besides the state's.
     """
     upscaled = {}
     others = {}
@@ -132,8 +135,23 @@ def read_state_arrays(
             upscaled[name.removeprefix(UPSCALED)] = tensor.read()
         else:
             others[name] = tensor
-    _, state = tensor_names.split_states(with_official_names(others, path).tensors)
+    rest, state = tensor_names.split_states(with_official_names(others, path).tensors)
+    if state and _MODEL_TENSOR not in rest:
+        _reject_other_tensors(rest, path)
     return {name: tensor.read() for name, tensor in state.items()}, upscaled
+
+
+def _reject_other_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises if there are tensors besides a state's, which may have been tuned together with it.
+
+    Scalars may be losses or step counts.
+    """
+    for name, tensor in tensors.items():
+        if tensor.shape:
+            raise ValueError(
+                f"`{path}` holds {name} next to a start state, but not the model that it belongs "
+                "to: save the state alone, or together with its model."
+            )
 
 
 def stack_layers(
