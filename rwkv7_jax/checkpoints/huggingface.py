@@ -7,6 +7,7 @@ two of them.
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 from rwkv7_jax.checkpoints.layouts.orientation import LowRank
 from rwkv7_jax.checkpoints.model_folder import read_json
@@ -23,14 +24,17 @@ _STEMS = (WEIGHTS_FILE, "pytorch_model.bin")
 
 _SHARD = re.compile(r"-\d+-of-(\d+)\.")
 
+# The names of the square of a ReLU in fla and in transformers.
+_SQUARED_RELU = ("sqrelu", "relu2")
+
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".st", ".gguf")
 
 
 def read_hf(folder: Path, *, verify: bool = False) -> TensorFile:
     """Opens the tensors of a folder under their stored names and reads the norms' epsilon.
 
-    Nothing else is read from config.json: published ones have wrong head counts and token ids, and
-    a wrong or missing model type.
+    Sizes, token ids and the model type are not read from config.json: published ones have wrong
+    ones.
 
     Args:
         folder: a folder with one model.
@@ -156,10 +160,7 @@ def read_norm_eps(folder: Path) -> float | None:
     Raises:
         ValueError: the epsilon is not a positive number.
     """
-    config = folder / CONFIG_FILE
-    if not config.exists():
-        return None
-    table = read_json(config)
+    table = _read_config(folder)
     # Models in transformers use either name.
     norm_eps = table.get("norm_eps", table.get("layer_norm_epsilon"))
     if norm_eps is None:
@@ -167,6 +168,31 @@ def read_norm_eps(folder: Path) -> float | None:
     is_number = isinstance(norm_eps, int | float) and not isinstance(norm_eps, bool)
     if not is_number or not math.isfinite(norm_eps) or norm_eps <= 0:
         raise ValueError(
-            f"`{config}` has norm_eps {norm_eps!r}, which is not a positive number."
+            f"`{folder / CONFIG_FILE}` has norm_eps {norm_eps!r}, which is not a positive number."
         )
     return norm_eps
+
+
+def require_squared_relu(folder: Path) -> None:
+    """Raises unless the channel mix of a folder's config.json has RWKV-7's activation.
+
+    Raises:
+        ValueError: it has another activation.
+    """
+    activation = _read_config(folder).get("hidden_act")
+    if activation is not None and activation not in _SQUARED_RELU:
+        raise ValueError(
+            f"`{folder / CONFIG_FILE}` has hidden_act {activation!r}; the channel mix of RWKV-7 "
+            "has the square of a ReLU (sqrelu), and no other activation is supported."
+        )
+
+
+def has_tied_head(folder: Path) -> bool:
+    """Returns whether a folder's config.json says that the head is the embedding."""
+    return _read_config(folder).get("tie_word_embeddings") is True
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Reads a folder's config.json; returns an empty table if it has none."""
+    config = folder / CONFIG_FILE
+    return read_json(config) if config.exists() else {}

@@ -17,8 +17,10 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.huggingface import (
     files_of_weights,
+    has_tied_head,
     read_hf,
     read_norm_eps,
+    require_squared_relu,
 )
 from rwkv7_jax.checkpoints.huggingface_writer import HF_CONTENT, save_hf
 from rwkv7_jax.checkpoints.integrity.finite_numbers import overflows
@@ -87,6 +89,10 @@ from rwkv7_jax.sharding import (
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _LARGEST_FLOAT16 = 65504
+
+_EMBEDDING = "emb.weight"
+
+_HEAD = "head.weight"
 
 # Formats that are folders, and the only files that a folder may hold if it is to be replaced.
 _CONTENT_OF_FOLDERS: dict[Format, set[str]] = {
@@ -243,9 +249,15 @@ def _open_model(
     low_rank = file.low_rank or named.low_rank
     tensors = with_official_low_rank(tensors, low_rank, path)
     norm_eps = file.norm_eps
-    # One file of a folder: its config.json is next to it.
-    if norm_eps is None and named.family == "fla" and path.is_file():
-        norm_eps = read_norm_eps(path.parent)
+    # For one file of a folder, config.json is next to it.
+    folder = path if path.is_dir() else path.parent
+    if named.family == "fla":
+        require_squared_relu(folder)
+        if norm_eps is None:
+            norm_eps = read_norm_eps(folder)
+    # The file of a tied head has the matrix once.
+    if _EMBEDDING in tensors and _HEAD not in tensors and has_tied_head(folder):
+        tensors[_HEAD] = tensors[_EMBEDDING]
     config = infer_config(tensors, str(path), norm_eps=norm_eps, family=named.family)
     check_names(tensors, config, str(path))
     return tensors, config
