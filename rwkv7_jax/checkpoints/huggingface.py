@@ -102,12 +102,15 @@ def _reject_trainer_shards(folder: Path) -> None:
     Raises:
         ValueError: the folder is DeepSpeed's, or a PyTorch distributed checkpoint.
     """
-    if (folder / "zero_to_fp32.py").exists() or any(folder.glob("*_states.pt")):
+    # The folder of a checkpoint holds one folder for each saved step.
+    states = [*folder.glob("*_states.pt"), *folder.glob("*/*_states.pt")]
+    if states or (folder / "zero_to_fp32.py").exists():
         raise ValueError(
             f"`{folder}` is a DeepSpeed checkpoint: merge its shards into one weight "
-            "file with its zero_to_fp32.py, and name that file."
+            "file with its zero_to_fp32.py, and name that file; below stage 3, its "
+            "mp_rank_00_model_states.pt holds all weights too."
         )
-    if any(folder.glob("*.distcp")):
+    if any(folder.glob("*.distcp")) or any(folder.glob("*/*.distcp")):
         raise ValueError(
             f"`{folder}` is a PyTorch distributed checkpoint: merge its shards with "
             "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth`."

@@ -30,6 +30,8 @@ from rwkv7_jax.checkpoints.layouts.orientation import LowRank, with_official_low
 from rwkv7_jax.checkpoints.layouts.other_architectures import (
     reject_adapters,
     reject_other_architectures,
+    reject_quantized,
+    reject_split,
 )
 from rwkv7_jax.checkpoints.loading.tree_reader import (
     Progress,
@@ -233,10 +235,12 @@ def _open_model(
     """Opens a model's tensors, infers the config and checks both."""
     open_file = read_hf if path.is_dir() else open_tensors
     file = open_file(path, verify=verify)
+    # First, so that another kind of file gives one sentence instead of a table of differences.
+    reject_adapters(file.tensors, path)
     named = with_official_names(file.tensors, path)
-    # First, so that another architecture gives one sentence instead of a table of differences.
-    reject_adapters(named.tensors, path)
     reject_other_architectures(named.tensors, path)
+    reject_quantized(named.tensors, path)
+    reject_split(named.tensors, path)
     tensors, state = tensor_names.split_states(named.tensors)
     # Tools of the RWKV world put states and models under the same suffixes.
     if state and not tensors:

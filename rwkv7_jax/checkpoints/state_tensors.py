@@ -11,6 +11,7 @@ from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.huggingface import read_hf
 from rwkv7_jax.checkpoints.layouts.names import with_official_names
 from rwkv7_jax.checkpoints.layouts.orientation import low_rank_of
+from rwkv7_jax.checkpoints.layouts.other_architectures import reject_adapters
 from rwkv7_jax.checkpoints.orbax_folder import is_orbax
 from rwkv7_jax.checkpoints.pth import open_pth
 from rwkv7_jax.checkpoints.tensor_files import (
@@ -126,7 +127,7 @@ def read_state_arrays(
     The tensors of a model in the same file are not read.
 
     Raises:
-        ValueError: the file holds no model, but tensors besides the state's.
+        ValueError: the file holds no state, or no model but tensors besides the state's.
     """
     upscaled = {}
     others = {}
@@ -135,8 +136,12 @@ def read_state_arrays(
             upscaled[name.removeprefix(UPSCALED)] = tensor.read()
         else:
             others[name] = tensor
+    reject_adapters(others, path)
     rest, state = tensor_names.split_states(with_official_names(others, path).tensors)
-    if state and _MODEL_TENSOR not in rest:
+    if _MODEL_TENSOR in rest:
+        if not state:
+            raise ValueError(f"`{path}` is a model without a start state.")
+    elif state:
         _reject_other_tensors(rest, path)
     return {name: tensor.read() for name, tensor in state.items()}, upscaled
 

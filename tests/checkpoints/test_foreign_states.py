@@ -157,6 +157,22 @@ def test_a_full_state_of_rwkv_peft_gives_its_logits(tmp_path, merged):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_state_with_the_prefix_of_peft_is_not_an_adapter(tmp_path):
+    state = layouts.prefixed(tuned_by_rwkv_peft(), "base_model.model.")
+    layouts.write_torch(tmp_path / "s.pth", state)
+    assert np.any(load_state(tmp_path / "s.pth").att_shift)
+
+
+def test_a_file_without_a_state_is_named(arrays, tmp_path):
+    layouts.write_torch(tmp_path / "m.pth", arrays)
+    with pytest.raises(ValueError, match=r"m\.pth` is a model without a start state"):
+        load_state(tmp_path / "m.pth")
+    adapter = {"blocks.0.att.key.lora_A": np.ones((4, 64), np.float32)}
+    layouts.write_torch(tmp_path / "a.pth", adapter)
+    with pytest.raises(ValueError, match=r"a\.pth` holds an adapter such as LoRA"):
+        load_state(tmp_path / "a.pth")
+
+
 def test_tensors_next_to_a_state_are_not_dropped(tmp_path):
     state = tuned_by_rwkv_peft()
     others = {"blocks.0.ln1.weight": np.ones(64, np.float32)}
