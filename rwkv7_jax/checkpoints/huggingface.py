@@ -80,9 +80,12 @@ def _weight_files(folder: Path) -> list[Path]:
     files = files_of_weights(folder)
     if not files:
         _reject_trainer_shards(folder)
+        inner = [one for one in _folders(folder) if files_of_weights(one)]
+        # Trainers put each saved step into a folder of its own.
+        hint = f"; name a folder in it, such as {inner[-1].name}" if inner else ""
         raise ValueError(
             f"`{folder}` is not a checkpoint: it holds neither rwkv7_jax.json nor a "
-            f"file of weights ({', '.join(_WEIGHT_SUFFIXES)})."
+            f"file of weights ({', '.join(_WEIGHT_SUFFIXES)}){hint}."
         )
     shards = [file for file in files if _SHARD.search(file.name)]
     if len(shards) == len(files):
@@ -115,6 +118,11 @@ def _reject_trainer_shards(folder: Path) -> None:
             f"`{folder}` is a PyTorch distributed checkpoint: merge its shards with "
             "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth`."
         )
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Lists the folders in a folder."""
+    return [one for one in sorted(folder.iterdir()) if one.is_dir()]
 
 
 def files_of_weights(folder: Path) -> list[Path]:

@@ -163,6 +163,13 @@ def test_a_state_with_the_prefix_of_peft_is_not_an_adapter(tmp_path):
     assert np.any(load_state(tmp_path / "s.pth").att_shift)
 
 
+def test_a_state_of_another_shape_is_rejected(tmp_path):
+    batch = {"blocks.0.att.time_state": np.ones((1, 2, 32, 32), np.float32)}
+    layouts.write_torch(tmp_path / "s.pth", batch)
+    with pytest.raises(ValueError, match=r"got shape \(1, 2, 32, 32\)"):
+        load_state(tmp_path / "s.pth")
+
+
 def test_a_file_without_a_state_is_named(arrays, tmp_path):
     layouts.write_torch(tmp_path / "m.pth", arrays)
     with pytest.raises(ValueError, match=r"m\.pth` is a model without a start state"):

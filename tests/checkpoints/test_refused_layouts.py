@@ -2,6 +2,7 @@
 
 import json
 import struct
+import zipfile
 
 import foreign_layouts as layouts
 import jax
@@ -167,6 +168,10 @@ REFUSED = {
         lambda arrays: arrays | {"model.emb.weight": arrays["emb.weight"]},
         "holds emb.weight twice, as emb.weight and as model.emb.weight",
     ),
+    "a model inside another": (
+        lambda arrays: layouts.prefixed(arrays, "student."),
+        r"has no emb\.weight, but student\.emb\.weight: save only the tensors under",
+    ),
     "another model": (
         toy("model.embed_tokens.weight"),
         "is not an RWKV-7 checkpoint: it has no emb.weight",
@@ -213,6 +218,28 @@ def test_unmerged_trainer_folders_are_rejected_with_a_remedy(tmp_path, names, se
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError, match=sentence):
         load_model(tmp_path)
+
+
+def test_a_folder_of_saved_steps_names_one_of_them(arrays, tmp_path):
+    for step in (100, 200):
+        layouts.write_folder(tmp_path / f"checkpoint-{step}", arrays, config=RIGHT)
+    with pytest.raises(ValueError, match="a folder in it, such as checkpoint-200"):
+        load_model(tmp_path)
+
+
+def test_archives_of_other_programs_are_named(arrays, tmp_path):
+    np.savez(tmp_path / "m.npz", **arrays)
+    with pytest.raises(ValueError, match=r"it is an archive of NumPy \(\.npz\)"):
+        load_model(tmp_path / "m.npz")
+    for names, sentence in (
+        (["m/data.pkl", "m/constants.pkl"], "it is a TorchScript program"),
+        (["config.json"], r"not of PyTorch \(it holds config\.json\): unpack it"),
+    ):
+        with zipfile.ZipFile(tmp_path / "m.pth", "w") as archive:
+            for name in names:
+                archive.writestr(name, "x")
+        with pytest.raises(ValueError, match=sentence):
+            load_model(tmp_path / "m.pth")
 
 
 def test_the_model_states_of_deepspeed_load(params, arrays, tmp_path):
