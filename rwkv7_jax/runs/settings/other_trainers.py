@@ -1,7 +1,7 @@
 """The flags of other programs, and the settings or flags that replace them.
 
 Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/train.py; Joluck/RWKV-PEFT@5704c39 train.py;
-lm-evaluation-harness (`num_fewshot`).
+lm-evaluation-harness (the last two).
 """
 
 EQUIVALENTS = {
@@ -40,5 +40,6 @@ EQUIVALENTS = {
     "strategy": "config.mesh",
     "devices": "config.mesh",
     "num_nodes": "processes",
+    "model_args": "config.init",
     "num_fewshot": "config.shots",
 }
