@@ -183,7 +183,7 @@ def test_an_adapter_is_named(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(
-        ValueError, match="is an adapter such as LoRA.*llama-export-lora"
+        ValueError, match=r"is an adapter such as LoRA.*llama-export-lora"
     ):
         load_model(tmp_path / "lora.gguf")
 
