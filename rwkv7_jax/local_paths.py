@@ -24,6 +24,9 @@ _HUB_NAME = re.compile(
     r"[A-Za-z0-9][\w-]*/(?!.*\.(?:pth|safetensors|st|state|json|bin|gguf)$)[\w.-]+"
 )
 
+# The suffixes of models and states.
+_SUFFIXES = (".pth", ".safetensors", ".st", ".state", ".gguf", ".bin")
+
 _HUB_HOSTS = ("huggingface.co/", "hf.co/", "hf-mirror.com/")
 
 
@@ -192,6 +195,10 @@ def existing_path(path: str | os.PathLike[str], argument: str) -> Path:
         )
     if place.exists():
         return place
+    for suffix in _SUFFIXES:
+        # Other programs append the suffix themselves.
+        if os.path.isfile(f"{place}{suffix}"):
+            raise ValueError(f"`{place}` does not exist; `{place}{suffix}` does.")
     refuse_hub_name(path, argument)
     raise ValueError(f"`{place}` does not exist.")
 

@@ -132,6 +132,12 @@ def test_a_hub_name_is_distinguished_from_a_missing_file(tmp_path, name):
         existing_path(name, "`path`")
 
 
+def test_a_missing_suffix_is_named(tmp_path):
+    (tmp_path / "rwkv-12.pth").write_text("")
+    with pytest.raises(ValueError, match=r"rwkv-12` does not exist; `.*-12\.pth` does"):
+        existing_path(tmp_path / "rwkv-12", "`path`")
+
+
 @pytest.mark.parametrize("name", ["a/b.pth", "a/b/c", "b", "/a/b", "./a/b", "../a/b"])
 def test_other_missing_paths_do_not_exist(name):
     with pytest.raises(ValueError, match="does not exist"):

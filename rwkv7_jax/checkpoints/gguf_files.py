@@ -154,6 +154,11 @@ def _open(path: Path) -> gguf.GGUFReader:
         raise ValueError(
             f"`{path}` is a GGUF file of {architecture!r}, not of {_ARCHITECTURE!r}."
         )
+    if metadata(reader, gguf.Keys.General.TYPE) == gguf.GGUFType.ADAPTER:
+        raise ValueError(
+            f"`{path}` is an adapter such as LoRA, not a model: merge it into its model first, "
+            "with `llama-export-lora`."
+        )
     parts = metadata(reader, gguf.Keys.Split.LLM_KV_SPLIT_COUNT)
     if parts is not None and parts > 1:
         raise ValueError(

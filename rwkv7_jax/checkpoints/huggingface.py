@@ -7,6 +7,7 @@ two of them.
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 from rwkv7_jax.checkpoints.layouts.orientation import LowRank
 from rwkv7_jax.checkpoints.model_folder import read_json
@@ -23,14 +24,17 @@ _STEMS = (WEIGHTS_FILE, "pytorch_model.bin")
 
 _SHARD = re.compile(r"-\d+-of-(\d+)\.")
 
+# The names of the square of a ReLU in fla and in transformers.
+_SQUARED_RELU = ("sqrelu", "relu2")
+
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".st", ".gguf")
 
 
 def read_hf(folder: Path, *, verify: bool = False) -> TensorFile:
     """Opens the tensors of a folder under their stored names and reads the norms' epsilon.
 
-    Nothing else is read from config.json: published ones have wrong head counts and token ids, and
-    a wrong or missing model type.
+    Sizes, token ids and the model type are not read from config.json: published ones have wrong
+    ones.
 
     Args:
         folder: a folder with one model.
@@ -76,9 +80,12 @@ def _weight_files(folder: Path) -> list[Path]:
     files = files_of_weights(folder)
     if not files:
         _reject_trainer_shards(folder)
+        inner = [one for one in _folders(folder) if files_of_weights(one)]
+        # Trainers put each saved step into a folder of its own.
+        hint = f"; name a folder in it, such as {inner[-1].name}" if inner else ""
         raise ValueError(
             f"`{folder}` is not a checkpoint: it holds neither rwkv7_jax.json nor a "
-            f"file of weights ({', '.join(_WEIGHT_SUFFIXES)})."
+            f"file of weights ({', '.join(_WEIGHT_SUFFIXES)}){hint}."
         )
     shards = [file for file in files if _SHARD.search(file.name)]
     if len(shards) == len(files):
@@ -98,16 +105,24 @@ def _reject_trainer_shards(folder: Path) -> None:
     Raises:
         ValueError: the folder is DeepSpeed's, or a PyTorch distributed checkpoint.
     """
-    if (folder / "zero_to_fp32.py").exists() or any(folder.glob("*_states.pt")):
+    # The folder of a checkpoint holds one folder for each saved step.
+    states = [*folder.glob("*_states.pt"), *folder.glob("*/*_states.pt")]
+    if states or (folder / "zero_to_fp32.py").exists():
         raise ValueError(
             f"`{folder}` is a DeepSpeed checkpoint: merge its shards into one weight "
-            "file with its zero_to_fp32.py, and name that file."
+            "file with its zero_to_fp32.py, and name that file; below stage 3, its "
+            "mp_rank_00_model_states.pt holds all weights too."
         )
-    if any(folder.glob("*.distcp")):
+    if any(folder.glob("*.distcp")) or any(folder.glob("*/*.distcp")):
         raise ValueError(
             f"`{folder}` is a PyTorch distributed checkpoint: merge its shards with "
             "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth`."
         )
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Lists the folders in a folder."""
+    return [one for one in sorted(folder.iterdir()) if one.is_dir()]
 
 
 def files_of_weights(folder: Path) -> list[Path]:
@@ -156,10 +171,7 @@ def read_norm_eps(folder: Path) -> float | None:
     Raises:
         ValueError: the epsilon is not a positive number.
     """
-    config = folder / CONFIG_FILE
-    if not config.exists():
-        return None
-    table = read_json(config)
+    table = _read_config(folder)
     # Models in transformers use either name.
     norm_eps = table.get("norm_eps", table.get("layer_norm_epsilon"))
     if norm_eps is None:
@@ -167,6 +179,31 @@ def read_norm_eps(folder: Path) -> float | None:
     is_number = isinstance(norm_eps, int | float) and not isinstance(norm_eps, bool)
     if not is_number or not math.isfinite(norm_eps) or norm_eps <= 0:
         raise ValueError(
-            f"`{config}` has norm_eps {norm_eps!r}, which is not a positive number."
+            f"`{folder / CONFIG_FILE}` has norm_eps {norm_eps!r}, which is not a positive number."
         )
     return norm_eps
+
+
+def require_squared_relu(folder: Path) -> None:
+    """Raises unless the channel mix of a folder's config.json has RWKV-7's activation.
+
+    Raises:
+        ValueError: it has another activation.
+    """
+    activation = _read_config(folder).get("hidden_act")
+    if activation is not None and activation not in _SQUARED_RELU:
+        raise ValueError(
+            f"`{folder / CONFIG_FILE}` has hidden_act {activation!r}; the channel mix of RWKV-7 "
+            "has the square of a ReLU (sqrelu), and no other activation is supported."
+        )
+
+
+def has_tied_head(folder: Path) -> bool:
+    """Returns whether a folder's config.json says that the head is the embedding."""
+    return _read_config(folder).get("tie_word_embeddings") is True
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Reads a folder's config.json; returns an empty table if it has none."""
+    config = folder / CONFIG_FILE
+    return read_json(config) if config.exists() else {}

@@ -18,8 +18,10 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.huggingface import (
     files_of_weights,
+    has_tied_head,
     read_hf,
     read_norm_eps,
+    require_squared_relu,
 )
 from rwkv7_jax.checkpoints.huggingface_writer import HF_CONTENT, save_hf
 from rwkv7_jax.checkpoints.integrity.finite_numbers import overflows
@@ -29,6 +31,8 @@ from rwkv7_jax.checkpoints.layouts.orientation import LowRank, with_official_low
 from rwkv7_jax.checkpoints.layouts.other_architectures import (
     reject_adapters,
     reject_other_architectures,
+    reject_quantized,
+    reject_split,
 )
 from rwkv7_jax.checkpoints.model_folder import existing_model, refuse_other_files
 from rwkv7_jax.checkpoints.orbax_folder import (
@@ -89,6 +93,10 @@ from rwkv7_jax.sharding import (
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _LARGEST_FLOAT16 = 65504
+
+_EMBEDDING = "emb.weight"
+
+_HEAD = "head.weight"
 
 # Formats that are folders, and the only files that a folder may hold if it is to be replaced.
 _CONTENT_OF_FOLDERS: dict[Format, set[str]] = {
@@ -228,10 +236,12 @@ def _open_model(
     """Opens a model's tensors, infers the config and checks both."""
     open_file = read_hf if path.is_dir() else open_tensors
     file = open_file(path, verify=verify)
+    # First, so that another kind of file gives one sentence instead of a table of differences.
+    reject_adapters(file.tensors, path)
     named = with_official_names(file.tensors, path)
-    # First, so that another architecture gives one sentence instead of a table of differences.
-    reject_adapters(named.tensors, path)
     reject_other_architectures(named.tensors, path)
+    reject_quantized(named.tensors, path)
+    reject_split(named.tensors, path)
     tensors, state = tensor_names.split_states(named.tensors)
     # Tools of the RWKV world put states and models under the same suffixes.
     if state and not tensors:
@@ -244,9 +254,15 @@ def _open_model(
     low_rank = file.low_rank or named.low_rank
     tensors = with_official_low_rank(tensors, low_rank, path)
     norm_eps = file.norm_eps
-    # One file of a folder: its config.json is next to it.
-    if norm_eps is None and named.family == "fla" and path.is_file():
-        norm_eps = read_norm_eps(path.parent)
+    # For one file of a folder, config.json is next to it.
+    folder = path if path.is_dir() else path.parent
+    if named.family == "fla":
+        require_squared_relu(folder)
+        if norm_eps is None:
+            norm_eps = read_norm_eps(folder)
+    # The file of a tied head has the matrix once.
+    if _EMBEDDING in tensors and _HEAD not in tensors and has_tied_head(folder):
+        tensors[_HEAD] = tensors[_EMBEDDING]
     config = infer_config(tensors, str(path), norm_eps=norm_eps, family=named.family)
     check_names(tensors, config, str(path))
     return tensors, config

@@ -55,7 +55,7 @@ def infer_config(
     """
     for name in _ESSENTIAL:
         if name not in tensors:
-            raise ValueError(f"`{path}` is not an RWKV-7 checkpoint: it has no {name}.")
+            raise _not_rwkv7(name, tensors, path)
         shape = tensors[name].shape
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"`{path}` has {name} of shape {shape}, not a matrix.")
@@ -77,6 +77,19 @@ def infer_config(
         group_norm_eps = config.head_size * config.norm_eps
         config = dataclasses.replace(config, group_norm_eps=group_norm_eps)
     return config
+
+
+def _not_rwkv7(missing: str, tensors: Tensors, path: str) -> ValueError:
+    """Builds the error for a file without an essential tensor."""
+    hint = ""
+    for name in tensors:
+        # The models of a larger program, such as a teacher and a student.
+        if name.endswith(f".{missing}"):
+            prefix = name.removesuffix(missing)
+            hint = f", but {name}: save only the tensors under {prefix} without it"
+    return ValueError(
+        f"`{path}` is not an RWKV-7 checkpoint: it has no {missing}{hint}."
+    )
 
 
 def _count_layers(tensors: Tensors, path: str) -> int:

@@ -150,6 +150,7 @@ def _entries(path: Path, data: mmap.mmap) -> dict[str, tuple[memoryview, int]]:
     spans = []
     folders = set()
     with _LimitedReads(path) as file, zipfile.ZipFile(file) as archive:
+        _refuse_other_archives(archive.namelist())
         for info in archive.infolist():
             folder, name = _split_name(info.filename)
             folders.add(folder)
@@ -166,6 +167,23 @@ def _entries(path: Path, data: mmap.mmap) -> dict[str, tuple[memoryview, int]]:
         if end > next_start:
             raise ValueError("its entries overlap")
     return entries
+
+
+def _refuse_other_archives(names: list[str]) -> None:
+    """Raises if an archive's entries are not those of a checkpoint of PyTorch."""
+    if any(name.endswith(".npy") for name in names):
+        raise ValueError(
+            "it is an archive of NumPy (.npz): save its arrays as .safetensors"
+        )
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise ValueError(
+            "it is a TorchScript program: load it with torch.jit.load and save its state_dict"
+        )
+    if not any(name.endswith("/data.pkl") for name in names):
+        raise ValueError(
+            "it is a zip archive, but not of PyTorch "
+            f"(it holds {min(names, default='nothing')}): unpack it first"
+        )
 
 
 def _split_name(filename: str) -> tuple[str, str]:

@@ -383,8 +383,13 @@ def _read_wkv(
 ) -> np.ndarray:
     """Reads the WKV matrices as [L H Nv Nk] in either axis order of the file."""
     wkv = stack_layers(arrays, "att.time_state", path)
-    if wkv is None or wkv.ndim != 4:
+    if wkv is None:
         raise ValueError(f"`{path}` holds no blocks.0.att.time_state [H, value, key].")
+    if wkv.ndim != 4:
+        raise ValueError(
+            f"`{path}` must have blocks.0.att.time_state of [H, value, key]; got shape "
+            f"{wkv.shape[1:]}."
+        )
     axes = stored_axes(path, tensors, table)
     check_axes(table, axes, path)
     # Heads are square, so a missing transpose would load and silently give bad answers.

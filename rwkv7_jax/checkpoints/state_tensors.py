@@ -11,6 +11,7 @@ from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.huggingface import read_hf
 from rwkv7_jax.checkpoints.layouts.names import with_official_names
 from rwkv7_jax.checkpoints.layouts.orientation import low_rank_of
+from rwkv7_jax.checkpoints.layouts.other_architectures import reject_adapters
 from rwkv7_jax.checkpoints.orbax_folder import is_orbax
 from rwkv7_jax.checkpoints.pth import open_pth
 from rwkv7_jax.checkpoints.tensor_files import (
@@ -121,6 +122,9 @@ def read_state_arrays(
     """Reads the tensors of a state and, without their prefix, those of its upscaled memory.
 
     The tensors of a model in the same file are not read.
+
+    Raises:
+        ValueError: the file holds no state, or no model but tensors besides the state's.
     """
     upscaled = {}
     others = {}
@@ -129,8 +133,27 @@ def read_state_arrays(
             upscaled[name.removeprefix(UPSCALED)] = tensor.read()
         else:
             others[name] = tensor
-    _, state = tensor_names.split_states(with_official_names(others, path).tensors)
+    reject_adapters(others, path)
+    rest, state = tensor_names.split_states(with_official_names(others, path).tensors)
+    if _MODEL_TENSOR in rest:
+        if not state:
+            raise ValueError(f"`{path}` is a model without a start state.")
+    elif state:
+        _reject_other_tensors(rest, path)
     return {name: tensor.read() for name, tensor in state.items()}, upscaled
+
+
+def _reject_other_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises if there are tensors besides a state's, which may have been tuned together with it.
+
+    Scalars may be losses or step counts.
+    """
+    for name, tensor in tensors.items():
+        if tensor.shape:
+            raise ValueError(
+                f"`{path}` holds {name} next to a start state, but not the model that it belongs "
+                "to: save the state alone, or together with its model."
+            )
 
 
 def stack_layers(

@@ -185,8 +185,8 @@ def _describe_cache(
     lines.append(line)
     if stats.passed_over:
         lines.append(
-            f"files skipped: {stats.passed_over:,} (hidden files, pictures, editor backups, broken "
-            "links)"
+            f"files skipped: {stats.passed_over:,} (hidden files, pictures, editor backups, data "
+            "cards, broken links)"
         )
     return "\n".join(lines)
 

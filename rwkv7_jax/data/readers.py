@@ -25,6 +25,7 @@ from rwkv7_jax.data.text_files import (
     check_content,
     check_encoding,
     check_is_text,
+    head_of,
     inner_suffix,
     is_compressed,
 )
@@ -36,6 +37,21 @@ _CLUTTER_NAMES = frozenset({"thumbs.db", "desktop.ini", "__pycache__", "__macosx
 _CLUTTER_SUFFIXES = frozenset(
     ".png .jpg .jpeg .gif .webp .bmp .ico .tif .tiff .heic .swp .swo .pyc .bak .orig".split()
 )
+
+
+# Hugging Face's description of a data set, which begins with a table in YAML.
+_CARD = "README.md"
+_CARD_START = (b"---\n", b"---\r\n")
+
+# The table of a data set's columns that older versions of Hugging Face's `datasets` wrote.
+_COLUMNS = "dataset_infos.json"
+
+
+def _is_card(file: Path) -> bool:
+    """Returns whether a file describes the data set next to it."""
+    if file.name == _CARD:
+        return head_of(file).startswith(_CARD_START)
+    return file.name == _COLUMNS
 
 
 def _is_clutter(relative: Path) -> bool:
@@ -77,7 +93,9 @@ def _files(source: str | Path) -> tuple[list[Path], int]:
         files = []
         for file in everything:
             # A link may be broken, for example to data that was not fetched yet.
-            if file.is_file() and not _is_clutter(file.relative_to(path)):
+            if not file.is_file() or _is_clutter(file.relative_to(path)):
+                continue
+            if not _is_card(file):
                 files.append(file)
         return files, len(everything) - len(files)
     if not path.exists():
@@ -126,7 +144,8 @@ def documents(
 
     * a `.jsonl` file, a `.json` file or a table of records (see `records.record`)
     * any other text file, which is one document
-    * a folder: every file below it, by path, except hidden files, pictures and editor leftovers
+    * a folder: every file below it, by path, except hidden files, pictures, editor leftovers
+      and Hugging Face's data cards
     * a name in `BUILT_IN`
 
     Args:
@@ -276,6 +295,6 @@ def warn_of_skipped(
     if stats.passed_over:
         warnings.warn(
             f"{stats.passed_over} files below {source} were ignored: hidden files, pictures, "
-            "editor leftovers or broken links",
+            "editor leftovers, data cards or broken links",
             stacklevel=stacklevel,
         )

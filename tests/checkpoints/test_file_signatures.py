@@ -44,6 +44,11 @@ OTHER_FILES = {
     "xz": (b"\xfd7zXZ\0" + bytes(30), "is compressed with xz"),
     "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(30), "is a 7z archive"),
     "rwkv.cpp": (b"fmgg\x63\0\0\0" + bytes(30), "is a file of rwkv.cpp of version 99"),
+    "model of Ai00": (
+        b"\xa5gcontext\xa0" + bytes(30),
+        "is a prefab of Ai00: use the .st",
+    ),
+    "state of Ai00": (b"\xa4dnamecone" + bytes(30), "is a prefab of Ai00"),
     "pdf": (b"%PDF-1.7\n", "is a PDF"),
     "png": (b"\x89PNG\r\n\x1a\n" + bytes(30), "is a picture"),
     "numpy": (b"\x93NUMPY\x01\0" + bytes(30), "is an array of NumPy"),

@@ -1,5 +1,7 @@
 """States in the files of other programs; the first bytes identify the format."""
 
+import importlib
+
 import foreign_layouts as layouts
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from rwkv7_jax.checkpoints.model_files import load_model
 from rwkv7_jax.checkpoints.state_files import load_state, save_state
 from rwkv7_jax.checkpoints.state_sidecar import sidecar
 from rwkv7_jax.checkpoints.tensor_files import read_tensors
+from rwkv7_jax.model.rwkv7 import RWKV7
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +116,78 @@ def test_a_state_that_overflows_float16_is_not_saved_as_state(tmp_path):
         save_state(tmp_path / "s.state", large)
     save_state(tmp_path / "s.state", large, dtype="float32")
     assert differing(load_state(tmp_path / "s.state"), large) == []
+
+
+def tuned_by_rwkv_peft(seed=0):
+    """The tensors of a state that RWKV-PEFT tuned with its train type "fullstate"."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for layer, wkv in enumerate(np.asarray(random_state().wkv[:, 0])):
+        tensors[f"blocks.{layer}.att.time_state"] = wkv
+        for part in ("att", "ffn"):
+            name = f"blocks.{layer}.{part}.ts_state"
+            tensors[name] = rng.normal(size=CONFIG.width).astype(np.float32)
+    return tensors
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_full_state_of_rwkv_peft_gives_its_logits(tmp_path, merged):
+    torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
+    reference = importlib.import_module("torch_reference")
+    params = random_params(dtype=jnp.float32, scale=0.2)
+    arrays = layouts.official(params, CONFIG)
+    tensors = tuned_by_rwkv_peft()
+    path = tmp_path / "rwkv-0.pth"
+    if merged:
+        layouts.write_torch(path, arrays | tensors)
+        with pytest.warns(UserWarning, match="holds a tuned state as well"):
+            loaded, _ = load_model(path)
+        assert differing(loaded, params) == []
+    else:
+        layouts.write_torch(path, tensors)
+    tokens = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (1, 7))
+    weights = {
+        name: torch.from_numpy(np.array(array))
+        for name, array in (arrays | tensors).items()
+    }
+    expected = reference.logits(weights, torch.from_numpy(tokens)).numpy()
+    found, _ = RWKV7(CONFIG).apply(
+        {"params": params}, jnp.asarray(tokens), load_state(path)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_state_with_the_prefix_of_peft_is_not_an_adapter(tmp_path):
+    state = layouts.prefixed(tuned_by_rwkv_peft(), "base_model.model.")
+    layouts.write_torch(tmp_path / "s.pth", state)
+    assert np.any(load_state(tmp_path / "s.pth").att_shift)
+
+
+def test_a_state_of_another_shape_is_rejected(tmp_path):
+    batch = {"blocks.0.att.time_state": np.ones((1, 2, 32, 32), np.float32)}
+    layouts.write_torch(tmp_path / "s.pth", batch)
+    with pytest.raises(ValueError, match=r"got shape \(1, 2, 32, 32\)"):
+        load_state(tmp_path / "s.pth")
+
+
+def test_a_file_without_a_state_is_named(arrays, tmp_path):
+    layouts.write_torch(tmp_path / "m.pth", arrays)
+    with pytest.raises(ValueError, match=r"m\.pth` is a model without a start state"):
+        load_state(tmp_path / "m.pth")
+    adapter = {"blocks.0.att.key.lora_A": np.ones((4, 64), np.float32)}
+    layouts.write_torch(tmp_path / "a.pth", adapter)
+    with pytest.raises(ValueError, match=r"a\.pth` holds an adapter such as LoRA"):
+        load_state(tmp_path / "a.pth")
+
+
+def test_tensors_next_to_a_state_are_not_dropped(tmp_path):
+    state = tuned_by_rwkv_peft()
+    others = {"blocks.0.ln1.weight": np.ones(64, np.float32)}
+    layouts.write_torch(tmp_path / "s.pth", state | others)
+    with pytest.raises(
+        ValueError, match=r"holds blocks\.0\.ln1\.weight next to a start state"
+    ):
+        load_state(tmp_path / "s.pth")
+    scalar = {"loss": np.float32(2.5).reshape(())}
+    layouts.write_torch(tmp_path / "s.pth", state | scalar)
+    assert np.any(load_state(tmp_path / "s.pth").att_shift)

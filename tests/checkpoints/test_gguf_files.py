@@ -173,6 +173,21 @@ def test_invalid_metadata_is_rejected(written, tmp_path, changes, sentence):
         load_model(tmp_path / "m.gguf")
 
 
+def test_an_adapter_is_named(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "rwkv7")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    name = "blk.0.time_mix_key.weight.lora_a"
+    writer.add_tensor(name, np.ones((4, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        ValueError, match=r"is an adapter such as LoRA.*llama-export-lora"
+    ):
+        load_model(tmp_path / "lora.gguf")
+
+
 # Types of blocks of 32 and 256 numbers; the package writes the former.
 WRITABLE = ["Q8_0", "Q4_0", "Q5_1", "MXFP4"]
 SUPER_BLOCKS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ2_S", "TQ1_0"]

@@ -1,6 +1,7 @@
 """Every layout of other programs loads the same weights or is rejected in one sentence."""
 
 import dataclasses
+import json
 
 import foreign_layouts as layouts
 import jax
@@ -83,6 +84,16 @@ def old_fla(arrays):
     return layouts.with_packed_lerps(fla, "attn.x_", "attn.x_x")
 
 
+def in_shapes_of_mlx(arrays):
+    """mlx-lm saves the vectors of the heads as matrices."""
+    shaped = {}
+    for name, array in layouts.in_fla_names(arrays).items():
+        if name.endswith(("k_k", "k_a")) or ".g_norm." in name:
+            array = array.reshape(CONFIG.num_heads, CONFIG.head_size)
+        shaped[name] = array
+    return shaped
+
+
 SHARDED_BIN = {
     "write": layouts.write_torch,
     "stem": "pytorch_model",
@@ -158,6 +169,7 @@ LAYOUTS = {
     "folder, fla in bin shards": in_a_folder(
         layouts.in_fla_names, config={"model_type": "rwkv"}, **SHARDED_BIN
     ),
+    "folder, fla of mlx-lm": in_a_folder(in_shapes_of_mlx, config=RIGHT),
     "folder, fla of torch.compile": in_a_folder(
         lambda arrays: layouts.prefixed(layouts.in_fla_names(arrays), "_orig_mod."),
         config=None,
@@ -202,6 +214,34 @@ def test_a_file_of_a_folder_loads_like_the_folder(arrays, tmp_path):
     assert config.group_norm_eps == CONFIG.head_size * 1e-4
     assert config_of_file == config
     assert differing(of_folder, of_file) == []
+
+
+@pytest.mark.parametrize("change", [base("model."), layouts.in_fla_names])
+@pytest.mark.parametrize("file", ["", "model.safetensors"])
+def test_a_tied_head_is_the_embedding(arrays, tmp_path, change, file):
+    tied = change(arrays | {"head.weight": arrays["emb.weight"]})
+    one = {name: tied[name] for name in tied if "head.weight" not in name}
+    layouts.write_folder(tmp_path / "one", one, config=RIGHT)
+    with pytest.raises(ValueError, match=r"head\.weight .* missing"):
+        load_model(tmp_path / "one")
+    table = RIGHT | {"tie_word_embeddings": True}
+    (tmp_path / "one" / "config.json").write_text(json.dumps(table))
+    layouts.write_folder(tmp_path / "two", tied, config=RIGHT)
+    expected, config = load_model(tmp_path / "two")
+    loaded, same = load_model(tmp_path / "one" / file)
+    assert same == config
+    assert differing(loaded, expected) == []
+
+
+@pytest.mark.parametrize("file", ["", "model.safetensors"])
+def test_another_activation_of_fla_is_rejected(arrays, tmp_path, file):
+    fla = layouts.in_fla_names(arrays)
+    layouts.write_folder(tmp_path / "m", fla, config=RIGHT | {"hidden_act": "gelu"})
+    with pytest.raises(
+        ValueError, match=r"config\.json` has hidden_act 'gelu'"
+    ) as caught:
+        load_model(tmp_path / "m" / file)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_with_one_gguf_file_loads(tmp_path):

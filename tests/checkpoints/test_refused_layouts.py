@@ -2,6 +2,7 @@
 
 import json
 import struct
+import zipfile
 
 import foreign_layouts as layouts
 import jax
@@ -46,6 +47,18 @@ def old_rwkv(*names):
 def toy(*names):
     """Return the tensor names of an experiment."""
     return lambda arrays: {name: np.zeros((2, 2), np.float16) for name in names}
+
+
+def quantized(*ends):
+    """Return a model in which one matrix is quantised."""
+
+    def change(arrays):
+        others = {
+            name: array for name, array in arrays.items() if ".0.att.key" not in name
+        }
+        return others | toy(*(f"blocks.0.att.key.{end}" for end in ends))(arrays)
+
+    return change
 
 
 REFUSED = {
@@ -99,7 +112,7 @@ REFUSED = {
     ),
     "LoRA of RWKV-PEFT": (
         toy("blocks.0.att.key.lora_A", "blocks.0.att.key.lora_B"),
-        "holds an adapter such as LoRA .it has blocks.0.att.key.lora_A.",
+        r"holds an adapter such as LoRA \(it has blocks\.0\.att\.key\.lora_A\)",
     ),
     "LoRA of PEFT": (
         toy("base_model.model.blocks.0.att.key.lora_A.weight"),
@@ -110,9 +123,54 @@ REFUSED = {
         "merge it into its model first",
     ),
     "Bone": (toy("blocks.0.ffn.key.bone"), "holds an adapter"),
+    "DiSHA": (toy("blocks.0.ffn.key.disha"), "holds an adapter"),
+    "start of PiSSA": (toy("blocks.0.ffn.key.init_lora_A"), "holds an adapter"),
+    "LoRA of web-rwkv": (toy("blocks.0.att.key.lora.0"), "holds an adapter"),
+    "MiSS of PEFT": (
+        toy("base_model.model.blocks.0.att.key.miss_block"),
+        "with RWKV-PEFT's `--merge 1`",
+    ),
+    "Bone of PEFT": (
+        toy("base_model.model.model.layers.0.attn.r_proj.bone_block"),
+        "holds an adapter",
+    ),
+    "IA3 of PEFT": (
+        toy("base_model.model.blocks.0.att.key.ia3_l"),
+        "holds an adapter",
+    ),
+    "8 bits of bitsandbytes": (
+        quantized("SCB"),
+        r"is quantised by bitsandbytes \(it has blocks\.0\.att\.key\.SCB\)",
+    ),
+    "4 bits of bitsandbytes": (
+        quantized("weight.absmax", "weight.quant_map"),
+        "is quantised by bitsandbytes",
+    ),
+    "GPTQ": (
+        quantized("qweight", "qzeros", "scales", "g_idx"),
+        "is quantised by GPTQ or AWQ",
+    ),
+    "compressed-tensors": (
+        quantized("weight_packed", "weight_scale"),
+        "is quantised by compressed-tensors",
+    ),
+    "Quanto": (quantized("weight._data", "weight._scale"), "is quantised by Quanto"),
+    "HQQ": (quantized("W_q", "scale", "zero"), "is quantised by HQQ"),
+    "MLX": (
+        quantized("weight", "scales", "biases"),
+        "use the float model that it was made from",
+    ),
+    "stage 3 of DeepSpeed": (
+        lambda arrays: {name: np.zeros(0, np.float16) for name in arrays},
+        "without values, as in a checkpoint that DeepSpeed's stage 3",
+    ),
     "twice": (
         lambda arrays: arrays | {"model.emb.weight": arrays["emb.weight"]},
         "holds emb.weight twice, as emb.weight and as model.emb.weight",
+    ),
+    "a model inside another": (
+        lambda arrays: layouts.prefixed(arrays, "student."),
+        r"has no emb\.weight, but student\.emb\.weight: save only the tensors under",
     ),
     "another model": (
         toy("model.embed_tokens.weight"),
@@ -148,15 +206,62 @@ def test_other_architectures_are_rejected_by_name(arrays, tmp_path, kind, write)
     [
         (["zero_to_fp32.py", "latest"], "is a DeepSpeed checkpoint"),
         (["mp_rank_00_model_states.pt"], "with its zero_to_fp32.py"),
+        (["latest", "checkpoint/mp_rank_00_model_states.pt"], "below stage 3"),
         ([".metadata", "__0_0.distcp"], "is a PyTorch distributed checkpoint: merge"),
+        (["step-10/__0_0.distcp"], "is a PyTorch distributed checkpoint: merge"),
         (["notes.txt"], "is not a checkpoint: it holds neither"),
     ],
 )
 def test_unmerged_trainer_folders_are_rejected_with_a_remedy(tmp_path, names, sentence):
     for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError, match=sentence):
         load_model(tmp_path)
+
+
+def test_a_folder_of_saved_steps_names_one_of_them(arrays, tmp_path):
+    for step in (100, 200):
+        layouts.write_folder(tmp_path / f"checkpoint-{step}", arrays, config=RIGHT)
+    with pytest.raises(ValueError, match="a folder in it, such as checkpoint-200"):
+        load_model(tmp_path)
+
+
+def test_archives_of_other_programs_are_named(arrays, tmp_path):
+    np.savez(tmp_path / "m.npz", **arrays)
+    with pytest.raises(ValueError, match=r"it is an archive of NumPy \(\.npz\)"):
+        load_model(tmp_path / "m.npz")
+    for names, sentence in (
+        (["m/data.pkl", "m/constants.pkl"], "it is a TorchScript program"),
+        (["config.json"], r"not of PyTorch \(it holds config\.json\): unpack it"),
+    ):
+        with zipfile.ZipFile(tmp_path / "m.pth", "w") as archive:
+            for name in names:
+                archive.writestr(name, "x")
+        with pytest.raises(ValueError, match=sentence):
+            load_model(tmp_path / "m.pth")
+
+
+def test_the_model_states_of_deepspeed_load(params, arrays, tmp_path):
+    torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
+    tensors = {
+        f"_forward_module.{name}": torch.from_numpy(np.array(array))
+        for name, array in arrays.items()
+    }
+    content = {
+        "module": tensors,
+        "buffer_names": [],
+        "optimizer": None,
+        "param_shapes": [{name: array.shape for name, array in tensors.items()}],
+        "shared_params": {},
+        "sparse_tensor_module_names": set(),
+        "global_steps": 5,
+        "ds_config": {"zero_optimization": {"stage": 2}},
+        "ds_version": "0.16.0",
+    }
+    torch.save(content, tmp_path / "mp_rank_00_model_states.pt")
+    loaded, _ = load_model(tmp_path / "mp_rank_00_model_states.pt")
+    assert differing(loaded, params) == []
 
 
 def drop_a_shard(folder):

@@ -410,6 +410,21 @@ def test_a_folder_skips_clutter_with_one_warning(tmp_path):
     assert len(said) == 1 and len(stream) == 5
 
 
+def test_the_card_of_a_data_set_is_not_data(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A data set\n")
+    (tmp_path / "dataset_infos.json").write_text('{"default": {"features": {}}}')
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "README.md").write_text("# Code")
+    stats = ReadStats()
+    found = [document.text() for document in documents(tmp_path, stats=stats)]
+    assert found == [b"# Code", b"a"]
+    assert stats.passed_over == 2
+    # A file that is named itself is read.
+    card = list(documents(tmp_path / "README.md"))
+    assert len(card) == 1
+
+
 def test_linked_folders_are_read_once_and_broken_links_counted(
     tmp_path,
 ):

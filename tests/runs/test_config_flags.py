@@ -5,13 +5,16 @@ import dataclasses
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 from absl import flags
 
 from rwkv7_jax.runs import config_flags
 from rwkv7_jax.runs.config_flags import _parse, config_values
-from rwkv7_jax.runs.settings import read_settings
+from rwkv7_jax.runs.settings import Settings, read_settings
+from rwkv7_jax.runs.settings.names import setting_types
+from rwkv7_jax.runs.settings.other_trainers import EQUIVALENTS
 
 FILE = """
 from ml_collections import ConfigDict
@@ -78,6 +81,14 @@ def test_groups_that_the_file_does_not_mention_can_be_set(parse):
         (["--config=FILE", "--stepz=3"], "the nearest is `--config.steps`."),
         (["--config=FILE", "--qqq=3"], "`--qqq` is not a flag; --help lists them."),
         (
+            ["--load_model", "x.pth", "--data_file", "y", "--ctx_len", "512"],
+            "`--load_model` is not a flag; the nearest is `--config.init`.",
+        ),
+        # The most similar names are `init` and `state`.
+        (["--lr_init=1e-4"], "the nearest is `--config.optimizer.learning_rate`."),
+        (["--strategy=deepspeed_stage_2"], "the nearest is `--config.mesh`."),
+        (["--proj_dir=out"], "`--proj_dir` is not a flag; the nearest is `--workdir`."),
+        (
             ["--config=FILE", "--config.steps.x=3"],
             "`steps` is a setting, not a group of settings.",
         ),
@@ -99,6 +110,20 @@ def test_an_unreadable_command_line_ends_the_program_in_one_line(
     assert said.startswith("train.py: ") and said.count("\n") == 1 and sentence in said
 
 
+def test_the_settings_that_replace_flags_of_other_trainers_exist():
+    flags_of_train = {"workdir", "processes"}
+    known = setting_types(Settings).keys() | flags_of_train
+    assert set(EQUIVALENTS.values()) <= known
+    assert not {f"config.{flag}" for flag in EQUIVALENTS} & known
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+    _, _, table = guide.partition("### Flags of RWKV-LM and RWKV-PEFT")
+    table = table.partition("## ")[0]
+    for flag, setting in EQUIVALENTS.items():
+        if flag not in ("model_args", "num_fewshot"):
+            (row,) = [row for row in table.splitlines() if f"`{flag}`" in row]
+            assert f"`{setting}" in row
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -110,6 +135,14 @@ def test_an_unreadable_command_line_ends_the_program_in_one_line(
         (
             ["--config=FILE", "--config.tuning.learnig_rate=0.5"],
             "nearest is `config.optimizer.learning_rate`",
+        ),
+        (
+            ["--config=FILE", "--config.data.ctx_len=512"],
+            "`config.data.ctx_len` is not a setting; the nearest is `config.data.length`.",
+        ),
+        (
+            ["--config=FILE", "--config.model.n_layer=12"],
+            "nearest is `config.model.num_layers`",
         ),
         (
             ["--config=FILE", "--config.data.qqq=0.5"],

@@ -32,14 +32,18 @@ def _lerp(x, before, weight):
     return x + (before - x) * weight.reshape(-1)
 
 
-def _shifted(x):
-    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+def _shifted(x, start=None):
+    """Shifts by one token; RWKV-PEFT adds `ts_state` [D] at the first."""
+    shifted = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+    if start is not None:
+        shifted[:, 0] += start
+    return shifted
 
 
 def _time_mix(p, x, v_first, heads):
-    """Runs time mix on x [B T C]; `p(name)` is the block's tensor."""
+    """Runs time mix on x [B T C]; `p(name)` is the block's tensor, None if there is none."""
     batch, length, width = x.shape
-    before = _shifted(x)
+    before = _shifted(x, p("att.ts_state"))
     x_r, x_w, x_k, x_v, x_a, x_g = (_lerp(x, before, p(f"att.x_{c}")) for c in "rwkvag")
     r, k, v = (
         mixed @ p(f"att.{name}.weight").T
@@ -61,6 +65,8 @@ def _time_mix(p, x, v_first, heads):
     k = k * (1 + (a - 1) * p("att.k_a").reshape(-1))
     r, d, k, v4, a = (u.view(split) for u in (r, d, k, v, a))
     state = torch.zeros(batch, heads, v4.shape[-1], k.shape[-1])
+    if p("att.time_state") is not None:
+        state = state + p("att.time_state")
     read = []
     for t in range(length):
         removed = state @ -kk[:, t, :, :, None]
@@ -84,7 +90,7 @@ def _norm(x, p, name):
 
 
 def logits(weights, tokens):
-    """Computes logits [B T V] of ids [B T], from the zero state."""
+    """Computes logits [B T V] of ids [B T], from the start state among the weights or from zero."""
     layers = 1 + max(
         int(name.split(".")[1]) for name in weights if name.startswith("blocks.")
     )
@@ -95,13 +101,14 @@ def logits(weights, tokens):
     for layer in range(layers):
 
         def p(name, layer=layer):
-            return weights[f"blocks.{layer}.{name}"]
+            return weights.get(f"blocks.{layer}.{name}")
 
         att, v_first = _time_mix(p, _norm(x, p, "ln1"), v_first, heads)
         x = x + att
         normed = _norm(x, p, "ln2")
         hidden = torch.relu(
-            _lerp(normed, _shifted(normed), p("ffn.x_k")) @ p("ffn.key.weight").T
+            _lerp(normed, _shifted(normed, p("ffn.ts_state")), p("ffn.x_k"))
+            @ p("ffn.key.weight").T
         )
         x = x + hidden**2 @ p("ffn.value.weight").T
     return _norm(x, weights.__getitem__, "ln_out") @ weights["head.weight"].T

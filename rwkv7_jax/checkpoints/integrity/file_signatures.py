@@ -29,6 +29,10 @@ _RWKV_CPP = b"fmgg"
 
 _GGUF = b"GGUF"
 
+# Ai00 writes models and states as CBOR maps, which begin with the name of the first entry.
+# Source: cryscan/web-rwkv@3c7d546 src/runtime/v7.rs; Ai00-X/ai00_server@fe06a9a crates/ai00-core.
+_PREFAB = "a prefab of Ai00: use the .st or .state file that it was made from"
+
 # Other file formats, by their first bytes.
 _MAGIC = (
     (b"\x1f\x8b", "compressed with gzip: unpack it first"),
@@ -39,6 +43,8 @@ _MAGIC = (
     (b"Rar!", "a RAR archive: unpack it first"),
     (_GGUF, "a GGUF file of llama.cpp, not of this format"),
     (_RWKV_CPP, "a file of rwkv.cpp, not of this format"),
+    (b"\xa5gcontext", _PREFAB),
+    (b"\xa4dname", _PREFAB),
     (b"%PDF", "a PDF document, not a checkpoint"),
     (b"\x89PNG", "a picture, not a checkpoint"),
     (b"\xff\xd8\xff", "a picture, not a checkpoint"),

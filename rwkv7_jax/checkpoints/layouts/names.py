@@ -5,7 +5,8 @@ low-rank matrices as linear layers (`att.w1.weight`), which implies [out, in].
 Source: BlinkDL/RWKV-LM@524481d RWKV-v7 (official); fla-org/flash-linear-attention@bc3b101
 utils/convert_from_rwkv7.py (fla's); huggingface/transformers#47787 and the converters named there
 (`model.` or `rwkv7.` before official names; `embeddings`, `pre_ln`, `attention`, `feed_forward`;
-low-rank matrices as layers); RWKV/rwkv.cpp@4358e70 python/convert_pytorch_to_ggml.py.
+low-rank matrices as layers); RWKV/rwkv.cpp@4358e70 python/convert_pytorch_to_ggml.py;
+Joluck/RWKV-PEFT@5704c39 rwkvt/rwkv7/att.py, ffn.py (`ts_state`).
 """
 
 import re
@@ -40,6 +41,9 @@ _BLOCK_PART = re.compile(r"^(blocks\.\d+)\.(\w+)\.(.+)$")
 _LINEAR = re.compile(r"^(blocks\.\d+\.att\.[wavg][12])\.weight$")
 
 _LINEAR_BIAS = re.compile(r"^(blocks\.\d+\.att\.[wav])2\.bias$")
+
+# The last inputs of the token shifts in RWKV-PEFT, which adds them at the first token.
+_SHIFT = re.compile(r"^(blocks\.\d+\.(?:att|ffn))\.ts_state$")
 
 # Tensors that hold all six lerps, in old fla files and in rwkv.cpp.
 _PACKED_LERPS = re.compile(r"^(layers\.\d+\.attn\.x_|blocks\.\d+\.att\.x_)(x|rwkvag)$")
@@ -115,6 +119,9 @@ def _official_name(name: str) -> tuple[str, bool]:
     bias = _LINEAR_BIAS.match(name)
     if bias:
         return f"{bias[1]}0", False
+    shift = _SHIFT.match(name)
+    if shift:
+        return f"{shift[1]}.shift_state", False
     official = tensor_names.from_hf(name)
     return official, official != name and bool(LOW_RANK.search(official))
 

@@ -67,8 +67,9 @@ def low_rank_of(tensors: Tensors, said: LowRank | None, path: Path) -> LowRank:
     votes = set(_votes(tensors))
     if len(votes) == 1:
         return votes.pop()
-    # If the shapes disagree, nothing is transposed, so that `check_names` reports the misfits.
-    if votes:
+    # If the shapes disagree or the width is unknown, nothing is transposed: `check_names` or
+    # `infer_config` reports it.
+    if votes or "emb.weight" not in tensors:
         return "official"
     if said is not None:
         return said

@@ -3,10 +3,11 @@
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.runs.settings.other_trainers import EQUIVALENTS
 
 # Least similarity of a name and its misspelling.
 _ALIKE = 0.7
@@ -49,16 +50,26 @@ def check_names(values: Any, types: Mapping[str, Any], where: str = "config") ->
             check_names(value, types, name)
 
 
-def unknown_setting(name: str, names: Iterable[str]) -> str:
+def unknown_setting(name: str, names: Collection[str]) -> str:
     """Makes the message for an unknown setting, with the nearest name if there is one."""
     nearest = nearest_name(name, names)
     hint = f"the nearest is `{nearest}`" if nearest else "--help lists them"
     return f"`{name}` is not a setting; {hint}."
 
 
-def nearest_name(name: str, names: Iterable[str]) -> str | None:
-    """Returns the dotted name with the most similar last part; None if none is similar."""
+def nearest_name(name: str, names: Collection[str]) -> str | None:
+    """Returns the dotted name that replaces a name of another trainer, or the most similar one.
+
+    Args:
+        name: dotted name, whose last part is compared.
+        names: the dotted names to choose from.
+
+    Returns:
+        None if no name is similar.
+    """
     group, _, last = name.rpartition(".")
+    if EQUIVALENTS.get(last) in names:
+        return EQUIVALENTS[last]
     best = None
     most = 0.0
     for other in names:
