@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_observers
-from tiny_observers import LENGTH, ROWS, TEACHER
+from tiny_observers import LENGTH, ROWS, SMALL, TEACHER
 from tolerances import assert_close
 
 from rwkv7_jax.observer.observer import (
     fraction_of_variance_unexplained,
+    init_observer,
     moments,
     propose,
     state_moments,
@@ -63,6 +64,14 @@ def test_a_proposal_is_the_mapped_state_of_its_own_row(made, batch, proposed):
 def test_an_empty_prompt_proposes_the_bias(made, batch):
     found = propose(*made, batch["tokens"][:, :-1], np.zeros(ROWS, np.int32))
     np.testing.assert_array_equal(found.wkv[:, 2], made[1]["bias"])
+
+
+def test_new_parameters_are_float32_where_float64_is_enabled():
+    with jax.enable_x64(True):
+        params = jax.eval_shape(
+            lambda key: init_observer(SMALL, TEACHER, key)[1], jax.random.key(0)
+        )
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
 def test_token_shifts_have_the_teachers_activation_dtype(made):
