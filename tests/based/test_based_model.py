@@ -156,6 +156,16 @@ def test_bfloat16_activations_keep_float32_sums_and_logits():
     assert np.abs(logits - wide).max() < 0.1 * np.abs(wide).max()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_float32_where_float64_is_enabled(x64, dtype):
+    config = config_of("all", dtype)
+    state = init_based_state(config, 2)
+    params = jax.eval_shape(
+        lambda key: Based(config).init(key, tokens(), state), jax.random.key(0)
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
 def test_the_published_order_has_a_window_after_each_linear_attention():
     layers = published_order()
     linear = [index for index, kind in enumerate(layers) if kind == "linear"]

@@ -1,5 +1,6 @@
 """Every tensor of a new model, from the published table restated in numpy."""
 
+import dataclasses
 import functools
 
 import jax
@@ -141,3 +142,17 @@ def test_every_block_has_its_own_random_values():
     assert not np.allclose(
         first["att"]["key"]["weight"], second["att"]["key"]["weight"]
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_and_start_states_are_float32_where_float64_is_enabled(dtype):
+    config = dataclasses.replace(DEEP, dtype=dtype)
+    ids = np.zeros((1, 1), np.int32)
+    with jax.enable_x64(True):
+        state = init_state(config)
+        params = jax.eval_shape(
+            lambda key: RWKV7(config).init(key, ids, state), jax.random.key(0)
+        )
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert state.wkv.dtype == jnp.float32
+    assert state.att_shift.dtype == state.ffn_shift.dtype == jnp.dtype(dtype)

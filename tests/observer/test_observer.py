@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_observers
-from tiny_observers import LENGTH, ROWS, TEACHER
+from tiny_observers import LENGTH, ROWS, SMALL, TEACHER
 from tolerances import assert_close
 
+from rwkv7_jax.model.state import init_state
 from rwkv7_jax.observer.observer import (
     fraction_of_variance_unexplained,
+    init_observer,
     moments,
     propose,
     state_moments,
@@ -65,16 +67,22 @@ def test_an_empty_prompt_proposes_the_bias(made, batch):
     np.testing.assert_array_equal(found.wkv[:, 2], made[1]["bias"])
 
 
-def test_token_shifts_have_the_teachers_activation_dtype(made):
+def test_new_parameters_are_float32_where_float64_is_enabled():
+    with jax.enable_x64(True):
+        params = jax.eval_shape(
+            lambda key: init_observer(SMALL, TEACHER, key)[1], jax.random.key(0)
+        )
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_proposal_has_the_shapes_and_dtypes_of_the_teachers_states(made, dtype):
     observer, params = made
-    observer = dataclasses.replace(
-        observer, teacher=dataclasses.replace(TEACHER, dtype="bfloat16")
-    )
-    proposed = jax.eval_shape(
-        lambda p: propose(observer, p, jnp.zeros((1, 3), jnp.int32)), params
-    )
-    assert proposed.att_shift.dtype == jnp.bfloat16
-    assert proposed.wkv.dtype == jnp.float32
+    teacher = dataclasses.replace(TEACHER, dtype=dtype)
+    observer = dataclasses.replace(observer, teacher=teacher)
+    prompts = jnp.zeros((2, 3), jnp.int32)
+    proposed = jax.eval_shape(lambda p: propose(observer, p, prompts), params)
+    assert proposed == jax.eval_shape(lambda: init_state(teacher, 2))
 
 
 def test_tokens_after_the_split_do_not_move_the_proposal(made, batch):

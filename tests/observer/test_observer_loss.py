@@ -146,6 +146,27 @@ def test_without_answers_tokens_after_the_splits_have_no_effect(made, teacher, b
     assert float(one) == pytest.approx(float(total), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("term", "rows", "names"),
+    [
+        ("variance", ROWS, {"fvu"}),
+        ("divergence", 1, {"divergence_nats"}),
+        ("answers", 1, {"answer_nats", "loss_nats"}),
+    ],
+)
+def test_a_term_of_weight_0_asks_nothing_of_a_batch(
+    term, rows, names, made, teacher, batch
+):
+    """Answers are required only to average their loss, two rows only for their variance."""
+    batch = {name: part[:rows] for name, part in batch.items()}
+    if term != "answers":
+        batch["mask"] = np.zeros_like(batch["mask"])
+    weights = {"variance": 0.0, "divergence": 0.0, "answers": 0.0, term: 1.0}
+    loss = observer_loss(made[0], *teacher, **weights)
+    _, metrics = jax.eval_shape(lambda params: loss(params, batch), made[1])
+    assert set(metrics) == names
+
+
 def test_masked_targets_and_those_in_the_prompt_do_not_count(step, made, batch, result):
     prompt = np.arange(LENGTH)[None] < batch["split"][:, None]
     other, _ = step(

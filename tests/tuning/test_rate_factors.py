@@ -31,8 +31,8 @@ def moved(tx, state, steps=3, **extra):
 
 
 def test_each_layer_and_leaf_moves_at_its_own_rate():
-    layers = [1.0, 0.5, 0.0][:LAYERS]
-    leaves = {"att_shift": 0.25}
+    layers = [1.0, 0.3, 0.0][:LAYERS]
+    leaves = {"att_shift": 0.7}
     factors = rate_factors(STATE, leaf_rates=leaves, layer_rates=layers)
     rate = 0.1
     found = moved(

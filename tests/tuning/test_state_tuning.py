@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tolerances import SAME, assert_close
 
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -149,13 +150,30 @@ def test_the_gradient_is_the_sum_over_rows(shallow, batch):
     )
 
 
-def test_the_anchor_is_zero_at_the_base_and_positive_elsewhere(shallow, batch):
-    batch = batch | {"anchor": batch["tokens"]}
-    loss = jax.jit(state_loss(*shallow, anchor=1.0))
-    at_base = loss(init_state(SHALLOW), batch)[1]["anchor_nats"]
-    away = loss(perturbed(init_state(SHALLOW), 5, 0.5), batch)[1]["anchor_nats"]
-    assert abs(float(at_base)) < 1e-6
-    assert float(away) > 1e-4
+def test_the_anchor_is_the_mean_divergence_of_the_tuned_logits_from_the_base(
+    shallow, batch
+):
+    model, params = shallow
+    anchor = batch["tokens"][:, ::-1]
+    batch = batch | {"anchor": anchor}
+    base = init_state(SHALLOW)
+    away = perturbed(base, 5, 0.5)
+    loss = jax.jit(state_loss(model, params, anchor=1.0))
+
+    @jax.jit
+    def logits(state):
+        return model.apply({"params": params}, anchor[:, :-1], repeat(state, ROWS))[0]
+
+    def log_probabilities(state):
+        scores = np.asarray(logits(state), np.float64)
+        return scores - np.log(np.sum(np.exp(scores), -1, keepdims=True))
+
+    reference = log_probabilities(base)
+    gaps = reference - log_probabilities(away)
+    expected = np.mean(np.sum(np.exp(reference) * gaps, -1))
+    assert expected > 1e-3
+    assert_close(loss(away, batch)[1]["anchor_nats"], expected, SAME["model"])
+    assert abs(float(loss(base, batch)[1]["anchor_nats"])) < 1e-6
 
 
 def compiled_text(loss, trainables, batch) -> tuple[str, int]:
