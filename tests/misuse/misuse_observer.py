@@ -5,9 +5,11 @@ from misuse_values import (
     BATCH,
     CONFIG,
     IDS,
+    INF,
     KEY,
     MASK,
     MODEL,
+    NAN,
     NO_BATCHES,
     NO_KEYS,
     NO_PLACES,
@@ -170,7 +172,12 @@ FUNCTIONS = {
     "save_observer": PublicFunction(
         save_observer,
         {"folder": "observer", "observer": OBSERVER, "params": WEIGHTS},
-        {"folder": NO_PLACES, "observer": WRONG_OBSERVER, "params": WRONG_WEIGHTS},
+        {
+            "folder": NO_PLACES,
+            "observer": WRONG_OBSERVER,
+            "params": WRONG_WEIGHTS,
+            "info": {ValueError: [{"loss": NAN}, {"loss": INF}, {"loss": {1, 2}}]},
+        },
     ),
     "load_observer": PublicFunction(
         load_observer,
