@@ -40,7 +40,7 @@ def check_not_intercepted() -> None:
     if is_intercepted():
         raise ValueError(
             "it must be called outside of flax.linen.intercept_methods, because its program is "
-            "kept for later calls; inside, call `model.apply`."
+            "kept for later calls; inside, call `model.apply`, also in a loss."
         )
 
 

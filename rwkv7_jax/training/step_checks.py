@@ -15,6 +15,7 @@ from rwkv7_jax.checks import (
     check_function,
     check_instance,
     check_not_donated,
+    check_not_intercepted,
     check_placed,
     prefix_errors,
 )
@@ -177,6 +178,7 @@ class CheckedProgram:
         """Raises unless a call's parameters and batch are valid."""
         trained = arguments[0] if arguments else named.get(self._trained)
         with prefix_errors(self._caller):
+            check_not_intercepted()
             check_not_donated(trained, f"`{self._trained}`")
         batch = arguments[1] if len(arguments) > 1 else named.get("batch")
         leaves = jax.tree.leaves(batch)

@@ -229,7 +229,8 @@ def make_train_step(
             gradients, parameters and the loss's value.
         ValueError: `accumulate` below 1; from the step: a batch whose arrays do not match each
             other or whose ids are out of range, rows that `accumulate` does not divide, a loss that
-            divides by a microbatch's mask, or a `train` that was donated.
+            divides by a microbatch's mask, a `train` that was donated, or a call inside
+            `flax.linen.intercept_methods`, which belongs into the loss.
     """
     with prefix_errors("make_train_step"):
         loss, statistics = check_step_arguments(loss, tx, statistics, accumulate, mesh)

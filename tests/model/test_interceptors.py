@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny_models import TINIEST as CONFIG
 from tiny_models import lively, tokens
@@ -20,6 +21,16 @@ STATE = rwkv.init_state(CONFIG, 2)
 START = DecodeState.create(
     rwkv.init_state(CONFIG), jnp.zeros((1, CONFIG.vocab_size), jnp.float32)
 )
+
+
+BATCH = {"tokens": np.asarray(IDS), "mask": np.ones((2, 4), np.float32)}
+
+
+def train(loss):
+    """Makes one step with the start state."""
+    tx = optax.sgd(0.1)
+    before = rwkv.TrainState.create(rwkv.init_state(CONFIG), tx)
+    return rwkv.make_train_step(loss, tx)(before, BATCH)[1]["loss"]
 
 
 def decoder():
@@ -102,6 +113,13 @@ def test_new_weights_of_an_interceptor_are_not_kept():
         ("Decoder", lambda: decoder().read(START, [[1]])),
         ("Decoder", lambda: decoder().decode(START, limit=1)),
         ("upscale", lambda: rwkv.upscale(MODEL, lively(CONFIG), IDS)),
+        ("make_train_step", lambda: train(rwkv.state_loss(MODEL, lively(CONFIG)))),
+        (
+            "make_eval_step",
+            lambda: rwkv.make_eval_step(rwkv.pretrain_loss(MODEL))(
+                lively(CONFIG), BATCH
+            ),
+        ),
         (
             "token_nats",
             lambda: rwkv.evaluation.token_nats(
@@ -116,3 +134,15 @@ def test_a_function_whose_program_is_kept_refuses_them(name, call):
         pytest.raises(ValueError, match=f"^{name}: it must be called outside of flax"),
     ):
         call()
+
+
+def test_an_interceptor_inside_a_loss_belongs_to_its_steps():
+    plain = rwkv.state_loss(MODEL, lively(CONFIG))
+
+    def steered(state, batch):
+        with nn.intercept_methods(forget_tokens):
+            return plain(state, batch)
+
+    losses = [float(train(loss)) for loss in (plain, steered, plain)]
+    assert losses[0] == losses[2]
+    assert abs(losses[0] - losses[1]) > 1e-3
