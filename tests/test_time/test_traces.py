@@ -72,6 +72,10 @@ def test_an_incomplete_last_line_is_dropped_with_a_warning(tmp_path):
             "`weight` must be a number",
         ),
         (
+            '{"prompt": [1], "completion": [1], "weight": true}',
+            "`weight` must be a number; got bool",
+        ),
+        (
             '{"prompt": [1], "completion": [1], "source": 3}',
             "`source` must be a str; got int",
         ),
@@ -109,6 +113,14 @@ def test_a_missing_final_newline_loses_nothing(tmp_path):
     CompletionCache(path).put("b", (1,), [(3,)])
     both = CompletionCache(path)
     assert both.get("a") == [(2,)] and both.get("b") == [(3,)]
+
+
+@pytest.mark.parametrize("line", ['[1, "key"]', '"key"', "3", "null"])
+def test_a_line_of_the_cache_that_is_not_an_object_is_named(tmp_path, line):
+    path = tmp_path / "cache.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"cache\.jsonl:1: .*must be an object; got"):
+        CompletionCache(path)
 
 
 @pytest.mark.parametrize("key", [["a"], {}, 3, None])

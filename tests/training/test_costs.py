@@ -22,6 +22,7 @@ from rwkv7_jax.training.costs import (
     training_memory,
 )
 from rwkv7_jax.training.losses import pretrain_loss
+from rwkv7_jax.training.token_chunks import CHUNK
 from rwkv7_jax.tuning.state_tuning import state_loss
 
 # One token a row: the compiler counts the body of a loop once. Norms and activations, which are
@@ -142,6 +143,22 @@ def test_moments_and_gradients_exist_for_trained_parameters_only():
     assert tuned.parameters == weights // 2 + tuned.gradients
     assert tuned.gradients == 4 * state_count(CONFIG)
     assert tuned.total == sum(dataclasses.astuple(tuned))
+
+
+def test_logits_exist_for_one_chunk_of_tokens():
+    """Their bytes grow with the tokens up to a chunk, and with the vocabulary."""
+    wide = dataclasses.replace(CONFIG, vocab_size=1032)
+
+    def of_logits(tokens):
+        needs = [
+            training_memory(config, batch=2, length=tokens // 2).activations
+            for config in (CONFIG, wide)
+        ]
+        return needs[1] - needs[0]
+
+    assert of_logits(CHUNK) == 2 * of_logits(CHUNK // 2) == of_logits(4 * CHUNK)
+    # At least the logits and their gradient, in float32.
+    assert of_logits(CHUNK) >= 2 * 4 * 1000 * CHUNK
 
 
 def test_accumulation_and_rematerialisation_need_less_memory():

@@ -14,6 +14,10 @@ from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.batching import batch_at
 from rwkv7_jax.data.token_streams import TokenArray, TokenStream
 from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.observer.loss import observer_loss
+from rwkv7_jax.observer.observer import init_observer
+from rwkv7_jax.test_time.losses import distillation_loss, policy_loss
 from rwkv7_jax.training.losses import pretrain_loss
 from rwkv7_jax.training.projection_statistics import layer_statistics
 from rwkv7_jax.training.train_step import TrainState, make_train_step
@@ -101,8 +105,22 @@ def test_pieces_of_a_packed_batch_add_up():
 
 def test_a_loss_without_support_for_packed_rows_rejects_them(unchecked):
     packed, _ = batches()
-    with pytest.raises(ValueError, match="`batch` must have one sequence per row here"):
-        Batch.of(packed)
+    rows = packed.tokens.shape[0]
+    packed = packed.replace(
+        advantages=np.ones(rows, np.float32), split=np.ones(rows, np.int32)
+    )
+    model = RWKV7(QUICK)
+    state = init_state(QUICK)
+    observer, params = init_observer(QUICK, QUICK, jax.random.key(0))
+    losses = {
+        "distillation_loss": (distillation_loss(model, lively(QUICK)), state),
+        "policy_loss": (policy_loss(model, lively(QUICK)), state),
+        "observer_loss": (observer_loss(observer, model, lively(QUICK)), params),
+    }
+    for name, (loss, trained) in losses.items():
+        sentence = f"^{name}: `batch` must have one sequence per row here"
+        with pytest.raises(ValueError, match=sentence):
+            loss(trained, packed)
 
 
 def test_segments_must_match_the_rows(unchecked):

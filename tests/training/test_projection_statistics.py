@@ -40,6 +40,13 @@ def test_only_the_projections_have_statistics(found):
     assert sum(flags) == 2 * len(INPUTS)
 
 
+def test_a_batch_without_input_tokens_has_no_statistics(unchecked):
+    batch = {"tokens": BATCH["tokens"][:, :1], "mask": BATCH["mask"][:, :0]}
+    sentence = r"^layer_statistics: `batch.tokens` must hold at least one input token"
+    with pytest.raises(ValueError, match=sentence):
+        layer_statistics(MODEL)(lively(), batch)
+
+
 def test_second_moments_are_those_of_the_inputs_of_each_matrix(found):
     # Adding a matrix to a projection's weight changes its outputs by that matrix times its inputs;
     # the mean square of the change is tr(A C A^T).

@@ -334,6 +334,18 @@ def test_an_optimizer_state_may_alias_the_parameters():
     first_step(optax.contrib.prodigy())
 
 
+def test_an_optimizer_state_may_hold_an_array_twice():
+    def start(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return zeros, zeros
+
+    first_step(
+        optax.GradientTransformation(
+            start, lambda updates, state, params=None: (updates, state)
+        )
+    )
+
+
 @pytest.mark.parametrize("leaf", [np.arange(3), "words", jnp.ones(3, bool)])
 def test_parameters_that_cannot_be_trained_are_rejected_by_create(leaf):
     sentence = r"TrainState.create: `params`\['x'\] must be an array of floating point"
