@@ -161,6 +161,21 @@ def test_bad_ids_are_named_in_one_sentence(unchecked, ids, error, sentence):
         )
 
 
+def test_states_of_another_dtype_or_shape_are_named(unchecked):
+    state = random_state(QUICK, batch=ROWS * K)
+    for wrong, error, sentence in (
+        (state.wkv.astype(jnp.bfloat16), TypeError, "must be float32; got bfloat16"),
+        (state.wkv[..., :-1], ValueError, "must have shape"),
+    ):
+        with pytest.raises(error, match=f"^RWKV7: `state.wkv` {sentence}"):
+            RWKV7(QUICK).apply(
+                {"params": lively(QUICK)},
+                IDS_OF_TEXT,
+                state.replace(wkv=wrong),
+                segment_ids=IDS,
+            )
+
+
 def test_states_must_be_a_multiple_of_the_rows(unchecked):
     with pytest.raises(
         ValueError, match=r"^RWKV7: `state` must hold a multiple of 2 sequences"
