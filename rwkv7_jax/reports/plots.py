@@ -173,7 +173,7 @@ def _label(axis: Any, groups: Points) -> None:
                 textcoords="offset points",
                 fontsize=6.5,
                 color=colour,
-                # Lines behind a name are interrupted.
+                # A white outline separates the name from lines that cross it.
                 path_effects=[withStroke(linewidth=2, foreground="white")],
             )
             covered = [

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_checkpoints import CONFIG, differing, random_params, random_state
+from tolerances import SAME, assert_close
 
 from rwkv7_jax.checkpoints import has_merged_state
 from rwkv7_jax.checkpoints.model_files import load_model
@@ -154,7 +155,7 @@ def test_a_full_state_of_rwkv_peft_gives_its_logits(tmp_path, merged):
     found, _ = RWKV7(CONFIG).apply(
         {"params": params}, jnp.asarray(tokens), load_state(path)
     )
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert_close(found, expected, SAME["model"])
 
 
 def test_a_state_with_the_prefix_of_peft_is_not_an_adapter(tmp_path):

@@ -7,6 +7,7 @@ JL-er/RWKV-PEFT@5b8aac9 (adapters); cryscan/web-rwkv@3c7d546 assets/scripts/conv
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from rwkv7_jax.checkpoints.tensor_names import Tensors
@@ -99,13 +100,13 @@ def reject_quantized(tensors: Tensors, path: Path) -> None:
     Raises:
         ValueError: the model is quantised; the message names the program.
     """
-    for pattern, program in _QUANTIZED:
-        for name in tensors:
-            if re.search(pattern, name):
-                raise ValueError(
-                    f"`{path}` is quantised by {program} (it has {name}): use the float model "
-                    "that it was made from; of quantised files only GGUF is read."
-                )
+    recognised = _first_match(_QUANTIZED, tensors)
+    if recognised is not None:
+        program, name = recognised
+        raise ValueError(
+            f"`{path}` is quantised by {program} (it has {name}): use the float model that it was "
+            "made from; of quantised files only GGUF is read."
+        )
 
 
 def reject_other_architectures(tensors: Tensors, path: Path) -> None:
@@ -127,12 +128,22 @@ def reject_other_architectures(tensors: Tensors, path: Path) -> None:
         )
 
 
-def _other_architecture(tensors: Tensors) -> tuple[str, str] | None:
-    """Returns the other architecture and the tensor name that identifies it; None for RWKV-7."""
-    for pattern, architecture in _OTHERS:
+def _first_match(
+    kinds: Iterable[tuple[str, str]], tensors: Tensors
+) -> tuple[str, str] | None:
+    """Returns the first kind whose pattern matches a tensor name, and that name."""
+    for pattern, kind in kinds:
         for name in tensors:
             if re.search(pattern, name):
-                return architecture, name
+                return kind, name
+    return None
+
+
+def _other_architecture(tensors: Tensors) -> tuple[str, str] | None:
+    """Returns the other architecture and the tensor name that identifies it; None for RWKV-7."""
+    recognised = _first_match(_OTHERS, tensors)
+    if recognised is not None:
+        return recognised
     # RWKV-4 has no per-head norm; the first RWKV-5 models have it under the older names.
     has_head_norm = any(name.endswith(".att.ln_x.weight") for name in tensors)
     for name in tensors:

@@ -125,8 +125,8 @@ class MetricsLogger:
     def before_step(self, number: int, opt_state: Any) -> None:
         """Computes the learning rate of a step, if it is logged.
 
-        Computed now: a rate that is computed when the line is written would queue behind later
-        steps, and reading it would wait for them.
+        The device computes it before the step. If it did so when the line is written, the rate
+        would queue behind later steps, and reading it would wait for them.
 
         Args:
             number: the number of the step, counted from 1.
@@ -151,7 +151,7 @@ class MetricsLogger:
         """
         step = _Step(number, metrics, batch, rate=self._rate)
         if self._is_written(number) and batch is not None and batch.mask is not None:
-            # Counted now, for the same reason as the rate.
+            # Counted here, not when the line is written, for the same reason as the rate.
             step.targets = _count_targets(batch.mask)
         self._pending.append(step)
         self._note_ends()
