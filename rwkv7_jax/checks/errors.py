@@ -40,13 +40,13 @@ def prefix_errors(function: str) -> Iterator[None]:
         _inside.reset(token)
 
 
-def first_line(error: BaseException, *, limit: int | None = 200) -> str:
+def first_line(error: BaseException | str, *, limit: int | None = 200) -> str:
     """Returns the first line of a library's error message, or the error's type if it is empty.
 
     The line is printable and has no final full stop.
 
     Args:
-        error: the error.
+        error: the error, or its message.
         limit: the maximum number of characters; None for no limit.
     """
     text = str(error).strip()

@@ -46,7 +46,7 @@ from rwkv7_jax.model.int8_weights import quantize
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.system_info import lines, system, version
 from rwkv7_jax.runs.compilation_cache import enable_compilation_cache, user_folder
-from rwkv7_jax.runs.devices import check_devices, use_cpu
+from rwkv7_jax.runs.devices import check_devices, start_devices, use_cpu
 from rwkv7_jax.runs.exit_codes import (
     Stopped,
     exit_code,
@@ -222,6 +222,9 @@ def _model_rows(file: str) -> list[str]:
 
 def _doctor(options: argparse.Namespace) -> str:
     """Lists versions, devices, optional packages and available kernels."""
+    problem = start_devices()
+    if problem is not None:
+        use_cpu()
     report = list(lines(system()))
     for name, use in (("matplotlib", "pictures"), ("torch", "oracle tests")):
         # `find_spec` avoids the import, which takes seconds.
@@ -231,6 +234,8 @@ def _doctor(options: argparse.Namespace) -> str:
     for name in pallas_kernels.IMPLEMENTATIONS:
         place = "runs here" if name in available else "not on this device"
         report.append(f"wkv7 {name:<13}{place}")
+    if problem is not None:
+        report.append(f"problem: {problem}")
     return "\n".join(report)
 
 
@@ -290,7 +295,8 @@ def parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
 
     doctor = commands.add_parser("doctor", help=COMMANDS["doctor"])
-    doctor.set_defaults(run=_doctor, computes=True)
+    # It starts the devices itself, because it reports what is wrong with them.
+    doctor.set_defaults(run=_doctor, computes=None)
 
     report = commands.add_parser("report", help=COMMANDS["report"])
     report.add_argument("folder", type=path)
@@ -330,7 +336,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _choose_devices(options: argparse.Namespace) -> None:
     """Prepares the accelerator for commands that compute; keeps the others off it."""
-    if not getattr(options, "computes", False):
+    computes = getattr(options, "computes", False)
+    if computes is None:
+        return
+    if not computes:
         use_cpu()
         return
     check_devices()

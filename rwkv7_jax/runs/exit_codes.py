@@ -7,7 +7,7 @@
 * 5: disk error
 * 6: another process of the run was lost
 * 7: out of memory
-* 75: another process uses the folder, the store or the TPU
+* 75: another process uses the folder, the store, the TPU or the GPU
 * 130: Ctrl-C
 """
 
