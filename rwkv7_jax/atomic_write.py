@@ -35,8 +35,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with _create(partial, path) as file:
             yield file
         if path.exists():
-            # Keep the permissions of the existing file.
-            partial.chmod(path.stat().st_mode & 0o777)
+            # Keep the permissions of the existing file, unless its file system has none.
+            with contextlib.suppress(OSError):
+                partial.chmod(path.stat().st_mode & 0o777)
         os.replace(partial, path)
     except OSError as error:
         number = error.errno

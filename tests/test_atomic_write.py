@@ -37,6 +37,17 @@ def test_a_replaced_file_keeps_its_permissions(tmp_path, rights):
     assert mode(tmp_path / "x") == rights
 
 
+def test_a_file_system_without_permissions_loses_no_file(tmp_path, monkeypatch):
+    def chmod(path, mode):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    (tmp_path / "x").write_bytes(b"old")
+    monkeypatch.setattr(type(tmp_path), "chmod", chmod)
+    write(tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["x"]
+
+
 @pytest.mark.parametrize("target", ["x", "./x", "b/../x", "ABSOLUTE"])
 @pytest.mark.parametrize("exists", [True, False])
 def test_writing_through_a_link_keeps_the_link(tmp_path, target, exists):

@@ -5,6 +5,7 @@ is on disk. A numbered directory without a manifest was therefore damaged after 
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -238,6 +239,10 @@ def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # Some network file systems flush files only.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(handle)
 
