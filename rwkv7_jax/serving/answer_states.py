@@ -60,5 +60,5 @@ class AnswerStates:
                 return
             state = earlier.state
             if earlier.count < len(kept):
-                state = self._slots.read(state, kept[earlier.count :])
+                state = self._slots.read_all(state, kept[earlier.count :])
         self._cache.keep(ticket.start.key, kept, state)

@@ -29,6 +29,7 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.serving.answer_states import AnswerStates
 from rwkv7_jax.serving.prefix_cache import PrefixCache
+from rwkv7_jax.serving.prompts import Prompts, Reader
 from rwkv7_jax.serving.requests import (
     MOST_ALTERNATIVES,
     Closed,
@@ -37,17 +38,14 @@ from rwkv7_jax.serving.requests import (
     TooBusy,
     TooLong,
 )
-from rwkv7_jax.serving.slots import BLOCK, CHUNK, Slots
+from rwkv7_jax.serving.slots import BLOCK, Slots
 from rwkv7_jax.serving.start_states import StartStates
-from rwkv7_jax.serving.ticket import OnEnd, OnPiece, Reader, Ticket
+from rwkv7_jax.serving.ticket import OnEnd, OnPiece, Ticket
 from rwkv7_jax.serving.watchdog import Watchdog
 from rwkv7_jax.text.detokenizer import check_stop_strings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _CACHE_BYTES = 2**28
-
-# Prompts must share this many more tokens than are cached for another state to be worth its memory.
-_LEAST_FORK = 32
 
 # After this many consecutive failed ticks the device is assumed broken, not a request.
 _MOST_FAILURES = 3
@@ -134,9 +132,8 @@ class Engine:
         self._slots = Slots(model, params, tokenizer, nothing, slots=slots)
         self._cache = PrefixCache(cache_bytes)
         self._answers = AnswerStates(self._slots, self._cache)
+        self._prompts = Prompts(self._slots, self._cache)
         self._taken: list[Ticket | None] = [None] * slots
-        # Requests whose prompts are being read. For each of them a row is free.
-        self._readers: list[Reader] = []
         self._watchdog = watchdog or Watchdog()
         # Guards what other threads use: the queue, `is_open` and `is_closed`.
         self._lock = threading.Condition()
@@ -245,7 +242,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Returns the number of requests in the queue or in prefill."""
-        return len(self._waiting) + len(self._readers)
+        return len(self._waiting) + len(self._prompts)
 
     def start(self) -> None:
         """Starts the engine's thread unless it was started; `close` ends it.
@@ -369,8 +366,8 @@ class Engine:
     def _tick(self) -> bool:
         self._end_cancelled()
         self._begin_reading()
-        for reader in tuple(self._readers):
-            self._read_chunk(reader)
+        for reader in self._prompts.read_chunks():
+            self._take_row(reader)
         if self.decoding:
             self._decode_block()
         return self.has_work
@@ -381,9 +378,7 @@ class Engine:
             gone = [ticket for ticket in self._waiting if ticket.cancelled]
             for ticket in gone:
                 self._waiting.remove(ticket)
-        for reader in [one for one in self._readers if one.ticket.cancelled]:
-            self._readers.remove(reader)
-            gone.append(reader.ticket)
+        gone += self._prompts.remove(lambda ticket: ticket.cancelled)
         for ticket in gone:
             ticket.end("cancelled")
         cancelled: dict[int, Ending] = {}
@@ -395,48 +390,21 @@ class Engine:
     def _begin_reading(self) -> None:
         """Takes the oldest requests from the queue, one per free row."""
         with self._lock:
-            while self._waiting and len(self._readers) < self._taken.count(None):
-                self._readers.append(Reader(self._waiting.popleft()))
+            while self._waiting and len(self._prompts) < self._taken.count(None):
+                self._prompts.add(self._waiting.popleft())
 
-    def _read_chunk(self, reader: Reader) -> None:
-        """Prefills a chunk of a prompt; after the last chunk the request gets a row."""
+    def _take_row(self, reader: Reader) -> None:
+        """Assigns a row to a request whose prompt is read."""
         ticket = reader.ticket
-        if reader.state is None:
-            reader.state = self._begin_from_cache(reader)
-        prompt = ticket.request.prompt
-        # The row reads the last token, to get its logits.
-        end = min(reader.position + CHUNK, len(prompt) - 1)
-        # Cache the state where another prompt continued differently: a third one may, too.
-        is_fork = reader.position < reader.fork < end
-        end = reader.fork if is_fork else end
-        if reader.position < end:
-            reader.state = self._slots.read(reader.state, prompt[reader.position : end])
-            reader.position = end
-        is_read = end == len(prompt) - 1
-        if is_read or is_fork:
-            self._cache.keep(ticket.start.key, prompt[:end], reader.state)
-        if not is_read:
-            return
         slot = self._taken.index(None)
         self._slots.take(
             slot,
             reader.state,
-            token=prompt[-1],
+            token=ticket.request.prompt[-1],
             seed=ticket.request.seed,
             options=ticket.options,
         )
         self._taken[slot] = ticket
-        self._readers.remove(reader)
-
-    def _begin_from_cache(self, reader: Reader) -> RWKV7State:
-        """Returns the state that prefill starts from, which has read the longest cached prefix."""
-        ticket = reader.ticket
-        match = self._cache.find(ticket.start.key, ticket.request.prompt[:-1])
-        reader.position = match.length
-        if match.shared >= match.length + _LEAST_FORK:
-            reader.fork = match.shared
-        ticket.cached_tokens = match.length
-        return ticket.start.state if match.state is None else match.state
 
     def _decode_block(self) -> None:
         """Decodes a block and ends the complete requests."""
@@ -479,8 +447,7 @@ class Engine:
         with self._lock:
             tickets = list(self._waiting)
             self._waiting.clear()
-        tickets += [reader.ticket for reader in self._readers]
-        self._readers.clear()
+        tickets += self._prompts.remove(lambda _: True)
         tickets += [ticket for ticket in self._taken if ticket is not None]
         self._taken = [None] * len(self._taken)
         for ticket in tickets:

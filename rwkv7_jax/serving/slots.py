@@ -1,7 +1,7 @@
 """The device side of serving: a batch of fixed size whose rows are assigned to requests.
 
-The compiled programs do not depend on the requests. One program per chunk width prefills a chunk of
-one prompt, and one program decodes a block of all rows. Assigning a row only writes one row of the
+The compiled programs do not depend on the requests. One program per width prefills chunks of
+prompts, and one program decodes a block of all rows. Assigning a row only writes one row of the
 state, so nothing is recompiled or moved.
 """
 
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from rwkv7_jax.array_types import Params
+from pallas_kernels import platforms
+from rwkv7_jax.array_types import Lengths, Params, Tokens
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.generation.decode_loop import (
     BROKEN,
@@ -24,12 +25,13 @@ from rwkv7_jax.generation.decode_loop import (
     DecodeState,
     KnownTokens,
     chunk_widths,
+    cut_chunk,
     decode,
-    prefill_rows,
+    prefill,
 )
 from rwkv7_jax.generation.generate import commit_like
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.model.state import RWKV7State, select, stack
 from rwkv7_jax.model.unrolled import split_params
 from rwkv7_jax.serving.requests import MOST_ALTERNATIVES, Request, TokenScore
 from rwkv7_jax.sharding import to_host
@@ -38,8 +40,24 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 # The number of tokens that a row decodes before the host reads them.
 BLOCK = 8
 
-# The maximum number of prompt tokens in one prefill program.
-CHUNK = 256
+
+class Prefill(NamedTuple):
+    """The limits of one prefill program.
+
+    Attributes:
+        chunk: the maximum number of prompt tokens, over all rows.
+        rows: the maximum number of prompts.
+    """
+
+    chunk: int
+    rows: int
+
+
+# A CPU computes all the time, so it reads no more than is needed. Other devices mostly wait for
+# their next kernel: an H100 reads 128 tokens of the 0.4B model in 4 ms and 16,384 in 52 ms
+# (docs/kernels.md).
+_ON_CPU = Prefill(chunk=256, rows=1)
+_ON_ACCELERATOR = Prefill(chunk=1024, rows=8)
 
 
 class Drawn(NamedTuple):
@@ -92,6 +110,8 @@ class Slots:
             stop_ids=tokenizer.stop_ids,
         )
         self._alternatives = min(MOST_ALTERNATIVES, model.config.vocab_size)
+        is_cpu = platforms.target_platform() == "cpu"
+        self._prefill = _ON_CPU if is_cpu else _ON_ACCELERATOR
         self._options = [self._free] * slots
         # The token that each new row reads before it samples: the last one of the prompt.
         self._known = np.zeros(slots, np.int32)
@@ -133,14 +153,55 @@ class Slots:
             weights=free.weights, banned=free.banned, stops=free.stops
         )
 
-    def widths(self) -> set[int]:
-        """Returns the chunk widths, each of which has its own program."""
-        chunks = (next(chunk_widths(total, CHUNK)) for total in range(1, CHUNK + 1))
-        return {width for _, width in chunks}
+    @property
+    def chunk(self) -> int:
+        """The maximum number of tokens of a prompt that one call of the device reads."""
+        return self._prefill.chunk
 
-    def read(self, state: RWKV7State, tokens: Sequence[int]) -> RWKV7State:
-        """Prefills the state of one row with tokens, at most one chunk per call of the device."""
-        return prefill_rows(self._model, self._params, state, [tokens], chunk=CHUNK)
+    def width_of(self, count: int) -> int:
+        """Returns the width of the program that reads a chunk of `count` tokens."""
+        _, width = next(chunk_widths(count, self.chunk))
+        return width
+
+    def widths(self) -> set[int]:
+        """Returns the widths of chunks, each of which has its own program."""
+        return set(map(self.width_of, range(1, self.chunk + 1)))
+
+    def rows_of(self, width: int) -> int:
+        """Returns the number of prompts that the program of a width reads together.
+
+        The number depends on nothing else, so that the other requests do not affect an answer.
+        """
+        most = min(self._prefill.rows, len(self._options))
+        return max(min(most, self.chunk // width), 1)
+
+    def read(
+        self, states: Sequence[RWKV7State], chunks: Sequence[Sequence[int]]
+    ) -> list[RWKV7State]:
+        """Prefills states of one row with one chunk each, in one call of the device.
+
+        Args:
+            states: at most `rows_of` the chunks' width.
+            chunks: all of the same width.
+        """
+        width = self.width_of(len(chunks[0]))
+        missing = self.rows_of(width) - len(states)
+        rows = [*chunks, *[()] * missing]
+        tokens, lengths = cut_chunk(rows, 0, width)
+        read = _prefill_together(
+            self._model,
+            self._params,
+            [*states, *[self._start] * missing],
+            tokens=tokens,
+            lengths=lengths,
+        )
+        return read[: len(chunks)]
+
+    def read_all(self, state: RWKV7State, tokens: Sequence[int]) -> RWKV7State:
+        """Prefills one state with any number of tokens."""
+        for first in range(0, len(tokens), self.chunk):
+            (state,) = self.read([state], [tokens[first : first + self.chunk]])
+        return state
 
     def take(
         self,
@@ -234,6 +295,20 @@ def _own_rows(state: RWKV7State, count: int) -> RWKV7State:
         return jnp.array(rows, copy=True)
 
     return jax.tree.map(own, state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill_together(
+    model: RWKV7,
+    params: Params,
+    states: list[RWKV7State],
+    *,
+    tokens: Tokens,
+    lengths: Lengths,
+) -> list[RWKV7State]:
+    """Prefills B states of one row in one batch."""
+    batch = prefill(model, params, stack(states), tokens=tokens, lengths=lengths)
+    return [select(batch, row) for row in range(len(states))]
 
 
 class _Rows(NamedTuple):

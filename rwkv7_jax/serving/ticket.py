@@ -1,6 +1,5 @@
 """A request in the engine: the host side of its answer."""
 
-import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -170,21 +169,3 @@ class Ticket:
         except Exception:
             _LOG.warning("a callback failed; its request is cancelled", exc_info=True)
             self.cancelled = True
-
-
-@dataclasses.dataclass(eq=False)
-class Reader:
-    """A prompt in prefill.
-
-    Attributes:
-        ticket: the request of the prompt.
-        state: the state of one row; None before prefill starts.
-        position: the number of prompt tokens that the state has read.
-        fork: the number of leading tokens shared with an earlier prompt if the state after them is
-            to be cached; otherwise 0.
-    """
-
-    ticket: Ticket
-    state: RWKV7State | None = None
-    position: int = 0
-    fork: int = 0

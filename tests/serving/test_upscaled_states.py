@@ -9,11 +9,12 @@ from engine_cases import (
     BYTES,
     CONFIG,
     MODEL,
-    STATES,
     alone,
     answer,
     ask,
     assert_same,
+    requests_of,
+    wide_states,
     work,
 )
 from tiny_models import lively
@@ -21,8 +22,6 @@ from tolerances import SAME, assert_close
 from upscaled_states import ADDITIVE, empty_state, filled
 
 from rwkv7_jax.serving.engine import Engine
-from rwkv7_jax.serving.requests import Request
-from rwkv7_jax.tuning.state_arithmetic import weighted_sum
 
 PROMPT = tuple(np.random.default_rng(0).integers(1, 256, 300).tolist())
 
@@ -31,23 +30,6 @@ PROMPT = tuple(np.random.default_rng(0).integers(1, 256, 300).tolist())
 def params():
     """Weights with which each start state gives a different answer."""
     return lively(CONFIG)
-
-
-def wide_states(dynamics):
-    """A plain state, two upscaled ones, and a mixture of these."""
-    write = 0.0 if dynamics == "static" else 0.4
-    empty = empty_state(CONFIG, dynamics)
-    first = filled(empty, seed=1, size=20.0, write=write)
-    second = filled(empty, seed=2, size=20.0, write=write)
-    first = first.replace(wkv=STATES["poet"].wkv)
-    mixed = weighted_sum([first, second], [0.6, 0.4])
-    return {"poet": STATES["poet"], "one": first, "two": second, "mixed": mixed}
-
-
-def requests_of(states):
-    """A request for each state, and one without a state."""
-    plain = Request((40, 41), tokens=6, temperature=0.0)
-    return [dataclasses.replace(plain, state=name) for name in (None, *states)]
 
 
 @pytest.mark.parametrize("dynamics", ADDITIVE)

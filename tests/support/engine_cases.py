@@ -1,8 +1,11 @@
 """A small model, its start states, and requests, for tests of the engine."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from upscaled_states import empty_state, filled
 
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.generation.sampling import exempt_ids
@@ -11,6 +14,7 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.serving.requests import Request
 from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.tuning.state_arithmetic import weighted_sum
 
 CONFIG = RWKV7Config(
     vocab_size=257, num_layers=2, width=32, head_size=16, implementation="scan"
@@ -99,3 +103,20 @@ def drawn_requests(count, seed=0):
         )
         requests.append(request)
     return requests
+
+
+def wide_states(dynamics):
+    """A plain state, two upscaled ones, and a mixture of these."""
+    write = 0.0 if dynamics == "static" else 0.4
+    empty = empty_state(CONFIG, dynamics)
+    first = filled(empty, seed=1, size=20.0, write=write)
+    second = filled(empty, seed=2, size=20.0, write=write)
+    first = first.replace(wkv=STATES["poet"].wkv)
+    mixed = weighted_sum([first, second], [0.6, 0.4])
+    return {"poet": STATES["poet"], "one": first, "two": second, "mixed": mixed}
+
+
+def requests_of(states):
+    """A request for each state, and one without a state."""
+    plain = Request((40, 41), tokens=6, temperature=0.0)
+    return [dataclasses.replace(plain, state=name) for name in (None, *states)]
