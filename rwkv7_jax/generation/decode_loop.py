@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import platforms
 from rwkv7_jax.array_types import Lengths, Params, Tokens
 from rwkv7_jax.checks import check_not_intercepted, prefix_errors
 from rwkv7_jax.generation import sampling
@@ -32,6 +33,14 @@ NO_TOKEN = -1
 
 # Width of the narrowest prefill program; wider ones are powers of two.
 _NARROWEST = 16
+
+# Prompt tokens of a row that a CPU reads at once. Its time grows with the number of tokens.
+_CPU_CHUNK = 256
+
+# Prompt tokens, over all rows, that other devices read at once. With few tokens they mostly wait
+# for their next kernel: an H100 reads 128 tokens of the 0.4B model in 4 ms and 16,384 in 52 ms
+# (docs/kernels.md).
+_TOKENS_AT_ONCE = 4096
 
 # Width of the narrowest buffer of generated tokens.
 _SMALLEST_BLOCK = 8
@@ -388,6 +397,13 @@ class Decoder:
             # A power of two, so that only few widths are compiled.
             capacity=power_of_two(max(self.block, _SMALLEST_BLOCK)),
         )
+
+
+def default_chunk(batch: int) -> int:
+    """Returns how many prompt tokens of each of `batch` rows a program should read at once."""
+    if platforms.target_platform() == "cpu":
+        return _CPU_CHUNK
+    return max(_CPU_CHUNK, _TOKENS_AT_ONCE // power_of_two(batch))
 
 
 def chunk_widths(total: int, chunk: int) -> Iterator[tuple[int, int]]:

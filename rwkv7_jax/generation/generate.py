@@ -26,7 +26,7 @@ from rwkv7_jax.checks import (
     typed_key,
 )
 from rwkv7_jax.generation import sampling
-from rwkv7_jax.generation.decode_loop import Decoder, DecodeState
+from rwkv7_jax.generation.decode_loop import Decoder, DecodeState, default_chunk
 from rwkv7_jax.generation.streaming import (
     WATCHED_BLOCK,
     Ending,
@@ -95,7 +95,7 @@ def generate(
     on_text: Callable[[str, int], Any] | None = None,
     should_stop: Callable[[], bool] | None = None,
     logits: Array | None = None,
-    prefill_chunk: int = 256,
+    prefill_chunk: int | None = None,
 ) -> Generation:
     """Continues each prompt up to a stop id, a stop string or the length limit.
 
@@ -131,7 +131,8 @@ def generate(
             limit.
         logits: the logits of an earlier run, passed with its state. Prompts may then be empty, and
             `[]` is an empty prompt for every row of the state.
-        prefill_chunk: number of prompt tokens read at once.
+        prefill_chunk: number of prompt tokens of each row that are read at once; None for 256 on a
+            CPU, and elsewhere for 4,096 over all rows, if that is more.
 
     Raises:
         ValueError: an argument is out of range, the logits are not finite, or it is called inside
@@ -159,7 +160,8 @@ def generate(
             )
         check_not_intercepted()
         check_count(tokens, 0, "`tokens`")
-        check_count(prefill_chunk, 1, "`prefill_chunk`")
+        if prefill_chunk is not None:
+            check_count(prefill_chunk, 1, "`prefill_chunk`")
         check_text_options(tokenizer, stop_strings, on_text)
         if should_stop is not None:
             check_function(should_stop, "`should_stop`")
@@ -181,7 +183,8 @@ def generate(
     watched = bool(stop_strings or on_text or should_stop)
     block = min(WATCHED_BLOCK, tokens) if watched else tokens
     decoder = Decoder(model, params, keys=keys, options=options, block=block)
-    start = decoder.read(start, rows, chunk=prefill_chunk)
+    chunk = prefill_chunk or default_chunk(len(rows))
+    start = decoder.read(start, rows, chunk=chunk)
     row_texts = [RowText(tokenizer, stop_strings) for _ in rows]
     run = decode_with_stop_strings(
         decoder,

@@ -10,6 +10,7 @@ import pytest
 from random_checkpoints import random_params
 from upscaled_states import empty_state
 
+from pallas_kernels import platforms
 from rwkv7_jax.generation import decode_loop as decoding
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.generation.generate import generate
@@ -192,6 +193,22 @@ def test_a_prompt_may_be_read_in_chunks_of_any_size(params):
         out = run(params, PROMPTS[1], tokens=0, prefill_chunk=chunk)
         assert_close((out.state, out.logits), expected)
         assert out.tokens == [[]] and out.finished == ["length"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "batch", "chunk"),
+    [
+        ("cpu", 1, 256),
+        ("cpu", 64, 256),
+        ("cuda", 1, 4096),
+        ("cuda", 3, 1024),
+        ("tpu", 8, 512),
+        ("tpu", 100, 256),
+    ],
+)
+def test_accelerators_read_more_tokens_at_once(monkeypatch, platform, batch, chunk):
+    monkeypatch.setattr(platforms, "target_platform", lambda: platform)
+    assert decoding.default_chunk(batch) == chunk
 
 
 def test_a_stop_id_ends_only_its_row_and_is_not_read(params):
