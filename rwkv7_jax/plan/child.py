@@ -1,6 +1,5 @@
 """The subprocess that compiles, because a compiler may hold a machine-wide lock, hang or crash."""
 
-import importlib.metadata
 import json
 import re
 import sys
@@ -16,6 +15,7 @@ from rwkv7_jax.plan.collectives import find_collectives
 from rwkv7_jax.plan.expected_wire import expected_wire_bytes
 from rwkv7_jax.plan.hlo import parse
 from rwkv7_jax.plan.steps import Step, describe_step
+from rwkv7_jax.reports.system_info import installed_versions
 from rwkv7_jax.runs.exit_codes import is_out_of_host_memory, is_out_of_memory
 from rwkv7_jax.runs.settings import read_settings
 from rwkv7_jax.training.costs import tree_bytes
@@ -129,15 +129,10 @@ def _refused(error: Exception, step: Step) -> dict[str, Any]:
 
 
 def _ending(began: float) -> dict[str, Any]:
-    versions = {"python": sys.version.split()[0]}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    python = {"python": sys.version.split()[0]}
     return {
         "compile_seconds": round(time.monotonic() - began, 1),
-        "versions": versions,
+        "versions": python | installed_versions(_PACKAGES),
     }
 
 

@@ -1,5 +1,6 @@
 """Describes the machine of a measurement: devices, versions, memory."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -11,6 +12,15 @@ from typing import Any, NamedTuple
 import jax
 
 PACKAGES = ("rwkv7_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+# Packages for accelerators, which are listed only if they are installed.
+_OF_DEVICES = (
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "libtpu",
+    "triton",
+    "jax-triton",
+)
 
 
 class Peak(NamedTuple):
@@ -39,6 +49,15 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     for name in packages:
         table[name] = version(name)
     return table
+
+
+def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Returns the versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _memory() -> int | None:
@@ -79,7 +98,7 @@ def system() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_bytes": _memory(),
         "devices": _devices(),
-        "versions": versions(),
+        "versions": versions() | installed_versions(_OF_DEVICES),
     }
 
 

@@ -5,6 +5,7 @@ import types
 
 from rwkv7_jax.reports.system_info import (
     device_line,
+    installed_versions,
     lines,
     peak_memory,
     system,
@@ -43,6 +44,7 @@ def test_lines_omit_missing_information():
 
 def test_a_missing_package_is_listed_as_not_installed():
     assert versions(("no-such-package",))["no-such-package"] == "not installed"
+    assert set(installed_versions(("jax", "no-such-package"))) == {"jax"}
     assert device_line().startswith("cpu, ")
 
 
