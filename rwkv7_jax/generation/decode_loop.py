@@ -341,7 +341,8 @@ class Decoder:
         self._params = params
         self._layers = split_params(params)
         self._keys = keys
-        self._options = options
+        # Otherwise each call would send masks over the vocabulary to the device.
+        self._options = jax.device_put(options)
 
     def read(
         self,

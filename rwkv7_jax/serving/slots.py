@@ -103,12 +103,15 @@ class Slots:
         self._layers = split_params(params)
         self._start = start
         # The options of a free row. Greedy, because that costs no random numbers.
-        self._free = sampling.make_options(
+        free = sampling.make_options(
             model.config.vocab_size,
             temperature=0.0,
             penalty_exempt=sampling.exempt_ids(tokenizer),
             stop_ids=tokenizer.stop_ids,
         )
+        # On the device, so that a block need not send masks over the vocabulary.
+        masks = jax.device_put((free.weights, free.banned, free.stops))
+        self._free = free._replace(weights=masks[0], banned=masks[1], stops=masks[2])
         self._alternatives = min(MOST_ALTERNATIVES, model.config.vocab_size)
         is_cpu = platforms.target_platform() == "cpu"
         self._prefill = _ON_CPU if is_cpu else _ON_ACCELERATOR
