@@ -62,7 +62,7 @@ STEPS = (
     Step("errors", 2, 1),
     Step("training", 3, 5, 140),
     Step("decoding", 3, 6, 80),
-    Step("prefill", 3, 2, 50),
+    Step("prefill", 3, 3, 50),
 )
 CALL_SECONDS = 9 * 60
 # Processes that run at once: more would fill a GPU's memory (16 did) or wait for cores.

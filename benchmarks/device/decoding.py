@@ -37,19 +37,20 @@ def generated(sizes: Sizes) -> Jobs:
 
 
 def prompts(sizes: Sizes) -> Jobs:
-    """Measures how fast one prompt is read, by its length."""
+    """Measures how fast prompts are read, by their number and length."""
     model = model_of(sizes)
 
-    def run(length):
+    def run(rows, length):
         call = functools.partial(
             prefill,
             model,
             random_weights(sizes),
-            rwkv.init_state(model.config),
-            tokens=jnp.ones((1, length), jnp.int32),
+            rwkv.init_state(model.config, rows),
+            tokens=jnp.ones((rows, length), jnp.int32),
         )
         wall, _ = bench.least_ms(call, repeats=sizes.repeats)
-        return {"ms": wall, "tokens/s": 1e3 * length / wall}
+        return {"ms": wall, "tokens/s": 1e3 * rows * length / wall}
 
-    for length in sizes.prompts:
-        yield Job({"tokens": length}, functools.partial(run, length))
+    for rows, length in sizes.prompts:
+        labels = {"rows": rows, "tokens": length}
+        yield Job(labels, functools.partial(run, rows, length))

@@ -46,7 +46,7 @@ class Sizes(NamedTuple):
         batches: rows in training, the usual number first.
         remats: recomputations in training, the usual one first.
         decoded: rows in decoding.
-        prompts: tokens of prompts.
+        prompts: rows and tokens of prompts, among them those of the server's programs.
         repeats: measurements, of which the least counts.
         warm: compile the programs of a step that measures; their times do not count, since other
             processes run at the same time.
@@ -68,7 +68,7 @@ class Sizes(NamedTuple):
     batches: tuple[int, ...]
     remats: tuple[str, ...]
     decoded: tuple[int, ...]
-    prompts: tuple[int, ...]
+    prompts: tuple[tuple[int, int], ...]
     repeats: int
     warm: bool = False
 
@@ -109,7 +109,17 @@ DEVICE = Sizes(
     batches=(8, 4, 1),
     remats=("op", "none", "block"),
     decoded=(128, 1, 512, 32),
-    prompts=(16, 128, 1024, 16384),
+    prompts=(
+        (1, 16),
+        (8, 16),
+        (1, 128),
+        (8, 128),
+        (1, 256),
+        (4, 256),
+        (1, 1024),
+        (1, 4096),
+        (1, 16384),
+    ),
     repeats=5,
 )
 REHEARSAL = Sizes(
@@ -129,7 +139,7 @@ REHEARSAL = Sizes(
     batches=(1,),
     remats=("op",),
     decoded=(1, 2),
-    prompts=(8,),
+    prompts=((2, 8),),
     repeats=1,
 )
 
