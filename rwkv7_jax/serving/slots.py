@@ -53,9 +53,8 @@ class Prefill(NamedTuple):
     rows: int
 
 
-# A CPU computes all the time, so it reads no more than is needed. Other devices mostly wait for
-# their next kernel: an H100 reads 128 tokens of the 0.4B model in 4 ms and 16,384 in 52 ms
-# (docs/kernels.md).
+# As in `default_chunk`, the time of a CPU grows with the number of tokens, and other devices mostly
+# wait for their next kernel. Here a chunk also delays the other requests.
 _ON_CPU = Prefill(chunk=256, rows=1)
 _ON_ACCELERATOR = Prefill(chunk=1024, rows=8)
 
