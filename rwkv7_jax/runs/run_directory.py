@@ -258,18 +258,23 @@ class OwnedRunDirectory(RunDirectory):
 
     def __exit__(self, *failure) -> None:
         """Waits for a pending save, writes the report and releases the lock."""
-        # First, because the report and the release of the lock must follow the last save.
-        self.checkpoints.leave()
-        self._metrics.close()
-        if next(self._metrics.iterate(), None):
-            try:
-                write_report(self.path)
-            except (OSError, ValueError) as error:
-                warn(f"the report of {self.path} cannot be written: {error}")
-        try:
+        with contextlib.ExitStack() as locks:
+            locks.callback(self._lock.release)
+            if self._backup is not None:
+                locks.callback(self._backup.release)
+            # First, because the report and the copy must follow the last save.
+            self.checkpoints.leave()
+            self._metrics.close()
+            self._write_report()
             self._copy_results(failed=failure[0] is not None)
-        finally:
-            self._lock.release()
+
+    def _write_report(self) -> None:
+        """Writes the report of a run that has metrics; warns if it cannot."""
+        try:
+            if next(self._metrics.iterate(), None):
+                write_report(self.path)
+        except (OSError, ValueError) as error:
+            warn(f"the report of {self.path} cannot be written: {error}")
 
     def _copy_results(self, *, failed: bool) -> None:
         """Copies the outputs of the run to its backup.
@@ -288,8 +293,6 @@ class OwnedRunDirectory(RunDirectory):
             if not failed:
                 raise
             warn(str(error))
-        finally:
-            self._backup.release()
 
     def share_checkpoints(self) -> None:
         """Opens the checkpoints of all processes; see `RunDirectory.share_checkpoints`."""
