@@ -22,13 +22,8 @@ CSV = "metrics.csv"
 _WRITES_TO_A_FILE = 5000
 
 
-def read_steps(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a log that have a step; none if the file is missing."""
-    return list(iterate_steps(path))
-
-
 def iterate_steps(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a log that have a step, one at a time; see `read_steps`."""
+    """Yields the lines of a log that have a step, one at a time; none if the file is missing."""
     return filter(_has_step, iterate_log(path))
 
 
