@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rwkv7_jax.evaluation.metric import logged_metric
-from rwkv7_jax.runs.early_stopping import Progress, RunProgress
+from rwkv7_jax.runs.early_stopping import Progress, StateProgress
 from rwkv7_jax.runs.exit_codes import (
     DiskError,
     NotFinite,
@@ -24,7 +24,7 @@ from rwkv7_jax.training.train_step import TrainState
 
 
 def _result_step(
-    progress: RunProgress, evaluation: EvaluationSettings, last: int
+    progress: StateProgress, evaluation: EvaluationSettings, last: int
 ) -> int:
     """Returns the step whose parameters are the result: with patience the best, else the last."""
     if evaluation.patience and progress.best:
@@ -65,21 +65,17 @@ def final_params(
     """Returns the result of a run: with patience the best parameters, else the last ones."""
     evaluation = mode.settings.evaluation
     last = int(state.step)
-    if isinstance(progress, RunProgress):
-        step = _result_step(progress, evaluation, last)
-        if step != last:
-            print(f"step {step} measured best: its parameters are the result")
-        return _params_at(step, mode, state, folder, identity)
     found: dict[int, Any] = {}
     results = []
     for index, (name, one) in enumerate(progress.states.items()):
         step = _result_step(one, evaluation, last)
         if step != last:
-            print(
-                f"step {step} measured best for {name}: its parameters are the result"
-            )
+            of_state = if_named(" for {}", name)
+            print(f"step {step} measured best{of_state}: its parameters are the result")
         if step not in found:
             found[step] = _params_at(step, mode, state, folder, identity)
+        if not name:
+            return found[step]
         results.append(params_of(found[step], index))
     return stack_params(results)
 
@@ -110,7 +106,7 @@ def check_stopped(
 
 
 def _harm(
-    folder: RunDirectory, progress: RunProgress, step: int, prefix: str
+    folder: RunDirectory, progress: StateProgress, step: int, prefix: str
 ) -> str | None:
     """Describes how much worse the result is than no training; None if not worse or unknown.
 
@@ -132,7 +128,7 @@ def _harm(
 def _decide_to_save(
     mode: TrainingMode,
     folder: RunDirectory,
-    progress: RunProgress,
+    progress: StateProgress,
     step: int,
     name: str,
 ) -> bool:
@@ -199,14 +195,14 @@ def _left_out(
     evaluation = mode.settings.evaluation
     given_up = progress.given_up(mode.settings.stop_after_bad)
     without = list(given_up)
-    for name, one in progress.by_name.items():
+    for name, one in progress.states.items():
         step = _result_step(one, evaluation, last)
         member = mode.member(name)
         if name not in given_up and not _decide_to_save(
             member, folder, one, step, name
         ):
             without.append(name)
-    return without, given_up, len(without) < len(progress.by_name)
+    return without, given_up, len(without) < len(progress.states)
 
 
 def _write_result(
