@@ -122,6 +122,11 @@ def _range(least: float | int | None, most: float | int | None) -> str:
     return f"from {least} to {most}"
 
 
+def _reason(error: Exception) -> str:
+    """Returns a message without the space after its empty argument, and without its full stop."""
+    return str(error).strip().removesuffix(".")
+
+
 def path(text: str, *, target: bool = False) -> str:
     """Parses a local path; `~` is the home folder.
 
@@ -132,7 +137,7 @@ def path(text: str, *, target: bool = False) -> str:
     try:
         local_path(text, "", target=target)
     except (ValueError, TypeError) as error:
-        raise argparse.ArgumentTypeError(str(error).strip()) from None
+        raise argparse.ArgumentTypeError(_reason(error)) from None
     return os.path.expanduser(text)
 
 
@@ -152,7 +157,7 @@ def target_path(text: str) -> str:
     try:
         check_target(Path(target), "")
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).strip()) from None
+        raise argparse.ArgumentTypeError(_reason(error)) from None
     return target
 
 

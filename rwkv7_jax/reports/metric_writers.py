@@ -218,9 +218,10 @@ class _WandB:
 
     def __init__(self, package: Any, folder: Path, first_step: int):
         id_file = folder / "wandb.id"
-        run_id = (
-            id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
-        )
+        run_id = None
+        if id_file.exists():
+            # A killed process may have left the file empty.
+            run_id = id_file.read_text(encoding="utf-8").strip() or None
         self._run = package.init(
             dir=str(folder), name=folder.name, id=run_id, resume="allow"
         )
