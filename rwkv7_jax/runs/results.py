@@ -1,6 +1,6 @@
 """The result of a run: which parameters it consists of, and how it is saved."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rwkv7_jax.evaluation.metric import logged_metric
@@ -105,9 +105,11 @@ def check_stopped(
         raise stop.stopped(f"; {saved}. The same command resumes the run")
 
 
-def _harm(
-    folder: RunDirectory, progress: StateProgress, step: int, prefix: str
-) -> str | None:
+# Rows of the metrics by step.
+_Rows = Mapping[int, Mapping[str, Any]]
+
+
+def _harm(rows: _Rows, progress: StateProgress, step: int, prefix: str) -> str | None:
     """Describes how much worse the result is than no training; None if not worse or unknown.
 
     It is unknown if different evaluations measured the start and the result.
@@ -115,9 +117,8 @@ def _harm(
     if progress.since:
         return None
     name = f"{prefix}{progress.measure}"
-    found = {row["step"]: row.get(name) for row in folder.rows({0, step})}
-    base = found.get(0)
-    result = found.get(step)
+    base = rows.get(0, {}).get(name)
+    result = rows.get(step, {}).get(name)
     if not isinstance(base, int | float) or not isinstance(result, int | float):
         return None
     higher_is_better = logged_metric(name, base).higher_is_better
@@ -126,11 +127,7 @@ def _harm(
 
 
 def _decide_to_save(
-    mode: TrainingMode,
-    folder: RunDirectory,
-    progress: StateProgress,
-    step: int,
-    name: str,
+    mode: TrainingMode, rows: _Rows, progress: StateProgress, step: int, name: str
 ) -> bool:
     """Decides whether to save a tuned state, and reports if it is worse than before tuning.
 
@@ -142,7 +139,7 @@ def _decide_to_save(
     if mode.settings.finds_rate and mode.found_rate is None:
         print(f"no state is saved{if_named(' for {}', name)}: no rate was found for it")
         return False
-    harm = _harm(folder, progress, step, if_named("{}/", name))
+    harm = _harm(rows, progress, step, if_named("{}/", name))
     if harm is None:
         return True
     text = f"the tuned state is worse on held-out data than {mode.settings.untuned}: {harm}"
@@ -194,12 +191,16 @@ def _left_out(
     """Returns the states not to save, those given up, and whether anything is saved."""
     evaluation = mode.settings.evaluation
     given_up = progress.given_up(mode.settings.stop_after_bad)
+    steps = {}
+    for name, one in progress.states.items():
+        steps[name] = _result_step(one, evaluation, last)
+    # Once for all states: the log is long, and each of its rows holds the metrics of all.
+    rows = {row["step"]: row for row in folder.rows({0, *steps.values()})}
     without = list(given_up)
     for name, one in progress.states.items():
-        step = _result_step(one, evaluation, last)
         member = mode.member(name)
         if name not in given_up and not _decide_to_save(
-            member, folder, one, step, name
+            member, rows, one, steps[name], name
         ):
             without.append(name)
     return without, given_up, len(without) < len(progress.states)
