@@ -1,5 +1,6 @@
 """The result of a run: which parameters it consists of, and how it is saved."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -121,9 +122,12 @@ def _harm(rows: _Rows, progress: StateProgress, step: int, prefix: str) -> str |
     result = rows.get(step, {}).get(name)
     if not isinstance(base, int | float) or not isinstance(result, int | float):
         return None
+    if math.isnan(base):
+        return None
     higher_is_better = logged_metric(name, base).higher_is_better
-    is_worse = result < base if higher_is_better else result > base
-    return f"{name} {result:.4g}, {base:.4g} before tuning" if is_worse else None
+    # Comparisons with NaN are false: a result that is NaN is worse.
+    is_as_good = result >= base if higher_is_better else result <= base
+    return None if is_as_good else f"{name} {result:.4g}, {base:.4g} before tuning"
 
 
 def _decide_to_save(
