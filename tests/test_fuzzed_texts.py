@@ -11,11 +11,11 @@ import warnings
 import pytest
 
 from rwkv7_jax.data.token_cache import open_cache, write_cache
+from rwkv7_jax.json_files import read_object
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.runs.learnt_questions import tuning_records
 from rwkv7_jax.runs.rate_record import RECORD, _read_record
 from rwkv7_jax.runs.settings import Settings, as_config, read_settings
-from rwkv7_jax.runs.settled_settings import settings_of_run
 from rwkv7_jax.test_time.completion_cache import CompletionCache
 from rwkv7_jax.test_time.traces import read_traces
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -157,7 +157,7 @@ def read_cache(path):
 
 def read_run(path):
     """Reads the settings of a run as one that goes on does, and as an evaluation does."""
-    settings_of_run(path.parent)
+    read_object(path)
     state = str(path.with_name("state.pth"))
     tuning_records(read_settings({"mode": "state", "state": state}))
 

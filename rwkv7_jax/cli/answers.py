@@ -204,13 +204,9 @@ class Stream:
         del row
         if self._error is not None:
             return
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         try:
-            # Escape characters that the terminal's encoding lacks instead of failing.
-            text = piece.encode(encoding, "backslashreplace").decode(encoding)
-            text = shown_on(sys.stdout, text)
             with name_output():
-                sys.stdout.write(text)
+                sys.stdout.write(shown_on(sys.stdout, piece))
                 sys.stdout.flush()
         except OSError as error:
             if not self._goes_on:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rwkv7_jax.local_paths import check_target, is_same, local_path
 
@@ -34,6 +34,12 @@ _SIMPLE_ESCAPES = {
 
 class CommandParser(argparse.ArgumentParser):
     """A parser with one-line errors, like those of the commands."""
+
+    def __init__(self, *arguments: Any, **named: Any):
+        """Takes the arguments of `ArgumentParser`."""
+        super().__init__(*arguments, **named)
+        # As in Python 3.14: earlier versions take values such as "-1,2" and "-1e-3" for options.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def error(self, message: str) -> NoReturn:
         """Ends the command with exit code 2.
@@ -66,7 +72,6 @@ def integer(least: int | None = None, most: int | None = None) -> Callable[[str]
 
 
 def _read_integer(text: str, *, least: int | None, most: int | None) -> int:
-    text = text.strip()
     try:
         value = int(text)
     except ValueError:
@@ -95,7 +100,6 @@ def number(
 def _read_number(
     text: str, *, least: float | int | None, most: float | int | None
 ) -> float:
-    text = text.strip()
     try:
         value = float(text)
     except ValueError:
@@ -118,6 +122,11 @@ def _range(least: float | int | None, most: float | int | None) -> str:
     return f"from {least} to {most}"
 
 
+def _reason(error: Exception) -> str:
+    """Returns a message without the space after its empty argument, and without its full stop."""
+    return str(error).strip().removesuffix(".")
+
+
 def path(text: str, *, target: bool = False) -> str:
     """Parses a local path; `~` is the home folder.
 
@@ -128,7 +137,7 @@ def path(text: str, *, target: bool = False) -> str:
     try:
         local_path(text, "", target=target)
     except (ValueError, TypeError) as error:
-        raise argparse.ArgumentTypeError(str(error).strip()) from None
+        raise argparse.ArgumentTypeError(_reason(error)) from None
     return os.path.expanduser(text)
 
 
@@ -148,7 +157,7 @@ def target_path(text: str) -> str:
     try:
         check_target(Path(target), "")
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).strip()) from None
+        raise argparse.ArgumentTypeError(_reason(error)) from None
     return target
 
 
@@ -226,18 +235,3 @@ def unescape(text: bytes, option: str) -> bytes:
         )
 
     return _ESCAPE.sub(replace, text)
-
-
-def join_negative_numbers(words: list[str]) -> list[str]:
-    """Marks values such as "-1,2" and "-1e-3", which argparse would read as options.
-
-    Args:
-        words: the command line.
-    """
-    joined: list[str] = []
-    for word in words:
-        follows_option = bool(joined) and joined[-1].startswith("--")
-        # argparse does not read a word with a leading space as an option; `float` skips the space.
-        is_number = follows_option and re.match(r"-\.?\d", word)
-        joined.append(f" {word}" if is_number else word)
-    return joined

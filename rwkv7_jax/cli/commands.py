@@ -26,11 +26,7 @@ from rwkv7_jax.checkpoints import (
     sidecar,
     verify,
 )
-from rwkv7_jax.cli.arguments import (
-    join_negative_numbers,
-    path,
-    target_path,
-)
+from rwkv7_jax.cli.arguments import path, target_path
 from rwkv7_jax.cli.chat import add_chat_command
 from rwkv7_jax.cli.data import add_data_command
 from rwkv7_jax.cli.errors import reason
@@ -354,7 +350,7 @@ def _run(words: list[str], *, owns_process: bool = False) -> int:
         owns_process: whether JAX may be configured for the command.
     """
     try:
-        options = parser().parse_args(join_negative_numbers(words))
+        options = parser().parse_args(words)
         if owns_process:
             _choose_devices(options)
         report = options.run(options)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rwkv7_jax.cli.arguments import MOST_TOKENS, STATE_SUFFIXES, integer, path
+from rwkv7_jax.cli.arguments import MOST_TOKENS, STATE_SUFFIXES, integer
 from rwkv7_jax.cli.inputs import (
     add_any_base_option,
     add_model_options,
@@ -18,6 +18,7 @@ from rwkv7_jax.cli.inputs import (
     read_model,
 )
 from rwkv7_jax.cli.summary import COMMANDS
+from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.serving.engine import Engine
 from rwkv7_jax.serving.state_files import NAME, StateFiles
 from rwkv7_jax.serving.watchdog import Watchdog
@@ -233,7 +234,7 @@ def _state_places(words: list[str]) -> tuple[dict[str, Path], list[Path]]:
         name, equals, file = word.partition("=")
         if not equals:
             file = word
-        place = Path(path(file))
+        place = local_path(file, "serve: `--state`")
         if place.is_dir() and not equals:
             folders.append(place)
             found = {one.stem: one for one in _states_in(place)}

@@ -215,7 +215,7 @@ def _mix(options: argparse.Namespace) -> str:
     """Writes the weighted sum of states."""
     weights = _parse_weights(options.weights[0])
     # The target may come before or after `--weights`.
-    files = [*options.files, *map(path, options.weights[1:])]
+    files = [*options.files, *options.weights[1:]]
     if len(files) < 2:
         raise ValueError(
             "state mix: `STATE` and `OUT` must name at least one state and the output file."

@@ -5,7 +5,7 @@ processes. Steps that a killed process made and the next one repeated appear in 
 time counts as lost.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rwkv7_jax.json_files import number_of
@@ -18,48 +18,57 @@ PAUSES = "paused_seconds"
 COMPILING = "compile_seconds"
 
 
-def goodput(
-    rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
-) -> str:
-    """Describes how the time of a run was spent; "" if its files do not have that information.
+class TimeSpent:
+    """The time that the processes of a run spent on steps, pauses and compiling."""
 
-    Args:
-        rows: metrics by step.
-        events: events in chronological order; `time` is in seconds.
-    """
-    times = _numbers(events, "time")
-    steps = _numbers(rows, STEPS)
-    # If the last event is a start, the end of that process is unknown.
-    is_over = bool(events) and events[-1].get("event") not in ("start", "resume")
-    if not (steps and is_over and len(times) == len(events) > 1):
-        return ""
-    wall = times[-1] - times[0]
-    if wall <= 0:
-        return ""
-    spent = {
-        "steps": sum(steps),
-        "compiling": _sum_of_rises(_numbers(rows, COMPILING)),
-        "evaluating and saving": sum(_numbers(rows, PAUSES)),
-    }
-    rest = max(wall - sum(spent.values()), 0.0)
-    spent["starts, restarts and repeated steps"] = rest
-    parts = [f"{seconds / wall:.1%} {name}" for name, seconds in spent.items()]
-    restarts = sum(event.get("event") == "resume" for event in events)
-    return (
-        f"{', '.join(parts)}; {wall:,.0f} s since the first start, {restarts} restarts"
-    )
+    def __init__(self):
+        """Starts without any time."""
+        self._has_steps = False
+        self._steps = 0.0
+        self._pauses = 0.0
+        self._compiling = 0.0
+        self._compiled_before = 0.0
 
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Adds the time of a row of the metrics; rows are in chronological order."""
+        steps = number_of(row.get(STEPS))
+        self._has_steps |= steps is not None
+        self._steps += steps or 0.0
+        self._pauses += number_of(row.get(PAUSES)) or 0.0
+        compiled = number_of(row.get(COMPILING))
+        if compiled is not None:
+            # The counter restarts at 0 in each process.
+            is_same_process = compiled >= self._compiled_before
+            self._compiling += compiled - (
+                self._compiled_before if is_same_process else 0.0
+            )
+            self._compiled_before = compiled
 
-def _numbers(rows: Iterable[Mapping[str, Any]], name: str) -> list[float]:
-    values = [number_of(row.get(name)) for row in rows]
-    return [value for value in values if value is not None]
+    def goodput(self, events: Sequence[Mapping[str, Any]]) -> str:
+        """Describes how the time was spent; "" if the files of the run do not have it.
 
-
-def _sum_of_rises(values: Iterable[float]) -> float:
-    """Adds up the increases of a counter that restarts at 0 in each process."""
-    total = 0.0
-    before = 0.0
-    for value in values:
-        total += value - before if value >= before else value
-        before = value
-    return total
+        Args:
+            events: events in chronological order; `time` is in seconds.
+        """
+        times = [number_of(event.get("time")) for event in events]
+        known = [time for time in times if time is not None]
+        # If the last event is a start, the end of that process is unknown.
+        is_over = bool(events) and events[-1].get("event") not in ("start", "resume")
+        if not (self._has_steps and is_over and len(known) == len(events) > 1):
+            return ""
+        wall = known[-1] - known[0]
+        if wall <= 0:
+            return ""
+        spent = {
+            "steps": self._steps,
+            "compiling": self._compiling,
+            "evaluating and saving": self._pauses,
+        }
+        rest = max(wall - sum(spent.values()), 0.0)
+        spent["starts, restarts and repeated steps"] = rest
+        parts = [f"{seconds / wall:.1%} {name}" for name, seconds in spent.items()]
+        restarts = sum(event.get("event") == "resume" for event in events)
+        return (
+            f"{', '.join(parts)}; {wall:,.0f} s since the first start, "
+            f"{restarts} restarts"
+        )

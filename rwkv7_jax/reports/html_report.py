@@ -17,19 +17,24 @@ from typing import Any
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.evaluation.metric import log_name
 from rwkv7_jax.json_files import number_of, read_object
-from rwkv7_jax.reports.goodput import PAUSES, STEPS, goodput
-from rwkv7_jax.reports.metric_writers import JSONL, merged, read_steps
-from rwkv7_jax.reports.svg_charts import Mark, Points, line_chart
+from rwkv7_jax.reports.goodput import PAUSES, STEPS, TimeSpent
+from rwkv7_jax.reports.metric_writers import JSONL, iterate_steps
+from rwkv7_jax.reports.svg_charts import Curve, Mark, line_chart
 from rwkv7_jax.reports.system_info import lines
 
-# Charts of several metrics: title, pattern of their names, whether y is logarithmic. Every other
-# metric gets a separate chart.
-_SHARED_CHARTS = (
-    ("loss (nats per token)", r"(^|/)(loss_nats|loss)$", False),
-    ("bits per byte", log_name("", "bits_per_byte") + "$", False),
-    ("accuracy", log_name("", "accuracy") + "$", False),
-    ("gradient norm", r"(^|/)grad_norm$", True),
-)
+_GRADIENT_NORM = "gradient norm"
+
+# Charts of several metrics: title and pattern of their names. Every other metric gets a separate
+# chart.
+_SHARED_CHARTS = {
+    "loss (nats per token)": r"(^|/)(loss_nats|loss)$",
+    "bits per byte": log_name("", "bits_per_byte") + "$",
+    "accuracy": log_name("", "accuracy") + "$",
+    _GRADIENT_NORM: r"(^|/)grad_norm$",
+}
+
+# Charts whose y axis is logarithmic.
+_LOGARITHMIC = (_GRADIENT_NORM,)
 
 _NO_CHART = ("step", "seconds", STEPS, PAUSES)
 
@@ -85,48 +90,97 @@ def _table(
     return f'<table class="{css_class}">{top}{body}</table>'
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Returns (step, number) of each metric, in the order in which the names appear."""
-    columns: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        for name, value in row.items():
-            number = number_of(value)
-            # NaN counts as a number, so a diverged run keeps its column.
-            if name not in _NO_CHART and number is not None:
-                columns.setdefault(name, []).append((row["step"], number))
-    return columns
+class _Column:
+    """All numbers of one metric, in limited memory.
+
+    Attributes:
+        title: title of its chart.
+        curve: its curve.
+    """
+
+    def __init__(self, name: str, first: float):
+        """Takes the name of the metric and its first number, which `add` adds."""
+        self.title = _title_of(name)
+        self.curve = Curve(log=self.title in _LOGARITHMIC)
+        self._first = first
+        self._last = first
+        self._last_step = 0
+        self._least = math.inf
+        self._most = -math.inf
+
+    def add(self, step: int, number: float) -> None:
+        """Adds the number of a step."""
+        self.curve.add(step, number)
+        self._last = number
+        self._last_step = step
+        if math.isfinite(number):
+            self._least = min(self._least, number)
+            self._most = max(self._most, number)
+
+    def row(self) -> list[str]:
+        """Returns the first, last, least and largest number, and the last step."""
+        ends = [self._least, self._most]
+        if self._least > self._most:
+            ends = [math.nan, math.nan]
+        numbers = [f"{y:.5g}" for y in (self._first, self._last, *ends)]
+        return [*numbers, str(self._last_step)]
 
 
-def _numbers(columns: Mapping[str, Points]) -> str:
-    """Makes a table with the first, last, least and largest number of each metric."""
-    rows = []
-    for name, points in columns.items():
-        values = [y for _, y in points]
-        finite = [y for y in values if math.isfinite(y)]
-        least = min(finite, default=math.nan)
-        most = max(finite, default=math.nan)
-        numbers = [f"{y:.5g}" for y in (values[0], values[-1], least, most)]
-        last_step = points[-1][0]
-        rows.append((name, *numbers, last_step))
-    head = ("number", "first", "last", "least", "most", "at step")
-    return _table(rows, head=head, css_class="numbers")
+def _title_of(name: str) -> str:
+    """Returns the title of a metric's chart."""
+    for title, pattern in _SHARED_CHARTS.items():
+        if re.search(pattern, name):
+            return title
+    return name
 
 
-def _charts(columns: Mapping[str, Points], marks: Sequence[Mark]) -> str:
-    left = dict(columns)
-    charts = []
-    for title, pattern, log in _SHARED_CHARTS:
-        names = [name for name in left if re.search(pattern, name)]
-        # `pop`: a metric appears once, in the first chart whose pattern it matches.
-        shared = {name: left.pop(name) for name in names}
-        charts.append(line_chart(title, shared, marks=marks, log=log))
-    for name, points in left.items():
-        charts.append(line_chart(name, {name: points}, marks=marks))
-    body = "\n".join(f"<div>{chart}</div>" for chart in charts if chart)
-    if not body:
-        return ""
-    note = f'<p class="note">{_KEY}</p>' if marks else ""
-    return f'<div class="charts">{body}</div>{note}'
+class _Metrics:
+    """What the report shows of the metrics, of which memory holds a part.
+
+    Attributes:
+        last_step: the last step; None without any row.
+        columns: by metric, in the order in which the names appear.
+        spent: how the time was spent.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]]):
+        """Reads the rows, one at a time."""
+        self.last_step: int | None = None
+        self.columns: dict[str, _Column] = {}
+        self.spent = TimeSpent()
+        for row in rows:
+            step = row["step"]
+            self.last_step = max(step, self.last_step or 0)
+            self.spent.add(row)
+            for name, value in row.items():
+                number = number_of(value)
+                # NaN counts as a number, so a diverged run keeps its column.
+                if name in _NO_CHART or number is None:
+                    continue
+                if name not in self.columns:
+                    self.columns[name] = _Column(name, number)
+                self.columns[name].add(step, number)
+
+    def table(self) -> str:
+        """Makes a table with some numbers of each metric."""
+        rows = [(name, *column.row()) for name, column in self.columns.items()]
+        head = ("number", "first", "last", "least", "most", "at step")
+        return _table(rows, head=head, css_class="numbers")
+
+    def charts(self, marks: Sequence[Mark]) -> str:
+        """Draws all metrics, those of `_SHARED_CHARTS` first."""
+        curves: dict[str, dict[str, Curve]] = {title: {} for title in _SHARED_CHARTS}
+        for name, column in self.columns.items():
+            curves.setdefault(column.title, {})[name] = column.curve
+        charts = []
+        for title, shared in curves.items():
+            if chart := line_chart(title, shared, marks=marks):
+                charts.append(f"<div>{chart}</div>")
+        if not charts:
+            return ""
+        body = "\n".join(charts)
+        note = f'<p class="note">{_KEY}</p>' if marks else ""
+        return f'<div class="charts">{body}</div>{note}'
 
 
 def _event_marks(events: Sequence[Mapping[str, Any]]) -> list[Mark]:
@@ -199,8 +253,8 @@ def _search_of(name: str, search: Mapping[str, Any], start: str) -> str:
     chart = line_chart(
         f"{name} {measure} by log10 of the learning rate".strip(),
         {
-            "after the search": points,
-            before: [(points[0][0], base), (points[-1][0], base)],
+            "after the search": Curve(points),
+            before: Curve([(points[0][0], base), (points[-1][0], base)]),
         },
     )
     rows = []
@@ -264,14 +318,14 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def _subtitle(
     settings: Mapping[str, Any] | None,
-    rows: Sequence[Mapping[str, Any]],
+    last_step: int | None,
     events: Sequence[Mapping[str, Any]],
 ) -> str:
     parts = []
     if settings and "mode" in settings:
         parts.append(f"mode {settings['mode']}")
-    if rows:
-        parts.append(f"step {rows[-1]['step']}")
+    if last_step is not None:
+        parts.append(f"step {last_step}")
     if events:
         parts.append(f"last event: {events[-1].get('event')}")
     return " &middot; ".join(_text(part) for part in parts)
@@ -296,16 +350,16 @@ def report_page(folder: str | Path) -> str:
     info = read_object(folder / "system.json")
     search = read_object(folder / "rate_search.json")
     start = str((settings or {}).get("start") or "")
-    rows = merged(read_steps(folder / JSONL))
-    events = read_steps(folder / "events.jsonl")
-    samples = read_steps(folder / "samples.jsonl")
-    columns = _columns(rows)
+    metrics = _Metrics(iterate_steps(folder / JSONL))
+    events = list(iterate_steps(folder / "events.jsonl"))
+    samples = list(iterate_steps(folder / "samples.jsonl"))
     title = _text(folder.resolve().name)
+    subtitle = _subtitle(settings, metrics.last_step, events)
     body = "".join(
         (
-            _section("Curves", _charts(columns, _event_marks(events))),
-            _section("Numbers", _numbers(columns)),
-            _section("Goodput", _text(goodput(rows, events))),
+            _section("Curves", metrics.charts(_event_marks(events))),
+            _section("Numbers", metrics.table()),
+            _section("Goodput", _text(metrics.spent.goodput(events))),
             _section("Learning rate", _rate_search(search, start)),
             _section("Samples", _samples(samples)),
             _section("Pictures", _pictures(folder)),
@@ -318,7 +372,7 @@ def report_page(folder: str | Path) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>'
         f"{title}</title><style>{_STYLE}</style></head>\n"
-        f"<body><h1>{title}</h1><p>{_subtitle(settings, rows, events)}</p>\n{body}</body></html>\n"
+        f"<body><h1>{title}</h1><p>{subtitle}</p>\n{body}</body></html>\n"
     )
 
 

@@ -1,10 +1,12 @@
 """Writes the metrics of a run to files and trackers."""
 
+import contextlib
 import csv
 import functools
 import importlib
 import io
 import json
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,8 @@ CSV = "metrics.csv"
 _WRITES_TO_A_FILE = 5000
 
 
-def read_steps(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a log that have a step; none if the file is missing."""
-    return list(iterate_steps(path))
-
-
 def iterate_steps(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a log that have a step, one at a time; see `read_steps`."""
+    """Yields the lines of a log that have a step, one at a time; none if the file is missing."""
     return filter(_has_step, iterate_log(path))
 
 
@@ -62,8 +59,8 @@ class MetricFiles:
         self._folder.mkdir(parents=True, exist_ok=True)
         # Columns of the CSV file; empty until the first write.
         self._columns: list[str] = []
-        self._openers = [_tracker_opener(name) for name in also]
-        self._trackers: list[Tracker] = []
+        self._openers = {name: _tracker_opener(name) for name in also}
+        self._trackers: dict[str, Tracker] = {}
 
     @property
     def _jsonl(self) -> Path:
@@ -90,14 +87,32 @@ class MetricFiles:
     def _track(self, step: int, numbers: Mapping[str, Any]) -> None:
         if not self._trackers:
             # The step at which a resumed run starts is known only at the first write.
-            self._trackers = [open_at(self._folder, step) for open_at in self._openers]
+            for name, open_at in list(self._openers.items()):
+                with self._dropped_on_failure(name):
+                    self._trackers[name] = open_at(self._folder, step)
         # Trackers take only numbers; the files take everything.
         numeric = {}
         for name, value in numbers.items():
             if isinstance(value, int | float):
                 numeric[name] = value
-        for tracker in self._trackers:
-            tracker.write(step, numeric)
+        for name, tracker in list(self._trackers.items()):
+            with self._dropped_on_failure(name):
+                tracker.write(step, numeric)
+
+    @contextlib.contextmanager
+    def _dropped_on_failure(self, name: str) -> Iterator[None]:
+        """Warns if the block fails and uses its tracker no more: a service must not end a run."""
+        try:
+            yield
+        # The packages of trackers raise errors of their own classes.
+        except Exception as error:
+            self._openers.pop(name)
+            self._trackers.pop(name, None)
+            warnings.warn(
+                f"the tracker {name} failed: {error}; it receives no more metrics, which "
+                f"{self._jsonl} holds",
+                stacklevel=2,
+            )
 
     def iterate(self) -> Iterator[dict]:
         """Yields all rows as written, including rows of earlier processes."""
@@ -149,9 +164,10 @@ class MetricFiles:
 
     def close(self) -> None:
         """Flushes and closes the trackers; another write reopens them."""
-        for tracker in self._trackers:
-            tracker.close()
-        self._trackers = []
+        for name, tracker in list(self._trackers.items()):
+            with self._dropped_on_failure(name):
+                tracker.close()
+        self._trackers = {}
 
 
 def _csv_text(columns: Sequence[str], row: Mapping[str, Any]) -> str:
@@ -202,9 +218,10 @@ class _WandB:
 
     def __init__(self, package: Any, folder: Path, first_step: int):
         id_file = folder / "wandb.id"
-        run_id = (
-            id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
-        )
+        run_id = None
+        if id_file.exists():
+            # A killed process may have left the file empty.
+            run_id = id_file.read_text(encoding="utf-8").strip() or None
         self._run = package.init(
             dir=str(folder), name=folder.name, id=run_id, resume="allow"
         )

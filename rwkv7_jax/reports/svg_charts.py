@@ -1,13 +1,12 @@
 """Line charts as SVG text, without further packages or a display."""
 
+import dataclasses
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 Number = int | float
-
-Points = Sequence[tuple[Number, Number]]
 
 COLOURS = ("#4053d3", "#ddb310", "#b51d14", "#00a5c8", "#c44593", "#00914a")
 
@@ -21,6 +20,9 @@ _BOTTOM = 30
 
 # A longer line is drawn as the means of at most this many pieces, over a band with their ranges.
 PIECES = 300
+
+# The most pieces that a curve holds while points are added; even.
+_MOST_HELD = 8 * PIECES
 
 # Lines with at most this many points get a dot at every point.
 _DOTS = 40
@@ -62,24 +64,94 @@ class _Frame(NamedTuple):
         return self.to_svg_x(x), _TOP + (1 - share) * (HEIGHT - _TOP - _BOTTOM)
 
 
-class _Piece(NamedTuple):
-    """Neighbouring points of a line, drawn as one point."""
+@dataclasses.dataclass(slots=True)
+class _Piece:
+    """Neighbouring points of a line, drawn as one point.
 
+    Attributes:
+        count: the number of points.
+        x: the sum of their x.
+        y: the sum of their y.
+        least: the smallest y.
+        most: the largest y.
+    """
+
+    count: int
     x: float
-    mean: float
+    y: float
     least: float
     most: float
 
+    def join(self, other: "_Piece") -> None:
+        """Adds the points of another piece."""
+        self.count += other.count
+        self.x += other.x
+        self.y += other.y
+        self.least = min(self.least, other.least)
+        self.most = max(self.most, other.most)
 
-def _drawable(points: Points, log: bool) -> list[tuple[float, float]]:
-    """Returns the points that can be drawn."""
-    kept = []
-    for x, y in points:
+
+class Curve:
+    """A line of a chart. Its memory is limited, however many points are added.
+
+    If there are too many pieces, each is joined with its neighbour. All pieces hold equally many
+    points, except the newest.
+
+    Attributes:
+        log: whether the y axis is logarithmic; values that are not positive are then left out.
+        least_x: the smallest x; infinite without points.
+        most_x: the largest x.
+    """
+
+    def __init__(
+        self, points: Iterable[tuple[Number, Number]] = (), *, log: bool = False
+    ):
+        """Adds some points (x, y)."""
+        self.log = log
+        self.least_x = math.inf
+        self.most_x = -math.inf
+        # By the x of their first points.
+        self._pieces: dict[float, _Piece] = {}
+        # The number of points in a piece.
+        self._size = 1
+        self._newest: _Piece | None = None
+        for x, y in points:
+            self.add(x, y)
+
+    def add(self, x: Number, y: Number) -> None:
+        """Adds a point, unless it cannot be drawn; it replaces an earlier point of the same x."""
         # Comparisons with NaN are false.
         is_inside = abs(x) <= _MOST and abs(y) <= _MOST
-        if is_inside and (y >= 1 / _MOST or not log):
-            kept.append((float(x), float(y)))
-    return kept
+        if not is_inside or (self.log and y < 1 / _MOST):
+            return
+        self.least_x = min(self.least_x, x)
+        self.most_x = max(self.most_x, x)
+        point = _Piece(1, float(x), float(y), float(y), float(y))
+        if self._newest is not None and self._newest.count < self._size:
+            self._newest.join(point)
+            return
+        if len(self._pieces) == _MOST_HELD:
+            self._size *= 2
+            self._pieces = self._joined(2)
+        self._newest = point
+        self._pieces[point.x] = point
+
+    def _joined(self, count: int) -> dict[float, _Piece]:
+        """Joins each `count` neighbouring pieces to one."""
+        ordered = sorted(self._pieces.items())
+        joined = {}
+        for start in range(0, len(ordered), count):
+            piece = _Piece(0, 0.0, 0.0, math.inf, -math.inf)
+            for _, other in ordered[start : start + count]:
+                piece.join(other)
+            joined[ordered[start][0]] = piece
+        return joined
+
+    def pieces(self) -> list[_Piece]:
+        """Returns at most `PIECES` pieces in order of x."""
+        # Rounded up, so that there are at most `PIECES`.
+        count = math.ceil(len(self._pieces) / PIECES)
+        return list(self._joined(max(count, 1)).values())
 
 
 def _padded_range(values: Sequence[float]) -> tuple[float, float]:
@@ -117,34 +189,23 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _pieces(points: list[tuple[float, float]]) -> list[_Piece]:
-    """Joins neighbouring points into at most `PIECES` pieces."""
-    # Rounded up, so that there are at most `PIECES`.
-    size = math.ceil(len(points) / PIECES)
-    pieces = []
-    for start in range(0, len(points), size):
-        xs, ys = zip(*points[start : start + size], strict=True)
-        pieces.append(_Piece(sum(xs) / len(xs), sum(ys) / len(ys), min(ys), max(ys)))
-    return pieces
-
-
-def _path(frame: _Frame, points: Points) -> str:
+def _path(frame: _Frame, points: Iterable[tuple[float, float]]) -> str:
     places = [frame.to_svg(*point) for point in points]
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
 
-def _line(frame: _Frame, points: list[tuple[float, float]], colour: str) -> str:
+def _line(frame: _Frame, pieces: Sequence[_Piece], colour: str) -> str:
     """Draws one curve, and a band with the range of the averaged points."""
-    pieces = _pieces(points)
     parts = []
-    if len(points) > len(pieces):
+    means = [(piece.x / piece.count, piece.y / piece.count) for piece in pieces]
+    if any(piece.count > 1 for piece in pieces):
         # Along the upper edge, then back along the lower one.
-        band = [(piece.x, piece.most) for piece in pieces]
-        band += [(piece.x, piece.least) for piece in reversed(pieces)]
+        band = [(x, piece.most) for (x, _), piece in zip(means, pieces, strict=True)]
+        lower = [(x, piece.least) for (x, _), piece in zip(means, pieces, strict=True)]
+        band += reversed(lower)
         parts.append(
             f'<polygon points="{_path(frame, band)}" fill="{colour}" opacity=".2"/>'
         )
-    means = [(piece.x, piece.mean) for piece in pieces]
     parts.append(
         f'<polyline points="{_path(frame, means)}" fill="none" stroke="{colour}" '
         'stroke-width="1.5"/>'
@@ -205,39 +266,37 @@ def _legend(names: Sequence[str]) -> str:
 
 
 def line_chart(
-    title: str,
-    lines: Mapping[str, Points],
-    *,
-    marks: Sequence[Mark] = (),
-    log: bool = False,
+    title: str, curves: Mapping[str, Curve], *, marks: Sequence[Mark] = ()
 ) -> str:
-    """Draws named lines as an SVG element; returns "" if no point can be drawn.
+    """Draws named curves as an SVG element; returns "" if no point can be drawn.
 
     Args:
         title: title of the chart.
-        lines: points (x, y) by name, in order of x; non-finite points are left out.
+        curves: curves by name; the y axis is logarithmic for all or for none.
         marks: events, as vertical lines; they do not widen the chart.
-        log: whether the y axis is logarithmic; values that are not positive are left out.
     """
     shown = {}
-    for name, points in lines.items():
-        kept = _drawable(points, log)
-        if kept:
-            shown[name] = kept
+    every_x: list[float] = []
+    every_y: list[float] = []
+    for name, curve in curves.items():
+        if pieces := curve.pieces():
+            shown[name] = pieces
+            every_x += (curve.least_x, curve.most_x)
+            every_y += (piece.least for piece in pieces)
+            every_y += (piece.most for piece in pieces)
     if not shown:
         return ""
-    every_x = [x for points in shown.values() for x, _ in points]
-    every_y = [y for points in shown.values() for _, y in points]
+    log = any(curve.log for curve in curves.values())
     if log:
         # The margin is a fraction of the logarithmic range.
         every_y = [math.log10(y) for y in every_y]
     frame = _Frame(_padded_range(every_x), _padded_range(every_y), log)
-    curves = []
-    for index, points in enumerate(shown.values()):
-        curves.append(_line(frame, points, COLOURS[index % len(COLOURS)]))
+    lines = []
+    for index, pieces in enumerate(shown.values()):
+        lines.append(_line(frame, pieces, COLOURS[index % len(COLOURS)]))
     legend = _legend(list(shown)) if len(shown) > 1 else ""
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
         f'<text class="title" x="{_LEFT}" y="16">{html.escape(title)}</text>'
-        f"{legend}{_axes(frame)}{_marks(frame, marks)}{''.join(curves)}</svg>"
+        f"{legend}{_axes(frame)}{_marks(frame, marks)}{''.join(lines)}</svg>"
     )

@@ -29,11 +29,9 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 _TASK_EXAMPLES = 64
 
 
-def digest_of(path: str, stream: TokenStream | None) -> str:
-    """Hashes the token ids that a run reads or, without a stream, the file at `path`."""
-    if stream is not None:
-        return data_hash(stream)
-    # Hash the path too: it may name a task, which its name defines completely.
+def digest_of(path: str) -> str:
+    """Hashes the path and, if it names a file, the file's bytes."""
+    # It may name a task, which its name defines completely.
     digest = hashlib.blake2b(path.encode(), digest_size=16)
     file = Path(path).expanduser()
     if file.is_file():
@@ -183,14 +181,11 @@ class TrainingData:
         self._seed = settings.seed
         self._answers: Packing = settings.packing_of_answers
         self._source = parse_source(data.path, "`config.data.path`")
-        # Without a weight the anchor is unused.
-        anchor_path = tuning.anchor_path if tuning.anchor else None
-        self._anchor_path = anchor_path
-        # Parsed here, so that a wrong path ends the run before its first step.
         self._anchor_source: Source | None = None
-        if anchor_path is not None:
+        # Without a weight the anchor is unused.
+        if tuning.anchor and tuning.anchor_path is not None:
             self._anchor_source = parse_source(
-                anchor_path, "`config.tuning.anchor_path`"
+                tuning.anchor_path, "`config.tuning.anchor_path`"
             )
         self.stream = training_stream(settings, tokenizer)
         self.packing = packing_of(data, self.stream, self._answers)
@@ -216,9 +211,9 @@ class TrainingData:
 
     def digests(self) -> dict[str, str]:
         """Hashes what the run reads: "data" and, if the anchor is a text, "anchor"."""
-        digests = {"data": digest_of(self._data.path, self.stream)}
-        if self._anchor_path is not None and self.anchor is not None:
-            digests["anchor"] = digest_of(self._anchor_path, self.anchor)
+        digests = {"data": data_hash(self.stream)}
+        if self.anchor is not None:
+            digests["anchor"] = data_hash(self.anchor)
         return digests
 
     def describe(self) -> str:

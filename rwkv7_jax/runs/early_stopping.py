@@ -5,8 +5,10 @@ Every checkpoint stores this progress, so a resumed run decides as an uninterrup
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from rwkv7_jax.evaluation.metric import Metric, logged_metric
 from rwkv7_jax.runs.settings import EvaluationSettings
@@ -14,8 +16,8 @@ from rwkv7_jax.text.tokenizer import text_digest
 
 
 @dataclasses.dataclass(frozen=True)
-class RunProgress:
-    """The progress of a run, as its checkpoints store it.
+class StateProgress:
+    """The progress of one state of a run, or of the weights that it trains.
 
     Attributes:
         evaluated: the step of the last evaluation; -1 before the first.
@@ -38,26 +40,15 @@ class RunProgress:
     since: int = 0
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "RunProgress":
-        """Restores the progress from the fields that `to_json` returned."""
+    def from_json(cls, fields: Mapping[str, Any]) -> "StateProgress":
+        """Restores the progress from the fields in a checkpoint."""
         best = tuple((value, step) for value, step in fields["best"])
         return cls(**{**fields, "best": best})
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns the fields as checkpoints store them."""
-        return dataclasses.asdict(self)
-
     def for_evaluation(
         self, evaluation: EvaluationSettings, step: int
-    ) -> "RunProgress":
-        """Returns the progress of a run that starts or resumes with these evaluations.
-
-        If they differ from the previous evaluations, the best steps so far are forgotten.
-
-        Args:
-            evaluation: the group of settings.
-            step: the step at which the run starts or resumes.
-        """
+    ) -> "StateProgress":
+        """Returns the progress at the start of a process; see `Progress.for_evaluation`."""
         measure = evaluation.measure or "held_out"
         # The run's identity already rejects a change of the held-out data itself.
         other = "" if measure.startswith("held_out") else evaluation.retention
@@ -70,28 +61,9 @@ class RunProgress:
             self, reads=reads, since=step, evaluated=-1, waited=0, best=()
         )
 
-    def with_update(self, updated: Any, limit: int | None) -> "RunProgress":
-        """Returns the progress after an update that was applied, or skipped as non-finite.
-
-        Args:
-            updated: whether the update was applied.
-            limit: the number of consecutive skipped updates that ends the run; unused here.
-        """
-        bad = 0 if updated else self.bad + 1
-        return self if bad == self.bad else dataclasses.replace(self, bad=bad)
-
-    def skipped(self, updated: Any, limit: int | None) -> list[tuple[int, str]]:
-        """Lists the skipped updates of a step: none, or index 0 with an empty name."""
-        return [] if updated else [(0, "")]
-
-    @property
-    def by_name(self) -> Mapping[str, "RunProgress"]:
-        """This progress under the name "", because the state of a single run has no name."""
-        return {"": self}
-
-    def given_up(self, limit: int | None) -> list[str]:
-        """Returns an empty list, because the state of a single run has no name."""
-        return []
+    def with_update(self, is_applied: bool) -> "StateProgress":
+        """Returns the progress after an update that was applied, or skipped as non-finite."""
+        return dataclasses.replace(self, bad=0 if is_applied else self.bad + 1)
 
     def is_given_up(self, limit: int | None) -> bool:
         """Returns whether `limit` consecutive updates were skipped; never if it is None."""
@@ -104,12 +76,12 @@ class RunProgress:
         evaluation: EvaluationSettings,
         *,
         kept: int,
-    ) -> "RunProgress":
-        """Returns the progress after the evaluation of a step.
+    ) -> "StateProgress":
+        """Returns the progress after an evaluation; see `Progress.with_evaluation`.
 
         Args:
             step: the evaluated step.
-            metrics: of the evaluation, by name.
+            metrics: of this state, without its name.
             evaluation: names the metric that decides.
             kept: how many best steps to remember.
 
@@ -139,10 +111,6 @@ class RunProgress:
             best=tuple(ranked[: max(kept, 1)]),
         )
 
-    def best_steps(self, kept: int) -> tuple[int, ...]:
-        """Returns the best steps, whose checkpoints are kept."""
-        return tuple(step for _, step in self.best[:kept])
-
     def stop_reason(self, evaluation: EvaluationSettings) -> str | None:
         """Returns why the run ends before its last step; None if it continues."""
         if evaluation.patience and self.waited >= evaluation.patience:
@@ -165,28 +133,52 @@ class RunProgress:
 
 
 @dataclasses.dataclass(frozen=True)
-class StackProgress:
-    """The progress of start states that are tuned together, each as if in a run of its own.
+class Progress:
+    """The progress of a run, as its checkpoints store it.
+
+    Start states that are tuned together have a progress each, as if in a run of its own. It stays
+    fixed once such a run would have ended.
 
     Attributes:
-        states: the progress of each state, by name. The progress of a state stays fixed once a run
-            of its own would have ended.
+        states: the progress of each state by name. A run that trains one state or weights has a
+            single entry, of the name "".
     """
 
-    states: Mapping[str, RunProgress]
+    states: Mapping[str, StateProgress] = dataclasses.field(
+        default_factory=lambda: {"": StateProgress()}
+    )
+
+    @classmethod
+    def of_states(cls, names: Iterable[str]) -> "Progress":
+        """Makes the progress of several states before the first step."""
+        return cls({name: StateProgress() for name in names})
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Progress":
+        """Restores the progress from the fields that `to_json` returned."""
+        states = {}
+        for name, one in fields.get("states", {"": fields}).items():
+            states[name] = StateProgress.from_json(one)
+        return cls(states)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as checkpoints store them."""
-        return {"states": {name: one.to_json() for name, one in self.states.items()}}
+        states = {name: dataclasses.asdict(one) for name, one in self.states.items()}
+        return states.get("", {"states": states})
 
-    def for_evaluation(
-        self, evaluation: EvaluationSettings, step: int
-    ) -> "StackProgress":
-        """Returns the progress of a run that starts or resumes with these evaluations."""
+    def for_evaluation(self, evaluation: EvaluationSettings, step: int) -> "Progress":
+        """Returns the progress of a run that starts or resumes with these evaluations.
+
+        If they differ from the previous evaluations, the best steps so far are forgotten.
+
+        Args:
+            evaluation: the group of settings.
+            step: the step at which the run starts or resumes.
+        """
         states = {}
         for name, one in self.states.items():
             states[name] = one.for_evaluation(evaluation, step)
-        return StackProgress(states)
+        return Progress(states)
 
     @property
     def since(self) -> int:
@@ -203,38 +195,44 @@ class StackProgress:
         """The largest number of consecutive non-finite updates of any state."""
         return max(one.bad for one in self.states.values())
 
-    def with_update(self, updated: Any, limit: int | None) -> "StackProgress":
+    def with_update(self, updated: Any, limit: int | None) -> "Progress":
         """Returns the progress after a step.
 
         Args:
-            updated: for each state, whether its update was applied.
+            updated: whether the update of each state was applied; a scalar for a single one.
             limit: the number of consecutive skipped updates at which a state is given up for good.
         """
+        given_up = self.given_up(limit)
+        applied = np.atleast_1d(updated)
         states = {}
-        for (name, one), applied in zip(self.states.items(), updated, strict=True):
-            given_up = one.is_given_up(limit)
-            states[name] = one if given_up else one.with_update(applied, limit)
-        return StackProgress(states)
+        for (name, one), is_applied in zip(self.states.items(), applied, strict=True):
+            states[name] = one if name in given_up else one.with_update(is_applied)
+        return Progress(states)
 
     def skipped(self, updated: Any, limit: int | None) -> list[tuple[int, str]]:
-        """Lists the index and name of each state whose update was skipped and that continues."""
+        """Lists the index and name of each state whose update was skipped and that continues.
+
+        Args:
+            updated: as of `with_update`.
+            limit: as of `with_update`.
+        """
+        given_up = self.given_up(limit)
+        applied = np.atleast_1d(updated)
         found = []
-        for index, (name, one) in enumerate(self.states.items()):
-            if not updated[index] and not one.is_given_up(limit):
+        for index, name in enumerate(self.states):
+            if not applied[index] and name not in given_up:
                 found.append((index, name))
         return found
 
-    @property
-    def by_name(self) -> Mapping[str, RunProgress]:
-        """The progress of each state, by name."""
-        return self.states
-
     def given_up(self, limit: int | None) -> list[str]:
-        """Returns the names of the states that are given up."""
-        return [name for name, one in self.states.items() if one.is_given_up(limit)]
+        """Returns the names of the states that are given up while others may continue."""
+        # Without a name the run itself ends.
+        return [
+            name for name, one in self.states.items() if name and one.is_given_up(limit)
+        ]
 
     def is_given_up(self, limit: int | None) -> bool:
-        """Returns whether every state is given up."""
+        """Returns whether every state had `limit` consecutive skipped updates; never if None."""
         return all(one.is_given_up(limit) for one in self.states.values())
 
     def with_evaluation(
@@ -244,12 +242,13 @@ class StackProgress:
         evaluation: EvaluationSettings,
         *,
         kept: int,
-    ) -> "StackProgress":
+    ) -> "Progress":
         """Returns the progress after the evaluation of a step.
 
         Args:
             step: the evaluated step.
-            metrics: of all states, by names such as "poet/held_out_bits_per_byte".
+            metrics: by name; those of a state with a name begin with it, such as
+                "poet/held_out_bits_per_byte".
             evaluation: names the metric that decides.
             kept: how many best steps of each state to remember.
 
@@ -258,21 +257,23 @@ class StackProgress:
         """
         states = {}
         for name, one in self.states.items():
+            prefix = f"{name}/" if name else ""
             own = {}
             for metric, value in metrics.items():
-                if metric.startswith(f"{name}/"):
-                    own[metric.removeprefix(f"{name}/")] = value
-            if not one.stop_reason(evaluation):
+                if metric.startswith(prefix):
+                    own[metric.removeprefix(prefix)] = value
+            has_ended = name and one.stop_reason(evaluation)
+            if not has_ended:
                 one = one.with_evaluation(step, own, evaluation, kept=kept)
             states[name] = one
-        return StackProgress(states)
+        return Progress(states)
 
-    def best_steps(self, kept: int) -> tuple[int, ...]:
-        """Returns the best steps of all states, whose checkpoints are kept."""
-        steps: list[int] = []
+    def best_steps(self, kept: int) -> set[int]:
+        """Returns the best `kept` steps of each state, whose checkpoints are kept."""
+        steps = set()
         for one in self.states.values():
-            steps += one.best_steps(kept)
-        return tuple(sorted(set(steps)))
+            steps |= {step for _, step in one.best[:kept]}
+        return steps
 
     def stop_reason(self, evaluation: EvaluationSettings) -> str | None:
         """Returns why every state ends before the last step; None if a state continues."""
@@ -281,21 +282,8 @@ class StackProgress:
             reason = one.stop_reason(evaluation)
             if reason is None:
                 return None
-            reasons.append(f"{name}: {reason}")
+            reasons.append(f"{name}: {reason}" if name else reason)
         return "; ".join(reasons)
-
-
-Progress = RunProgress | StackProgress
-
-
-def read_progress(fields: Mapping[str, Any]) -> Progress:
-    """Reads the progress that a checkpoint stores."""
-    if "states" not in fields:
-        return RunProgress.from_json(fields)
-    states = {}
-    for name, one in fields["states"].items():
-        states[name] = RunProgress.from_json(one)
-    return StackProgress(states)
 
 
 def check_measure(evaluation: EvaluationSettings, metrics: Collection[str]) -> None:

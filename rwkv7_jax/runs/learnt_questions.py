@@ -14,6 +14,7 @@ from rwkv7_jax.data.jsonl import read_jsonl
 from rwkv7_jax.data.records.record import parse_record
 from rwkv7_jax.data.sources import TextSource, parse_source
 from rwkv7_jax.json_files import number_of, read_object
+from rwkv7_jax.runs.modes.stack import state_sources
 from rwkv7_jax.runs.settings import Settings, as_config
 from rwkv7_jax.test_time.questions import Prompt, QuestionSet, read_questions
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -26,12 +27,12 @@ class TuningRecord(NamedTuple):
 
     Attributes:
         name: the name of the run directory or of the setting, for messages.
-        texts: the data files.
+        state: the name of the state, if the run tuned several.
         values: the run's settings, as config files spell them.
     """
 
     name: str
-    texts: tuple[str, ...]
+    state: str
     values: Mapping[str, Any]
 
     @property
@@ -44,7 +45,7 @@ class TuningRecord(NamedTuple):
         """Returns the prompts of the run's training questions.
 
         Raises:
-            OSError, ValueError: a file cannot be read, or does not hold questions.
+            OSError, ValueError: a file cannot be read, does not hold questions, or is unknown.
         """
         if self._asks_questions:
             return self._prompts_by_questions(tokenizer)
@@ -68,13 +69,24 @@ class TuningRecord(NamedTuple):
     def _prompts_by_texts(self, tokenizer: Tokenizer) -> set[Prompt]:
         threshold = held_out_threshold(self.values["data"]["held_out"])
         learnt = set()
-        for path in self.texts:
+        for path in self._texts():
             hashes = read_jsonl(path, _content_hash)
             questions = read_questions(path, tokenizer)
             for (prompt, _), content_hash in zip(questions, hashes, strict=True):
                 if content_hash >= threshold:
                     learnt.add(tuple(prompt))
         return learnt
+
+    def _texts(self) -> tuple[str, ...]:
+        """Returns the data files of the state; a synthetic task has none."""
+        path = self.values["data"]["path"]
+        if not path:
+            sources = state_sources(self.values["tuning"]["states"])
+            if self.state not in sources:
+                raise ValueError(f"it names no text of the state {self.state}")
+            path = sources[self.state]
+        source = parse_source(path)
+        return source.paths if isinstance(source, TextSource) else ()
 
 
 def _content_hash(record: Any) -> int:
@@ -101,7 +113,7 @@ def tuning_records(settings: Settings) -> dict[str, TuningRecord | None]:
             records[path] = record
     if settings.data.path:
         records["config.data.path"] = TuningRecord(
-            "`config.data.path`", _texts(settings.data.path), as_config(settings)
+            "`config.data.path`", "", as_config(settings)
         )
     return records
 
@@ -112,10 +124,7 @@ def _record_of_state(path: Path) -> TuningRecord | None:
     for folder in (path.parent, path.parent.parent):
         values = _read_settings(folder / _SETTINGS)
         if values is not None:
-            states = values["tuning"]["states"]
-            texts = _texts(values["data"]["path"])
-            texts = texts or _texts_of_states(states, path.stem)
-            return TuningRecord(f"`{folder}`", texts, values)
+            return TuningRecord(f"`{folder}`", path.stem, values)
     return None
 
 
@@ -147,18 +156,3 @@ def _are_settings(values: Mapping[str, Any]) -> bool:
     is_share = held_out is not None and 0 <= held_out <= 1
     is_seed = type(values["seed"]) is int and values["seed"] >= 0
     return is_share and is_seed and all(isinstance(text, str) for text in texts)
-
-
-def _texts(path: str) -> tuple[str, ...]:
-    """Splits a data path into its files; a synthetic task has none."""
-    source = parse_source(path)
-    return source.paths if isinstance(source, TextSource) else ()
-
-
-def _texts_of_states(states: str | Mapping[str, str], name: str) -> tuple[str, ...]:
-    """Returns the text files of one of the states that a run tuned together."""
-    if not states:
-        return ()
-    if isinstance(states, str):
-        return tuple(str(one) for one in sorted(Path(states).glob(f"{name}.*")))
-    return _texts(states.get(name, ""))

@@ -1,10 +1,11 @@
 """The result of a run: which parameters it consists of, and how it is saved."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rwkv7_jax.evaluation.metric import logged_metric
-from rwkv7_jax.runs.early_stopping import Progress, RunProgress
+from rwkv7_jax.runs.early_stopping import Progress, StateProgress
 from rwkv7_jax.runs.exit_codes import (
     DiskError,
     NotFinite,
@@ -24,7 +25,7 @@ from rwkv7_jax.training.train_step import TrainState
 
 
 def _result_step(
-    progress: RunProgress, evaluation: EvaluationSettings, last: int
+    progress: StateProgress, evaluation: EvaluationSettings, last: int
 ) -> int:
     """Returns the step whose parameters are the result: with patience the best, else the last."""
     if evaluation.patience and progress.best:
@@ -65,21 +66,17 @@ def final_params(
     """Returns the result of a run: with patience the best parameters, else the last ones."""
     evaluation = mode.settings.evaluation
     last = int(state.step)
-    if isinstance(progress, RunProgress):
-        step = _result_step(progress, evaluation, last)
-        if step != last:
-            print(f"step {step} measured best: its parameters are the result")
-        return _params_at(step, mode, state, folder, identity)
     found: dict[int, Any] = {}
     results = []
     for index, (name, one) in enumerate(progress.states.items()):
         step = _result_step(one, evaluation, last)
         if step != last:
-            print(
-                f"step {step} measured best for {name}: its parameters are the result"
-            )
+            of_state = if_named(" for {}", name)
+            print(f"step {step} measured best{of_state}: its parameters are the result")
         if step not in found:
             found[step] = _params_at(step, mode, state, folder, identity)
+        if not name:
+            return found[step]
         results.append(params_of(found[step], index))
     return stack_params(results)
 
@@ -109,9 +106,11 @@ def check_stopped(
         raise stop.stopped(f"; {saved}. The same command resumes the run")
 
 
-def _harm(
-    folder: RunDirectory, progress: RunProgress, step: int, prefix: str
-) -> str | None:
+# Rows of the metrics by step.
+_Rows = Mapping[int, Mapping[str, Any]]
+
+
+def _harm(rows: _Rows, progress: StateProgress, step: int, prefix: str) -> str | None:
     """Describes how much worse the result is than no training; None if not worse or unknown.
 
     It is unknown if different evaluations measured the start and the result.
@@ -119,22 +118,20 @@ def _harm(
     if progress.since:
         return None
     name = f"{prefix}{progress.measure}"
-    found = {row["step"]: row.get(name) for row in folder.rows({0, step})}
-    base = found.get(0)
-    result = found.get(step)
+    base = rows.get(0, {}).get(name)
+    result = rows.get(step, {}).get(name)
     if not isinstance(base, int | float) or not isinstance(result, int | float):
         return None
+    if math.isnan(base):
+        return None
     higher_is_better = logged_metric(name, base).higher_is_better
-    is_worse = result < base if higher_is_better else result > base
-    return f"{name} {result:.4g}, {base:.4g} before tuning" if is_worse else None
+    # Comparisons with NaN are false: a result that is NaN is worse.
+    is_as_good = result >= base if higher_is_better else result <= base
+    return None if is_as_good else f"{name} {result:.4g}, {base:.4g} before tuning"
 
 
 def _decide_to_save(
-    mode: TrainingMode,
-    folder: RunDirectory,
-    progress: RunProgress,
-    step: int,
-    name: str,
+    mode: TrainingMode, rows: _Rows, progress: StateProgress, step: int, name: str
 ) -> bool:
     """Decides whether to save a tuned state, and reports if it is worse than before tuning.
 
@@ -146,7 +143,7 @@ def _decide_to_save(
     if mode.settings.finds_rate and mode.found_rate is None:
         print(f"no state is saved{if_named(' for {}', name)}: no rate was found for it")
         return False
-    harm = _harm(folder, progress, step, if_named("{}/", name))
+    harm = _harm(rows, progress, step, if_named("{}/", name))
     if harm is None:
         return True
     text = f"the tuned state is worse on held-out data than {mode.settings.untuned}: {harm}"
@@ -198,15 +195,19 @@ def _left_out(
     """Returns the states not to save, those given up, and whether anything is saved."""
     evaluation = mode.settings.evaluation
     given_up = progress.given_up(mode.settings.stop_after_bad)
+    steps = {}
+    for name, one in progress.states.items():
+        steps[name] = _result_step(one, evaluation, last)
+    # Once for all states: the log is long, and each of its rows holds the metrics of all.
+    rows = {row["step"]: row for row in folder.rows({0, *steps.values()})}
     without = list(given_up)
-    for name, one in progress.by_name.items():
-        step = _result_step(one, evaluation, last)
+    for name, one in progress.states.items():
         member = mode.member(name)
         if name not in given_up and not _decide_to_save(
-            member, folder, one, step, name
+            member, rows, one, steps[name], name
         ):
             without.append(name)
-    return without, given_up, len(without) < len(progress.by_name)
+    return without, given_up, len(without) < len(progress.states)
 
 
 def _write_result(

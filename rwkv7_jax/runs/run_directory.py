@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from rwkv7_jax.atomic_write import append_line, atomic_write
-from rwkv7_jax.data.jsonl import iterate_log
 from rwkv7_jax.json_files import number_of, read_json, read_object, write_json
 from rwkv7_jax.local_paths import require_unicode
 from rwkv7_jax.reports.html_report import write_report
-from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles
+from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles, iterate_steps
 from rwkv7_jax.reports.system_info import system
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import DiskError, warn
@@ -34,7 +33,7 @@ from rwkv7_jax.runs.resume.step_directories import StepDirectories
 from rwkv7_jax.runs.resume.stored_steps import StoredSteps
 from rwkv7_jax.runs.run_lock import LOCK, RunLock
 from rwkv7_jax.runs.settings import Settings, as_config
-from rwkv7_jax.runs.settled_settings import settings_of_run, settle
+from rwkv7_jax.runs.settled_settings import settle
 from rwkv7_jax.training.train_step import TrainState
 
 _BAD_BATCHES = "bad_batches.jsonl"
@@ -53,7 +52,7 @@ class RunDirectory:
         path: the directory that this process writes to.
         workdir: the run directory as this process would name it.
         settings: of the run; what the command leaves open has the value that the run began with.
-        began: the settings that the run began with, from `settings_of_run`.
+        began: the settings that the run began with; empty for a new run.
         checkpoints: of the run.
     """
 
@@ -192,15 +191,15 @@ class OwnedRunDirectory(RunDirectory):
                 on_failure.callback(self._backup.release)
                 self._backup.fetch_files()
                 present |= set(self._backup.newer_steps())
+            before = self._read_settings()
             # Without a checkpoint there is nothing that other settings could invalidate.
-            self.began = settings_of_run(self.path) if present else {}
+            self.began = before if present and before is not None else {}
             self.settings = settle(settings, self.began)
             if settings.finds_rate and not self.settings.finds_rate:
                 rate = self.settings.optimizer.learning_rate
                 print(f"rate      {rate:g}, with which the run in {self.path} began")
-            before = self._read_settings()
-            if present and before is not None:
-                self._require_same_settings(before)
+            if self.began:
+                self._require_same_settings(self.began)
             values = as_config(self.settings)
             self._protected = self._protect_steps(present, before, values)
             write_json(self.path / "settings.json", values)
@@ -258,18 +257,23 @@ class OwnedRunDirectory(RunDirectory):
 
     def __exit__(self, *failure) -> None:
         """Waits for a pending save, writes the report and releases the lock."""
-        # First, because the report and the release of the lock must follow the last save.
-        self.checkpoints.leave()
-        self._metrics.close()
-        if next(self._metrics.iterate(), None):
-            try:
-                write_report(self.path)
-            except (OSError, ValueError) as error:
-                warn(f"the report of {self.path} cannot be written: {error}")
-        try:
+        with contextlib.ExitStack() as locks:
+            locks.callback(self._lock.release)
+            if self._backup is not None:
+                locks.callback(self._backup.release)
+            # First, because the report and the copy must follow the last save.
+            self.checkpoints.leave()
+            self._metrics.close()
+            self._write_report()
             self._copy_results(failed=failure[0] is not None)
-        finally:
-            self._lock.release()
+
+    def _write_report(self) -> None:
+        """Writes the report of a run that has metrics; warns if it cannot."""
+        try:
+            if next(self._metrics.iterate(), None):
+                write_report(self.path)
+        except (OSError, ValueError) as error:
+            warn(f"the report of {self.path} cannot be written: {error}")
 
     def _copy_results(self, *, failed: bool) -> None:
         """Copies the outputs of the run to its backup.
@@ -288,8 +292,6 @@ class OwnedRunDirectory(RunDirectory):
             if not failed:
                 raise
             warn(str(error))
-        finally:
-            self._backup.release()
 
     def share_checkpoints(self) -> None:
         """Opens the checkpoints of all processes; see `RunDirectory.share_checkpoints`."""
@@ -343,10 +345,8 @@ class OwnedRunDirectory(RunDirectory):
         if not path.exists():
             return
         with atomic_write(path) as file:
-            for row in iterate_log(path):
-                step = row.get("step", 0)
-                # A corrupt line has no step to compare.
-                if _is_number(step) and step <= last_step:
+            for row in iterate_steps(path):
+                if row["step"] <= last_step:
                     file.write(f"{json.dumps(row)}\n".encode())
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
@@ -441,7 +441,3 @@ def _retention(values: Mapping[str, Any]) -> tuple[Any, ...]:
         values.get("keep_best"),
         bool(patience),
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -6,13 +6,12 @@ resumed run must not change.
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from rwkv7_jax.data.choices import PACKINGS
-from rwkv7_jax.json_files import number_of, read_object
+from rwkv7_jax.json_files import number_of
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.runs.settings.groups import default_final_rate
 
@@ -23,16 +22,6 @@ AUTO = "auto"
 _FINAL_RATE_BEFORE = 6e-5
 
 
-def settings_of_run(workdir: Path) -> Mapping[str, Any]:
-    """Returns the settings that the run in a folder began with; empty if there is no run.
-
-    Args:
-        workdir: the run directory; it need not exist.
-    """
-    # If the file is damaged, settings are checked against the checkpoints only.
-    return read_object(workdir / "settings.json") or {}
-
-
 def settle(settings: Settings, began: Mapping[str, Any]) -> Settings:
     """Fills in settings that are left open: as the run began, or for this machine.
 
@@ -40,7 +29,7 @@ def settle(settings: Settings, began: Mapping[str, Any]) -> Settings:
 
     Args:
         settings: of the command.
-        began: the settings that the run began with, from `settings_of_run`.
+        began: the settings that the run began with; empty for a new run.
     """
     settings = _keep_rate(settings, _group(began, "optimizer"))
     settings = _keep_packing(settings, _group(began, "data"))

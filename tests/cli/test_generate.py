@@ -71,6 +71,14 @@ def test_the_command_reads_any_bytes_from_standard_input_and_wraps_a_chat(
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 1
 
 
+@pytest.mark.parametrize("prompt", ["-5 apples", "-5", "-5,7", "-1e-3"])
+def test_a_prompt_that_begins_with_a_negative_number_is_read_unchanged(
+    command, capsys, prompt
+):
+    command("--prompt", prompt, "--json", "--tokens", "0")
+    assert json.loads(capsys.readouterr().out)["prompt"] == prompt
+
+
 def test_the_command_is_quiet_when_its_pipe_is_closed(command, capfd, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)

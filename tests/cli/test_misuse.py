@@ -325,6 +325,7 @@ MISUSE = [
         "state mix a.pth b.pth out.pth --weights 1",
         "one weight for each of 2 states; got 1",
     ),
+    ("state mix a.pth --weights 1 gs://b/o.pth", "`OUT` must be on this machine"),
     ("state mix a.pth out.pth --weights 1,2", "one weight for each of 1 states; got 2"),
     ("state mix a.pth b.pth out.pth --weights 1,", "entry 2 of '1,' is empty"),
     ("state mix a.pth b.pth out.pth --weights ,", "entry 1"),

@@ -38,6 +38,7 @@ TINY = str(Path(__file__).parents[2] / "assets" / "tiny.pth")
         (["--allow-host", "a.example:80"], "`--allow-host` must be a name like"),
         (["--allow-host", "http://a.example"], "without a scheme, a port"),
         (["--name", "a/b"], "`--name` must give a name of letters"),
+        (["--state", "gs://b/x.pth"], "`--state` must be on this machine; got gs://b"),
         (["--state", "a b=x.pth"], "`--state` must give a name of letters"),
         (["--state", "x=a.pth", "--state", "x=b.pth"], "'x' names `a.pth` and `b.pth`"),
         (["--state", "poet.pth", "--state", "d/poet.st"], "its own name; 'poet'"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rwkv7_jax.reports.goodput import goodput
+from rwkv7_jax.reports.goodput import TimeSpent
 
 EVENTS = [
     {"step": 0, "event": "start", "time": 100.0},
@@ -16,6 +16,13 @@ ROWS = [
     {"step": 6, "step_seconds": 20.0, "paused_seconds": 0.0, "compile_seconds": 4.0},
     {"step": 6, "held_out/bits_per_byte": 2.0},
 ]
+
+
+def goodput(rows, events):
+    spent = TimeSpent()
+    for row in rows:
+        spent.add(row)
+    return spent.goodput(events)
 
 
 def test_the_parts_add_up_to_the_total_time():

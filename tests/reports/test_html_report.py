@@ -4,15 +4,17 @@ import base64
 import html.parser
 import json
 import re
+import weakref
 
 import pytest
 
 from rwkv7_jax.cli.commands import main
-from rwkv7_jax.reports.html_report import report_page, write_report
+from rwkv7_jax.reports.html_report import _Metrics, report_page, write_report
 from rwkv7_jax.reports.svg_charts import (
     HEIGHT,
     PIECES,
     WIDTH,
+    Curve,
     Mark,
     line_chart,
     short,
@@ -248,7 +250,7 @@ def points_of(svg, shape):
 
 def test_a_curve_keeps_its_order_and_stays_inside_the_picture():
     (line,) = points_of(
-        line_chart("t", {"a": [(0, 1.0), (5, 3.0), (10, 2.0)]}), "polyline"
+        line_chart("t", {"a": Curve([(0, 1.0), (5, 3.0), (10, 2.0)])}), "polyline"
     )
     assert [x for x, _ in line] == sorted(x for x, _ in line)
     assert line[1][1] < line[2][1] < line[0][1]
@@ -256,7 +258,7 @@ def test_a_curve_keeps_its_order_and_stays_inside_the_picture():
 
 
 def test_a_long_curve_is_downsampled_to_means():
-    svg = line_chart("t", {"a": [(x, x % 2) for x in range(10 * PIECES)]})
+    svg = line_chart("t", {"a": Curve((x, x % 2) for x in range(10 * PIECES))})
     (line,) = points_of(svg, "polyline")
     (band,) = points_of(svg, "polygon")
     assert len(line) == PIECES and len(band) == 2 * PIECES
@@ -266,16 +268,59 @@ def test_a_long_curve_is_downsampled_to_means():
     )
 
 
+def test_the_curve_of_a_long_run_keeps_its_picture_in_little_memory():
+    def height(x):
+        return x + 1000 * (x == 70_001)
+
+    curve = Curve((x, height(x)) for x in range(100_000))
+    assert len(curve._pieces) <= 8 * PIECES
+    pieces = curve.pieces()
+    assert PIECES // 2 < len(pieces) <= PIECES
+    assert sum(piece.count for piece in pieces) == 100_000
+    assert sum(piece.y for piece in pieces) == sum(map(height, range(100_000)))
+    assert max(piece.most for piece in pieces) == 99_999
+    first = 0
+    for piece in pieces:
+        part = [height(x) for x in range(first, first + piece.count)]
+        first += piece.count
+        assert (piece.least, piece.most) == (min(part), max(part))
+        assert piece.x == sum(range(first - piece.count, first))
+
+
+def test_points_are_drawn_by_x_and_the_last_of_an_x_counts():
+    unsorted = Curve([(5, 3.0), (0, 9.0), (10, 2.0), (0, 1.0)])
+    in_order = Curve([(0, 1.0), (5, 3.0), (10, 2.0)])
+    assert unsorted.pieces() == in_order.pieces()
+
+
+class _Row(dict):
+    """A row of a log that can be watched."""
+
+
+def test_the_report_holds_no_row_of_the_log():
+    watched = []
+
+    def rows():
+        for step in range(100):
+            row = _Row(step=step, loss_nats=1.0)
+            watched.append(weakref.ref(row))
+            yield row
+
+    metrics = _Metrics(rows())
+    assert metrics.last_step == 99
+    assert not any(row() for row in watched)
+
+
 @pytest.mark.parametrize("value", [0.0, 7.0, -3.0, 1e-9, 1e12])
 def test_single_points_and_constants_can_be_plotted(value):
     for points in ([(3, value)], [(0, value), (1, value)]):
-        svg = line_chart("t", {"a": points})
+        svg = line_chart("t", {"a": Curve(points)})
         assert "nan" not in svg and "circle" in svg
 
 
 def test_a_chart_without_finite_points_is_empty():
-    assert line_chart("t", {"a": [(1, float("nan"))]}) == ""
-    assert line_chart("t", {"a": [(1, 0.0)]}, log=True) == ""
+    assert line_chart("t", {"a": Curve([(1, float("nan"))])}) == ""
+    assert line_chart("t", {"a": Curve([(1, 0.0)], log=True)}) == ""
     assert line_chart("t", {}, marks=[Mark(1, "resume", "")]) == ""
 
 

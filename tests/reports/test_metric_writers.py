@@ -173,6 +173,8 @@ def test_a_resumed_process_continues_the_wandb_run(tmp_path, monkeypatch):
     calls = []
     fake = types.SimpleNamespace(init=lambda **how: FakeRun(calls, **how))
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    # As a process leaves it that is killed while it writes.
+    (tmp_path / "wandb.id").write_text("")
     first = MetricFiles(tmp_path, also=("wandb",))
     assert calls == []
     first.write(1, {"loss": 1.0, "note": "text"})

@@ -80,6 +80,22 @@ def test_a_machine_with_older_steps_fetches_the_newer_one(tmp_path):
     assert _restored(tmp_path / "one", tmp_path / "bucket") == (2, [1, 2])
 
 
+@pytest.mark.parametrize("name", ["files.json", "notes.txt"])
+def test_a_fetched_step_replaces_what_is_in_its_way(tmp_path, capfd, name):
+    bucket = tmp_path / "bucket"
+    _train(tmp_path / "one", bucket, [1, 2])
+    step = tmp_path / "one" / "checkpoints" / "2"
+    if name == "files.json":
+        # A step without a manifest is damaged.
+        (step / name).unlink()
+    else:
+        shutil.rmtree(step)
+        step.mkdir()
+        (step / name).write_text("of another program")
+    assert _restored(tmp_path / "one", bucket) == (2, [1, 2])
+    assert f"{step} was in the way; it is now in" in capfd.readouterr().err
+
+
 def test_a_machine_with_newer_steps_keeps_them(tmp_path):
     _train(tmp_path / "one", tmp_path / "bucket", [1])
     with OwnedRunDirectory(tmp_path / "one", Settings(keep=2)) as folder:

@@ -22,7 +22,7 @@ from saved_steps import (
 )
 
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
-from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.early_stopping import Progress, StateProgress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint
 from rwkv7_jax.runs.resume import step_directories
 
@@ -33,7 +33,7 @@ def restored_step(folder, **settings):
         train_state(0), IDENTITY, new_state
     )
     assert differing(found, train_state(int(found.step))) == []
-    assert progress == (RunProgress() if int(found.step) == 0 else PROGRESS)
+    assert progress == (Progress() if int(found.step) == 0 else PROGRESS)
     return int(found.step)
 
 
@@ -186,7 +186,7 @@ def test_a_step_with_nan_is_restored_only_on_request(folder, capfd):
 
 
 def test_retention_keeps_the_last_every_kth_and_the_best_step(tmp_path):
-    progress = RunProgress(best=((0.1, 5), (0.2, 2)))
+    progress = Progress({"": StateProgress(best=((0.1, 5), (0.2, 2)))})
     folder = save_steps(
         tmp_path / "steps", range(1, 10), progress, keep=2, keep_every=4, keep_best=1
     )

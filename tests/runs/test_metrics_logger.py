@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.runs.early_stopping import Progress, RunProgress, StackProgress
+from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.stacked_step import create_stack, make_stacked_step
@@ -60,7 +60,7 @@ def _logger(
     logger = MetricsLogger(
         SimpleNamespace(log=lines.__setitem__, log_bad=lambda *_: None),  # type: ignore
         mode,  # type: ignore
-        progress or RunProgress(),
+        progress or Progress(),
         start_step=0,
         batches=SimpleNamespace(waited=0.0),  # type: ignore
         rates=rates,
@@ -146,7 +146,7 @@ def _loss(params, batch):
 
 
 def test_the_logged_rate_of_each_state_is_the_one_of_its_update(unchecked):
-    progress = StackProgress({"poet": RunProgress(), "cook": RunProgress()})
+    progress = Progress.of_states(["poet", "cook"])
     logger, lines = _logger(6, 1, progress=progress)
     tx = optax.chain(optax.clip(1.0), optax.scale_by_learning_rate(_half))
     step = make_stacked_step(_loss, tx, np.ones(2, np.float32))

@@ -1,5 +1,6 @@
 """Questions of files: which are asked, and the accuracy from every state."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -156,6 +157,38 @@ def test_one_of_several_states_is_compared_with_its_own_text(tmp_path):
     state = str(tmp_path / "run" / "states" / "one.pth")
     asked = AskedQuestions.read(settings_of(path, state=state), TOKENIZER)
     assert asked.prompts == held_out_ids(40)
+
+
+@pytest.mark.parametrize("place", ["~/texts", "~/texts/one.jsonl"])
+def test_texts_in_the_home_folder_are_found(tmp_path, monkeypatch, place):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "texts").mkdir()
+    path = tmp_path / "texts" / "one.jsonl"
+    write(path, [record(number) for number in range(40)])
+    texts = {"tuning": {"states": place}}
+    if place.endswith(".jsonl"):
+        texts = {"data": {"path": place}}
+    settings = read_settings({"mode": "state", **texts})
+    settings = dataclasses.replace(
+        settings, data=dataclasses.replace(settings.data, held_out=0.3)
+    )
+    run_folder(tmp_path / "run", settings)
+    state = str(tmp_path / "run" / "states" / "one.pth")
+    asked = AskedQuestions.read(settings_of(path, state=state), TOKENIZER)
+    assert asked.prompts == held_out_ids(40)
+
+
+def test_a_state_whose_texts_are_gone_gets_a_note(tmp_path):
+    path = tmp_path / "qa.jsonl"
+    write(path, [record(0), record(1)])
+    texts = {"two": "elsewhere.txt"}
+    for states in (str(tmp_path / "gone"), texts):
+        settings = read_settings({"mode": "state", "tuning": {"states": states}})
+        folder = tmp_path / f"run-{len(states)}"
+        run_folder(folder, settings)
+        state = str(folder / "states" / "one.pth")
+        asked = AskedQuestions.read(settings_of(path, state=state), TOKENIZER)
+        assert asked.notes[1].startswith("unknown: whether some are in the training")
 
 
 def test_a_state_of_unknown_origin_gets_a_note(tmp_path):

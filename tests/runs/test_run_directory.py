@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rwkv7_jax.data.jsonl import read_log
+from rwkv7_jax.reports import metric_writers
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.run_directory import OwnedRunDirectory
 from rwkv7_jax.runs.settings import OptimizerSettings, Settings
@@ -42,3 +43,37 @@ def test_a_directory_that_cannot_be_created_is_a_disk_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match=r"`--workdir` .*/run cannot be written"):
         OwnedRunDirectory(tmp_path / "file" / "run", Settings())
+
+
+class _LostService:
+    """A tracker whose service is unreachable."""
+
+    def __init__(self, package, folder, first_step):
+        pass
+
+    def write(self, step, numbers):
+        raise RuntimeError("no reply")
+
+    def close(self):
+        raise RuntimeError("no reply")
+
+
+def test_a_tracker_that_fails_costs_neither_the_run_nor_its_files(
+    tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setitem(metric_writers._TRACKERS, "wandb", ("json", _LostService))
+    bucket = tmp_path / "bucket"
+    settings = Settings(trackers=("wandb",), backup=f"file://{bucket}")
+    with (
+        pytest.warns(UserWarning, match="tracker wandb failed: no reply") as warned,
+        OwnedRunDirectory(tmp_path / "run", settings) as folder,
+    ):
+        for step in (1, 2):
+            folder.log(step, {"loss_nats": 1.0})
+    assert len(warned) == 1
+    for place in (tmp_path / "run", bucket):
+        assert len(read_log(place / "metrics.jsonl")) == 2
+        assert (place / "report.html").exists()
+    # Both locks are free again.
+    with OwnedRunDirectory(tmp_path / "run", settings):
+        assert "waiting" not in capfd.readouterr().out

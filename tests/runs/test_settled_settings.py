@@ -5,11 +5,12 @@ import json
 import jax
 import pytest
 
+from rwkv7_jax.json_files import read_object
 from rwkv7_jax.runs import multihost
 from rwkv7_jax.runs.process_group import ProcessGroup
 from rwkv7_jax.runs.run_directory import OwnedRunDirectory
 from rwkv7_jax.runs.settings import as_config, read_settings
-from rwkv7_jax.runs.settled_settings import settings_of_run, settle
+from rwkv7_jax.runs.settled_settings import settle
 
 
 def settings(dtype):
@@ -73,7 +74,7 @@ def test_a_resumed_run_keeps_its_rate_if_the_command_sets_none():
 @pytest.mark.parametrize("text", ["", "3", "[]", '{"model": 3}', '{"model": {}}'])
 def test_damaged_settings_of_a_run_are_ignored(tmp_path, text):
     (tmp_path / "settings.json").write_text(text)
-    began = settings_of_run(tmp_path)
+    began = read_object(tmp_path / "settings.json") or {}
     assert settle(settings("auto"), began) == settings("float32")
     assert settle(packing("auto"), began) == packing("auto")
 

@@ -6,14 +6,16 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.early_stopping import Progress, StateProgress
 from rwkv7_jax.runs.resume.checkpointer import Checkpointer
 from rwkv7_jax.runs.resume.step_directories import StepDirectories
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.train_step import TrainState
 
 IDENTITY = {"settings": {"seed": "0"}, "model": {"width": "32"}}
-PROGRESS = RunProgress(evaluated=2, measure="nats", best=((0.5, 2),), bad=1)
+PROGRESS = Progress(
+    {"": StateProgress(evaluated=2, measure="nats", best=((0.5, 2),), bad=1)}
+)
 
 
 def train_state(step: int) -> TrainState:
@@ -42,7 +44,7 @@ def open_checkpoints(folder: Path, **settings) -> Checkpointer:
 
 
 def save_steps(
-    folder: Path, steps: Iterable[int], progress: RunProgress = PROGRESS, **settings
+    folder: Path, steps: Iterable[int], progress: Progress = PROGRESS, **settings
 ) -> Path:
     """Saves these steps into the folder and returns it."""
     checkpoints = open_checkpoints(folder, **settings)

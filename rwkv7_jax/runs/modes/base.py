@@ -20,7 +20,7 @@ from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.optim.decorrelation import Decorrelator
-from rwkv7_jax.runs.early_stopping import Progress, RunProgress, check_measure
+from rwkv7_jax.runs.early_stopping import Progress, check_measure
 from rwkv7_jax.runs.evaluators import PredictionEvaluator
 from rwkv7_jax.runs.held_out_rows import HeldOutRows, retention_paths
 from rwkv7_jax.runs.input_pipeline import BatchSource
@@ -233,7 +233,7 @@ class TrainingMode(abc.ABC):
 
     def new_progress(self) -> Progress:
         """Makes the progress of a run before its first step."""
-        return RunProgress()
+        return Progress()
 
     def step_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Returns a step's metrics by column name.

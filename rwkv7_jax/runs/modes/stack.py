@@ -17,7 +17,7 @@ from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.model.state import RWKV7State
-from rwkv7_jax.runs.early_stopping import Progress, RunProgress, StackProgress
+from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.evaluators import PredictionEvaluator
 from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
 from rwkv7_jax.runs.modes.base import FrozenModel, TrainingMode
@@ -235,7 +235,7 @@ class StackMode(TrainingMode):
 
     def new_progress(self) -> Progress:
         """Makes the progress of each state before the first step."""
-        return StackProgress({name: RunProgress() for name in self.names})
+        return Progress.of_states(self.names)
 
     def step_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Prefixes metrics with the states' names; `loss_nats` is the mean of finite losses."""

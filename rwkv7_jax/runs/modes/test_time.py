@@ -88,7 +88,7 @@ class ContextMode(DatasetMode, SingleStateMode):
         return {
             **self.data.digests(),
             # The digest in older records, which includes the path.
-            "context": digest_of(self._context, None),
+            "context": digest_of(self._context),
             **content_digests({"context": self._context}),
         }
 
@@ -317,7 +317,7 @@ class TestTimeMode(SingleStateMode):
         path = self.settings.data.path
         contents = {"data": path, "guide": self.settings.test_time.guide}
         # The first digest is the one in older records, which includes the path.
-        return {"data": digest_of(path, None), **content_digests(contents)}
+        return {"data": digest_of(path), **content_digests(contents)}
 
     def describe_data(self) -> str:
         """Describes the questions, with the number that evaluations use."""

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from rwkv7_jax import sharding
 from rwkv7_jax.optim.optimizer import group_table
-from rwkv7_jax.runs.early_stopping import Progress, RunProgress
+from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.training.costs import parameter_count
 from rwkv7_jax.training.train_step import TrainState
@@ -60,8 +60,9 @@ def print_summary(
         print("resume    no: a new run", flush=True)
         return
     best = ""
-    if isinstance(progress, RunProgress) and progress.best:
-        value, step = progress.best[0]
+    single = progress.states.get("")
+    if single is not None and single.best:
+        value, step = single.best[0]
         best = f"; best so far: {value:.4g} at {step}"
     print(f"resume    from step {start}{best}", flush=True)
 

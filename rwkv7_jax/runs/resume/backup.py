@@ -16,8 +16,7 @@ from pathlib import Path, PurePosixPath
 from rwkv7_jax.runs.exit_codes import DiskError, InUse, warn
 from rwkv7_jax.runs.resume.object_store import ObjectStore, is_inside
 from rwkv7_jax.runs.resume.step_directories import (
-    SAVING,
-    saved_steps,
+    StepDirectories,
     verify_manifest,
 )
 from rwkv7_jax.runs.resume.steps import MANIFEST
@@ -69,6 +68,7 @@ class Backup:
         """
         self._store = store
         self._workdir = workdir
+        self._local_steps = StepDirectories(workdir / STEPS)
         _require_outside(store, workdir)
         self.steps = StoredSteps(store, STEPS, self._require_lock)
         self._logs = StoredLogs(store, self._require_lock)
@@ -129,7 +129,7 @@ class Backup:
         Raises:
             DiskError: the store cannot be read.
         """
-        newest = max(saved_steps(self._workdir / STEPS), default=-1)
+        newest = max(self._local_steps.complete(), default=-1)
         return [step for step in self.steps.complete() if step > newest]
 
     def fetch_files(self) -> None:
@@ -150,9 +150,8 @@ class Backup:
         Raises:
             DiskError: the store cannot be read, or the run directory cannot be written.
         """
-        folder = self._workdir / STEPS
         for step in self.newer_steps():
-            place = folder / SAVING / str(step)
+            place = self._local_steps.unfinished(step)
             shutil.rmtree(place, ignore_errors=True)
             files = self.steps.files(step) | {MANIFEST: self.steps.key(step, MANIFEST)}
             with report_wait(f"step {step} from {self._store.url}"):
@@ -163,7 +162,7 @@ class Backup:
                     "an older one is used"
                 )
                 continue
-            os.rename(place, folder / str(step))
+            self._local_steps.adopt(step)
             print(
                 f"backup    step {step} was copied from {self._store.url}", flush=True
             )
@@ -176,10 +175,9 @@ class Backup:
             DiskError: the store cannot be written, or another process has taken over its lock.
         """
         self._require_lock()
-        folder = self._workdir / STEPS
-        here = saved_steps(folder)
+        here = self._local_steps.complete()
         for step in sorted(set(here) - set(self.steps.complete())):
-            self._upload_step(step, folder / str(step))
+            self._upload_step(step)
         self.copy_files()
         # Last: until the new steps are complete, a run can resume only from the older ones.
         self.steps.keep_only(here)
@@ -192,7 +190,7 @@ class Backup:
         Raises:
             DiskError: as `copy_steps`.
         """
-        newest = max(saved_steps(self._workdir / STEPS), default=-1)
+        newest = max(self._local_steps.complete(), default=-1)
         if newest > max(self.steps.complete(), default=-1):
             self.copy_steps()
 
@@ -240,7 +238,8 @@ class Backup:
                 f"`config.backup` {self._store.url}: another process has taken over its lock."
             )
 
-    def _upload_step(self, step: int, folder: Path) -> None:
+    def _upload_step(self, step: int) -> None:
+        folder = self._local_steps.path(step)
         files = {}
         for path in sorted(folder.rglob("*")):
             if path.is_file():

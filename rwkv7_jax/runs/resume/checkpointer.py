@@ -25,7 +25,7 @@ import jax
 
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.checks import first_line
-from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
+from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, warn
 from rwkv7_jax.runs.process_group import ProcessGroup
 from rwkv7_jax.runs.resume.checkpoint_record import (
@@ -70,7 +70,7 @@ class SaveJob:
 
     step: int
     size: int
-    best: tuple[int, ...]
+    best: set[int]
     error: Exception | None = None
     not_copied: str = ""
     thread: threading.Thread | None = None
@@ -325,7 +325,7 @@ class Checkpointer(CheckpointStore):
         self._orbax_checkpointer()
         train = init()
         leaf_checksums(train)
-        return train, RunProgress()
+        return train, Progress()
 
     def _set_aside(self, number: int, reason: str) -> None:
         moved = self.steps.set_aside(number)
@@ -370,7 +370,7 @@ class Checkpointer(CheckpointStore):
         ):
             found = list_names("in", leaves)
             raise _Damaged(f"it has NaN or Inf (config.allow_nan accepts it) {found}")
-        return restored, read_progress(record["course"])
+        return restored, Progress.from_json(record["course"])
 
     def _read_record(self, number: int) -> dict[str, Any]:
         ocp = import_orbax()

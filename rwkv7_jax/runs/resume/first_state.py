@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from rwkv7_jax import sharding
-from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
+from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.checksums import tree_checksum
@@ -107,12 +107,12 @@ def _restore_in_all(
 
     # `broadcast_arrays` uses only the shapes and dtypes of the other processes' arrays.
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
-    progress: Progress = RunProgress()
+    progress = Progress()
     if restored := group.run_in_all(restore_here):
         state, progress = restored
     course = group.from_process_0(progress.to_json)
     if group.from_process_0(lambda: is_new):
         state = group.run_in_all(lambda: state if group.is_primary else init())
         if len(set(group.allgather(tree_checksum(state)))) == 1:
-            return state, read_progress(course)
-    return group.broadcast_arrays(state), read_progress(course)
+            return state, Progress.from_json(course)
+    return group.broadcast_arrays(state), Progress.from_json(course)

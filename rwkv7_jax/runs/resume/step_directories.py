@@ -106,11 +106,14 @@ class StepDirectories(Steps):
         for process in others:
             (written / note_name(process)).unlink()
         write_manifest(written, noted)
+        self.adopt(number)
+
+    def adopt(self, number: int) -> None:
+        """Renames the temporary directory of a step, whose manifest is on disk, to its number."""
         path = self.path(number)
         if os.path.lexists(path):
             warn(f"{path} was in the way; it is now in {self.set_aside(number)}")
-        # After the manifest is on disk, so a numbered directory is always complete.
-        os.rename(written, path)
+        os.rename(self.unfinished(number), path)
 
     def keep_only(self, numbers: Iterable[int]) -> None:
         """Deletes the other directories, except those without a manifest."""

@@ -45,9 +45,9 @@ class Steps(abc.ABC):
     def clean(self) -> None:
         """Deletes the incomplete steps of an earlier process."""
 
-    @abc.abstractmethod
     def unfinished(self, number: int) -> Any:
-        """Returns the folder that Orbax writes a step to."""
+        """Returns the folder that Orbax writes a step to; by default the one that it reads."""
+        return self.path(number)
 
     @abc.abstractmethod
     def begin(self, number: int) -> None:
@@ -85,9 +85,9 @@ class Steps(abc.ABC):
     def give_up(self) -> None:
         """Deletes what a failed save left."""
 
-    @abc.abstractmethod
     def free_bytes(self) -> int | None:
-        """Returns the free bytes; None if the storage has no limit."""
+        """Returns the free bytes; None, the default, if the storage has no limit."""
+        return None
 
     @abc.abstractmethod
     def broken_files(self, number: int, share: slice = slice(None)) -> list[str]:
@@ -98,9 +98,10 @@ class Steps(abc.ABC):
             share: the part of the list of files to compare; several processes split the list.
         """
 
-    @abc.abstractmethod
     def drop_if_empty(self, number: int) -> bool:
-        """Deletes a step if it has no file; returns whether it did."""
+        """Deletes a step if it has no file; returns whether it did, which by default it cannot."""
+        del number
+        return False
 
     @abc.abstractmethod
     def set_aside(self, number: int) -> str:

@@ -101,10 +101,6 @@ class StoredSteps(Steps):
             if folder.rstrip("/") not in whole:
                 self._store.delete_folder(self._prefix + folder)
 
-    def unfinished(self, number: int) -> Any:
-        """Returns the final folder of a step."""
-        return self.path(number)
-
     def begin(self, number: int) -> None:
         """Deletes the content of the folder."""
         self.discard(number)
@@ -155,9 +151,6 @@ class StoredSteps(Steps):
         """Deletes the folders without a manifest, as `clean` does."""
         self.clean()
 
-    def free_bytes(self) -> None:
-        """Returns None: a store has no limit."""
-
     def broken_files(self, number: int, share: slice = slice(None)) -> list[str]:
         """Compares the files of a step with its manifest."""
         manifest, _ = self._store.read(self.key(number, MANIFEST))
@@ -170,10 +163,6 @@ class StoredSteps(Steps):
             {name: files[name] for name in names if name in files}
         )
         return [name for name in names if expected.get(name) != found.get(name)]
-
-    def drop_if_empty(self, number: int) -> bool:
-        """Returns False: a step that counts has a manifest."""
-        return False
 
     def set_aside(self, number: int) -> str:
         """Renames the manifest, so that the step no longer counts."""
