@@ -339,7 +339,7 @@ def test_the_memory_of_an_upscaled_start_is_tuned_at_test_time(
     assert np.abs(grads.upscaled.memory).max() > 0
     others = grads.replace(upscaled=grads.upscaled.replace(memory=0, write=0))
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(others))
-    assert made_mode.tuned_leaves() == ("memory",)
+    assert made_mode.tuned_leaves == ("memory",)
     assert made_mode.trained_count(params) >= params.upscaled.memory.size
     path = made_mode.save(tmp_path, params)
     assert path.name == "state.safetensors" and made_mode.state_files(tmp_path) == {
@@ -393,7 +393,7 @@ def test_tuning_at_test_time_can_be_decorrelated(
         after, _ = each.update_step(tx, None)(train, batch)
         tuned.append(after.params)
     before = mode.make_params()
-    mask = trainable_mask(before, mode.tuned_leaves())
+    mask = trainable_mask(before, mode.tuned_leaves)
     same = jax.tree.map(
         lambda *x: x[2] or not np.any(x[0] != x[1]), before, tuned[1], mask
     )

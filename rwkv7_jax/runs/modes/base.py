@@ -4,7 +4,7 @@ import abc
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import jax
 import optax
@@ -41,22 +41,10 @@ from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.train_step import TrainState, TrainStep, make_train_step
 
 
-class FrozenModel(NamedTuple):
-    """A model that several modes share.
-
-    Attributes:
-        model: the network.
-        params: its weights.
-    """
-
-    model: RWKV7
-    params: Params
-
-
 class TrainingMode(abc.ABC):
     """The trainable parameters of a run, their loss, their batches and their metrics.
 
-    A subclass loads its model, reads its group of settings and makes its loss in `set_up`.
+    A subclass loads its model and its data in `set_up`, and makes its loss there or in `prepare`.
 
     Attributes:
         settings: settings of the run.
@@ -92,8 +80,8 @@ class TrainingMode(abc.ABC):
     decorrelator: Decorrelator = Decorrelator(wrap=lambda tx: tx)
     abstract_params: Any
 
-    # Parameters that `set_up` has made to find their shapes. They are handed over or freed before
-    # the first step, because a reference here would cost a copy.
+    # Parameters that are already made. They are handed over or freed before the first step, because
+    # a reference here would cost a copy.
     _initial: Any = None
 
     def __init__(
@@ -101,7 +89,7 @@ class TrainingMode(abc.ABC):
         settings: Settings,
         folder: Path,
         *,
-        base: FrozenModel | None = None,
+        base: tuple[RWKV7, Params] | None = None,
         mesh: Mesh | None = None,
     ):
         """Loads the model and the data.
@@ -109,7 +97,7 @@ class TrainingMode(abc.ABC):
         Args:
             settings: settings of the run.
             folder: the run directory, for files besides the result.
-            base: the model of `config.init`, if it is already loaded.
+            base: the model of `config.init` and its weights, if they are already loaded.
             mesh: the devices of this process that hold the weights; None for a single device.
 
         Raises:
@@ -120,15 +108,19 @@ class TrainingMode(abc.ABC):
         self.mesh = mesh
         self._base = base
         self.set_up()
-        # Now, because the parameters may be handed over later.
-        self.abstract_params = self._describe_params()
         # The evaluators need the model and the tokenizer of `set_up`.
         self._retention = self.retention_evaluators()
         self._check_evaluations()
+        self.prepare()
 
     @abc.abstractmethod
     def set_up(self) -> None:
-        """Loads the model and the data and makes the loss; called once, by the constructor."""
+        """Loads the model and the data; called once, by the constructor."""
+
+    def prepare(self) -> None:
+        """Does what may take long, after the checks; here it only describes the parameters."""
+        # Now, because the parameters may be handed over later.
+        self.abstract_params = self._describe_params()
 
     @abc.abstractmethod
     def make_params(self) -> Any:
@@ -290,28 +282,22 @@ class TrainingMode(abc.ABC):
             return None
         sizes = sharding.sizes_of(mesh)
         rows = sharding.share_of_rows(self.settings.rows_per_step, sizes)
-        return self.step_memory(rows, sizes, trained=self.gradients_of)
+        return self.step_memory(rows, sizes)
 
-    def step_memory(
-        self,
-        rows: int,
-        sizes: Mapping[str, int],
-        *,
-        trained: Literal["weights", "state"],
-    ) -> Memory:
+    def step_memory(self, rows: int, sizes: Mapping[str, int]) -> Memory:
         """Estimates the memory of a step that is one pass of the mode's model.
 
         Args:
             rows: rows that one device computes at once.
             sizes: sizes of the mesh axes, by name.
-            trained: the parameters with gradients.
         """
+        assert self.gradients_of is not None
         accumulate = self.settings.optimizer.accumulate
         return training_memory(
             self.model.config,
             batch=rows * accumulate,
             length=self.own_length(sizes),
-            trained=trained,
+            trained=self.gradients_of,
             accumulate=accumulate,
             weight_bytes=mean_weight_bytes(self.frozen, self.model.config),
             platform=target_platform(),

@@ -50,6 +50,13 @@ def load_or_init(settings: Settings, mesh: Mesh | None = None) -> tuple[RWKV7, P
         model = new_model(changes)
         return model, init_weights(model, settings.seed, mesh)
     weights = changes.pop(_WEIGHTS, None)
+    fixed = [name for name in changes if name not in _CHANGEABLE]
+    if fixed:
+        raise ValueError(
+            f"`config.model.{fixed[0]}` must be left out, because the checkpoint {init} fixes it; "
+            "only dtype, remat, implementation and weights may be changed "
+            "(configs/pretrain.py:checkpoint leaves the others out)."
+        )
 
     def load() -> tuple[Params, RWKV7Config]:
         return load_model(
@@ -59,13 +66,6 @@ def load_or_init(settings: Settings, mesh: Mesh | None = None) -> tuple[RWKV7, P
     # The hash of an int8 model may need all processes, so none may fail alone before it.
     waits = weights is not None
     params, config = load() if waits else group_of_mesh(mesh).run_in_all(load)
-    fixed = [name for name in changes if name not in _CHANGEABLE]
-    if fixed:
-        raise ValueError(
-            f"`config.model.{fixed[0]}` must be left out, because the checkpoint {init} fixes it; "
-            "only dtype, remat, implementation and weights may be changed "
-            "(configs/pretrain.py:checkpoint leaves the others out)."
-        )
     return RWKV7(dataclasses.replace(config, **changes)), params
 
 

@@ -39,13 +39,13 @@ class ObserverMode(DatasetMode):
     def set_up(self) -> None:
         """Loads the teacher, opens the data and makes the loss."""
         settings = self.settings
+        self._check_positions("config.data.length", settings.data.length)
+        self._check_positions("config.evaluation.length", settings.evaluation.length)
         self.model, self.frozen = self._base or load_frozen(
             settings, "whose states are observed", mesh=self.mesh
         )
         teacher = self.model.config
         self.tokenizer = tokenizer_of(settings, teacher)
-        self._check_positions("config.data.length", settings.data.length)
-        self._check_positions("config.evaluation.length", settings.evaluation.length)
         self._observer = Observer(RWKV7(self._observer_config(teacher)), teacher)
         self.data = TrainingData(settings, self.tokenizer)
         self.loss = observer_loss(

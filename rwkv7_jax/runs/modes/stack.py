@@ -20,7 +20,7 @@ from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress, StackProgress
 from rwkv7_jax.runs.evaluators import PredictionEvaluator
 from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
-from rwkv7_jax.runs.modes.base import FrozenModel, TrainingMode
+from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.scheduled_optimizer import (
     RateAt,
     schedule_and_optimizer,
@@ -135,7 +135,7 @@ class StackMode(TrainingMode):
                 member = kind(own, self.folder, base=base, mesh=self.mesh)
             except ValueError as error:
                 raise ValueError(f"`config.tuning.states.{name}`: {error}") from None
-            base = FrozenModel(member.model, member.frozen)
+            base = (member.model, member.frozen)
             self.members[name] = member
         self.adopt()
 
@@ -263,7 +263,7 @@ class StackMode(TrainingMode):
         first = next(iter(self.members.values()))
         # All rows of a state are on one device.
         whole_rows = {**sizes, sharding.SEQUENCE: 1}
-        one = first.step_memory(rows, whole_rows, trained="state")
+        one = first.step_memory(rows, whole_rows)
         # Every device holds all states and their moments.
         return dataclasses.replace(
             one,

@@ -30,6 +30,7 @@ from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.run_identity import content_digests
 from rwkv7_jax.runs.settings import TestTimeSettings
+from rwkv7_jax.runs.settings.test_time import is_trace_file
 from rwkv7_jax.test_time.distillation import TraceBatches
 from rwkv7_jax.test_time.expert_iteration import ExpertBatches
 from rwkv7_jax.test_time.grpo import PolicyBatches
@@ -52,6 +53,7 @@ from rwkv7_jax.test_time.traces import (
 from rwkv7_jax.test_time.tuning_loop import StateBatchSource
 from rwkv7_jax.test_time.verifiers import VERIFIERS
 from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.train_step import TrainState, TrainStep
 
 _REWARD = log_name("held_out", "reward")
@@ -66,22 +68,23 @@ class ContextMode(DatasetMode, SingleStateMode):
     takes_upscaled_start = True
 
     def set_up(self) -> None:
-        """Loads the model, reads the prompt and opens the data."""
-        self.load_frozen_model()
+        """Loads the model and opens the data."""
         context = self.settings.test_time.context
         if context is None:
             raise ValueError(
                 "`config.test_time.context` must name the file of the prompt; got none."
             )
         self._context = context
-        with prefix_errors("config.test_time.context"):
-            prompt = read_prompt(context, self.model, self.frozen, self.tokenizer)
-        self.make_initial()
-        self.loss = context_distillation(
-            self.model, self.frozen, prompt, leaves=self.tuned_leaves()
-        )
-        self.decorrelator = self.make_decorrelator()
+        self.load_frozen_model()
         self.open_data()
+
+    def make_loss(self) -> Loss:
+        """Reads the prompt and makes the loss."""
+        with prefix_errors("config.test_time.context"):
+            prompt = read_prompt(self._context, self.model, self.frozen, self.tokenizer)
+        return context_distillation(
+            self.model, self.frozen, prompt, leaves=self.tuned_leaves
+        )
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the data and the prompt."""
@@ -102,35 +105,46 @@ class TestTimeMode(SingleStateMode):
     takes_upscaled_start = True
 
     def set_up(self) -> None:
-        """Loads the model and the questions; for "distil", samples the teacher's completions."""
-        settings = self.settings
+        """Loads the model and the questions."""
+        settings = self.settings.test_time
+        if settings.method == "distil" and settings.guide is None:
+            raise ValueError(
+                "`config.test_time.guide` must name the larger model's checkpoint, or a file of "
+                "traces; got none."
+            )
+        self.updates_per_step = settings.updates
         self.load_frozen_model()
         # Abstract weights cannot generate.
         if not sharding.is_abstract(self.frozen):
             self._open_questions()
-        self.make_initial()
-        self.decorrelator = self.make_decorrelator()
-        self.updates_per_step = settings.test_time.updates
-        if settings.test_time.method == "grpo":
-            self.loss = policy_loss(
-                self.model,
-                self.frozen,
-                temperature=settings.test_time.temperature,
-                kl=settings.test_time.kl,
-                # The initial state, so that a distilled state keeps what it learnt. A copy, because
-                # the first step donates the state.
-                reference=jax.tree.map(jnp.copy, self._initial),
-                leaves=self.tuned_leaves(),
-                epsilon_low=settings.test_time.epsilon_low,
-                epsilon_high=settings.test_time.epsilon_high,
-            )
-        else:
-            self.loss = distillation_loss(
-                self.model, self.frozen, leaves=self.tuned_leaves()
-            )
+
+    def prepare(self) -> None:
+        """Makes the initial state, the loss and the source of batches."""
+        super().prepare()
+        if not sharding.is_abstract(self.frozen):
+            # For "distil", this samples all completions of the teacher, which takes long.
+            self._source = self._make_source()
+
+    def make_loss(self) -> Loss:
+        """Makes the loss of the method."""
+        settings = self.settings.test_time
+        if settings.method != "grpo":
+            return distillation_loss(self.model, self.frozen, leaves=self.tuned_leaves)
+        return policy_loss(
+            self.model,
+            self.frozen,
+            temperature=settings.temperature,
+            kl=settings.kl,
+            # The initial state, so that a distilled state keeps what it learnt. A copy, because the
+            # first step donates the state.
+            reference=jax.tree.map(jnp.copy, self._initial),
+            leaves=self.tuned_leaves,
+            epsilon_low=settings.epsilon_low,
+            epsilon_high=settings.epsilon_high,
+        )
 
     def _open_questions(self) -> None:
-        """Opens the questions and the source of batches."""
+        """Opens the questions, and finds the reward of an answer."""
         settings = self.settings
         processes = group_of_run()
         self._share = PromptShare(
@@ -150,9 +164,9 @@ class TestTimeMode(SingleStateMode):
             evaluation=settings.data.evaluation,
         )
         self._reward = find_verifier(verifier) if is_own else self._questions.reward
-        learns_from_rewards = (
-            settings.test_time.method != "distil"
-            or settings.test_time.keep == "verified"
+        learns_from_rewards = settings.test_time.method != "distil" or (
+            settings.test_time.keep == "verified"
+            and not is_trace_file(settings.test_time.guide)
         )
         if learns_from_rewards and not (is_own or self._questions.can_be_answered):
             raise ValueError(
@@ -163,8 +177,6 @@ class TestTimeMode(SingleStateMode):
         self._held_out = self._questions.prompts(
             0, settings.evaluation.windows, held_out=True
         )
-        # For "distil", this samples all completions of the teacher, which takes long.
-        self._source = self._make_source()
 
     @property
     def tokens_per_step(self) -> int | None:
@@ -327,12 +339,8 @@ class TestTimeMode(SingleStateMode):
     def _traces(self) -> list[Trace]:
         """Samples the teacher's traces, or reads them from a file."""
         guide = self.settings.test_time.guide
-        if guide is None:
-            raise ValueError(
-                "`config.test_time.guide` must name the larger model's checkpoint, or a file of "
-                "traces; got none."
-            )
-        if guide.endswith(".jsonl"):
+        assert guide is not None
+        if is_trace_file(guide):
             traces = read_traces(guide)
             with prefix_errors("config.test_time.guide"):
                 check_trace_tokens(traces, self.model.config.vocab_size)
@@ -412,15 +420,7 @@ def _teacher_template(
     """Makes the function from a prompt to the teacher's prompt.
 
     It applies the substitution to the prompt and puts the hint before it.
-
-    Raises:
-        ValueError: `substitute` is not two texts.
     """
-    if len(settings.substitute) not in (0, 2):
-        raise ValueError(
-            "`config.test_time.substitute` must be two texts, the old and the new one; "
-            f"got {settings.substitute}."
-        )
     hint = tokenizer.encode(settings.hint)
 
     def template(prompt: Sequence[int]) -> list[int]:

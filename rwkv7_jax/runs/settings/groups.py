@@ -318,7 +318,6 @@ class Settings:
                 '`config.data.order` must be "shuffled" if `config.data.packing` is '
                 f'"{self.data.packing}"; got "cubic".'
             )
-        refuse_unread_settings(self)
         self._check_states()
         check_packing(self.data.packing, self.mode, self.upscaling.dynamics)
         rows = self.data.batch_size
@@ -483,4 +482,7 @@ def read_settings(values: Mapping[str, Any]) -> Settings:
             wrong type or is not allowed.
     """
     check_names(values, setting_types(Settings))
-    return from_mapping(Settings, values, "config")
+    settings = from_mapping(Settings, values, "config")
+    # Here, because a program may fill in what a command has left open.
+    refuse_unread_settings(settings)
+    return settings

@@ -4,10 +4,12 @@ The kind of a run is its mode or, in mode "test_time", its method.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from rwkv7_jax.runs.settings.fields import shown
+from rwkv7_jax.runs.settings.test_time import is_trace_file
 
 TEST_TIME = "test_time"
 
@@ -87,67 +89,20 @@ _READ_FOR_QUESTIONS = (
 )
 
 
-class _Unread(NamedTuple):
-    """Settings that are not read for some values of another setting.
-
-    Attributes:
-        setting: name of the other setting.
-        holds: tells whether it has such a value.
-        when: condition in the error message.
-        names: the settings that are not read.
-    """
-
-    setting: str
-    holds: Callable[[Any], bool]
-    when: str
-    names: tuple[str, ...]
-
-
-_UNREAD = (
-    _Unread(
-        "tuning.anchor",
-        lambda anchor: anchor == 0,
-        "`config.tuning.anchor` is 0",
-        ("tuning.anchor_path",),
-    ),
-    _Unread(
-        "test_time.guide",
-        lambda guide: (guide or "").endswith(".jsonl"),
-        "`config.test_time.guide` is a file of traces",
-        (
-            "test_time.hint",
-            "test_time.substitute",
-            "test_time.traces",
-            "test_time.chains",
-            "test_time.at_once",
-            "test_time.vote_margin",
-        ),
-    ),
-    _Unread(
-        "test_time.keep",
-        lambda keep: keep != "majority",
-        '`config.test_time.keep` is not "majority"',
-        ("test_time.vote_margin",),
-    ),
-    # In the first update the ratio is 1, so there is nothing to clip.
-    _Unread(
-        "test_time.updates",
-        lambda updates: updates == 1,
-        "`config.test_time.updates` is 1",
-        ("test_time.epsilon_low", "test_time.epsilon_high"),
-    ),
+# Settings with which a guide writes traces.
+_GUIDES = (
+    "test_time.keep",
+    "test_time.temperature",
+    "test_time.hint",
+    "test_time.substitute",
+    "test_time.traces",
+    "test_time.chains",
+    "test_time.at_once",
+    "test_time.vote_margin",
 )
 
 # Numbers of the online rule, which "whiten" does not use.
 _ONLINE = ("rate", "balance", "iterations", "average", "clip")
-
-# The setting that switches on decorrelation, by mode.
-_SWITCHES = {
-    "pretrain": "optimizer.decorrelate",
-    "state": "tuning.decorrelate",
-    "upscaled_state": "tuning.decorrelate",
-    TEST_TIME: "tuning.decorrelate",
-}
 
 
 def is_read(name: str, mode: str, method: str) -> bool:
@@ -184,16 +139,20 @@ def refuse_unread_settings(settings: Any) -> None:
     """
     mode = settings.mode
     method = settings.test_time.method
-    for name, value in _set_values(settings):
-        if settings.questions and name in _READ_FOR_QUESTIONS:
-            continue
+    given = dict(_set_values(settings))
+    if settings.questions:
+        for name in _READ_FOR_QUESTIONS:
+            given.pop(name, None)
+    for name, value in given.items():
         if not is_read(name, mode, method):
             where = _where(name, mode, method)
             raise ValueError(
                 f"`config.{name}` must be left out {where}; got {shown(value)}."
             )
-    for names, when in unread_by_value(mode, lambda name: _value(settings, name)):
-        _refuse(settings, names, when)
+    for names, when in unread_by_value(
+        mode, lambda name: operator.attrgetter(name)(settings)
+    ):
+        _refuse(given, names, when)
 
 
 def unread_by_value(
@@ -203,27 +162,31 @@ def unread_by_value(
 
     Args:
         mode: `config.mode`.
-        value: maps the name of a setting to its value.
+        value: maps the name of a setting in a group to its value.
     """
-    for unread in _UNREAD:
-        if unread.holds(value(unread.setting)):
-            yield unread.names, unread.when
-    switch = _SWITCHES.get(mode)
-    if switch is None:
-        return
+    if value("tuning.anchor") == 0:
+        yield ("tuning.anchor_path",), "`config.tuning.anchor` is 0"
+    if value("optimizer.learning_rate") is not None:
+        names = ("tuning.rates", "tuning.search_share")
+        yield names, "`config.optimizer.learning_rate` is set"
+    if is_trace_file(value("test_time.guide")):
+        yield _GUIDES, "`config.test_time.guide` is a file of traces"
+    if value("test_time.keep") != "majority":
+        yield ("test_time.vote_margin",), '`config.test_time.keep` is not "majority"'
+    # In the first update the ratio is 1, so there is nothing to clip.
+    if value("test_time.updates") == 1:
+        names = ("test_time.epsilon_low", "test_time.epsilon_high")
+        yield names, "`config.test_time.updates` is 1"
+    switch = "tuning.decorrelate"
+    if mode == "pretrain":
+        switch = "optimizer.decorrelate"
     method = value(switch)
     when = f'`config.{switch}` is "{method}"'
-    if method == "none":
+    # An upscaled state is whitened when its features are calibrated.
+    if method == "none" or (method == "whiten" and mode == "upscaled_state"):
         yield ("decorrelation",), when
-    if method == "whiten":
+    elif method == "whiten":
         yield tuple(f"decorrelation.{one}" for one in _ONLINE), when
-
-
-def _value(settings: Any, name: str) -> Any:
-    """Returns the value of a setting by its dotted name."""
-    for part in name.split("."):
-        settings = getattr(settings, part)
-    return settings
 
 
 def refuse_settings_of_evaluation(settings: Any) -> None:
@@ -235,12 +198,30 @@ def refuse_settings_of_evaluation(settings: Any) -> None:
     Raises:
         ValueError: there is such a setting; the message names it.
     """
-    _refuse(settings, _EVALUATION_ALONE, "train.py runs, because only eval.py reads it")
+    when = "train.py runs, because only eval.py reads it"
+    _refuse(dict(_set_values(settings)), _EVALUATION_ALONE, when)
 
 
-def _refuse(settings: Any, names: tuple[str, ...], when: str) -> None:
-    """Raises if one of these settings, or an entry inside one, differs from its default."""
-    for name, value in _set_values(settings):
+def refuse_settings_without_effect(settings: Any) -> None:
+    """Raises if eval.py runs neither the tasks nor the questions that a setting is for.
+
+    Args:
+        settings: `Settings` of a run of eval.py.
+
+    Raises:
+        ValueError: there is such a setting; the message names it.
+    """
+    given = dict(_set_values(settings))
+    if not settings.tasks:
+        _refuse(given, ("shots", "bos"), "`config.tasks` is empty")
+    if not settings.tasks and not settings.questions:
+        when = "`config.tasks` and `config.questions` are empty"
+        _refuse(given, ("limit",), when)
+
+
+def _refuse(given: Mapping[str, Any], names: tuple[str, ...], when: str) -> None:
+    """Raises if one of these settings, or an entry inside one, is given."""
+    for name, value in given.items():
         if lies_in(name, names):
             raise ValueError(
                 f"`config.{name}` must be left out if {when}; got {shown(value)}."
