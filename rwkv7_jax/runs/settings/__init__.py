@@ -1,9 +1,8 @@
 """Settings of a run: dataclasses with their ranges, and functions that read and list them."""
 
 from rwkv7_jax.runs.settings.conversion import as_config
-from rwkv7_jax.runs.settings.fields import profiled
+from rwkv7_jax.runs.settings.data import DataSettings
 from rwkv7_jax.runs.settings.groups import (
-    DataSettings,
     EvaluationSettings,
     Mode,
     ObserverSettings,
@@ -33,6 +32,5 @@ __all__ = [
     "TuningSettings",
     "UpscalingSettings",
     "as_config",
-    "profiled",
     "read_settings",
 ]

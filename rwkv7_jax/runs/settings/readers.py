@@ -35,6 +35,7 @@ _READERS: dict[str, tuple[str, ...]] = {
     "optimizer.kind": _WEIGHTS,
     "optimizer.weight_decay": _WEIGHTS,
     "optimizer.l2wrap": ("pretrain", *_TEXT_STATES),
+    "optimizer.decorrelate": ("pretrain",),
     "tuning": _STATES,
     "tuning.leaves": ("state", *_METHODS),
     "tuning.anchor": _TEXT_STATES,
