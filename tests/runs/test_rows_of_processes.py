@@ -55,7 +55,7 @@ def make_rows(monkeypatch):
             del mesh, count
             return rows
 
-        monkeypatch.setattr("rwkv7_jax.runs.modes.dataset.own_rows", own_rows)
+        monkeypatch.setattr("rwkv7_jax.runs.modes.base.own_rows", own_rows)
         monkeypatch.setattr("rwkv7_jax.runs.modes.stack.own_rows", own_rows)
         counted.clear()
         made = mode.batches(3, None)

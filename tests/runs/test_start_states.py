@@ -247,12 +247,12 @@ def test_the_held_out_reward_is_logged_with_its_standard_error(base, tmp_path):
     mode = made("grpo", base, tmp_path, **changes)
     found = mode.evaluate(mode.init_params())
     rewards, _ = mode._sampler(mode.model, mode.frozen).greedy_rewards(
-        mode.init_params(), mode._held_out, odd_sum
+        mode.init_params(), mode._held_out_prompts, odd_sum
     )
     share = found["held_out_reward"].value
     count = len(rewards)
     assert share == rewards.mean()
-    assert count == len(set(map(tuple, mode._held_out))) < 40
+    assert count == len(set(map(tuple, mode._held_out_prompts))) < 40
     assert f"{count} are evaluated" in mode.describe_data()
     error = found["held_out_reward_error"].value
     np.testing.assert_allclose(error, (share * (1 - share) / count) ** 0.5)

@@ -69,24 +69,6 @@ def load_or_init(settings: Settings, mesh: Mesh | None = None) -> tuple[RWKV7, P
     return RWKV7(dataclasses.replace(config, **changes)), params
 
 
-def load_frozen(
-    settings: Settings, purpose: str, *, mesh: Mesh | None
-) -> tuple[RWKV7, Params]:
-    """Loads the model of `config.init` for a run that never changes its weights.
-
-    Args:
-        settings: settings of the run.
-        purpose: purpose of the model, the end of the message if no checkpoint is named.
-        mesh: the devices that hold the weights; None for a single device.
-
-    Raises:
-        ValueError: no checkpoint is named.
-    """
-    if settings.init is None:
-        raise ValueError(f"`config.init` must name the checkpoint {purpose}.")
-    return load_or_init(settings, mesh)
-
-
 def tokenizer_of(settings: Settings, config: RWKV7Config) -> Tokenizer:
     """Returns the tokenizer of a run: that of `config.data.vocabulary`, or of its checkpoint.
 

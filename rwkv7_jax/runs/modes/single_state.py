@@ -4,7 +4,6 @@ import abc
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ from rwkv7_jax.checkpoints.state_files import save_state
 from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.optim.decorrelation import Decorrelator
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.model_setup import load_frozen, tokenizer_of
 from rwkv7_jax.runs.modes.start_state import read_start_state
 from rwkv7_jax.runs.settings.readers import TEST_TIME
 from rwkv7_jax.training.losses import Loss
@@ -30,41 +28,32 @@ class SingleStateMode(TrainingMode):
     """A mode that tunes one start state of a frozen model.
 
     Attributes:
-        takes_upscaled_start: whether `config.start` may name an upscaled state.
         tuned_leaves: the tuned leaves, of `LEAVES`; for an upscaled state, only the memory.
         result_name: name of the file with the tuned state.
     """
 
-    takes_upscaled_start: ClassVar[bool] = False
     tunes_state = True
 
     frozen: Params
     tuned_leaves: tuple[str, ...]
     result_name: str
 
-    def load_frozen_model(self) -> None:
-        """Loads the model whose state is tuned.
-
-        Raises:
-            ValueError: no checkpoint is named, an anchor has no text, or the number of layer
-                factors is not that of the model's layers.
-        """
-        settings = self.settings
-        if settings.tuning.anchor and settings.tuning.anchor_path is None:
+    def set_up(self) -> None:
+        """Loads the model whose state is tuned, and opens the data."""
+        tuning = self.settings.tuning
+        if tuning.anchor and tuning.anchor_path is None:
             raise ValueError(
                 "`config.tuning.anchor_path` must name a text if `config.tuning.anchor` is above 0."
             )
-        self.model, self.frozen = self._base or load_frozen(
-            settings, "whose start state is tuned", mesh=self.mesh
-        )
+        self.load_frozen("whose start state is tuned")
         layers = self.model.config.num_layers
-        factors = len(settings.tuning.layer_rates)
+        factors = len(tuning.layer_rates)
         if factors not in (0, layers):
             raise ValueError(
                 "`config.tuning.layer_rates` must have one factor for each of the model's "
                 f"{layers} layers; got {factors}."
             )
-        self.tokenizer = tokenizer_of(settings, self.model.config)
+        self.open_data()
 
     def prepare(self) -> None:
         """Makes the initial state, the loss and the decorrelator.
@@ -104,7 +93,7 @@ class SingleStateMode(TrainingMode):
             self.frozen,
             self.tokenizer,
             any_base=settings.any_base,
-            may_be_upscaled=self.takes_upscaled_start,
+            may_be_upscaled=settings.mode == TEST_TIME,
         )
         if state.upscaled is not None:
             self._check_upscaled_start()
@@ -124,29 +113,25 @@ class SingleStateMode(TrainingMode):
             )
 
     def make_decorrelator(self) -> Decorrelator:
-        """Makes the decorrelator of the tuned leaves from the settings.
+        """Makes the decorrelator of the tuned leaves, with their learning rate factors.
 
         Raises:
             ValueError: a leaf with a factor is not tuned.
         """
         settings = self.settings
-        method = settings.tuning.decorrelate
-        if settings.mode == TEST_TIME and method == "none":
-            # Keeps moments of all leaves, so that runs of earlier versions can resume.
-            return self._with_own_rates(self.decorrelator)
-        decorrelator = state_decorrelator(
-            self.model,
-            self.frozen,
-            self._initial,
-            leaves=self.tuned_leaves,
-            method=method,
-            **dataclasses.asdict(settings.decorrelation),
-        )
-        return self._with_own_rates(decorrelator)
-
-    def _with_own_rates(self, decorrelator: Decorrelator) -> Decorrelator:
-        """Adds the learning rate factors of leaves and layers."""
-        tuning = self.settings.tuning
+        tuning = settings.tuning
+        decorrelator = self.decorrelator
+        # Without one, test time keeps moments of all leaves, so that runs of earlier versions can
+        # resume.
+        if settings.mode != TEST_TIME or tuning.decorrelate != "none":
+            decorrelator = state_decorrelator(
+                self.model,
+                self.frozen,
+                self._initial,
+                leaves=self.tuned_leaves,
+                method=tuning.decorrelate,
+                **dataclasses.asdict(settings.decorrelation),
+            )
         if not tuning.leaf_rates and not tuning.layer_rates:
             # Keeps the optimizer state of earlier versions, which had no factors.
             return decorrelator
@@ -169,10 +154,6 @@ class SingleStateMode(TrainingMode):
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)
         # By mask, not by name: "memory" covers two arrays of an upscaled state.
         return sum(leaf.size for leaf, tuned in pairs if tuned)
-
-    def weights(self, params: RWKV7State) -> Params:
-        """Returns the frozen weights."""
-        return self.frozen
 
     def start_state(self, params: RWKV7State) -> RWKV7State:
         """Returns the tuned state."""

@@ -141,12 +141,16 @@ class StackMode(TrainingMode):
 
     def adopt(self) -> None:
         """Takes the attributes that all members share from the first one."""
-        first = next(iter(self.members.values()))
+        first = self._first
         self.model = first.model
         self.frozen = first.frozen
         self.tokenizer = first.tokenizer
         self.loss = first.loss
         self.decorrelator = first.decorrelator
+
+    @property
+    def _first(self) -> StateTuningMode:
+        return next(iter(self.members.values()))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -186,10 +190,10 @@ class StackMode(TrainingMode):
 
     def _describe_params(self) -> Any:
         """Returns the shapes and dtypes of a member, stacked."""
-        first = next(iter(self.members.values())).abstract_params
         count = len(self.names)
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), first
+            lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype),
+            self._first.abstract_params,
         )
 
     def release_initial(self) -> None:
@@ -205,10 +209,6 @@ class StackMode(TrainingMode):
     def trained_count(self, params: RWKV7State) -> int:
         """Counts the trained numbers of all states."""
         return sum(mode.trained_count(own) for _, mode, own in self.by_name(params))
-
-    def weights(self, params: RWKV7State) -> Params:
-        """Returns the frozen weights."""
-        return self.frozen
 
     def start_state(self, params: RWKV7State) -> RWKV7State:
         """Returns the first state."""
@@ -260,15 +260,14 @@ class StackMode(TrainingMode):
         sizes = sharding.sizes_of(mesh)
         own = sharding.share_of_sets(states, sizes)
         rows = self.settings.rows_per_step * min(own, self.at_once)
-        first = next(iter(self.members.values()))
         # All rows of a state are on one device.
         whole_rows = {**sizes, sharding.SEQUENCE: 1}
-        one = first.step_memory(rows, whole_rows)
+        one = self._first.step_memory(rows, whole_rows)
         # Every device holds all states and their moments.
         return dataclasses.replace(
             one,
             parameters=one.parameters
-            + (states - 1) * tree_bytes(first.abstract_params),
+            + (states - 1) * tree_bytes(self._first.abstract_params),
             moments=states * one.moments,
             gradients=states * one.gradients,
         )
@@ -326,6 +325,9 @@ class StackMode(TrainingMode):
         """Makes none: each member has its own evaluators."""
         return []
 
+    def _check_evaluations(self) -> None:
+        """Checks nothing: each member has checked the settings."""
+
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
         """Measures each state on its held-out text and on retention data."""
         metrics: Metrics = {}
@@ -361,7 +363,7 @@ class StackMode(TrainingMode):
     ) -> Path:
         """Writes one file per state, except those in `without`, and returns their folder."""
         # Collective work of all processes comes first, because a process may fail to write.
-        base_model = next(iter(self.members.values())).base_hash()
+        base_model = self._first.base_hash()
         states = list(self.by_name(params))
         files = self.state_files(folder)
         place = folder / RESULTS

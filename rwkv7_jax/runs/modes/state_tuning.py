@@ -8,7 +8,6 @@ import jax
 from rwkv7_jax import sharding
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.model.state import RWKV7State
-from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.runs.modes.single_state import SingleStateMode
 from rwkv7_jax.training.costs import Memory
 from rwkv7_jax.training.losses import Loss
@@ -20,15 +19,10 @@ from rwkv7_jax.tuning.upscaling import describe_upscaled, upscale
 _FEATURE_COPIES = 3
 
 
-class StateTuningMode(DatasetMode, SingleStateMode):
+class StateTuningMode(SingleStateMode):
     """Tunes a start state."""
 
     gradients_of = "state"
-
-    def set_up(self) -> None:
-        """Loads the frozen model and opens the data."""
-        self.load_frozen_model()
-        self.open_data()
 
     def make_loss(self) -> Loss:
         """Makes the loss on the text and on the anchor."""

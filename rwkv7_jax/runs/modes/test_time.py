@@ -23,7 +23,6 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.datasets import digest_of
 from rwkv7_jax.runs.input_pipeline import BatchSource, DrawnBatches
-from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.runs.modes.single_state import SingleStateMode
 from rwkv7_jax.runs.modes.start_state import read_prompt
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
@@ -62,10 +61,8 @@ _REWARD = log_name("held_out", "reward")
 _REWARD_ERROR = f"{_REWARD}_error"
 
 
-class ContextMode(DatasetMode, SingleStateMode):
+class ContextMode(SingleStateMode):
     """Compresses a long prompt into a state, with rows of the run's text."""
-
-    takes_upscaled_start = True
 
     def set_up(self) -> None:
         """Loads the model and opens the data."""
@@ -75,8 +72,7 @@ class ContextMode(DatasetMode, SingleStateMode):
                 "`config.test_time.context` must name the file of the prompt; got none."
             )
         self._context = context
-        self.load_frozen_model()
-        self.open_data()
+        super().set_up()
 
     def make_loss(self) -> Loss:
         """Reads the prompt and makes the loss."""
@@ -102,25 +98,10 @@ class TestTimeMode(SingleStateMode):
     # Keeps pytest from collecting the class because of its name.
     __test__ = False
 
-    takes_upscaled_start = True
-
-    def set_up(self) -> None:
-        """Loads the model and the questions."""
-        settings = self.settings.test_time
-        if settings.method == "distil" and settings.guide is None:
-            raise ValueError(
-                "`config.test_time.guide` must name the larger model's checkpoint, or a file of "
-                "traces; got none."
-            )
-        self.updates_per_step = settings.updates
-        self.load_frozen_model()
-        # Abstract weights cannot generate.
-        if not sharding.is_abstract(self.frozen):
-            self._open_questions()
-
     def prepare(self) -> None:
         """Makes the initial state, the loss and the source of batches."""
         super().prepare()
+        self.updates_per_step = self.settings.test_time.updates
         if not sharding.is_abstract(self.frozen):
             # For "distil", this samples all completions of the teacher, which takes long.
             self._source = self._make_source()
@@ -143,9 +124,17 @@ class TestTimeMode(SingleStateMode):
             epsilon_high=settings.epsilon_high,
         )
 
-    def _open_questions(self) -> None:
+    def open_data(self) -> None:
         """Opens the questions, and finds the reward of an answer."""
+        # Abstract weights cannot generate.
+        if sharding.is_abstract(self.frozen):
+            return
         settings = self.settings
+        if settings.test_time.method == "distil" and settings.test_time.guide is None:
+            raise ValueError(
+                "`config.test_time.guide` must name the larger model's checkpoint, or a file of "
+                "traces; got none."
+            )
         processes = group_of_run()
         self._share = PromptShare(
             index=jax.process_index(),
@@ -174,7 +163,7 @@ class TestTimeMode(SingleStateMode):
                 f"`{settings.data.path}`; {verifier!r} finds none, so no completion could earn a "
                 "reward."
             )
-        self._held_out = self._questions.prompts(
+        self._held_out_prompts = self._questions.prompts(
             0, settings.evaluation.windows, held_out=True
         )
 
@@ -236,7 +225,10 @@ class TestTimeMode(SingleStateMode):
                 batch_size=self.settings.data.batch_size,
                 seed=self.settings.seed,
             )
-        sampler = self._sampler(self._drawing_model(), self.frozen)
+        # Sampling may compute in another dtype.
+        dtype = settings.sampling_dtype or self.model.config.dtype
+        model = RWKV7(dataclasses.replace(self.model.config, dtype=dtype))
+        sampler = self._sampler(model, self.frozen)
         key = jax.random.key(self.settings.seed)
         if settings.method == "grpo":
             rule = AdvantageRule(
@@ -272,13 +264,6 @@ class TestTimeMode(SingleStateMode):
             tokenizer=self.tokenizer,
             share=self._share,
         )
-
-    def _drawing_model(self) -> RWKV7:
-        """Returns the model for sampling, which may compute in another dtype."""
-        dtype = self.settings.test_time.sampling_dtype
-        if dtype is None:
-            return self.model
-        return RWKV7(dataclasses.replace(self.model.config, dtype=dtype))
 
     def train_step(
         self, tx: optax.GradientTransformation, mesh: Mesh | None
@@ -317,7 +302,8 @@ class TestTimeMode(SingleStateMode):
         """
         # The tuned model, not the one for sampling, which may have another dtype.
         sampler = self._sampler(self.model, self.frozen)
-        rewards, _ = sampler.greedy_rewards(params, self._held_out, self._reward)
+        prompts = self._held_out_prompts
+        rewards, _ = sampler.greedy_rewards(params, prompts, self._reward)
         error = rewards.std() / math.sqrt(len(rewards))
         return {
             _REWARD: Metric.of(rewards.mean(), "reward"),
@@ -333,7 +319,7 @@ class TestTimeMode(SingleStateMode):
 
     def describe_data(self) -> str:
         """Describes the questions, with the number that evaluations use."""
-        described = self._questions.describe(len(self._held_out))
+        described = self._questions.describe(len(self._held_out_prompts))
         return f"{self.settings.data.path}: {described}"
 
     def _traces(self) -> list[Trace]:

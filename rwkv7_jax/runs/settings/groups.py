@@ -192,7 +192,7 @@ class Settings:
             gradient; such updates are skipped.
         mesh: how devices share a step: "auto", or sizes such as "data=2,fsdp=4".
         allow_nan: accept a checkpoint with NaN or Inf.
-        any_base: let eval.py accept states that were tuned for other weights.
+        any_base: accept states, also in `start`, that were tuned for other weights.
         profile_steps: "first:last", the steps that process 0 profiles.
         trackers: where metrics go besides the run's files: "tensorboard", "wandb".
         workdir: eval.py's folder for its report; train.py has a flag for it.

@@ -21,6 +21,17 @@ _METHODS = (*_QUESTIONS, "context")
 _STATES = (*_TEXT_STATES, *_METHODS)
 _TEXT = (*_WEIGHTS, *_TEXT_STATES, "context")
 
+# How a guide writes traces, and which of them are kept.
+_TRACES = (
+    "test_time.keep",
+    "test_time.substitute",
+    "test_time.hint",
+    "test_time.traces",
+    "test_time.chains",
+    "test_time.at_once",
+    "test_time.vote_margin",
+)
+
 # The kinds of runs that read a setting. All runs read a setting without an entry. The entry of a
 # group applies to its settings without an entry.
 _READERS: dict[str, tuple[str, ...]] = {
@@ -58,13 +69,7 @@ _READERS: dict[str, tuple[str, ...]] = {
     "test_time.prompts": ("grpo", "expert"),
     "test_time.context": ("context",),
     "test_time.guide": ("distil",),
-    "test_time.keep": ("distil",),
-    "test_time.substitute": ("distil",),
-    "test_time.hint": ("distil",),
-    "test_time.traces": ("distil",),
-    "test_time.chains": ("distil",),
-    "test_time.at_once": ("distil",),
-    "test_time.vote_margin": ("distil",),
+    **dict.fromkeys(_TRACES, ("distil",)),
 }
 
 # Settings that only eval.py reads.
@@ -80,7 +85,6 @@ _EVALUATION_ALONE = (
     "evaluation.prompt_tokens",
 )
 
-
 # Settings that eval.py reads in every mode to answer the files of `questions`.
 _READ_FOR_QUESTIONS = (
     "test_time.verifier",
@@ -89,18 +93,6 @@ _READ_FOR_QUESTIONS = (
     "test_time.at_once",
 )
 
-
-# Settings with which a guide writes traces.
-_GUIDES = (
-    "test_time.keep",
-    "test_time.temperature",
-    "test_time.hint",
-    "test_time.substitute",
-    "test_time.traces",
-    "test_time.chains",
-    "test_time.at_once",
-    "test_time.vote_margin",
-)
 
 # Numbers of the online rule, which "whiten" does not use.
 _ONLINE = ("rate", "balance", "iterations", "average", "clip")
@@ -171,7 +163,8 @@ def unread_by_value(
         names = ("tuning.rates", "tuning.search_share")
         yield names, "`config.optimizer.learning_rate` is set"
     if is_trace_file(value("test_time.guide")):
-        yield _GUIDES, "`config.test_time.guide` is a file of traces"
+        names = ("test_time.temperature", *_TRACES)
+        yield names, "`config.test_time.guide` is a file of traces"
     if value("test_time.keep") != "majority":
         yield ("test_time.vote_margin",), '`config.test_time.keep` is not "majority"'
     # In the first update the ratio is 1, so there is nothing to clip.
