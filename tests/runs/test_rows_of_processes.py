@@ -37,7 +37,7 @@ class Made(BatchSource):
 @pytest.fixture
 def make_rows(monkeypatch):
     """Makes the batches of a mode as a process with some of the rows does."""
-    for module in ("dataset", "stack"):
+    for module in ("base", "stack"):
         path = f"rwkv7_jax.runs.modes.{module}.PrefetchedBatches"
         monkeypatch.setattr(path, Made)
     counted = []

@@ -164,16 +164,13 @@ class SingleStateMode(TrainingMode):
     ) -> Path:
         """Writes the tuned state, scaled by `config.tuning.alpha`, and returns the file's path."""
         path = folder / self.result_name
-        self.save_state(path, params, base_model=self.base_hash())
+        base_model = model_hash(self.frozen, self.model.config)
+        self.save_state(path, params, base_model=base_model)
         return path
 
     def state_files(self, folder: Path) -> dict[str, Path]:
         """Returns the file of the tuned state, under the name ""."""
         return {"": folder / self.result_name}
-
-    def base_hash(self) -> str:
-        """Computes the hash of the frozen model, for the files of its states."""
-        return model_hash(self.frozen, self.model.config)
 
     def save_state(self, path: Path, params: RWKV7State, *, base_model: str) -> None:
         """Writes the tuned state, scaled by `config.tuning.alpha`, to a file.
@@ -181,7 +178,7 @@ class SingleStateMode(TrainingMode):
         Args:
             path: path of the file.
             params: the state.
-            base_model: result of `base_hash`.
+            base_model: hash of the frozen model.
         """
         alpha = self.settings.tuning.alpha
         # Checkpoints hold the unscaled state, from which a run resumes.

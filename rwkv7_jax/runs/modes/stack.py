@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from rwkv7_jax import sharding
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.local_paths import local_path
@@ -363,7 +364,7 @@ class StackMode(TrainingMode):
     ) -> Path:
         """Writes one file per state, except those in `without`, and returns their folder."""
         # Collective work of all processes comes first, because a process may fail to write.
-        base_model = self._first.base_hash()
+        base_model = model_hash(self.frozen, self.model.config)
         states = list(self.by_name(params))
         files = self.state_files(folder)
         place = folder / RESULTS

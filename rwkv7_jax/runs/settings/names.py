@@ -58,16 +58,11 @@ def check_names(values: Any, types: Mapping[str, Any], where: str = "config") ->
     for key, value in values.items():
         name = f"{where}.{key}"
         if name not in types:
-            raise ValueError(unknown_setting(name, types))
+            nearest = nearest_name(name, types)
+            hint = f"the nearest is `{nearest}`" if nearest else "--help lists them"
+            raise ValueError(f"`{name}` is not a setting; {hint}.")
         if dataclasses.is_dataclass(types[name]):
             check_names(value, types, name)
-
-
-def unknown_setting(name: str, names: Collection[str]) -> str:
-    """Makes the message for an unknown setting, with the nearest name if there is one."""
-    nearest = nearest_name(name, names)
-    hint = f"the nearest is `{nearest}`" if nearest else "--help lists them"
-    return f"`{name}` is not a setting; {hint}."
 
 
 def nearest_name(name: str, names: Collection[str]) -> str | None:

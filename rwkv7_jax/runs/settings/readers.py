@@ -239,14 +239,11 @@ def _where(name: str, mode: str, method: str) -> str:
 
 def _set_values(settings: Any) -> Iterator[tuple[str, Any]]:
     """Yields the dotted names and values of settings that differ from their defaults."""
+    defaults = type(settings)()
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
             for name, found in _set_values(value):
                 yield f"{field.name}.{name}", found
-            continue
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if value != default:
+        elif value != getattr(defaults, field.name):
             yield field.name, value
