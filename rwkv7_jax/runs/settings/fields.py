@@ -6,7 +6,12 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from rwkv7_jax.local_paths import is_remote, local_path, split_paths
+from rwkv7_jax.local_paths import (
+    is_remote,
+    local_path,
+    refuse_two_spellings,
+    split_paths,
+)
 
 # Counters are 32-bit integers.
 MOST_COUNT = 2**31 - 1
@@ -201,6 +206,8 @@ def _check_place(where: str, value: str, metadata: Mapping[str, Any]) -> str:
         refuse_remote_target(where, value)
     if metadata["several"]:
         entries = split_paths(value, f"`{where}`")
+        # With a space after a comma, too.
+        refuse_two_spellings([one.strip() for one in entries], f"`{where}`")
         return ",".join(str(local_path(one, f"`{where}`")) for one in entries)
     # The reader of the file decides about a blank path.
     return str(local_path(value, f"`{where}`")) if value.strip() else value
