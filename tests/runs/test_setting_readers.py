@@ -83,6 +83,18 @@ def values_of(kind, changes):
         ("distil", "test_time.prompts", 4),
         ("context", "test_time.verifier", "letter"),
         ("context", "test_time.tokens", 8),
+        ("context", "test_time.stop", ("x",)),
+        ("pretrain", "start", "state.pth"),
+        ("observer", "start", "state.pth"),
+        ("pretrain", "tuning.layer_rates", (1.0,)),
+        ("observer", "tuning.leaf_rates", {"wkv": 1.0}),
+        ("grpo", "tuning.anchor", 1.0),
+        ("grpo", "test_time.chains", 4),
+        ("distil", "upscaling.size", 64),
+        ("distil", "test_time.updates", 2),
+        ("distil", "test_time.group", 4),
+        ("expert", "decorrelation.rate", 0.5),
+        ("expert", "test_time.importance_cap", 2.0),
     ],
 )
 def test_a_setting_that_a_run_does_not_read_is_rejected_by_name(kind, name, value):
@@ -172,6 +184,7 @@ def test_a_run_rejects_settings_that_only_eval_py_reads(name, value):
         ("shots", 5, {"questions": "qa.jsonl"}),
         ("bos", (0,), {"questions": "qa.jsonl"}),
         ("limit", 10, {"data.path": "stdlib"}),
+        ("evaluation.retention", "stdlib", {"tasks": "gsm8k"}),
     ],
 )
 def test_eval_py_rejects_settings_of_what_it_does_not_measure(name, value, others):
@@ -179,7 +192,7 @@ def test_eval_py_rejects_settings_of_what_it_does_not_measure(name, value, other
     settings = read_settings(values_of("pretrain", asked))
     with pytest.raises(ValueError, match=rf"^`config\.{name}` must be left out if"):
         refuse_settings_without_effect(settings)
-    asked["tasks"] = "gsm8k"
+    asked |= {"tasks": "gsm8k", "data.path": "stdlib"}
     refuse_settings_without_effect(read_settings(values_of("pretrain", asked)))
 
 

@@ -57,12 +57,9 @@ def load_or_init(settings: Settings, mesh: Mesh | None = None) -> tuple[RWKV7, P
             "only dtype, remat, implementation and weights may be changed "
             "(configs/pretrain.py:checkpoint leaves the others out)."
         )
-
-    def load() -> tuple[Params, RWKV7Config]:
-        return load_model(
-            init, weights=weights, allow_nan=settings.allow_nan, mesh=mesh
-        )
-
+    load = functools.partial(
+        load_model, init, weights=weights, allow_nan=settings.allow_nan, mesh=mesh
+    )
     # The hash of an int8 model may need all processes, so none may fail alone before it.
     waits = weights is not None
     params, config = load() if waits else group_of_mesh(mesh).run_in_all(load)

@@ -459,10 +459,11 @@ def read_settings(values: Mapping[str, Any]) -> Settings:
             wrong type or is not allowed, or a module cannot be imported.
     """
     check_names(values, setting_types(Settings))
-    # First, because the other settings may use names that they add.
-    imports = {key: value for key, value in values.items() if key == "imports"}
-    for module in from_mapping(Settings, imports, "config").imports:
-        _import(module)
+    if isinstance(values, Mapping) and "imports" in values:
+        # First, because the other settings may use names that they add.
+        imports = {"imports": values["imports"]}
+        for module in from_mapping(Settings, imports, "config").imports:
+            _import(module)
     settings = from_mapping(Settings, values, "config")
     # Here, because a program may fill in what a command has left open.
     refuse_unread_settings(settings)

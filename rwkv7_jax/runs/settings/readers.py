@@ -197,7 +197,7 @@ def refuse_settings_of_evaluation(settings: Any) -> None:
 
 
 def refuse_settings_without_effect(settings: Any) -> None:
-    """Raises if eval.py runs neither the tasks nor the questions that a setting is for.
+    """Raises if eval.py has no tasks, questions or texts that a setting is for.
 
     Args:
         settings: `Settings` of a run of eval.py.
@@ -211,6 +211,9 @@ def refuse_settings_without_effect(settings: Any) -> None:
     if not settings.tasks and not settings.questions:
         when = "`config.tasks` and `config.questions` are empty"
         _refuse(given, ("limit",), when)
+    elif not settings.data.path:
+        # Texts are measured only if they are named, next to tasks or questions.
+        _refuse(given, ("evaluation.retention",), "`config.data.path` is empty")
 
 
 def _refuse(given: Mapping[str, Any], names: tuple[str, ...], when: str) -> None:
