@@ -55,6 +55,7 @@ from rwkv7_jax.runs.datasets import training_stream
 from rwkv7_jax.runs.devices import check_devices
 from rwkv7_jax.runs.question_answers import AskedQuestions
 from rwkv7_jax.runs.settings import Settings, read_settings
+from rwkv7_jax.runs.settings.readers import refuse_settings_without_effect
 
 # Eight windows of text, or eight contexts of tasks, are read at a time.
 _LESS_MEMORY = (
@@ -227,6 +228,7 @@ def main(arguments: list[str]) -> None:
         if len(arguments) > 1:
             raise ValueError(f"unknown argument {arguments[1]!r}.")
         settings = read_settings(config_flags.config_values())
+        refuse_settings_without_effect(settings)
         check_devices()
         compilation_cache.enable_compilation_cache(compilation_cache.user_folder())
         evaluate(settings)

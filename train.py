@@ -50,7 +50,7 @@ from rwkv7_jax.runs.results import check_stopped, save_result
 from rwkv7_jax.runs.resume.first_state import restore_or_init
 from rwkv7_jax.runs.resume.run_identity import flat_settings
 from rwkv7_jax.runs.run_directory import RunDirectory
-from rwkv7_jax.runs.settings import profiled, read_settings
+from rwkv7_jax.runs.settings import read_settings
 from rwkv7_jax.runs.settings.fields import refuse_remote_target
 from rwkv7_jax.runs.settings.readers import refuse_settings_of_evaluation
 from rwkv7_jax.runs.training_run import TrainingRun, set_up
@@ -101,7 +101,7 @@ def train_steps(
         rates=rates,
         devices=devices,
     )
-    profile = ProfileWindow(profiled(settings.profile_steps), folder.path / "profile")
+    profile = ProfileWindow(settings.profile_window, folder.path / "profile")
     if first > settings.steps:
         warn(
             f"the run already has {first} steps, more than `config.steps` ({settings.steps}); "

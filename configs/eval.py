@@ -19,12 +19,8 @@ def get_config():
     config.init = ""
     config.state = ""
     config.workdir = ""
-    config.model = ConfigDict()
     config.data = ConfigDict({"path": "", "held_out": 0.05})
-    config.optimizer = ConfigDict()
-    config.tuning = ConfigDict()
     config.evaluation = ConfigDict(
-        {"windows": 24, "length": 512, "prompt_tokens": (1024,), "retention": ""}
+        {"windows": 24, "length": 512, "prompt_tokens": (1024,)}
     )
-    config.sample = ConfigDict()
     return config

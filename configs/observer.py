@@ -38,19 +38,12 @@ def get_config():
             "eps": 1e-8,
         }
     )
-    config.tuning = ConfigDict()
     config.observer = ConfigDict(
         {
-            "model": ConfigDict(),
             "variance": 1.0,
             "divergence": 0.5,
             "answers": 1.0,
-            "least": 1,
-            "most": 0,
         }
     )
-    config.evaluation = ConfigDict(
-        {"every": 500, "windows": 64, "length": 512, "retention": ""}
-    )
-    config.sample = ConfigDict()
+    config.evaluation = ConfigDict({"every": 500, "windows": 64, "length": 512})
     return config

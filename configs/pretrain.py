@@ -44,7 +44,5 @@ def get_config(arg="scratch"):
             "l2wrap": 1e-4,
         }
     )
-    config.tuning = ConfigDict()
     config.evaluation = ConfigDict({"every": 1000, "windows": 64, "length": 512})
-    config.sample = ConfigDict()
     return config

@@ -49,5 +49,4 @@ def get_config():
     )
     config.evaluation = ConfigDict({"every": 500, "windows": 512, "length": 1024})
     config.sample = ConfigDict({"prompts": ("The ", "Question: "), "tokens": 200})
-    config.tuning = ConfigDict()
     return config

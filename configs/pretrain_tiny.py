@@ -42,5 +42,4 @@ def get_config():
     )
     config.evaluation = ConfigDict({"every": 400, "windows": 48, "length": 512})
     config.sample = ConfigDict({"prompts": ("def ", "The "), "tokens": 200})
-    config.tuning = ConfigDict()
     return config

@@ -57,10 +57,8 @@ def get_config(arg="small"):
             "eps": 1e-8,
         }
     )
-    config.tuning = ConfigDict()
     parts = "task:dictionary,task:mapping,task:modular,task:sequence"
     config.evaluation = ConfigDict(
         {"every": 400, "windows": 128, "length": 32, "retention": parts}
     )
-    config.sample = ConfigDict()
     return config

@@ -25,7 +25,6 @@ def get_config(arg="state"):
     config.steps = 40
     config.seed = 0
     config.log_every = 5
-    config.model = ConfigDict()
     config.data = ConfigDict(
         {"path": "charmaps", "held_out": 0.1, "batch_size": 8, "length": 256}
     )
@@ -40,7 +39,5 @@ def get_config(arg="state"):
         }
     )
     config.tuning = ConfigDict({"decorrelate": "dbp" if wide else "none"})
-    config.upscaling = ConfigDict()
     config.evaluation = ConfigDict({"every": 0, "windows": 24, "length": 512})
-    config.sample = ConfigDict()
     return config

@@ -40,11 +40,5 @@ def get_config():
             "eps": 1e-8,
         }
     )
-    config.tuning = ConfigDict(
-        {"leaves": "wkv", "anchor": 0.0, "anchor_path": "", "alpha": 1.0}
-    )
-    config.evaluation = ConfigDict(
-        {"every": 100, "windows": 32, "length": 512, "retention": ""}
-    )
-    config.sample = ConfigDict()
+    config.evaluation = ConfigDict({"every": 100, "windows": 32, "length": 512})
     return config

@@ -58,32 +58,8 @@ def get_config():
             "eps": 1e-8,
         }
     )
-    config.tuning = ConfigDict()
     config.test_time = ConfigDict(
-        {
-            "method": "grpo",
-            "guide": "",
-            "context": "",
-            "verifier": "exact",
-            "keep": "verified",
-            "substitute": (),
-            "hint": "",
-            "prompts": 8,
-            "group": 8,
-            "tokens": 64,
-            "temperature": 1.0,
-            "kl": 0.0,
-            "baseline": "mean",
-            "scale": "std",
-            "average": "token",
-            "redraws": 0,
-            "traces": 256,
-            "at_once": 64,
-            "vote_margin": 0.25,
-        }
+        {"method": "grpo", "prompts": 8, "group": 8, "tokens": 64}
     )
-    config.evaluation = ConfigDict(
-        {"every": 20, "windows": 64, "length": 512, "retention": ""}
-    )
-    config.sample = ConfigDict()
+    config.evaluation = ConfigDict({"every": 20, "windows": 64, "length": 512})
     return config

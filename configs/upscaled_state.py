@@ -37,13 +37,6 @@ def get_config():
             "eps": 1e-8,
         }
     )
-    config.tuning = ConfigDict(
-        {"decorrelate": "dbp", "anchor": 0.0, "anchor_path": "", "alpha": 1.0}
-    )
-    config.upscaling = ConfigDict({"size": 0, "dynamics": "static"})
-    config.decorrelation = ConfigDict()
-    config.evaluation = ConfigDict(
-        {"every": 100, "windows": 32, "length": 512, "retention": ""}
-    )
-    config.sample = ConfigDict()
+    config.tuning = ConfigDict({"decorrelate": "dbp"})
+    config.evaluation = ConfigDict({"every": 100, "windows": 32, "length": 512})
     return config

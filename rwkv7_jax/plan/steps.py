@@ -16,7 +16,7 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.int8_weights import quantize
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
-from rwkv7_jax.runs.modes.base import FrozenModel, TrainingMode
+from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.registry import make_mesh_of, mode_class
 from rwkv7_jax.runs.modes.stack import state_sources
 from rwkv7_jax.runs.settings import Settings
@@ -139,7 +139,7 @@ def _without_numbers(settings: Settings, config: RWKV7Config, dtype: str):
     base = None
     if settings.mode != "pretrain":
         frozen = describe_weights(config, dtype, settings.model.get("weights"))
-        base = FrozenModel(RWKV7(config), frozen)
+        base = (RWKV7(config), frozen)
     with tempfile.TemporaryDirectory() as folder:
         yield kind(settings, Path(folder), base=base)
 

@@ -27,7 +27,11 @@ SEARCH = {
 
 
 def searched(base_model, mode="state", **changes):
-    return mode_settings(mode, base_model, **(SEARCH | changes))
+    choices = SEARCH | changes
+    if choices["optimizer__learning_rate"] is not None:
+        # Next to a rate, rates to search are rejected.
+        del choices["tuning__rates"]
+    return mode_settings(mode, base_model, **choices)
 
 
 def found(folder) -> dict:

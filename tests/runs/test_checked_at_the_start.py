@@ -41,6 +41,34 @@ def test_an_unknown_measure_of_several_states_is_rejected(base, tmp_path):
         make_mode(settings, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("mode", "work"),
+    [
+        ("upscaled_state", "state_tuning.upscale"),
+        ("distil", "test_time.collect_traces"),
+        ("context", "test_time.read_prompt"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ("evaluation.measure", "x"),
+        ("evaluation.retention", "none.txt"),
+        ("tuning.layer_rates", (1.0, 0.5)),
+    ],
+)
+def test_a_bad_setting_is_named_before_work_that_takes_long(
+    base, tmp_path, monkeypatch, mode, work, change, value
+):
+    def fail(*_, **__):
+        pytest.fail(f"{work} runs before the checks")
+
+    monkeypatch.setattr(f"rwkv7_jax.runs.modes.{work}", fail)
+    settings = mode_settings(mode, base, **{change: value})
+    with pytest.raises((ValueError, FileNotFoundError)):
+        make_mode(settings, tmp_path)
+
+
 @pytest.mark.parametrize("mode", ["pretrain", "grpo"])
 def test_a_sample_prompt_without_tokens_is_rejected(base, tmp_path, mode):
     settings = mode_settings(mode, base, sample__prompts=("a", ""))

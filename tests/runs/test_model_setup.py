@@ -2,7 +2,8 @@
 
 import pytest
 
-from rwkv7_jax.runs.modes.model_setup import new_model
+from rwkv7_jax.runs.modes.model_setup import load_or_init, new_model
+from rwkv7_jax.runs.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -18,3 +19,9 @@ def test_a_new_model_without_a_size_is_rejected_by_the_name_of_the_size(sizes, m
         ValueError, match=f"must have all sizes; it has no {missing}\\.$"
     ):
         new_model(sizes)
+
+
+def test_a_size_that_a_checkpoint_fixes_is_rejected_before_it_is_read(tmp_path):
+    settings = Settings(init=str(tmp_path / "missing.pth"), model={"width": 64})
+    with pytest.raises(ValueError, match=r"^`config\.model\.width` must be left out"):
+        load_or_init(settings)

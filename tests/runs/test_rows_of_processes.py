@@ -37,7 +37,7 @@ class Made(BatchSource):
 @pytest.fixture
 def make_rows(monkeypatch):
     """Makes the batches of a mode as a process with some of the rows does."""
-    for module in ("dataset", "stack"):
+    for module in ("base", "stack"):
         path = f"rwkv7_jax.runs.modes.{module}.PrefetchedBatches"
         monkeypatch.setattr(path, Made)
     counted = []
@@ -55,7 +55,7 @@ def make_rows(monkeypatch):
             del mesh, count
             return rows
 
-        monkeypatch.setattr("rwkv7_jax.runs.modes.dataset.own_rows", own_rows)
+        monkeypatch.setattr("rwkv7_jax.runs.modes.base.own_rows", own_rows)
         monkeypatch.setattr("rwkv7_jax.runs.modes.stack.own_rows", own_rows)
         counted.clear()
         made = mode.batches(3, None)

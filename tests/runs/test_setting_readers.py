@@ -20,6 +20,7 @@ from rwkv7_jax.runs.settings.readers import (
     _READERS,
     is_read,
     refuse_settings_of_evaluation,
+    refuse_settings_without_effect,
 )
 
 METHODS = typing.get_args(TestTimeMethod)
@@ -82,6 +83,18 @@ def values_of(kind, changes):
         ("distil", "test_time.prompts", 4),
         ("context", "test_time.verifier", "letter"),
         ("context", "test_time.tokens", 8),
+        ("context", "test_time.stop", ("x",)),
+        ("pretrain", "start", "state.pth"),
+        ("observer", "start", "state.pth"),
+        ("pretrain", "tuning.layer_rates", (1.0,)),
+        ("observer", "tuning.leaf_rates", {"wkv": 1.0}),
+        ("grpo", "tuning.anchor", 1.0),
+        ("grpo", "test_time.chains", 4),
+        ("distil", "upscaling.size", 64),
+        ("distil", "test_time.updates", 2),
+        ("distil", "test_time.group", 4),
+        ("expert", "decorrelation.rate", 0.5),
+        ("expert", "test_time.importance_cap", 2.0),
     ],
 )
 def test_a_setting_that_a_run_does_not_read_is_rejected_by_name(kind, name, value):
@@ -101,10 +114,20 @@ def test_a_setting_that_a_run_does_not_read_is_rejected_by_name(kind, name, valu
         ("distil", "test_time.at_once", 8, {"test_time.guide": "traces.jsonl"}),
         ("distil", "test_time.chains", 2, {"test_time.guide": "traces.jsonl"}),
         ("distil", "test_time.substitute", ("a", "b"), {"test_time.guide": "t.jsonl"}),
+        ("distil", "test_time.keep", "all", {"test_time.guide": "traces.jsonl"}),
+        ("distil", "test_time.temperature", 0.5, {"test_time.guide": "traces.jsonl"}),
         ("distil", "test_time.vote_margin", 0.5, {"test_time.keep": "verified"}),
         ("grpo", "test_time.epsilon_low", 0.1, {"test_time.updates": 1}),
         ("grpo", "test_time.epsilon_high", 0.3, {"test_time.updates": 1}),
+        ("state", "tuning.rates", (0.1, 1.0), {"optimizer.learning_rate": 0.1}),
+        ("state", "tuning.search_share", 0.2, {"optimizer.learning_rate": 0.1}),
         ("state", "decorrelation.rate", 0.5, {"tuning.decorrelate": "whiten"}),
+        (
+            "upscaled_state",
+            "decorrelation.damping",
+            0.5,
+            {"tuning.decorrelate": "whiten"},
+        ),
         ("pretrain", "decorrelation.average", 0.5, {"optimizer.decorrelate": "whiten"}),
         ("distil", "decorrelation.rate", 0.5, {"tuning.decorrelate": "whiten"}),
     ],
@@ -153,6 +176,24 @@ def test_a_run_rejects_settings_that_only_eval_py_reads(name, value):
     settings = read_settings(values_of("pretrain", {name: value}))
     with pytest.raises(ValueError, match=rf"`config\.{name}` must be left out if"):
         refuse_settings_of_evaluation(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "others"),
+    [
+        ("shots", 5, {"questions": "qa.jsonl"}),
+        ("bos", (0,), {"questions": "qa.jsonl"}),
+        ("limit", 10, {"data.path": "stdlib"}),
+        ("evaluation.retention", "stdlib", {"tasks": "gsm8k"}),
+    ],
+)
+def test_eval_py_rejects_settings_of_what_it_does_not_measure(name, value, others):
+    asked = {**others, name: value}
+    settings = read_settings(values_of("pretrain", asked))
+    with pytest.raises(ValueError, match=rf"^`config\.{name}` must be left out if"):
+        refuse_settings_without_effect(settings)
+    asked |= {"tasks": "gsm8k", "data.path": "stdlib"}
+    refuse_settings_without_effect(read_settings(values_of("pretrain", asked)))
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "state", "upscaled_state", "observer"])
@@ -237,3 +278,6 @@ def test_questions_of_files_are_read_with_the_settings_of_answers():
         read_settings(values_of("pretrain", others))
     others["questions"] = "qa.jsonl"
     assert read_settings(values_of("pretrain", others)).test_time.tokens == 8
+    # Also if the state was tuned on the traces of a file.
+    others |= {"test_time.guide": "traces.jsonl", "test_time.at_once": 8}
+    assert read_settings(values_of("distil", others)).test_time.at_once == 8

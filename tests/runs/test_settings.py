@@ -5,6 +5,7 @@ import typing
 
 import pytest
 
+from rwkv7_jax.model import FEATURE_MAPS, MEMORY_FORMS
 from rwkv7_jax.runs.modes.registry import MODES
 from rwkv7_jax.runs.settings import Mode, Settings, as_config, read_settings
 
@@ -166,6 +167,34 @@ def test_settings_are_written_as_config_files_spell_them():
         written["optimizer"]["clip"] == 1.0 and written["evaluation"]["enough"] is None
     )
     assert read_settings(json.loads(json.dumps(written))) == Settings()
+
+
+def test_imported_modules_add_feature_maps_and_forms_of_memory(tmp_path, monkeypatch):
+    (tmp_path / "my_maps.py").write_text(
+        "from rwkv7_jax.model import FEATURE_MAPS, MEMORY_FORMS\n"
+        "FEATURE_MAPS['mine'] = FEATURE_MAPS['gaussian']\n"
+        "MEMORY_FORMS['own'] = MEMORY_FORMS['decay']\n"
+    )
+    (tmp_path / "broken_maps.py").write_text("1 /\n  0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = {"mode": "upscaled_state", "upscaling": {"kind": "mine", "dynamics": "own"}}
+    with pytest.raises(ValueError, match=r"^`config.upscaling.\w+` must be"):
+        read_settings(asked)
+    try:
+        found = read_settings(asked | {"imports": ["my_maps"]})
+        assert read_settings(json.loads(json.dumps(as_config(found)))) == found
+    finally:
+        FEATURE_MAPS.pop("mine", None)
+        MEMORY_FORMS.pop("own", None)
+    for module, reason in {
+        "broken_maps": "SyntaxError",
+        "no_maps": "No module",
+    }.items():
+        with pytest.raises(
+            ValueError, match=rf"^`config.imports` must .*{reason}"
+        ) as e:
+            read_settings({"imports": [module]})
+        assert "\n" not in str(e.value)
 
 
 def test_weights_are_decorrelated_only_in_mode_pretrain():

@@ -2,8 +2,3 @@
 
 A mode is a subclass of `TrainingMode`, the only interface that the loop in train.py uses.
 """
-
-from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.registry import MODES, make_mode
-
-__all__ = ["MODES", "TrainingMode", "make_mode"]

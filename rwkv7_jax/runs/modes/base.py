@@ -4,7 +4,7 @@ import abc
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import jax
 import optax
@@ -18,18 +18,21 @@ from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.optim.decorrelation import Decorrelator
+from rwkv7_jax.runs.datasets import TrainingData
 from rwkv7_jax.runs.early_stopping import Progress, check_measure
 from rwkv7_jax.runs.evaluators import PredictionEvaluator
 from rwkv7_jax.runs.held_out_rows import HeldOutRows, retention_paths
-from rwkv7_jax.runs.input_pipeline import BatchSource
+from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
+from rwkv7_jax.runs.modes.model_setup import load_or_init, tokenizer_of
 from rwkv7_jax.runs.modes.scheduled_optimizer import (
     RateAt,
     schedule_and_optimizer,
     with_rate,
 )
 from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.sharding import own_rows
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.costs import (
     Memory,
@@ -41,22 +44,11 @@ from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.train_step import TrainState, TrainStep, make_train_step
 
 
-class FrozenModel(NamedTuple):
-    """A model that several modes share.
-
-    Attributes:
-        model: the network.
-        params: its weights.
-    """
-
-    model: RWKV7
-    params: Params
-
-
 class TrainingMode(abc.ABC):
     """The trainable parameters of a run, their loss, their batches and their metrics.
 
-    A subclass loads its model, reads its group of settings and makes its loss in `set_up`.
+    A subclass loads its model and its data in `set_up`, and makes its loss there or in `prepare`.
+    Methods that it does not define are those of a run that trains weights on a dataset.
 
     Attributes:
         settings: settings of the run.
@@ -65,6 +57,7 @@ class TrainingMode(abc.ABC):
         tokenizer: the model's tokenizer.
         mesh: the devices of this process that hold the weights; None for a single device.
         frozen: weights that the run never changes; None if weights are trained.
+        data: training data of the run, from `open_data`.
         loss: loss of the trainable parameters and a batch.
         found_rate: learning rate that a search found; None if the settings name it.
         decorrelator: wraps the run's optimizer.
@@ -87,13 +80,16 @@ class TrainingMode(abc.ABC):
     model: RWKV7
     tokenizer: Tokenizer
     frozen: Params | None = None
+    data: TrainingData
     loss: Loss
     found_rate: float | None = None
     decorrelator: Decorrelator = Decorrelator(wrap=lambda tx: tx)
     abstract_params: Any
 
-    # Parameters that `set_up` has made to find their shapes. They are handed over or freed before
-    # the first step, because a reference here would cost a copy.
+    _held_out: PredictionEvaluator
+
+    # Parameters that are already made. They are handed over or freed before the first step, because
+    # a reference here would cost a copy.
     _initial: Any = None
 
     def __init__(
@@ -101,7 +97,7 @@ class TrainingMode(abc.ABC):
         settings: Settings,
         folder: Path,
         *,
-        base: FrozenModel | None = None,
+        base: tuple[RWKV7, Params] | None = None,
         mesh: Mesh | None = None,
     ):
         """Loads the model and the data.
@@ -109,7 +105,7 @@ class TrainingMode(abc.ABC):
         Args:
             settings: settings of the run.
             folder: the run directory, for files besides the result.
-            base: the model of `config.init`, if it is already loaded.
+            base: the model of `config.init` and its weights, if they are already loaded.
             mesh: the devices of this process that hold the weights; None for a single device.
 
         Raises:
@@ -120,15 +116,38 @@ class TrainingMode(abc.ABC):
         self.mesh = mesh
         self._base = base
         self.set_up()
-        # Now, because the parameters may be handed over later.
-        self.abstract_params = self._describe_params()
         # The evaluators need the model and the tokenizer of `set_up`.
         self._retention = self.retention_evaluators()
         self._check_evaluations()
+        self.prepare()
 
     @abc.abstractmethod
     def set_up(self) -> None:
-        """Loads the model and the data and makes the loss; called once, by the constructor."""
+        """Loads the model and the data; called once, by the constructor."""
+
+    def load_frozen(self, purpose: str) -> None:
+        """Loads the model of `config.init`, whose weights the run never changes, and its tokenizer.
+
+        Args:
+            purpose: purpose of the model, the end of the message if no checkpoint is named.
+
+        Raises:
+            ValueError: no checkpoint is named.
+        """
+        if self.settings.init is None:
+            raise ValueError(f"`config.init` must name the checkpoint {purpose}.")
+        self.model, self.frozen = self._base or load_or_init(self.settings, self.mesh)
+        self.tokenizer = tokenizer_of(self.settings, self.model.config)
+
+    def open_data(self) -> None:
+        """Opens the run's data and its held-out rows, after `set_up` has loaded the model."""
+        self.data = TrainingData(self.settings, self.tokenizer)
+        self._held_out = self.prediction_evaluator("held_out")
+
+    def prepare(self) -> None:
+        """Does what may take long, after the checks; here it only describes the parameters."""
+        # Now, because the parameters may be handed over later.
+        self.abstract_params = self._describe_params()
 
     @abc.abstractmethod
     def make_params(self) -> Any:
@@ -138,13 +157,13 @@ class TrainingMode(abc.ABC):
     def trained_count(self, params: Any) -> int:
         """Counts the trained numbers."""
 
-    @abc.abstractmethod
     def weights(self, params: Any) -> Params:
         """Returns the weights of the model that evaluations measure."""
+        return params if self.frozen is None else self.frozen
 
-    @abc.abstractmethod
     def start_state(self, params: Any) -> RWKV7State:
         """Returns the start state, of batch 1, that evaluations measure."""
+        return init_state(self.model.config)
 
     @abc.abstractmethod
     def save(self, folder: Path, params: Any, *, without: Sequence[str] = ()) -> Path:
@@ -164,9 +183,8 @@ class TrainingMode(abc.ABC):
         """Returns the mode of the state with a name; for "", the mode itself."""
         return self
 
-    @abc.abstractmethod
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
-        """Opens the source of the batches, from a step on.
+        """Opens the source of the batches, from a step on; each process makes its own rows.
 
         Args:
             start_step: step of the first batch, from 0.
@@ -175,22 +193,34 @@ class TrainingMode(abc.ABC):
         Raises:
             ValueError: the data is too small for a batch.
         """
+        count = self.settings.data.batch_size
+        batches = self.read_batches(start_step, own_rows(mesh, count))
+        return PrefetchedBatches(batches, mesh, rows=count)
 
-    @abc.abstractmethod
+    def read_batches(self, start_step: int, rows: slice) -> Iterator[Batch]:
+        """Makes some rows of each batch of the data.
+
+        Args:
+            start_step: step of the first batch, from 0.
+            rows: slice of the global batch.
+        """
+        return self.data.batches(start_step=start_step, rows=rows)
+
     def held_out_metrics(self, params: Any) -> Metrics:
         """Measures the parameters on the run's held-out data; returns metrics by name."""
+        return self._held_out(self.weights(params), self.start_state(params))
 
     def held_out_names(self) -> tuple[str, ...]:
-        """Returns the names of `held_out_metrics`; none if the members of the mode have them."""
-        return ()
+        """Returns the names of `held_out_metrics`."""
+        return (self._held_out.metric_name,)
 
-    @abc.abstractmethod
     def input_digests(self) -> dict[str, str]:
         """Hashes the inputs of the run besides weights; a resumed run must have equal inputs."""
+        return self.data.digests()
 
-    @abc.abstractmethod
     def describe_data(self) -> str:
         """Describes the data and its size, for the terminal."""
+        return self.data.describe()
 
     def optimizer(self) -> tuple[RateAt, optax.GradientTransformation]:
         """Makes the learning rate schedule, by the number of updates, and the optimizer."""
@@ -290,28 +320,22 @@ class TrainingMode(abc.ABC):
             return None
         sizes = sharding.sizes_of(mesh)
         rows = sharding.share_of_rows(self.settings.rows_per_step, sizes)
-        return self.step_memory(rows, sizes, trained=self.gradients_of)
+        return self.step_memory(rows, sizes)
 
-    def step_memory(
-        self,
-        rows: int,
-        sizes: Mapping[str, int],
-        *,
-        trained: Literal["weights", "state"],
-    ) -> Memory:
+    def step_memory(self, rows: int, sizes: Mapping[str, int]) -> Memory:
         """Estimates the memory of a step that is one pass of the mode's model.
 
         Args:
             rows: rows that one device computes at once.
             sizes: sizes of the mesh axes, by name.
-            trained: the parameters with gradients.
         """
+        assert self.gradients_of is not None
         accumulate = self.settings.optimizer.accumulate
         return training_memory(
             self.model.config,
             batch=rows * accumulate,
             length=self.own_length(sizes),
-            trained=trained,
+            trained=self.gradients_of,
             accumulate=accumulate,
             weight_bytes=mean_weight_bytes(self.frozen, self.model.config),
             platform=target_platform(),
@@ -341,10 +365,9 @@ class TrainingMode(abc.ABC):
         Raises:
             ValueError: the measure is unknown, or a prompt for samples has no ids.
         """
-        names = self.held_out_names()
-        if names:
-            retained = [one.metric_name for one in self._retention]
-            check_measure(self.settings.evaluation, [*names, *retained])
+        retained = [one.metric_name for one in self._retention]
+        names = [*self.held_out_names(), *retained]
+        check_measure(self.settings.evaluation, names)
         for prompt in self.settings.sample.prompts:
             with prefix_errors("config.sample.prompts"):
                 if not self.tokenizer.encode(prompt):

@@ -50,15 +50,6 @@ def load_or_init(settings: Settings, mesh: Mesh | None = None) -> tuple[RWKV7, P
         model = new_model(changes)
         return model, init_weights(model, settings.seed, mesh)
     weights = changes.pop(_WEIGHTS, None)
-
-    def load() -> tuple[Params, RWKV7Config]:
-        return load_model(
-            init, weights=weights, allow_nan=settings.allow_nan, mesh=mesh
-        )
-
-    # The hash of an int8 model may need all processes, so none may fail alone before it.
-    waits = weights is not None
-    params, config = load() if waits else group_of_mesh(mesh).run_in_all(load)
     fixed = [name for name in changes if name not in _CHANGEABLE]
     if fixed:
         raise ValueError(
@@ -66,25 +57,13 @@ def load_or_init(settings: Settings, mesh: Mesh | None = None) -> tuple[RWKV7, P
             "only dtype, remat, implementation and weights may be changed "
             "(configs/pretrain.py:checkpoint leaves the others out)."
         )
+    load = functools.partial(
+        load_model, init, weights=weights, allow_nan=settings.allow_nan, mesh=mesh
+    )
+    # The hash of an int8 model may need all processes, so none may fail alone before it.
+    waits = weights is not None
+    params, config = load() if waits else group_of_mesh(mesh).run_in_all(load)
     return RWKV7(dataclasses.replace(config, **changes)), params
-
-
-def load_frozen(
-    settings: Settings, purpose: str, *, mesh: Mesh | None
-) -> tuple[RWKV7, Params]:
-    """Loads the model of `config.init` for a run that never changes its weights.
-
-    Args:
-        settings: settings of the run.
-        purpose: purpose of the model, the end of the message if no checkpoint is named.
-        mesh: the devices that hold the weights; None for a single device.
-
-    Raises:
-        ValueError: no checkpoint is named.
-    """
-    if settings.init is None:
-        raise ValueError(f"`config.init` must name the checkpoint {purpose}.")
-    return load_or_init(settings, mesh)
 
 
 def tokenizer_of(settings: Settings, config: RWKV7Config) -> Tokenizer:

@@ -14,15 +14,13 @@ from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.observer.evaluation import evaluate_handover
 from rwkv7_jax.observer.files import save_observer
 from rwkv7_jax.observer.loss import observer_loss
 from rwkv7_jax.observer.observer import Observer, init_observer, propose, state_moments
 from rwkv7_jax.observer.prompt_splits import add_prompt_splits, count_answers
 from rwkv7_jax.runs.datasets import TrainingData, held_out
-from rwkv7_jax.runs.modes.dataset import DatasetMode
-from rwkv7_jax.runs.modes.model_setup import load_frozen, tokenizer_of
+from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.settled_settings import AUTO
 from rwkv7_jax.training.costs import tree_size
 
@@ -31,21 +29,21 @@ from rwkv7_jax.training.costs import tree_size
 _LOG_NAMES = {"proposed": "proposal", "wkv": "own_state", "zero": "no_state"}
 
 
-class ObserverMode(DatasetMode):
-    """Trains a small model to propose start states for the frozen teacher in `init`."""
+class ObserverMode(TrainingMode):
+    """Trains a small model to propose start states for the frozen teacher in `init`.
+
+    Samples come from the teacher without a start state.
+    """
 
     frozen: Params
 
     def set_up(self) -> None:
         """Loads the teacher, opens the data and makes the loss."""
         settings = self.settings
-        self.model, self.frozen = self._base or load_frozen(
-            settings, "whose states are observed", mesh=self.mesh
-        )
-        teacher = self.model.config
-        self.tokenizer = tokenizer_of(settings, teacher)
         self._check_positions("config.data.length", settings.data.length)
         self._check_positions("config.evaluation.length", settings.evaluation.length)
+        self.load_frozen("whose states are observed")
+        teacher = self.model.config
         self._observer = Observer(RWKV7(self._observer_config(teacher)), teacher)
         self.data = TrainingData(settings, self.tokenizer)
         self.loss = observer_loss(
@@ -137,14 +135,6 @@ class ObserverMode(DatasetMode):
     def trained_count(self, params: Params) -> int:
         """Counts the observer's weights."""
         return tree_size(params)
-
-    def weights(self, params: Params) -> Params:
-        """Returns the teacher's weights."""
-        return self.frozen
-
-    def start_state(self, params: Params) -> RWKV7State:
-        """Returns zeros: samples come from the untuned teacher."""
-        return init_state(self.model.config)
 
     def read_batches(self, start_step: int, rows: slice) -> Iterator[Batch]:
         """Makes batches of the data, with the positions at which prompts end."""

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import save_model
-from rwkv7_jax.model.state import RWKV7State, init_state
-from rwkv7_jax.runs.modes.dataset import DatasetMode
+from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.model_setup import (
     load_or_init,
     new_model,
@@ -22,7 +21,7 @@ from rwkv7_jax.training.losses import pretrain_loss
 from rwkv7_jax.training.projection_statistics import weight_decorrelator
 
 
-class PretrainMode(DatasetMode):
+class PretrainMode(TrainingMode):
     """Trains all weights, from new ones or from a checkpoint's."""
 
     gradients_of = "weights"
@@ -54,14 +53,6 @@ class PretrainMode(DatasetMode):
     def trained_count(self, params: Params) -> int:
         """Counts all weights that the model reads."""
         return parameter_count(self.model.config)
-
-    def weights(self, params: Params) -> Params:
-        """Returns the weights themselves."""
-        return params
-
-    def start_state(self, params: Params) -> RWKV7State:
-        """Returns a state of zeros."""
-        return init_state(self.model.config)
 
     def save(
         self, folder: Path, params: Params, *, without: Sequence[str] = ()

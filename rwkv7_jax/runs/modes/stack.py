@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from rwkv7_jax import sharding
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.local_paths import local_path
@@ -20,7 +21,7 @@ from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.evaluators import PredictionEvaluator
 from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
-from rwkv7_jax.runs.modes.base import FrozenModel, TrainingMode
+from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.scheduled_optimizer import (
     RateAt,
     schedule_and_optimizer,
@@ -135,18 +136,22 @@ class StackMode(TrainingMode):
                 member = kind(own, self.folder, base=base, mesh=self.mesh)
             except ValueError as error:
                 raise ValueError(f"`config.tuning.states.{name}`: {error}") from None
-            base = FrozenModel(member.model, member.frozen)
+            base = (member.model, member.frozen)
             self.members[name] = member
         self.adopt()
 
     def adopt(self) -> None:
         """Takes the attributes that all members share from the first one."""
-        first = next(iter(self.members.values()))
+        first = self._first
         self.model = first.model
         self.frozen = first.frozen
         self.tokenizer = first.tokenizer
         self.loss = first.loss
         self.decorrelator = first.decorrelator
+
+    @property
+    def _first(self) -> StateTuningMode:
+        return next(iter(self.members.values()))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -186,10 +191,10 @@ class StackMode(TrainingMode):
 
     def _describe_params(self) -> Any:
         """Returns the shapes and dtypes of a member, stacked."""
-        first = next(iter(self.members.values())).abstract_params
         count = len(self.names)
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), first
+            lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype),
+            self._first.abstract_params,
         )
 
     def release_initial(self) -> None:
@@ -205,10 +210,6 @@ class StackMode(TrainingMode):
     def trained_count(self, params: RWKV7State) -> int:
         """Counts the trained numbers of all states."""
         return sum(mode.trained_count(own) for _, mode, own in self.by_name(params))
-
-    def weights(self, params: RWKV7State) -> Params:
-        """Returns the frozen weights."""
-        return self.frozen
 
     def start_state(self, params: RWKV7State) -> RWKV7State:
         """Returns the first state."""
@@ -260,15 +261,14 @@ class StackMode(TrainingMode):
         sizes = sharding.sizes_of(mesh)
         own = sharding.share_of_sets(states, sizes)
         rows = self.settings.rows_per_step * min(own, self.at_once)
-        first = next(iter(self.members.values()))
         # All rows of a state are on one device.
         whole_rows = {**sizes, sharding.SEQUENCE: 1}
-        one = first.step_memory(rows, whole_rows, trained="state")
+        one = self._first.step_memory(rows, whole_rows)
         # Every device holds all states and their moments.
         return dataclasses.replace(
             one,
             parameters=one.parameters
-            + (states - 1) * tree_bytes(first.abstract_params),
+            + (states - 1) * tree_bytes(self._first.abstract_params),
             moments=states * one.moments,
             gradients=states * one.gradients,
         )
@@ -326,6 +326,9 @@ class StackMode(TrainingMode):
         """Makes none: each member has its own evaluators."""
         return []
 
+    def _check_evaluations(self) -> None:
+        """Checks nothing: each member has checked the settings."""
+
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
         """Measures each state on its held-out text and on retention data."""
         metrics: Metrics = {}
@@ -361,7 +364,7 @@ class StackMode(TrainingMode):
     ) -> Path:
         """Writes one file per state, except those in `without`, and returns their folder."""
         # Collective work of all processes comes first, because a process may fail to write.
-        base_model = next(iter(self.members.values())).base_hash()
+        base_model = model_hash(self.frozen, self.model.config)
         states = list(self.by_name(params))
         files = self.state_files(folder)
         place = folder / RESULTS

@@ -2,16 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
 
 import jax
 
 from rwkv7_jax import sharding
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.model.state import RWKV7State
-from rwkv7_jax.runs.modes.dataset import DatasetMode
-from rwkv7_jax.runs.modes.single_state import UPSCALED_RESULT, SingleStateMode
+from rwkv7_jax.runs.modes.single_state import SingleStateMode
 from rwkv7_jax.training.costs import Memory
+from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.tuning.calibration import resolve_features
 from rwkv7_jax.tuning.state_tuning import state_loss
 from rwkv7_jax.tuning.upscaling import describe_upscaled, upscale
@@ -20,25 +19,20 @@ from rwkv7_jax.tuning.upscaling import describe_upscaled, upscale
 _FEATURE_COPIES = 3
 
 
-class StateTuningMode(DatasetMode, SingleStateMode):
+class StateTuningMode(SingleStateMode):
     """Tunes a start state."""
 
     gradients_of = "state"
 
-    def set_up(self) -> None:
-        """Loads the frozen model, opens the data and makes the loss."""
-        settings = self.settings
-        self.load_frozen_model()
-        self.open_data()
-        self.loss = state_loss(
+    def make_loss(self) -> Loss:
+        """Makes the loss on the text and on the anchor."""
+        return state_loss(
             self.model,
             self.frozen,
-            leaves=self.tuned_leaves(),
-            anchor=settings.tuning.anchor,
-            l2wrap=settings.optimizer.l2wrap,
+            leaves=self.tuned_leaves,
+            anchor=self.settings.tuning.anchor,
+            l2wrap=self.settings.optimizer.l2wrap,
         )
-        self._initial = self.make_params()
-        self.decorrelator = self.make_decorrelator()
 
     def losses(self, params: RWKV7State, *, windows: int) -> Metrics:
         """Measures the loss on some windows of each evaluation text."""
@@ -53,23 +47,11 @@ class StateTuningMode(DatasetMode, SingleStateMode):
 
 
 class UpscaledStateMode(StateTuningMode):
-    """Tunes a memory that is read through kernel features; the start state stays zero."""
+    """Tunes a memory that is read through kernel features; the start state stays as it was."""
 
-    result_name = UPSCALED_RESULT
-
-    def tuned_leaves(self) -> tuple[str, ...]:
-        """Returns the memory, the only tuned leaf."""
-        return ("memory",)
-
-    def step_memory(
-        self,
-        rows: int,
-        sizes: Mapping[str, int],
-        *,
-        trained: Literal["weights", "state"],
-    ) -> Memory:
+    def step_memory(self, rows: int, sizes: Mapping[str, int]) -> Memory:
         """Estimates the memory of a step: as for a start state, plus the upscaled memory."""
-        need = super().step_memory(rows, sizes, trained=trained)
+        need = super().step_memory(rows, sizes)
         upscaled = self.abstract_params.upscaled
         held = sum(leaf.size * 4 for leaf in jax.tree.leaves(upscaled))
         memory = 4 * upscaled.memory.size
@@ -86,7 +68,7 @@ class UpscaledStateMode(StateTuningMode):
         )
 
     def make_params(self) -> RWKV7State:
-        """Makes a state of zeros with an empty memory, and calibrates features on the text."""
+        """Makes the start state with an empty memory, and calibrates features on the text."""
         settings = self.settings.upscaling
         features = resolve_features(
             settings.dynamics,

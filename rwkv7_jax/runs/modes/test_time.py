@@ -23,13 +23,13 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.datasets import digest_of
 from rwkv7_jax.runs.input_pipeline import BatchSource, DrawnBatches
-from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.runs.modes.single_state import SingleStateMode
 from rwkv7_jax.runs.modes.start_state import read_prompt
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.run_identity import content_digests
 from rwkv7_jax.runs.settings import TestTimeSettings
+from rwkv7_jax.runs.settings.test_time import is_trace_file
 from rwkv7_jax.test_time.distillation import TraceBatches
 from rwkv7_jax.test_time.expert_iteration import ExpertBatches
 from rwkv7_jax.test_time.grpo import PolicyBatches
@@ -52,6 +52,7 @@ from rwkv7_jax.test_time.traces import (
 from rwkv7_jax.test_time.tuning_loop import StateBatchSource
 from rwkv7_jax.test_time.verifiers import VERIFIERS
 from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.train_step import TrainState, TrainStep
 
 _REWARD = log_name("held_out", "reward")
@@ -60,28 +61,26 @@ _REWARD = log_name("held_out", "reward")
 _REWARD_ERROR = f"{_REWARD}_error"
 
 
-class ContextMode(DatasetMode, SingleStateMode):
+class ContextMode(SingleStateMode):
     """Compresses a long prompt into a state, with rows of the run's text."""
 
-    takes_upscaled_start = True
-
     def set_up(self) -> None:
-        """Loads the model, reads the prompt and opens the data."""
-        self.load_frozen_model()
+        """Loads the model and opens the data."""
         context = self.settings.test_time.context
         if context is None:
             raise ValueError(
                 "`config.test_time.context` must name the file of the prompt; got none."
             )
         self._context = context
+        super().set_up()
+
+    def make_loss(self) -> Loss:
+        """Reads the prompt and makes the loss."""
         with prefix_errors("config.test_time.context"):
-            prompt = read_prompt(context, self.model, self.frozen, self.tokenizer)
-        self.make_initial()
-        self.loss = context_distillation(
-            self.model, self.frozen, prompt, leaves=self.tuned_leaves()
+            prompt = read_prompt(self._context, self.model, self.frozen, self.tokenizer)
+        return context_distillation(
+            self.model, self.frozen, prompt, leaves=self.tuned_leaves
         )
-        self.decorrelator = self.make_decorrelator()
-        self.open_data()
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the data and the prompt."""
@@ -99,39 +98,43 @@ class TestTimeMode(SingleStateMode):
     # Keeps pytest from collecting the class because of its name.
     __test__ = False
 
-    takes_upscaled_start = True
-
-    def set_up(self) -> None:
-        """Loads the model and the questions; for "distil", samples the teacher's completions."""
-        settings = self.settings
-        self.load_frozen_model()
-        # Abstract weights cannot generate.
+    def prepare(self) -> None:
+        """Makes the initial state, the loss and the source of batches."""
+        super().prepare()
+        self.updates_per_step = self.settings.test_time.updates
         if not sharding.is_abstract(self.frozen):
-            self._open_questions()
-        self.make_initial()
-        self.decorrelator = self.make_decorrelator()
-        self.updates_per_step = settings.test_time.updates
-        if settings.test_time.method == "grpo":
-            self.loss = policy_loss(
-                self.model,
-                self.frozen,
-                temperature=settings.test_time.temperature,
-                kl=settings.test_time.kl,
-                # The initial state, so that a distilled state keeps what it learnt. A copy, because
-                # the first step donates the state.
-                reference=jax.tree.map(jnp.copy, self._initial),
-                leaves=self.tuned_leaves(),
-                epsilon_low=settings.test_time.epsilon_low,
-                epsilon_high=settings.test_time.epsilon_high,
-            )
-        else:
-            self.loss = distillation_loss(
-                self.model, self.frozen, leaves=self.tuned_leaves()
-            )
+            # For "distil", this samples all completions of the teacher, which takes long.
+            self._source = self._make_source()
 
-    def _open_questions(self) -> None:
-        """Opens the questions and the source of batches."""
+    def make_loss(self) -> Loss:
+        """Makes the loss of the method."""
+        settings = self.settings.test_time
+        if settings.method != "grpo":
+            return distillation_loss(self.model, self.frozen, leaves=self.tuned_leaves)
+        return policy_loss(
+            self.model,
+            self.frozen,
+            temperature=settings.temperature,
+            kl=settings.kl,
+            # The initial state, so that a distilled state keeps what it learnt. A copy, because the
+            # first step donates the state.
+            reference=jax.tree.map(jnp.copy, self._initial),
+            leaves=self.tuned_leaves,
+            epsilon_low=settings.epsilon_low,
+            epsilon_high=settings.epsilon_high,
+        )
+
+    def open_data(self) -> None:
+        """Opens the questions, and finds the reward of an answer."""
+        # Abstract weights cannot generate.
+        if sharding.is_abstract(self.frozen):
+            return
         settings = self.settings
+        if settings.test_time.method == "distil" and settings.test_time.guide is None:
+            raise ValueError(
+                "`config.test_time.guide` must name the larger model's checkpoint, or a file of "
+                "traces; got none."
+            )
         processes = group_of_run()
         self._share = PromptShare(
             index=jax.process_index(),
@@ -150,9 +153,9 @@ class TestTimeMode(SingleStateMode):
             evaluation=settings.data.evaluation,
         )
         self._reward = find_verifier(verifier) if is_own else self._questions.reward
-        learns_from_rewards = (
-            settings.test_time.method != "distil"
-            or settings.test_time.keep == "verified"
+        learns_from_rewards = settings.test_time.method != "distil" or (
+            settings.test_time.keep == "verified"
+            and not is_trace_file(settings.test_time.guide)
         )
         if learns_from_rewards and not (is_own or self._questions.can_be_answered):
             raise ValueError(
@@ -160,11 +163,9 @@ class TestTimeMode(SingleStateMode):
                 f"`{settings.data.path}`; {verifier!r} finds none, so no completion could earn a "
                 "reward."
             )
-        self._held_out = self._questions.prompts(
+        self._held_out_prompts = self._questions.prompts(
             0, settings.evaluation.windows, held_out=True
         )
-        # For "distil", this samples all completions of the teacher, which takes long.
-        self._source = self._make_source()
 
     @property
     def tokens_per_step(self) -> int | None:
@@ -224,7 +225,10 @@ class TestTimeMode(SingleStateMode):
                 batch_size=self.settings.data.batch_size,
                 seed=self.settings.seed,
             )
-        sampler = self._sampler(self._drawing_model(), self.frozen)
+        # Sampling may compute in another dtype.
+        dtype = settings.sampling_dtype or self.model.config.dtype
+        model = RWKV7(dataclasses.replace(self.model.config, dtype=dtype))
+        sampler = self._sampler(model, self.frozen)
         key = jax.random.key(self.settings.seed)
         if settings.method == "grpo":
             rule = AdvantageRule(
@@ -260,13 +264,6 @@ class TestTimeMode(SingleStateMode):
             tokenizer=self.tokenizer,
             share=self._share,
         )
-
-    def _drawing_model(self) -> RWKV7:
-        """Returns the model for sampling, which may compute in another dtype."""
-        dtype = self.settings.test_time.sampling_dtype
-        if dtype is None:
-            return self.model
-        return RWKV7(dataclasses.replace(self.model.config, dtype=dtype))
 
     def train_step(
         self, tx: optax.GradientTransformation, mesh: Mesh | None
@@ -305,7 +302,8 @@ class TestTimeMode(SingleStateMode):
         """
         # The tuned model, not the one for sampling, which may have another dtype.
         sampler = self._sampler(self.model, self.frozen)
-        rewards, _ = sampler.greedy_rewards(params, self._held_out, self._reward)
+        prompts = self._held_out_prompts
+        rewards, _ = sampler.greedy_rewards(params, prompts, self._reward)
         error = rewards.std() / math.sqrt(len(rewards))
         return {
             _REWARD: Metric.of(rewards.mean(), "reward"),
@@ -321,18 +319,14 @@ class TestTimeMode(SingleStateMode):
 
     def describe_data(self) -> str:
         """Describes the questions, with the number that evaluations use."""
-        described = self._questions.describe(len(self._held_out))
+        described = self._questions.describe(len(self._held_out_prompts))
         return f"{self.settings.data.path}: {described}"
 
     def _traces(self) -> list[Trace]:
         """Samples the teacher's traces, or reads them from a file."""
         guide = self.settings.test_time.guide
-        if guide is None:
-            raise ValueError(
-                "`config.test_time.guide` must name the larger model's checkpoint, or a file of "
-                "traces; got none."
-            )
-        if guide.endswith(".jsonl"):
+        assert guide is not None
+        if is_trace_file(guide):
             traces = read_traces(guide)
             with prefix_errors("config.test_time.guide"):
                 check_trace_tokens(traces, self.model.config.vocab_size)
@@ -412,15 +406,7 @@ def _teacher_template(
     """Makes the function from a prompt to the teacher's prompt.
 
     It applies the substitution to the prompt and puts the hint before it.
-
-    Raises:
-        ValueError: `substitute` is not two texts.
     """
-    if len(settings.substitute) not in (0, 2):
-        raise ValueError(
-            "`config.test_time.substitute` must be two texts, the old and the new one; "
-            f"got {settings.substitute}."
-        )
     hint = tokenizer.encode(settings.hint)
 
     def template(prompt: Sequence[int]) -> list[int]:

@@ -18,7 +18,7 @@ from rwkv7_jax.runs.settings.fields import (
     choose,
     shown,
 )
-from rwkv7_jax.runs.settings.names import unknown_setting
+from rwkv7_jax.runs.settings.names import size_types
 
 
 def as_config(settings: Any) -> dict[str, Any]:
@@ -35,33 +35,25 @@ def as_config(settings: Any) -> dict[str, Any]:
     return values
 
 
-def check_model_sizes(
-    where: str, sizes: Mapping[str, Any], *, loaded: bool = False
-) -> None:
+def check_model_sizes(where: str, sizes: Mapping[str, Any]) -> None:
     """Checks each size of a model; `RWKV7Config` checks how they fit together.
 
     Args:
         where: dotted name of the group.
         sizes: the group.
-        loaded: whether the model may be loaded, so that the group may have `weights`.
 
     Raises:
-        ValueError: a size is unknown, has the wrong type or is out of range.
+        ValueError: a size has the wrong type or is out of range.
     """
-    hints = typing.get_type_hints(RWKV7Config)
-    if loaded:
-        hints["weights"] = Literal["int8"]
+    kinds = size_types(where)
     defaults = {field.name: field.default for field in dataclasses.fields(RWKV7Config)}
     for key, value in sizes.items():
-        if key not in hints:
-            names = [f"{where}.{hint}" for hint in hints]
-            raise ValueError(unknown_setting(f"{where}.{key}", names))
         name = f"{where}.{key}"
-        _convert(name, hints[key], value)
-        if hints[key] is int:
+        _convert(name, kinds[key], value)
+        if kinds[key] is int:
             # A default of 0 stands for a rule that computes the size.
             Range(0 if defaults[key] == 0 else 1, MOST_COUNT).check(value, name)
-        elif hints[key] is float:
+        elif kinds[key] is float:
             Range(0, 1, above=True, below=True).check(value, name)
 
 
@@ -83,7 +75,8 @@ def from_mapping(cls, values: Any, where: str):
     arguments = {}
     for key, value in values.items():
         metadata = fields[key].metadata
-        if "absent" in metadata and _is_spelling(value, metadata["absent"]):
+        absent = metadata.get("absent")
+        if absent is not None and _is_spelling(value, absent):
             arguments[key] = None
         else:
             value = _convert(f"{where}.{key}", hints[key], value)

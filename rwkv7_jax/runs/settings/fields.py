@@ -3,10 +3,15 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from rwkv7_jax.local_paths import is_remote, local_path, refuse_two_spellings
+from rwkv7_jax.local_paths import (
+    is_remote,
+    local_path,
+    refuse_two_spellings,
+    split_paths,
+)
 
 # Counters are 32-bit integers.
 MOST_COUNT = 2**31 - 1
@@ -18,12 +23,7 @@ MOST_WEIGHT = 1e9
 # A folder in an object store: a whole bucket would mix a run with other files.
 _STORE = re.compile(r"(gs|s3)://[\w.-]+/[^?#\s]+|file:///[^?#\s]+")
 
-# First and last step of a profile. `int` rejects numbers with thousands of digits.
-_STEPS = re.compile(r"([0-9]{1,10}):([0-9]{1,10})")
-
 _SHOWN_CHARACTERS = 100
-
-_REQUIRED: Any = object()
 
 
 class Range(NamedTuple):
@@ -83,7 +83,7 @@ def number(
     above: bool = False,
     below: bool = False,
     note: str = "",
-    absent: Any = _REQUIRED,
+    absent: Any = None,
 ) -> Any:
     """Makes a field for a number, or a tuple of numbers, in a range.
 
@@ -94,25 +94,22 @@ def number(
         above: whether to reject `low` itself.
         below: whether to reject `high` itself.
         note: end of the message, for values with a special meaning.
-        absent: spelling of None in config files; omit it if None has no other spelling.
+        absent: another spelling of None in config files, if there is one.
     """
-    metadata: dict[str, Any] = {"range": Range(low, high, above, below, note)}
-    if absent is not _REQUIRED:
-        metadata["absent"] = absent
+    limits = Range(low, high, above, below, note)
+    metadata = {"range": limits, "absent": absent}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def choice(default: Any, choices: Sequence[str], *, absent: Any = _REQUIRED) -> Any:
+def choice(default: Any, choices: Collection[str], *, absent: Any = None) -> Any:
     """Makes a field for one of several names, which another subpackage defines.
 
     Args:
         default: default of the field.
-        choices: the names.
-        absent: spelling of None in config files; omit it if the field is never None.
+        choices: the names; a dict to which programs may add names.
+        absent: another spelling of None in config files, if there is one.
     """
-    metadata: dict[str, Any] = {"choices": tuple(choices)}
-    if absent is not _REQUIRED:
-        metadata["absent"] = absent
+    metadata = {"choices": choices, "absent": absent}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -124,9 +121,8 @@ def place(default: str | None, *, several: bool = False, target: bool = False) -
         several: whether the field takes several comma-separated paths.
         target: whether the program writes to the path.
     """
-    metadata: dict[str, Any] = {"place": True, "several": several, "target": target}
-    if default is None:
-        metadata["absent"] = ""
+    absent = "" if default is None else None
+    metadata = {"place": True, "several": several, "target": target, "absent": absent}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -178,16 +174,17 @@ def _check_unicode(where: str, text: str) -> None:
         ) from None
 
 
-def choose(where: str, choices: Sequence[str], value: Any) -> str:
+def choose(where: str, choices: Iterable[str], value: Any) -> str:
     """Returns the value if it is one of the choices.
 
     Raises:
         ValueError: the value is not one of the choices.
     """
-    # `value in choices` fails for an array.
-    if isinstance(value, str) and value in choices:
+    names = list(choices)
+    # `value in names` fails for an array.
+    if isinstance(value, str) and value in names:
         return value
-    listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    listed = f"{', '.join(names[:-1])} or {names[-1]}"
     raise ValueError(f"`{where}` must be {listed}; got {shown(value)}.")
 
 
@@ -205,18 +202,15 @@ def shown(value: Any) -> str:
 
 def _check_place(where: str, value: str, metadata: Mapping[str, Any]) -> str:
     """Returns the path or paths with "~" expanded; rejects remote ones."""
-    places = []
-    entries = value.split(",") if metadata["several"] else [value]
-    # Before `local_path`, which turns "./x" into "x".
-    refuse_two_spellings([one.strip() for one in entries], f"`{where}`")
-    for one in entries:
-        if metadata["target"]:
-            refuse_remote_target(where, one)
-        # The reader of a list decides about empty entries.
-        if one.strip():
-            one = str(local_path(one, f"`{where}`"))
-        places.append(one)
-    return ",".join(places)
+    if metadata["target"]:
+        refuse_remote_target(where, value)
+    if metadata["several"]:
+        entries = split_paths(value, f"`{where}`")
+        # With a space after a comma, too.
+        refuse_two_spellings([one.strip() for one in entries], f"`{where}`")
+        return ",".join(str(local_path(one, f"`{where}`")) for one in entries)
+    # The reader of the file decides about a blank path.
+    return str(local_path(value, f"`{where}`")) if value.strip() else value
 
 
 def refuse_remote_target(argument: str, path: str) -> None:
@@ -230,19 +224,3 @@ def refuse_remote_target(argument: str, path: str) -> None:
             f"`{argument}` must be a folder on this machine; got {path}. Write to a local folder: "
             "train.py copies a run to the object store in `config.backup`."
         )
-
-
-def profiled(steps: str | None) -> tuple[int, int] | None:
-    """Parses `config.profile_steps` into the first and the last step; None stays None.
-
-    Raises:
-        ValueError: the text is not "first:last".
-    """
-    if steps is None:
-        return None
-    match = _STEPS.fullmatch(steps)
-    if match and 1 <= int(match[1]) <= int(match[2]):
-        return int(match[1]), int(match[2])
-    raise ValueError(
-        f'`config.profile_steps` must be "first:last", with steps from 1; got {shown(steps)}.'
-    )

@@ -5,15 +5,18 @@ for some settings; `conversion` converts between the two.
 """
 
 import dataclasses
+import importlib
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from rwkv7_jax.data.choices import OnBad, Order, Packing
+from rwkv7_jax.data.choices import Packing
 from rwkv7_jax.local_paths import local_path, split_list, split_paths
 from rwkv7_jax.optim.decorrelation import Method as DecorrelationMethod
 from rwkv7_jax.optim.optimizer import KINDS as OPTIMIZERS
 from rwkv7_jax.optim.optimizer import SCHEDULES
 from rwkv7_jax.runs.settings.conversion import check_model_sizes, from_mapping
+from rwkv7_jax.runs.settings.data import DataSettings
 from rwkv7_jax.runs.settings.fields import (
     MOST_COUNT,
     MOST_RATE,
@@ -22,16 +25,10 @@ from rwkv7_jax.runs.settings.fields import (
     number,
     optional,
     place,
-    profiled,
     shown,
     store,
 )
 from rwkv7_jax.runs.settings.names import check_names, setting_types
-from rwkv7_jax.runs.settings.packing import (
-    PackingChoice,
-    check_packing,
-    packing_of_answers,
-)
 from rwkv7_jax.runs.settings.readers import refuse_unread_settings
 from rwkv7_jax.runs.settings.test_time import TestTimeSettings
 from rwkv7_jax.runs.settings.tuning import (
@@ -43,52 +40,11 @@ from rwkv7_jax.sharding import AUTO, TENSOR, parse_sizes
 
 Mode = Literal["pretrain", "state", "upscaled_state", "observer", "test_time"]
 
+# The modes that tune a state on text.
+_TEXT_STATES = ("state", "upscaled_state")
 
-@dataclasses.dataclass(frozen=True)
-class DataSettings:
-    """The data of a run.
-
-    Attributes:
-        path: a .jsonl file or a table of texts, questions with answers or conversations (see
-            `data.records.record`); a text file; a folder of these; a built-in corpus; a .bin file
-            of `rwkv7 data` or of RWKV's tools (also without its suffix, as RWKV-LM names it); a
-            comma-separated list of these; or a synthetic task such as "task:copy" (see
-            `data.synthetic_tasks`).
-        held_out: fraction of the documents held out for evaluation, chosen by a hash of their
-            bytes. Of a single document, the end is held out.
-        batch_size: rows of a batch, over all hosts.
-        length: tokens of a row.
-        on_bad: "error" or "skip", for invalid lines of a .jsonl file.
-        packing: how documents are packed into the rows of a batch.
-
-            * "stream" cuts rows from the concatenated documents. It uses every token, and the state
-              leaks from one document into the next in a row, as in RWKV's own training.
-            * "documents" gives each document a separate row, truncated or padded to `length`.
-              Nothing leaks.
-            * "packed" packs the same documents into full rows. Nothing leaks.
-            * "auto" is "stream". If a state is tuned on questions with answers, it is "packed", or
-              "documents" if the run cannot read packed rows.
-        order: "shuffled" by the seed, differently in every epoch; or "cubic", the order of RWKV's
-            own trainer, which has no seed and is the same in every epoch (for packing "stream").
-        evaluation: data for evaluation in place of the held-out part of `path`; all of it is used.
-        as_bytes: read files that are not text (tables, archives, pictures) or not UTF-8 as bytes.
-        encoding: encoding of the text, such as "utf-16" or "gbk"; UTF-8 by default.
-        vocabulary: "world", "bytes", "bytes256" (raw), "ids" (numbers), a vocabulary file in
-            World's format or a tokenizer.json. By default the vocabulary of the checkpoint, or the
-            one with its size.
-    """
-
-    path: str = place("", several=True)
-    held_out: float = number(0.05, 0, 1)
-    batch_size: int = number(8, 1, MOST_COUNT)
-    length: int = number(512, 1, MOST_COUNT)
-    on_bad: OnBad = "error"
-    packing: PackingChoice = "auto"
-    order: Order = "shuffled"
-    evaluation: str | None = place(None, several=True)
-    as_bytes: bool = False
-    encoding: str | None = optional()
-    vocabulary: str | None = place(None)
+# First and last step of a profile. `int` rejects numbers with thousands of digits.
+_STEPS = re.compile(r"([0-9]{1,10}):([0-9]{1,10})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,13 +192,15 @@ class Settings:
             gradient; such updates are skipped.
         mesh: how devices share a step: "auto", or sizes such as "data=2,fsdp=4".
         allow_nan: accept a checkpoint with NaN or Inf.
-        any_base: let eval.py accept states that were tuned for other weights.
+        any_base: accept states, also in `start`, that were tuned for other weights.
         profile_steps: "first:last", the steps that process 0 profiles.
         trackers: where metrics go besides the run's files: "tensorboard", "wandb".
         workdir: eval.py's folder for its report; train.py has a flag for it.
         backup: object store (gs://, s3:// or file://) for a copy of every checkpoint and of the
             run's files, from which a new machine resumes. Processes without a shared folder write
             their shards there.
+        imports: modules to import first, which add feature maps or forms of memory (see
+            `model.FEATURE_MAPS` and `model.MEMORY_FORMS`).
         data, optimizer, tuning, upscaling, decorrelation, observer, test_time, evaluation, sample:
             groups of settings; see their classes.
     """
@@ -274,6 +232,7 @@ class Settings:
     trackers: tuple[str, ...] = ()
     workdir: str | None = place(None, target=True)
     backup: str | None = store()
+    imports: tuple[str, ...] = ()
     data: DataSettings = dataclasses.field(default_factory=DataSettings)
     optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
     tuning: TuningSettings = dataclasses.field(default_factory=TuningSettings)
@@ -291,10 +250,10 @@ class Settings:
     def __post_init__(self):
         """Sets the default learning rates, and checks constraints between settings."""
         self._fill_in_rates()
-        check_model_sizes("config.model", self.model, loaded=True)
+        check_model_sizes("config.model", self.model)
         check_model_sizes("config.observer.model", self.observer.model)
-        profiles = profiled(self.profile_steps)
-        if profiles and profiles[1] > self.steps:
+        window = self.profile_window
+        if window and window[1] > self.steps:
             raise ValueError(
                 f"`config.profile_steps` must end within `config.steps`, {self.steps}; got "
                 f"{self.profile_steps!r}."
@@ -305,32 +264,24 @@ class Settings:
             raise ValueError(
                 "`config.evaluation.prompt_tokens` must be at least 1, or -1 for all; got 0."
             )
-        self._check_lists()
-        # In other modes it would silently have no effect.
-        if self.optimizer.decorrelate != "none" and self.mode != "pretrain":
+        if not all(tracker.strip() for tracker in self.trackers):
             raise ValueError(
-                '`config.optimizer.decorrelate` must be "none" outside mode "pretrain" (see '
-                f"`config.tuning.decorrelate`); got {self.optimizer.decorrelate!r}."
+                f"`config.trackers` must hold only names of trackers; got {self.trackers!r}."
             )
-        # The cubic order selects positions in one long stream of tokens.
-        if self.data.order == "cubic" and self.data.packing not in ("auto", "stream"):
+        self._check_tasks()
+        if self.tuning.states is not None and self.data.path:
             raise ValueError(
-                '`config.data.order` must be "shuffled" if `config.data.packing` is '
-                f'"{self.data.packing}"; got "cubic".'
+                "`config.data.path` must be empty if `config.tuning.states` names the texts; "
+                f"got {self.data.path!r}."
             )
-        refuse_unread_settings(self)
-        self._check_states()
-        check_packing(self.data.packing, self.mode, self.upscaling.dynamics)
-        rows = self.data.batch_size
-        source = "`config.data.batch_size`"
-        if self._draws_its_rows:
-            rows = self.test_time.prompts * self.test_time.group
-            source = "`config.test_time.prompts` x `config.test_time.group`"
-        pieces = self.optimizer.accumulate
-        if rows < 1 or pieces < 1 or rows % pieces:
+        self._check_packing()
+        if self._rows % self.optimizer.accumulate:
+            source = "`config.data.batch_size`"
+            if self._draws_its_rows:
+                source = "`config.test_time.prompts` x `config.test_time.group`"
             raise ValueError(
                 f"{source} must be a multiple of `config.optimizer.accumulate`; "
-                f"got {rows} and {pieces}."
+                f"got {self._rows} and {self.optimizer.accumulate}."
             )
 
     def _fill_in_rates(self) -> None:
@@ -359,23 +310,48 @@ class Settings:
         object.__setattr__(self, "optimizer", optimizer)
 
     @property
-    def packing_of_answers(self) -> Packing:
-        """The meaning of `data.packing` "auto" for questions with answers."""
-        implementation = self.model.get("implementation")
-        return packing_of_answers(self.mode, self.upscaling.dynamics, implementation)
-
-    @property
     def finds_rate(self) -> bool:
         """Whether the run searches for its learning rate: it tunes states on text, without one."""
-        tunes = self.mode in ("state", "upscaled_state")
-        return tunes and self.optimizer.learning_rate is None
+        return self.mode in _TEXT_STATES and self.optimizer.learning_rate is None
 
-    def _check_states(self) -> None:
-        """Checks that only one setting names the texts of several states."""
-        if self.tuning.states is not None and self.data.path:
+    @property
+    def packing_of_answers(self) -> Packing:
+        """The meaning of `data.packing` "auto" for questions; for other text it is "stream".
+
+        A tuned state is used at the beginning of a question, so its training rows must begin there,
+        too, not inside a question.
+        """
+        if self.mode not in _TEXT_STATES:
+            return "stream"
+        has_sequences = self.mode == "state" or self.upscaling.dynamics == "static"
+        # The Triton kernel supports only one sequence per row.
+        if has_sequences and self.model.get("implementation") != "triton":
+            return "packed"
+        return "documents"
+
+    def _check_packing(self) -> None:
+        """Checks that the order and the mode support the packing."""
+        packing = self.data.packing
+        # The cubic order selects positions in one long stream of tokens.
+        if self.data.order == "cubic" and packing not in ("auto", "stream"):
             raise ValueError(
-                "`config.data.path` must be empty if `config.tuning.states` names the texts; "
-                f"got {self.data.path!r}."
+                f'`config.data.order` must be "shuffled" if `config.data.packing` is "{packing}"; '
+                'got "cubic".'
+            )
+        if packing != "packed":
+            return
+        # Their losses start each document of a row from the start state.
+        modes = ("pretrain", *_TEXT_STATES)
+        if self.mode not in modes:
+            raise ValueError(
+                '`config.data.packing` must be "stream" or "documents" outside modes '
+                f'{", ".join(modes)}; got "packed" in mode {self.mode!r}.'
+            )
+        dynamics = self.upscaling.dynamics
+        if self.mode == "upscaled_state" and dynamics != "static":
+            raise ValueError(
+                '`config.upscaling.dynamics` must be "static" if `config.data.packing` is '
+                f'"packed"; got {dynamics!r}.'
             )
 
     def _check_mesh(self) -> None:
@@ -392,25 +368,6 @@ class Settings:
             raise ValueError(
                 f"`config.mesh` must have no tensor axis if {what}; got {self.mesh!r}."
             )
-
-    def _check_lists(self) -> None:
-        """Checks that no list has an empty entry, before anything is read."""
-        lists = {
-            "data.path": self.data.path,
-            "data.evaluation": self.data.evaluation,
-            "tuning.anchor_path": self.tuning.anchor_path,
-            "evaluation.retention": self.evaluation.retention,
-            "state": self.state,
-            "questions": self.questions,
-        }
-        for name, text in lists.items():
-            split_paths(text or "", f"`config.{name}`")
-        self._check_tasks()
-        for tracker in self.trackers:
-            if not isinstance(tracker, str) or not tracker.strip():
-                raise ValueError(
-                    f"`config.trackers` must hold only names of trackers; got {self.trackers!r}."
-                )
 
     def _check_tasks(self) -> None:
         """Checks the names of tasks and of their files, before anything is read."""
@@ -453,12 +410,31 @@ class Settings:
         return self.mode == "test_time" and self.test_time.method in ("grpo", "expert")
 
     @property
+    def _rows(self) -> int:
+        """The rows of a step."""
+        if self._draws_its_rows:
+            return self.test_time.prompts * self.test_time.group
+        return self.data.batch_size
+
+    @property
     def rows_per_step(self) -> int:
         """The rows that a step computes at once."""
         # Generated rows are one batch per step; other rows are cut into batches.
-        if self._draws_its_rows:
-            return self.test_time.prompts * self.test_time.group
-        return self.data.batch_size // self.optimizer.accumulate
+        pieces = 1 if self._draws_its_rows else self.optimizer.accumulate
+        return self._rows // pieces
+
+    @property
+    def profile_window(self) -> tuple[int, int] | None:
+        """The first and the last step of `profile_steps`; None without it."""
+        if self.profile_steps is None:
+            return None
+        match = _STEPS.fullmatch(self.profile_steps)
+        if match and 1 <= int(match[1]) <= int(match[2]):
+            return int(match[1]), int(match[2])
+        raise ValueError(
+            '`config.profile_steps` must be "first:last", with steps from 1; got '
+            f"{shown(self.profile_steps)}."
+        )
 
     @property
     def untuned(self) -> str:
@@ -480,7 +456,31 @@ def read_settings(values: Mapping[str, Any]) -> Settings:
 
     Raises:
         ValueError: a key is unknown (the message names the nearest known one), or a value has the
-            wrong type or is not allowed.
+            wrong type or is not allowed, or a module cannot be imported.
     """
     check_names(values, setting_types(Settings))
-    return from_mapping(Settings, values, "config")
+    if isinstance(values, Mapping) and "imports" in values:
+        # First, because the other settings may use names that they add.
+        imports = {"imports": values["imports"]}
+        for module in from_mapping(Settings, imports, "config").imports:
+            _import(module)
+    settings = from_mapping(Settings, values, "config")
+    # Here, because a program may fill in what a command has left open.
+    refuse_unread_settings(settings)
+    return settings
+
+
+def _import(module: str) -> None:
+    """Imports a module of `config.imports`.
+
+    Raises:
+        ValueError: the import fails.
+    """
+    try:
+        importlib.import_module(module)
+    # A user's module may raise anything when it is imported.
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"`config.imports` must name modules that can be imported; got {module!r}: {reason}."
+        ) from None

@@ -21,14 +21,27 @@ def setting_types(cls: type, where: str = "config") -> dict[str, Any]:
     types: dict[str, Any] = {}
     for field, kind in typing.get_type_hints(cls).items():
         name = f"{where}.{field}"
-        # The field is a mapping, which for a loaded model holds only the changes.
-        if field == "model":
-            kind = RWKV7Config
         types[name] = kind
-        if dataclasses.is_dataclass(kind):
+        if field == "model":
+            # The field is a mapping, which for a loaded model holds only the changes.
+            types[name] = RWKV7Config
+            for size, of_size in size_types(name).items():
+                types[f"{name}.{size}"] = of_size
+        elif dataclasses.is_dataclass(kind):
             types |= setting_types(typing.cast(type, kind), name)
-    if f"{where}.model" in types:
-        types[f"{where}.model.weights"] = Literal["int8"]
+    return types
+
+
+def size_types(where: str) -> dict[str, Any]:
+    """Returns the type of each size of a model by its name.
+
+    Args:
+        where: dotted name of the group; the model of "config.model" may be loaded, so its group
+            also has `weights`.
+    """
+    types = typing.get_type_hints(RWKV7Config)
+    if where == "config.model":
+        types["weights"] = Literal["int8"]
     return types
 
 
@@ -45,16 +58,11 @@ def check_names(values: Any, types: Mapping[str, Any], where: str = "config") ->
     for key, value in values.items():
         name = f"{where}.{key}"
         if name not in types:
-            raise ValueError(unknown_setting(name, types))
+            nearest = nearest_name(name, types)
+            hint = f"the nearest is `{nearest}`" if nearest else "--help lists them"
+            raise ValueError(f"`{name}` is not a setting; {hint}.")
         if dataclasses.is_dataclass(types[name]):
             check_names(value, types, name)
-
-
-def unknown_setting(name: str, names: Collection[str]) -> str:
-    """Makes the message for an unknown setting, with the nearest name if there is one."""
-    nearest = nearest_name(name, names)
-    hint = f"the nearest is `{nearest}`" if nearest else "--help lists them"
-    return f"`{name}` is not a setting; {hint}."
 
 
 def nearest_name(name: str, names: Collection[str]) -> str | None:

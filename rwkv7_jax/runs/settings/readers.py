@@ -4,10 +4,12 @@ The kind of a run is its mode or, in mode "test_time", its method.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from rwkv7_jax.runs.settings.fields import shown
+from rwkv7_jax.runs.settings.test_time import is_trace_file
 
 TEST_TIME = "test_time"
 
@@ -18,6 +20,17 @@ _QUESTIONS = ("grpo", "expert", "distil")
 _METHODS = (*_QUESTIONS, "context")
 _STATES = (*_TEXT_STATES, *_METHODS)
 _TEXT = (*_WEIGHTS, *_TEXT_STATES, "context")
+
+# How a guide writes traces, and which of them are kept.
+_TRACES = (
+    "test_time.keep",
+    "test_time.substitute",
+    "test_time.hint",
+    "test_time.traces",
+    "test_time.chains",
+    "test_time.at_once",
+    "test_time.vote_margin",
+)
 
 # The kinds of runs that read a setting. All runs read a setting without an entry. The entry of a
 # group applies to its settings without an entry.
@@ -33,6 +46,7 @@ _READERS: dict[str, tuple[str, ...]] = {
     "optimizer.kind": _WEIGHTS,
     "optimizer.weight_decay": _WEIGHTS,
     "optimizer.l2wrap": ("pretrain", *_TEXT_STATES),
+    "optimizer.decorrelate": ("pretrain",),
     "tuning": _STATES,
     "tuning.leaves": ("state", *_METHODS),
     "tuning.anchor": _TEXT_STATES,
@@ -55,13 +69,7 @@ _READERS: dict[str, tuple[str, ...]] = {
     "test_time.prompts": ("grpo", "expert"),
     "test_time.context": ("context",),
     "test_time.guide": ("distil",),
-    "test_time.keep": ("distil",),
-    "test_time.substitute": ("distil",),
-    "test_time.hint": ("distil",),
-    "test_time.traces": ("distil",),
-    "test_time.chains": ("distil",),
-    "test_time.at_once": ("distil",),
-    "test_time.vote_margin": ("distil",),
+    **dict.fromkeys(_TRACES, ("distil",)),
 }
 
 # Settings that only eval.py reads.
@@ -77,7 +85,6 @@ _EVALUATION_ALONE = (
     "evaluation.prompt_tokens",
 )
 
-
 # Settings that eval.py reads in every mode to answer the files of `questions`.
 _READ_FOR_QUESTIONS = (
     "test_time.verifier",
@@ -87,67 +94,8 @@ _READ_FOR_QUESTIONS = (
 )
 
 
-class _Unread(NamedTuple):
-    """Settings that are not read for some values of another setting.
-
-    Attributes:
-        setting: name of the other setting.
-        holds: tells whether it has such a value.
-        when: condition in the error message.
-        names: the settings that are not read.
-    """
-
-    setting: str
-    holds: Callable[[Any], bool]
-    when: str
-    names: tuple[str, ...]
-
-
-_UNREAD = (
-    _Unread(
-        "tuning.anchor",
-        lambda anchor: anchor == 0,
-        "`config.tuning.anchor` is 0",
-        ("tuning.anchor_path",),
-    ),
-    _Unread(
-        "test_time.guide",
-        lambda guide: (guide or "").endswith(".jsonl"),
-        "`config.test_time.guide` is a file of traces",
-        (
-            "test_time.hint",
-            "test_time.substitute",
-            "test_time.traces",
-            "test_time.chains",
-            "test_time.at_once",
-            "test_time.vote_margin",
-        ),
-    ),
-    _Unread(
-        "test_time.keep",
-        lambda keep: keep != "majority",
-        '`config.test_time.keep` is not "majority"',
-        ("test_time.vote_margin",),
-    ),
-    # In the first update the ratio is 1, so there is nothing to clip.
-    _Unread(
-        "test_time.updates",
-        lambda updates: updates == 1,
-        "`config.test_time.updates` is 1",
-        ("test_time.epsilon_low", "test_time.epsilon_high"),
-    ),
-)
-
 # Numbers of the online rule, which "whiten" does not use.
 _ONLINE = ("rate", "balance", "iterations", "average", "clip")
-
-# The setting that switches on decorrelation, by mode.
-_SWITCHES = {
-    "pretrain": "optimizer.decorrelate",
-    "state": "tuning.decorrelate",
-    "upscaled_state": "tuning.decorrelate",
-    TEST_TIME: "tuning.decorrelate",
-}
 
 
 def is_read(name: str, mode: str, method: str) -> bool:
@@ -184,16 +132,20 @@ def refuse_unread_settings(settings: Any) -> None:
     """
     mode = settings.mode
     method = settings.test_time.method
-    for name, value in _set_values(settings):
-        if settings.questions and name in _READ_FOR_QUESTIONS:
-            continue
+    given = dict(_set_values(settings))
+    if settings.questions:
+        for name in _READ_FOR_QUESTIONS:
+            given.pop(name, None)
+    for name, value in given.items():
         if not is_read(name, mode, method):
             where = _where(name, mode, method)
             raise ValueError(
                 f"`config.{name}` must be left out {where}; got {shown(value)}."
             )
-    for names, when in unread_by_value(mode, lambda name: _value(settings, name)):
-        _refuse(settings, names, when)
+    for names, when in unread_by_value(
+        mode, lambda name: operator.attrgetter(name)(settings)
+    ):
+        _refuse(given, names, when)
 
 
 def unread_by_value(
@@ -203,27 +155,32 @@ def unread_by_value(
 
     Args:
         mode: `config.mode`.
-        value: maps the name of a setting to its value.
+        value: maps the name of a setting in a group to its value.
     """
-    for unread in _UNREAD:
-        if unread.holds(value(unread.setting)):
-            yield unread.names, unread.when
-    switch = _SWITCHES.get(mode)
-    if switch is None:
-        return
+    if value("tuning.anchor") == 0:
+        yield ("tuning.anchor_path",), "`config.tuning.anchor` is 0"
+    if value("optimizer.learning_rate") is not None:
+        names = ("tuning.rates", "tuning.search_share")
+        yield names, "`config.optimizer.learning_rate` is set"
+    if is_trace_file(value("test_time.guide")):
+        names = ("test_time.temperature", *_TRACES)
+        yield names, "`config.test_time.guide` is a file of traces"
+    if value("test_time.keep") != "majority":
+        yield ("test_time.vote_margin",), '`config.test_time.keep` is not "majority"'
+    # In the first update the ratio is 1, so there is nothing to clip.
+    if value("test_time.updates") == 1:
+        names = ("test_time.epsilon_low", "test_time.epsilon_high")
+        yield names, "`config.test_time.updates` is 1"
+    switch = "tuning.decorrelate"
+    if mode == "pretrain":
+        switch = "optimizer.decorrelate"
     method = value(switch)
     when = f'`config.{switch}` is "{method}"'
-    if method == "none":
+    # An upscaled state is whitened when its features are calibrated.
+    if method == "none" or (method == "whiten" and mode == "upscaled_state"):
         yield ("decorrelation",), when
-    if method == "whiten":
+    elif method == "whiten":
         yield tuple(f"decorrelation.{one}" for one in _ONLINE), when
-
-
-def _value(settings: Any, name: str) -> Any:
-    """Returns the value of a setting by its dotted name."""
-    for part in name.split("."):
-        settings = getattr(settings, part)
-    return settings
 
 
 def refuse_settings_of_evaluation(settings: Any) -> None:
@@ -235,12 +192,33 @@ def refuse_settings_of_evaluation(settings: Any) -> None:
     Raises:
         ValueError: there is such a setting; the message names it.
     """
-    _refuse(settings, _EVALUATION_ALONE, "train.py runs, because only eval.py reads it")
+    when = "train.py runs, because only eval.py reads it"
+    _refuse(dict(_set_values(settings)), _EVALUATION_ALONE, when)
 
 
-def _refuse(settings: Any, names: tuple[str, ...], when: str) -> None:
-    """Raises if one of these settings, or an entry inside one, differs from its default."""
-    for name, value in _set_values(settings):
+def refuse_settings_without_effect(settings: Any) -> None:
+    """Raises if eval.py has no tasks, questions or texts that a setting is for.
+
+    Args:
+        settings: `Settings` of a run of eval.py.
+
+    Raises:
+        ValueError: there is such a setting; the message names it.
+    """
+    given = dict(_set_values(settings))
+    if not settings.tasks:
+        _refuse(given, ("shots", "bos"), "`config.tasks` is empty")
+    if not settings.tasks and not settings.questions:
+        when = "`config.tasks` and `config.questions` are empty"
+        _refuse(given, ("limit",), when)
+    elif not settings.data.path:
+        # Texts are measured only if they are named, next to tasks or questions.
+        _refuse(given, ("evaluation.retention",), "`config.data.path` is empty")
+
+
+def _refuse(given: Mapping[str, Any], names: tuple[str, ...], when: str) -> None:
+    """Raises if one of these settings, or an entry inside one, is given."""
+    for name, value in given.items():
         if lies_in(name, names):
             raise ValueError(
                 f"`config.{name}` must be left out if {when}; got {shown(value)}."
@@ -264,14 +242,11 @@ def _where(name: str, mode: str, method: str) -> str:
 
 def _set_values(settings: Any) -> Iterator[tuple[str, Any]]:
     """Yields the dotted names and values of settings that differ from their defaults."""
+    defaults = type(settings)()
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
             for name, found in _set_values(value):
                 yield f"{field.name}.{name}", found
-            continue
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if value != default:
+        elif value != getattr(defaults, field.name):
             yield field.name, value

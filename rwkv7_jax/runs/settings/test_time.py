@@ -20,6 +20,11 @@ _VOTES = 8
 TestTimeMethod = Literal["grpo", "distil", "expert", "context"]
 
 
+def is_trace_file(guide: str | None) -> bool:
+    """Returns whether `config.test_time.guide` names a file of traces, not a model."""
+    return guide is not None and guide.endswith(".jsonl")
+
+
 @dataclasses.dataclass(frozen=True)
 class TestTimeSettings:
     """The settings of mode "test_time".
@@ -104,12 +109,17 @@ class TestTimeSettings:
         return _VOTES if self.keep == "majority" else 1
 
     def __post_init__(self):
-        """Checks the stop strings.
+        """Checks the stop strings and the replacement.
 
         Raises:
-            ValueError: a stop string is empty.
+            ValueError: a stop string is empty, or `substitute` is not two texts.
         """
         if "" in self.stop:
             raise ValueError(
                 "`config.test_time.stop` must hold only non-empty strings; got ''."
+            )
+        if len(self.substitute) not in (0, 2):
+            raise ValueError(
+                "`config.test_time.substitute` must be two texts, the old and the new one; "
+                f"got {self.substitute}."
             )

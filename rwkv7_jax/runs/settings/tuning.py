@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from rwkv7_jax.model.kernel_features import KINDS
-from rwkv7_jax.model.upscaled_memory import DYNAMICS
+from rwkv7_jax.model.kernel_features import FEATURE_MAPS
+from rwkv7_jax.model.upscaled_memory import MEMORY_FORMS
 from rwkv7_jax.optim.decorrelation import Method as DecorrelationMethod
 from rwkv7_jax.runs.settings.fields import (
     MOST_COUNT,
@@ -88,8 +88,10 @@ class UpscalingSettings:
 
     Attributes:
         size: features per head (M); by default four times the head size.
-        dynamics: "static", "decay", "delta"; "replace" and "replace_raw" are the paper's form.
-        kind: "gaussian" (by default), "fourier" or "gaussian_raw".
+        dynamics: "static", "decay", "delta"; "replace" and "replace_raw" are the paper's form; or a
+            form that a module of `config.imports` adds.
+        kind: "gaussian" (by default), "fourier" or "gaussian_raw"; or a map that a module of
+            `config.imports` adds.
         landmarks: "random" or "kmeans".
         widths: factors on 1 / the median squared distance; by default 1, 4 and 16 for whitened
             features and otherwise 1.
@@ -98,8 +100,8 @@ class UpscalingSettings:
     """
 
     size: int | None = number(None, 0, MOST_COUNT, absent=0)
-    dynamics: str = choice("static", DYNAMICS)
-    kind: str | None = choice(None, KINDS, absent="")
+    dynamics: str = choice("static", MEMORY_FORMS)
+    kind: str | None = choice(None, FEATURE_MAPS, absent="")
     landmarks: str = choice("random", LANDMARKS)
     widths: tuple[float, ...] | None = number(
         None, 0, MOST_WEIGHT, above=True, absent=()
