@@ -353,6 +353,22 @@ def test_bfloat16_activations_stay_close_to_float32(whole):
     assert_close(logits, whole[0], MODEL_BFLOAT16, "logits")
 
 
+def test_strict_promotion_allows_small_weights_and_small_lengths():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lively())
+    lengths = jnp.array([0, 2, LENGTH], jnp.int8)
+    with jax.numpy_dtype_promotion("strict"):
+        # Traced only: promotion is decided there.
+        logits, _ = jax.eval_shape(
+            RWKV7(config).apply,
+            {"params": weights},
+            IDS,
+            random_state(config, batch=3),
+            lengths,
+        )
+    assert logits.dtype == jnp.float32
+
+
 @pytest.mark.parametrize(
     ("bad", "position"), [(CONFIG.vocab_size, (1, 4)), (-1, (0, 0))]
 )
