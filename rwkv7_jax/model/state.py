@@ -30,7 +30,11 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.kernel_features import Features
-from rwkv7_jax.model.upscaled_memory import Upscaled, check_form
+from rwkv7_jax.model.upscaled_memory import (
+    Upscaled,
+    check_form,
+    check_memory_types,
+)
 
 
 # Not checked at run time, for the reason given at `Features`; `check_state` does it instead.
@@ -133,6 +137,7 @@ def check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
         # In bfloat16, products of thousands of decays lose all precision.
         if state.wkv.dtype != jnp.float32:
             raise TypeError(f"`state.wkv` must be float32; got {state.wkv.dtype}.")
+        check_memory_types(state.upscaled, "`state.upscaled`")
         if state.upscaled is not None:
             _check_upscaled(state.upscaled, shapes["wkv"])
 
@@ -268,6 +273,7 @@ def check_whole_state(state: Any, argument: str) -> None:
         leading = tuple(state.wkv.shape[:2])
         if len(shape) != len(axes.split()) or shape[:2] != leading:
             raise ValueError(f"`{name}.{field}` must have shape {axes}; got {shape}.")
+    check_memory_types(state.upscaled, f"`{name}.upscaled`")
 
 
 def select(state: RWKV7State, rows: Any) -> RWKV7State:

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 
 from rwkv7_jax.checks import (
     as_array,
-    check_instance,
     check_number,
     is_known,
     is_traced,
@@ -133,7 +132,7 @@ def weighted_sum(
 
 
 def _check_single(state: RWKV7State, name: str) -> None:
-    check_instance(state, RWKV7State, f"`{name}`")
+    check_whole_state(state, f"`{name}`")
     if state.batch != 1:
         raise ValueError(f"`{name}` must hold one sequence; got {state.batch}.")
 

@@ -328,6 +328,10 @@ def test_trace_returns_the_requested_names(method):
         ValueError, match=r"RWKV7: `names` must be one of .* got 'resid'"
     ):
         call(names=["resid"], method=method)
+    # A string is a sequence of letters, and some letters are names.
+    message = r"`names` must be a tuple of names, such as \(\"r\",\); got 'residual'"
+    with pytest.raises(TypeError, match=message):
+        call(names="residual", method=method)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

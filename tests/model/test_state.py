@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
 from tiny_models import CONFIG, random_state
 from upscaled_states import ADDITIVE, SIZE, empty_state, filled
 
@@ -24,6 +25,7 @@ from rwkv7_jax.model.state import (
 )
 from rwkv7_jax.model.upscaled_memory import DYNAMICS, MEMORY_FORMS
 from rwkv7_jax.training.train_step import TrainState
+from rwkv7_jax.tuning.state_arithmetic import capacity, scaled
 
 ROWS = 4
 REPLACING = ("replace", "replace_raw")
@@ -319,6 +321,23 @@ def test_an_array_of_another_library_is_rejected():
     state = jax.tree.map(Tensor, init_state(CONFIG))
     message = message_of(state, TypeError)
     assert message == "check_state: `state.att_shift` must be an array; got Tensor."
+
+
+@pytest.mark.parametrize(
+    "use", [check_state, repeat, select, scaled, capacity], ids=lambda use: use.__name__
+)
+def test_a_memory_that_a_reader_left_as_a_dict_is_named(use):
+    saved = serialization.to_bytes(one_state("static", 1))
+    # The template has no memory, so Flax does not know its type.
+    read = serialization.from_bytes(init_state(CONFIG), saved)
+    arguments = {check_state: (1, CONFIG), repeat: (2,), select: (0,), scaled: (0.5,)}
+    with pytest.raises(TypeError) as caught:
+        use(read, *arguments.get(use, ()))
+    message = "`state.upscaled` must be an Upscaled or None; got dict."
+    assert str(caught.value) == f"{use.__name__}: {message}"
+    # With a template of the same form, Flax reads a state.
+    read = serialization.from_bytes(one_state("static", 1), saved)
+    check_state(read, 1, CONFIG)
 
 
 def test_an_unknown_form_or_kind_lists_the_known_ones():
