@@ -335,15 +335,22 @@ def _row_indices(rows: Any, batch: int) -> Any:
 
 
 def where_rows(
-    rows: Bool[Array, " B"],
+    rows: Bool[Array | np.ndarray, " B"] | Sequence[bool],
     state: RWKV7State,
     other: RWKV7State,
 ) -> RWKV7State:
     """Takes the sequences where `rows` is true from `state`, the rest from `other`.
 
     Raises:
-        ValueError: only one has an upscaled memory, or their memories differ in form.
+        ValueError: not one bool for each row, only one state has an upscaled memory, or their
+            memories differ in form.
     """
+    with prefix_errors("where_rows"):
+        rows = as_array(rows, "`rows`")
+        # Indices would count as a mask of those that are not 0.
+        if rows.dtype != bool or tuple(rows.shape) != (state.batch,):
+            came = f"{rows.dtype}{list(rows.shape)}"
+            raise ValueError(f"`rows` must be {state.batch} bools; got {came}.")
     if jax.tree.structure(state) != jax.tree.structure(other):
         forms = [one.upscaled and one.upscaled.dynamics for one in (state, other)]
         raise ValueError(

@@ -137,6 +137,18 @@ def test_where_rows_of_all_or_of_none_is_one_of_the_two(kind):
     assert_same(where_rows(~every_row, ours, theirs), theirs)
 
 
+@pytest.mark.parametrize(("rows", "came"), [([0, 3], "int64[2]"), ([True], "bool[1]")])
+def test_where_rows_needs_one_bool_for_each_row(rows, came, unchecked):
+    ours = batch_of(None)
+    with pytest.raises(ValueError) as caught:
+        where_rows(rows, ours, ours)
+    assert str(caught.value) == f"where_rows: `rows` must be 4 bools; got {came}."
+    theirs = select(ours, np.array([1, 2, 3, 0]))
+    mask = [True, False, False, True]
+    mixed = where_rows(mask, ours, theirs)
+    assert_same(mixed, where_rows(jnp.array(mask), ours, theirs))
+
+
 def test_where_rows_gives_each_row_its_own_of_two_shared_memories():
     ours = one_state("static", seed=1)
     theirs = one_state("static", seed=2)
