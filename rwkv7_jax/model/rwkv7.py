@@ -259,6 +259,11 @@ class RWKV7(nn.Module):
         project=True,
     ):
         with prefix_errors("RWKV7"):
+            if self.scope is None:
+                raise ValueError(
+                    'it must be called by `apply({"params": params}, tokens, state)`, because it '
+                    "holds no weights."
+                )
             # A single string is a common mistake, and is a sequence of letters.
             if isinstance(names, str):
                 raise TypeError(

@@ -346,10 +346,10 @@ def where_rows(
             memories differ in form.
     """
     with prefix_errors("where_rows"):
-        rows = as_array(rows, "`rows`")
+        mask = as_array(rows, "`rows`")
         # Indices would count as a mask of those that are not 0.
-        if rows.dtype != bool or tuple(rows.shape) != (state.batch,):
-            came = f"{rows.dtype}{list(rows.shape)}"
+        if mask.dtype != bool or tuple(mask.shape) != (state.batch,):
+            came = f"{mask.dtype}{list(mask.shape)}"
             raise ValueError(f"`rows` must be {state.batch} bools; got {came}.")
     if jax.tree.structure(state) != jax.tree.structure(other):
         forms = [one.upscaled and one.upscaled.dynamics for one in (state, other)]
@@ -360,7 +360,7 @@ def where_rows(
 
     def pick(new, old):
         # Leaves that both states share stay shared.
-        return new if new is old else _choose(rows, new, old)
+        return new if new is old else _choose(mask, new, old)
 
     return jax.tree.map(pick, state, other)
 

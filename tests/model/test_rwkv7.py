@@ -201,6 +201,13 @@ def test_modules_around_the_model_can_be_called_eagerly():
     assert_close(hidden, run(lively(), IDS, STATE, method="hidden")[0], SAME["model"])
 
 
+@pytest.mark.parametrize("method", ["__call__", "hidden", "trace"])
+def test_a_call_without_weights_names_apply(method):
+    message = r"^RWKV7: it must be called by `apply\(\{\"params\": params\}"
+    with pytest.raises(ValueError, match=message):
+        getattr(RWKV7(CONFIG), method)(IDS, STATE)
+
+
 def test_forward_mode_through_the_model_raises_one_sentence():
     def logits(state):
         return RWKV7(CONFIG).apply({"params": lively()}, IDS, state)[0]

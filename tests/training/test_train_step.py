@@ -146,6 +146,7 @@ def test_a_loss_may_have_no_metrics(metrics):
         (jnp.ones(2), "an array of shape \\(2,\\) and dict"),
         ((1.0, 2.0), "float and float"),
         (((1.0, {}), 2.0), "tuple and float"),
+        ((1.0, {}, 2.0), "a tuple of 3"),
     ],
 )
 def test_an_object_that_is_no_loss_is_named(result, sentence):
