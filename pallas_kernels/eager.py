@@ -17,8 +17,9 @@ from jax.core import Tracer
 def is_eager() -> bool:
     """Tells whether operations run immediately, outside of any traced program."""
     # The arguments do not tell: those of a gradient or of `vmap` are traced even in eager calls. A
-    # new array is a tracer only inside a traced program.
-    return not isinstance(jnp.zeros(1), Tracer)
+    # new array is a tracer only inside a traced program. Zeros would be sent to the device, at each
+    # call and also where `jax.transfer_guard` forbids it; a range is made there.
+    return not isinstance(jax.lax.iota(jnp.int32, 1), Tracer)
 
 
 def compiled_when_eager(

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from run_programs import ROOT
 
+from rwkv7_jax.model import TRACE
+
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -98,3 +100,13 @@ def test_every_folder_of_the_package_is_in_the_contract():
     spec = (ROOT / "setup.cfg").read_text()
     for room in ROOMS:
         assert re.search(rf"\brwkv7_jax\.{room}\b", spec), room
+
+
+def test_the_table_of_a_trace_lists_its_names():
+    page = (ROOT / "docs" / "extending.md").read_text()
+    section = page[
+        page.index("## Look inside") : page.index("## Write a decoding loop")
+    ]
+    first_cells = re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE)
+    listed = re.findall(r"`(\w+)`", " ".join(first_cells))
+    assert sorted(listed) == sorted(TRACE)

@@ -180,6 +180,14 @@ def test_a_second_call_compiles_nothing(unchecked, name):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+def test_an_eager_call_sends_nothing_to_the_device():
+    state = two_states()
+    first = logits(state)
+    with jax.transfer_guard_host_to_device("disallow"):
+        second = logits(state)
+    np.testing.assert_array_equal(first, second)
+
+
 def test_an_eager_call_matches_a_compiled_one():
     state = two_states()
     assert_close(logits(state), jax.jit(logits)(state), SAME["model"])

@@ -229,6 +229,7 @@ class RWKV7(nn.Module):
             names: of the arrays, from `TRACE`.
 
         Raises:
+            TypeError: a string in place of several, or as in the call.
             ValueError: an unknown name, or as in the call.
         """
         return self._run(tokens, state, lengths, segment_ids, names=names)
@@ -258,6 +259,16 @@ class RWKV7(nn.Module):
         project=True,
     ):
         with prefix_errors("RWKV7"):
+            if self.scope is None:
+                raise ValueError(
+                    'it must be called by `apply({"params": params}, tokens, state)`, because it '
+                    "holds no weights."
+                )
+            # A single string is a common mistake, and is a sequence of letters.
+            if isinstance(names, str):
+                raise TypeError(
+                    f'`names` must be a tuple of names, such as ("r",); got {names!r}.'
+                )
             for name in names:
                 check_choice(name, TRACE, "`names`")
         names = tuple(names)

@@ -30,7 +30,11 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.kernel_features import Features
-from rwkv7_jax.model.upscaled_memory import Upscaled, check_form
+from rwkv7_jax.model.upscaled_memory import (
+    Upscaled,
+    check_form,
+    check_memory_types,
+)
 
 
 # Not checked at run time, for the reason given at `Features`; `check_state` does it instead.
@@ -133,6 +137,7 @@ def check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
         # In bfloat16, products of thousands of decays lose all precision.
         if state.wkv.dtype != jnp.float32:
             raise TypeError(f"`state.wkv` must be float32; got {state.wkv.dtype}.")
+        check_memory_types(state.upscaled, "`state.upscaled`")
         if state.upscaled is not None:
             _check_upscaled(state.upscaled, shapes["wkv"])
 
@@ -268,6 +273,7 @@ def check_whole_state(state: Any, argument: str) -> None:
         leading = tuple(state.wkv.shape[:2])
         if len(shape) != len(axes.split()) or shape[:2] != leading:
             raise ValueError(f"`{name}.{field}` must have shape {axes}; got {shape}.")
+    check_memory_types(state.upscaled, f"`{name}.upscaled`")
 
 
 def select(state: RWKV7State, rows: Any) -> RWKV7State:
@@ -329,15 +335,22 @@ def _row_indices(rows: Any, batch: int) -> Any:
 
 
 def where_rows(
-    rows: Bool[Array, " B"],
+    rows: Bool[Array | np.ndarray, " B"] | Sequence[bool],
     state: RWKV7State,
     other: RWKV7State,
 ) -> RWKV7State:
     """Takes the sequences where `rows` is true from `state`, the rest from `other`.
 
     Raises:
-        ValueError: only one has an upscaled memory, or their memories differ in form.
+        ValueError: not one bool for each row, only one state has an upscaled memory, or their
+            memories differ in form.
     """
+    with prefix_errors("where_rows"):
+        mask = as_array(rows, "`rows`")
+        # Indices would count as a mask of those that are not 0.
+        if mask.dtype != bool or tuple(mask.shape) != (state.batch,):
+            came = f"{mask.dtype}{list(mask.shape)}"
+            raise ValueError(f"`rows` must be {state.batch} bools; got {came}.")
     if jax.tree.structure(state) != jax.tree.structure(other):
         forms = [one.upscaled and one.upscaled.dynamics for one in (state, other)]
         raise ValueError(
@@ -347,7 +360,7 @@ def where_rows(
 
     def pick(new, old):
         # Leaves that both states share stay shared.
-        return new if new is old else _choose(rows, new, old)
+        return new if new is old else _choose(mask, new, old)
 
     return jax.tree.map(pick, state, other)
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import WKVInputs
 from rwkv7_jax.array_types import Heads, describe_fields
-from rwkv7_jax.checks import check_choice
+from rwkv7_jax.checks import check_choice, check_instance
 from rwkv7_jax.model.kernel_features import (
     FEATURE_MAPS,
     Features,
@@ -261,3 +261,25 @@ class Upscaled:
     def form(self) -> MemoryForm:
         """The form of this memory."""
         return MEMORY_FORMS[self.dynamics]
+
+
+def check_memory_types(upscaled: Any, argument: str) -> None:
+    """Checks that a state's memory and its features have their types, or that there is none.
+
+    Readers of general pytrees, such as `flax.serialization`, leave a dict where their template has
+    None.
+
+    Args:
+        upscaled: of the state.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        TypeError: another type.
+    """
+    if upscaled is None:
+        return
+    if not isinstance(upscaled, Upscaled):
+        came = type(upscaled).__name__
+        raise TypeError(f"{argument} must be an Upscaled or None; got {came}.")
+    name = argument.strip("`")
+    check_instance(upscaled.features, Features, f"`{name}.features`")

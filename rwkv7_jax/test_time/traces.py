@@ -24,7 +24,7 @@ from rwkv7_jax.checks import (
     check_tokens,
     prefix_errors,
 )
-from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.data.jsonl import read_jsonl
 from rwkv7_jax.data.records.fields import check_object
 from rwkv7_jax.local_paths import local_path
@@ -351,7 +351,7 @@ def trace_batch(
     )
 
 
-def gradient_tokens(batch: Batch) -> int:
+def gradient_tokens(batch: BatchLike) -> int:
     """Counts the inputs with a gradient: those up to the last target of each row that counts."""
     with prefix_errors("gradient_tokens"):
         batch = Batch.of(batch, "mask")

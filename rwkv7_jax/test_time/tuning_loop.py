@@ -18,7 +18,7 @@ from rwkv7_jax.checks import (
     check_number,
     prefix_errors,
 )
-from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state
 from rwkv7_jax.test_time.traces import TokenBudget, Trace, gradient_tokens
@@ -141,15 +141,15 @@ class TuningLoop:
             self.record(entry)
         return Result(self.state, self.history, self.budget + source.budget)
 
-    def update(self, batch: Batch, repeats: int = 1) -> Entry:
+    def update(self, batch: BatchLike, repeats: int = 1) -> Entry:
         """Makes updates with one batch; returns the last one's metrics."""
         metrics = {}
         for _ in range(repeats):
             self._train, metrics = self._step(self._train, batch)
         spent = gradient_tokens(batch)
         # The rows of the anchor have no padding: all their inputs count.
-        if batch.anchor is not None:
-            spent += batch.anchor[:, 1:].size
+        if "anchor" in batch:
+            spent += batch["anchor"][:, 1:].size
         self.budget += TokenBudget(gradient_tokens=repeats * spent)
         # One transfer from the device for all metrics.
         return {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -183,7 +183,13 @@ def loss_and_metrics(result: Any) -> tuple[Scalar, Metrics]:
     Raises:
         TypeError: neither a scalar, nor a scalar and a mapping.
     """
-    value, metrics = result if isinstance(result, tuple) else (result, None)
+    parts = result if isinstance(result, tuple) else (result, None)
+    if len(parts) != 2:
+        raise TypeError(
+            "`loss` must return a scalar, or a scalar and a mapping of metrics; got a tuple of "
+            f"{len(parts)}."
+        )
+    value, metrics = parts
     metrics = {} if metrics is None else metrics
     if np.shape(value) != () or not isinstance(metrics, Mapping):
         raise TypeError(

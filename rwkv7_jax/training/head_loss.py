@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.eager import compiled_when_eager
 from rwkv7_jax.array_types import Activations, Tokens
 from rwkv7_jax.checks import check_count
-from rwkv7_jax.model.casts import at_least_int32
+from rwkv7_jax.model.casts import at_least_int32, wide_dtype
 from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
 from rwkv7_jax.model.products import head_logits, linear
 from rwkv7_jax.sharding import (
@@ -429,7 +429,7 @@ def _statistics_and_gradients(form: _Form, primals: Any, moving: Any):
 
 def _zero_sum(leaf: Array) -> Array:
     """Makes the initial value of a sum over chunks, which would lose small terms in 16 bits."""
-    return jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+    return jnp.zeros(leaf.shape, wide_dtype(leaf.dtype))
 
 
 def _add(total: Array, part: Array) -> Array:

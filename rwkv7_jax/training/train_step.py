@@ -41,6 +41,9 @@ from rwkv7_jax.training.step_checks import (
 # Maps the training state and a batch to the next state and the metrics.
 TrainStep = Callable[["TrainState", Mapping[str, Any]], tuple["TrainState", Metrics]]
 
+# Optax adds integer counters, and norms of leaves of several dtypes; strict promotion forbids both.
+_OF_OPTAX = "standard"
+
 
 @typing.no_type_check
 @struct.dataclass
@@ -152,20 +155,17 @@ def apply_update(
     extra = {"value": value, "grad": grads}
     if statistics is not None:
         extra["stats"] = stats
-    # Optax relies on the promotion of integer counters, which strict promotion forbids.
     naming = _naming_optimizer(grads, train.params)
     scope = jax.named_scope("optimizer")
-    with jax.numpy_dtype_promotion("standard"), naming, scope:
+    with jax.numpy_dtype_promotion(_OF_OPTAX), naming, scope:
         updates, opt_state = tx.update(grads, train.opt_state, train.params, **extra)
     if rate is not None:
         updates = jax.tree.map(lambda leaf: rate.astype(leaf.dtype) * leaf, updates)
-    norm = optax.tree.norm(grads)
+    with jax.numpy_dtype_promotion(_OF_OPTAX):
+        norm = optax.tree.norm(grads)
+        update_norm = optax.tree.norm(updates)
     # A finite gradient can give a non-finite update, since the learning rate may overflow it.
-    finite = (
-        jnp.isfinite(value)
-        & jnp.isfinite(norm)
-        & jnp.isfinite(optax.tree.norm(updates))
-    )
+    finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (optax.apply_updates(train.params, updates), opt_state),

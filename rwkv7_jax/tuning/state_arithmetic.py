@@ -21,7 +21,7 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.model.state import RWKV7State, check_whole_state, map_linear_leaves
-from rwkv7_jax.model.upscaled_memory import Upscaled
+from rwkv7_jax.model.upscaled_memory import Upscaled, check_memory_types
 
 # Trained numbers per fact of 5 bits in toy models after 300 to 1000 steps of tuning: 64 facts in
 # 2,048 numbers, 129 in 4,096, 394 in 8,192, 628 in 16,384, 876 in 32,768. These are bounds around
@@ -134,6 +134,7 @@ def weighted_sum(
 
 def _check_single(state: RWKV7State, name: str) -> None:
     check_instance(state, RWKV7State, f"`{name}`")
+    check_memory_types(state.upscaled, f"`{name}.upscaled`")
     if state.batch != 1:
         raise ValueError(f"`{name}` must hold one sequence; got {state.batch}.")
 

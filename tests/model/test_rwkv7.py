@@ -201,6 +201,13 @@ def test_modules_around_the_model_can_be_called_eagerly():
     assert_close(hidden, run(lively(), IDS, STATE, method="hidden")[0], SAME["model"])
 
 
+@pytest.mark.parametrize("method", ["__call__", "hidden", "trace"])
+def test_a_call_without_weights_names_apply(method):
+    message = r"^RWKV7: it must be called by `apply\(\{\"params\": params\}"
+    with pytest.raises(ValueError, match=message):
+        getattr(RWKV7(CONFIG), method)(IDS, STATE)
+
+
 def test_forward_mode_through_the_model_raises_one_sentence():
     def logits(state):
         return RWKV7(CONFIG).apply({"params": lively()}, IDS, state)[0]
@@ -328,6 +335,10 @@ def test_trace_returns_the_requested_names(method):
         ValueError, match=r"RWKV7: `names` must be one of .* got 'resid'"
     ):
         call(names=["resid"], method=method)
+    # A string is a sequence of letters, and some letters are names.
+    message = r"`names` must be a tuple of names, such as \(\"r\",\); got 'residual'"
+    with pytest.raises(TypeError, match=message):
+        call(names="residual", method=method)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -351,6 +362,22 @@ def test_bfloat16_activations_stay_close_to_float32(whole):
     assert (logits.dtype, end.wkv.dtype) == (jnp.float32, jnp.float32)
     assert (end.att_shift.dtype, end.ffn_shift.dtype) == (jnp.bfloat16, jnp.bfloat16)
     assert_close(logits, whole[0], MODEL_BFLOAT16, "logits")
+
+
+def test_strict_promotion_allows_small_weights_and_small_lengths():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lively())
+    lengths = jnp.array([0, 2, LENGTH], jnp.int8)
+    with jax.numpy_dtype_promotion("strict"):
+        # Traced only: promotion is decided there.
+        logits, _ = jax.eval_shape(
+            RWKV7(config).apply,
+            {"params": weights},
+            IDS,
+            random_state(config, batch=3),
+            lengths,
+        )
+    assert logits.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
 from tiny_models import CONFIG, random_state
 from upscaled_states import ADDITIVE, SIZE, empty_state, filled
 
@@ -24,6 +25,7 @@ from rwkv7_jax.model.state import (
 )
 from rwkv7_jax.model.upscaled_memory import DYNAMICS, MEMORY_FORMS
 from rwkv7_jax.training.train_step import TrainState
+from rwkv7_jax.tuning.state_arithmetic import capacity, scaled
 
 ROWS = 4
 REPLACING = ("replace", "replace_raw")
@@ -133,6 +135,18 @@ def test_where_rows_of_all_or_of_none_is_one_of_the_two(kind):
     every_row = jnp.ones(ROWS, bool)
     assert_same(where_rows(every_row, ours, theirs), ours)
     assert_same(where_rows(~every_row, ours, theirs), theirs)
+
+
+@pytest.mark.parametrize(("rows", "came"), [([0, 3], "int64[2]"), ([True], "bool[1]")])
+def test_where_rows_needs_one_bool_for_each_row(rows, came, unchecked):
+    ours = batch_of(None)
+    with pytest.raises(ValueError) as caught:
+        where_rows(rows, ours, ours)
+    assert str(caught.value) == f"where_rows: `rows` must be 4 bools; got {came}."
+    theirs = select(ours, np.array([1, 2, 3, 0]))
+    mask = [True, False, False, True]
+    mixed = where_rows(mask, ours, theirs)
+    assert_same(mixed, where_rows(jnp.array(mask), ours, theirs))
 
 
 def test_where_rows_gives_each_row_its_own_of_two_shared_memories():
@@ -319,6 +333,23 @@ def test_an_array_of_another_library_is_rejected():
     state = jax.tree.map(Tensor, init_state(CONFIG))
     message = message_of(state, TypeError)
     assert message == "check_state: `state.att_shift` must be an array; got Tensor."
+
+
+@pytest.mark.parametrize(
+    "use", [check_state, repeat, select, scaled, capacity], ids=lambda use: use.__name__
+)
+def test_a_memory_that_a_reader_left_as_a_dict_is_named(use):
+    saved = serialization.to_bytes(one_state("static", 1))
+    # The template has no memory, so Flax does not know its type.
+    read = serialization.from_bytes(init_state(CONFIG), saved)
+    arguments = {check_state: (1, CONFIG), repeat: (2,), select: (0,), scaled: (0.5,)}
+    with pytest.raises(TypeError) as caught:
+        use(read, *arguments.get(use, ()))
+    message = "`state.upscaled` must be an Upscaled or None; got dict."
+    assert str(caught.value) == f"{use.__name__}: {message}"
+    # With a template of the same form, Flax reads a state.
+    read = serialization.from_bytes(one_state("static", 1), saved)
+    check_state(read, 1, CONFIG)
 
 
 def test_an_unknown_form_or_kind_lists_the_known_ones():

@@ -7,6 +7,7 @@ import pytest
 from reward_tasks import prompts_at, sevens
 from tiny_models import TINIEST, lively, random_state
 
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.generation import decode_loop as decoding
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -20,6 +21,7 @@ from rwkv7_jax.test_time.rewarded_rollouts import make_policy_batch
 from rwkv7_jax.test_time.rewards import advantages
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.traces import TokenBudget, Trace
+from rwkv7_jax.test_time.tuning_loop import StateBatchSource, start_tuning
 from rwkv7_jax.tuning.read_statistics import state_statistics
 from rwkv7_jax.tuning.state_tuning import trainable_mask
 from rwkv7_jax.tuning.upscaling import upscale
@@ -184,6 +186,35 @@ def test_a_step_depends_only_on_key_step_and_state(params, improved):
     drawn = sampler.draw(states[2], prompts_at(3), jax.random.fold_in(KEY, 3))
     again = make_policy_batch(drawn, sevens, group=GROUP)
     assert again.rewards.mean() == out.history[3]["reward"] > 0
+
+
+def test_a_source_of_your_own_may_give_dicts(params):
+    rows = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+    fields = {"tokens": rows, "mask": np.ones((2, 3), np.float32), "anchor": rows[:1]}
+    loss = distillation_loss(MODEL, params, anchor=1.0)
+
+    class Source(StateBatchSource):
+        def __init__(self, make):
+            super().__init__()
+            self.make = make
+
+        def batch(self, state, step):
+            return self.make(**fields)
+
+    found = []
+    for make in (dict, Batch):
+        loop = start_tuning(
+            MODEL,
+            loss,
+            None,
+            tx=None,
+            statistics=None,
+            learning_rate=0.1,
+            on_step=None,
+        )
+        found.append(loop.run(Source(make), 1))
+    assert found[0].history == found[1].history
+    assert found[0].budget == found[1].budget == TokenBudget(gradient_tokens=6 + 3)
 
 
 def test_uniform_groups_skip_the_update(params):

@@ -1,5 +1,6 @@
 """The training step: accumulation, skipped updates, no second compilation."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,7 @@ from tolerances import SAME, assert_close, assert_trees_close
 
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
 from rwkv7_jax.optim.decorrelation import decorrelate
 from rwkv7_jax.training.losses import pretrain_loss
 from rwkv7_jax.training.train_step import TrainState, make_eval_step, make_train_step
@@ -144,6 +146,7 @@ def test_a_loss_may_have_no_metrics(metrics):
         (jnp.ones(2), "an array of shape \\(2,\\) and dict"),
         ((1.0, 2.0), "float and float"),
         (((1.0, {}), 2.0), "tuple and float"),
+        ((1.0, {}, 2.0), "a tuple of 3"),
     ],
 )
 def test_an_object_that_is_no_loss_is_named(result, sentence):
@@ -357,6 +360,26 @@ def test_a_mesh_with_explicit_axes_is_rejected():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with pytest.raises(ValueError, match="`mesh` must have axes of type"):
         make_train_step(LOSS, PLAIN, mesh=mesh)
+
+
+@pytest.mark.parametrize("trained", ["weights", "state"])
+def test_strict_promotion_allows_bfloat16(trained):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    model = RWKV7(config)
+    weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lively(CONFIG))
+    loss = pretrain_loss(model)
+    start = weights
+    if trained == "state":
+        # Its leaves have two dtypes.
+        loss = state_loss(model, weights, leaves=("wkv", "att_shift"))
+        start = init_state(config)
+    with jax.numpy_dtype_promotion("strict"):
+        train = TrainState.create(start, PLAIN)
+        # Traced only: promotion is decided there.
+        step = make_train_step(loss, PLAIN, accumulate=2).trace(train, BATCH)
+    new, _ = step.out_info
+    kinds = jax.tree.map(lambda leaf: leaf.dtype, (new.params, start))
+    assert kinds[0] == kinds[1]
 
 
 def test_create_copies_so_that_the_callers_parameters_survive_the_step():
