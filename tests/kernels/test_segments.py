@@ -5,14 +5,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import wkv_reference
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect
 from tolerances import WKV, assert_close
 
 import pallas_kernels
+from pallas_kernels import wkv7_reference
 from pallas_kernels.cases import Case, make_inputs
 from pallas_kernels.gpu import pallas_calls
-from pallas_kernels.gpu.segmented_passes import Probes, choose_segments
+from pallas_kernels.gpu.segmented_passes import (
+    Probes,
+    chain_segments,
+    choose_segments,
+    split,
+)
 
 HEAD = {"values": 64, "keys": 64, "rows": 64}
 
@@ -59,6 +66,34 @@ def test_only_the_last_segment_and_the_identity_of_the_first_are_skipped(reverse
     last, first = (0, 3) if reverse else (3, 0)
     expected = {(last, 0), (last, 64), (first, 64)}
     assert idle == expected | {(row + 4, value) for row, value in expected}
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_start_of_every_segment_follows_from_the_probes(reverse):
+    """In plain JAX: the op runs the segments from the probes, or its gradient runs them back."""
+    keys, values = 16, 32
+    inputs, state = make_inputs(Case(2, 15, 2, keys, values, "slow"))
+    dy = jnp.sin(inputs.v)
+    cut = jax.tree.map(lambda x: split(x, 3), inputs)
+    probes = Probes(3, values, reverse=reverse)
+
+    @jax.jit
+    def run(inputs, state, dy):
+        (_, end), pull = jax.vjp(wkv7_reference, inputs, state)
+        return pull((dy, state))[1] if reverse else end
+
+    def widen(x):
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, keys)))
+
+    wide = cut._replace(v=widen(cut.v))
+    ends = run(wide, probes.start_states(state), widen(split(dy, 3)))
+    starts = chain_segments(ends, state, probes).reshape(2, 3, *state.shape[1:])
+    for segment in range(3):
+        passed = slice(5 * segment + 5, None) if reverse else slice(5 * segment)
+        others = [x[:, passed] for x in inputs]
+        _, end, grads = wkv_reference.both(others, state, dy[:, passed], state)
+        expected = grads[-1] if reverse else end
+        assert_close(starts[:, segment], expected, WKV["float32"]["state"])
 
 
 def test_the_programs_of_segments_are_valid():

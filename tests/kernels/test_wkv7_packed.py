@@ -147,11 +147,11 @@ def _padded(inputs, states, gather, sizes):
 @pytest.mark.parametrize("implementation", INTERPRETED)
 def test_short_rows_of_interpreted_kernels_match_the_definition(implementation):
     # Several chunks of one sequence, parts of chunks, and sequences without a token.
-    sizes = ((18, 3, 0), (0, 1, 20))
-    inputs = tuple(x[:, :21] for x in INPUTS)
+    sizes = ((30, 3, 0), (0, 1, 32))
+    inputs = tuple(x[:, :33] for x in INPUTS)
     states = STATES[:6]
     packed = functools.partial(
-        op, segment_ids=ids_of(sizes, 21), implementation=implementation, chunk=16
+        op, segment_ids=ids_of(sizes, 33), implementation=implementation, chunk=16
     )
     y, end, grads, dstates = jax.jit(functools.partial(pulled, packed))(inputs, states)
     for row, numbers in enumerate(sizes):
