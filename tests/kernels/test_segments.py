@@ -1,5 +1,7 @@
 """How the GPU kernels' sequences are cut into segments that are walked at the same time."""
 
+import functools
+
 import abstract_devices
 import jax
 import jax.numpy as jnp
@@ -11,15 +13,10 @@ from jaxlib.triton import dialect
 from tolerances import WKV, assert_close
 
 import pallas_kernels
-from pallas_kernels import wkv7_reference
+from pallas_kernels import tiles, wkv7_reference
 from pallas_kernels.cases import Case, make_inputs
 from pallas_kernels.gpu import pallas_calls
-from pallas_kernels.gpu.segmented_passes import (
-    Probes,
-    chain_segments,
-    choose_segments,
-    split,
-)
+from pallas_kernels.gpu.segmented_passes import KernelSet, Probes, choose_segments
 
 HEAD = {"values": 64, "keys": 64, "rows": 64}
 
@@ -68,32 +65,47 @@ def test_only_the_last_segment_and_the_identity_of_the_first_are_skipped(reverse
     assert idle == expected | {(row + 4, value) for row, value in expected}
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_the_start_of_every_segment_follows_from_the_probes(reverse):
-    """In plain JAX: the op runs the segments from the probes, or its gradient runs them back."""
-    keys, values = 16, 32
-    inputs, state = make_inputs(Case(2, 15, 2, keys, values, "slow"))
+class PlainKernels(KernelSet):
+    """The kernels in plain JAX; what they save is the start and the gradient of a segment's end."""
+
+    table = tiles.PALLAS_GPU
+
+    def forward_kernel(self, inputs, state, choice, save, probes, spans, interpret):
+        y, end = wkv7_reference(inputs, state)
+        if probes is not None:
+            return [end]
+        return [end, y, state[:, :, None]] if save else [end, y]
+
+    def state_kernel(self, inputs, dy, dend, choice, probes, spans, interpret):
+        # Neither the values nor the start state affect its gradient.
+        run = functools.partial(wkv7_reference, inputs._replace(v=jnp.zeros_like(dy)))
+        _, pull = jax.vjp(run, jnp.zeros_like(dend))
+        (dstart,) = pull((dy, dend))
+        return [dstart] if probes is not None else [dstart, dend]
+
+    def gradients_kernel(self, inputs, dy, starts, ends, choice, interpret):
+        _, pull = jax.vjp(wkv7_reference, inputs, starts[:, :, 0])
+        return list(pull((dy, ends))[0])
+
+
+def test_segments_of_any_kernels_match_the_definition(monkeypatch):
+    inputs, state = make_inputs(Case(2, 40, 2, 16, 32, "slow"))
     dy = jnp.sin(inputs.v)
-    cut = jax.tree.map(lambda x: split(x, 3), inputs)
-    probes = Probes(3, values, reverse=reverse)
+    dend = jnp.cos(state)
+    name = "pallas_kernels.gpu.segmented_passes.choose_segments"
+    monkeypatch.setattr(name, lambda **sizes: 4)
+    kernels = PlainKernels()
 
     @jax.jit
-    def run(inputs, state, dy):
-        (_, end), pull = jax.vjp(wkv7_reference, inputs, state)
-        return pull((dy, state))[1] if reverse else end
+    def both_passes(inputs, state, dy, dend):
+        y, end, starts = kernels.forward_saving(inputs, state, chunk=16)
+        grads, dstate = kernels.backward(inputs, starts, dy, dend, chunk=16)
+        return y, end, (*grads, dstate)
 
-    def widen(x):
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, keys)))
-
-    wide = cut._replace(v=widen(cut.v))
-    ends = run(wide, probes.start_states(state), widen(split(dy, 3)))
-    starts = chain_segments(ends, state, probes).reshape(2, 3, *state.shape[1:])
-    for segment in range(3):
-        passed = slice(5 * segment + 5, None) if reverse else slice(5 * segment)
-        others = [x[:, passed] for x in inputs]
-        _, end, grads = wkv_reference.both(others, state, dy[:, passed], state)
-        expected = grads[-1] if reverse else end
-        assert_close(starts[:, segment], expected, WKV["float32"]["state"])
+    found = jax.tree.leaves(both_passes(inputs, state, dy, dend))
+    expected = jax.tree.leaves(wkv_reference.both(inputs, state, dy, dend))
+    for left, right in zip(found, expected, strict=True):
+        assert_close(left, right, WKV["float32"]["gradient"])
 
 
 def test_the_programs_of_segments_are_valid():
