@@ -89,7 +89,7 @@ class PlainKernels(KernelSet):
 
 
 def test_segments_of_any_kernels_match_the_definition(monkeypatch):
-    inputs, state = make_inputs(Case(2, 40, 2, 16, 32, "slow"))
+    inputs, state = make_inputs(Case(2, 60, 2, 16, 32, "slow"))
     dy = jnp.sin(inputs.v)
     dend = jnp.cos(state)
     name = "pallas_kernels.gpu.segmented_passes.choose_segments"

@@ -51,6 +51,10 @@ def test_cosine_features_approximate_the_gaussian_kernel():
     square = np.sum((unit[:, None] - unit) ** 2, -1)
     gamma = 1 / np.median(square)
     np.testing.assert_allclose(phi @ phi.T, np.exp(-gamma * square), atol=0.15)
+    # A saved memory depends on the phases' sign, which the kernel does not.
+    angles = unit @ np.asarray(features.landmarks[0, 0, 0]).T
+    cosines = np.cos(angles + np.asarray(features.widths[0, 0, 0]))
+    np.testing.assert_allclose(phi, np.sqrt(2 / 4096) * cosines, atol=1e-6)
 
 
 def test_kmeans_landmarks_are_closer_to_the_reads_than_random_ones():
