@@ -1,10 +1,10 @@
-"""The gates of 16-bit activations are computed in float32."""
+"""The gates and norms of 16-bit activations are computed in float32."""
 
 import jax.numpy as jnp
 import numpy as np
 from tolerances import FORMULA, assert_close
 
-from rwkv7_jax.model import pointwise
+from rwkv7_jax.model import norms, pointwise
 
 # Of a number that is rounded once to bfloat16.
 ROUNDED = 2.0**-9
@@ -41,3 +41,33 @@ def test_the_learning_rate_is_rounded_once():
 def test_the_share_of_the_first_layers_values_is_rounded_once():
     zeros = jnp.zeros(SHAPE, "bfloat16")
     assert_close(pointwise.mix_values(zeros, zeros + 1, RAW, BIAS), GATE, ROUNDED)
+
+
+def standardised(x, eps):
+    """Zero mean and unit variance over the last axis, in float64."""
+    x = np.float64(x)
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+
+
+# Far from zero, where sums of rounded numbers would lose the differences.
+FAR = draw(2, *SHAPE) + 20
+
+
+def test_a_layer_norm_is_rounded_once():
+    found = norms.layer_norm(FAR, BIAS, 0 * BIAS, 1e-5)
+    assert_close(found, standardised(FAR, 1e-5) * np.float64(BIAS), ROUNDED)
+
+
+def test_the_norm_of_each_head_is_rounded_once():
+    y = FAR.reshape(2, 5, 2, 32)
+    found = norms.group_norm(y, BIAS, 0 * BIAS, 1e-3, head_size=32)
+    expected = standardised(y, 1e-3) * np.float64(BIAS).reshape(2, 32)
+    assert_close(found, expected, ROUNDED)
+
+
+def test_a_removal_key_is_rounded_once():
+    heads = np.float64(RAW).reshape(2, 5, 2, 32)
+    length = np.linalg.norm(heads, axis=-1, keepdims=True)
+    found = norms.unit_heads(RAW.reshape(heads.shape), 32)
+    assert_close(found, heads / length, ROUNDED)
