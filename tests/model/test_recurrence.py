@@ -139,6 +139,8 @@ def test_the_papers_form_follows_its_equation_and_leaves_the_wkv_state(dynamics)
     removal = k
     if dynamics == "replace":
         removal = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    ratio = np.sum(rate * removal**2, -1) / (1 + w.min(-1))
+    assert_close(stability_ratio(upscaled, one), ratio.max(), SAME["op"], "ratio")
     expected = np.asarray(upscaled.memory, np.float64)
     read = []
     for t in range(T):
