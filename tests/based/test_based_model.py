@@ -37,6 +37,9 @@ def config_of(order, dtype="float64"):
     )
 
 
+CONFIG = config_of("all")
+
+
 @functools.cache
 def weights(order):
     """Weights none of which are zero: a new MLP would be silent."""
@@ -74,6 +77,56 @@ def x64():
     """Everything in float64."""
     with jax.enable_x64(True):
         yield
+
+
+def _norm(x, weight):
+    return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + CONFIG.norm_eps) * weight
+
+
+def _convolve(p, x):
+    """The gated short convolution and its own residual."""
+    taps = p["taps"]
+    seen = np.concatenate([np.zeros((len(taps) - 1, x.shape[1])), x])
+    windows = np.stack([seen[i : i + len(x)] for i in range(len(taps))], 1)
+    mixed = p["shift"] + np.einsum("tkd,kd->td", windows, taps)
+    return mixed * (x @ p["gate"].T + p["gate_bias"]) + x
+
+
+def _attend(p, x, kind):
+    """Attention over all pairs of tokens."""
+    names = ("query", "key", "value")
+    q, k, v = ((x @ p[name].T).reshape(T, CONFIG.num_heads, -1) for name in names)
+    scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])
+    weights = 1 + scores + scores**2 / 2 if kind == "linear" else np.exp(scores)
+    weights = np.tril(weights)
+    if kind == "window":
+        weights = np.triu(weights, 1 - CONFIG.window)
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("hts,shn->thn", weights, v).reshape(T, -1) @ p["output"].T
+
+
+def restated(ids):
+    """The logits of one row from an empty state, in numpy."""
+    params = jax.tree.map(np.float64, weights("all"))
+    x = params["emb"][ids]
+    for index, kind in enumerate(CONFIG.layers):
+        layer = params[f"layer_{index}"]
+        normed = _norm(x, layer["mixer_norm"]["weight"])
+        mixer = layer["mixer"]
+        if kind == "conv":
+            x = x + _convolve(mixer, normed)
+        else:
+            x = x + _attend(mixer, normed, kind)
+        normed = _norm(x, layer["mlp_norm"]["weight"])
+        hidden = np.maximum(normed @ layer["mlp"]["up"].T, 0) ** 2
+        x = x + hidden @ layer["mlp"]["down"].T
+    return _norm(x, params["norm"]["weight"]) @ params["head"].T
+
+
+def test_logits_match_the_equations(x64):
+    logits, _ = compiled("all")(tokens(), init_based_state(CONFIG, 2))
+    for row, ids in zip(logits, tokens(), strict=True):
+        np.testing.assert_allclose(row, restated(ids), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("order", ORDERS)

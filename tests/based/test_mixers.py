@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tolerances import assert_close
 
-from rwkv7_jax.based.mixers import short_convolution, window_attention
+from rwkv7_jax.based.mixers import (
+    root_mean_square_norm,
+    short_convolution,
+    window_attention,
+)
 from rwkv7_jax.based.state import ConvMemory, WindowMemory
 
 B, H, N, WIDTH = 2, 2, 3, 6
@@ -44,6 +49,15 @@ def windowed_softmax(q, k, v, slots):
         weights /= weights.sum(-1, keepdims=True)
         y[:, t] = np.einsum("bhs,bshn->bhn", weights, v[:, seen])
     return y
+
+
+def test_the_norm_of_16_bit_activations_is_rounded_once():
+    x = jnp.asarray(3 * draw(B, 5, 64), "bfloat16")
+    weight = jnp.asarray(draw(64, seed=1), "float32")
+    wide = np.float64(x)
+    size = np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + 1e-5)
+    found = root_mean_square_norm(x, weight, 1e-5)
+    assert_close(found, wide / size * np.float64(weight), 2.0**-9)
 
 
 # 150 tokens are three pieces of 64 for the small windows and one for the last.

@@ -145,6 +145,14 @@ def test_one_chunk_matches_chunk_math(case, mode):
     assert_close(dstart, true_dstart, bars["gradient"], "gradient of the start state")
 
 
+def test_sums_keep_16_bits_where_products_take_bfloat16():
+    x = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)
+    signs = np.tril(np.ones((16, 16), np.float32)) - np.eye(16, dtype=np.float32)
+    layout = layout_of(CASES[1], "bfloat16")
+    found = packed_chunk_math.sums(jnp.asarray(signs), jnp.asarray(x), layout)
+    assert_close(found, signs @ np.float64(x), 2.0**-16)
+
+
 @pytest.mark.parametrize("case", CASES, ids=["two heads", "four heads", "one head"])
 def test_unpacking_inverts_packing(case):
     layout = layout_of(case)

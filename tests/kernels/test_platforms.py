@@ -73,6 +73,8 @@ def test_unsupported_sizes_and_single_tokens_are_left_to_xla(platform, case, exp
     with kernels_of_all_platforms() if exports else targeting(platform):
         lowered = lower(platform, *make_inputs(case))
     assert MARKS[platform] not in lowered
+    # A single token is not padded to a chunk, whose tokens would be multiplied by each other.
+    assert ("tensor<1x2x16x16xf32>" in lowered) == (case.tokens > 1)
 
 
 def test_an_unchecked_gpu_runs_plain_jax_and_rejects_a_named_kernel():

@@ -1,18 +1,22 @@
 """How the GPU kernels' sequences are cut into segments that are walked at the same time."""
 
+import functools
+
 import abstract_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import wkv_reference
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect
 from tolerances import WKV, assert_close
 
 import pallas_kernels
+from pallas_kernels import tiles, wkv7_reference
 from pallas_kernels.cases import Case, make_inputs
 from pallas_kernels.gpu import pallas_calls
-from pallas_kernels.gpu.segmented_passes import Probes, choose_segments
+from pallas_kernels.gpu.segmented_passes import KernelSet, Probes, choose_segments
 
 HEAD = {"values": 64, "keys": 64, "rows": 64}
 
@@ -59,6 +63,49 @@ def test_only_the_last_segment_and_the_identity_of_the_first_are_skipped(reverse
     last, first = (0, 3) if reverse else (3, 0)
     expected = {(last, 0), (last, 64), (first, 64)}
     assert idle == expected | {(row + 4, value) for row, value in expected}
+
+
+class PlainKernels(KernelSet):
+    """The kernels in plain JAX; what they save is the start and the gradient of a segment's end."""
+
+    table = tiles.PALLAS_GPU
+
+    def forward_kernel(self, inputs, state, choice, save, probes, spans, interpret):
+        y, end = wkv7_reference(inputs, state)
+        if probes is not None:
+            return [end]
+        return [end, y, state[:, :, None]] if save else [end, y]
+
+    def state_kernel(self, inputs, dy, dend, choice, probes, spans, interpret):
+        # Neither the values nor the start state affect its gradient.
+        run = functools.partial(wkv7_reference, inputs._replace(v=jnp.zeros_like(dy)))
+        _, pull = jax.vjp(run, jnp.zeros_like(dend))
+        (dstart,) = pull((dy, dend))
+        return [dstart] if probes is not None else [dstart, dend]
+
+    def gradients_kernel(self, inputs, dy, starts, ends, choice, interpret):
+        _, pull = jax.vjp(wkv7_reference, inputs, starts[:, :, 0])
+        return list(pull((dy, ends))[0])
+
+
+def test_segments_of_any_kernels_match_the_definition(monkeypatch):
+    inputs, state = make_inputs(Case(2, 60, 2, 16, 32, "slow"))
+    dy = jnp.sin(inputs.v)
+    dend = jnp.cos(state)
+    name = "pallas_kernels.gpu.segmented_passes.choose_segments"
+    monkeypatch.setattr(name, lambda **sizes: 4)
+    kernels = PlainKernels()
+
+    @jax.jit
+    def both_passes(inputs, state, dy, dend):
+        y, end, starts = kernels.forward_saving(inputs, state, chunk=16)
+        grads, dstate = kernels.backward(inputs, starts, dy, dend, chunk=16)
+        return y, end, (*grads, dstate)
+
+    found = jax.tree.leaves(both_passes(inputs, state, dy, dend))
+    expected = jax.tree.leaves(wkv_reference.both(inputs, state, dy, dend))
+    for left, right in zip(found, expected, strict=True):
+        assert_close(left, right, WKV["float32"]["gradient"])
 
 
 def test_the_programs_of_segments_are_valid():

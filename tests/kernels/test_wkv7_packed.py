@@ -1,6 +1,7 @@
 """Several sequences in one row of the op: each is what it would be in a row of its own."""
 
 import functools
+import itertools
 
 import abstract_devices
 import hypothesis
@@ -9,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import wkv_reference
 from jax.sharding import AxisType, PartitionSpec
-from tolerances import assert_close
+from tolerances import WKV, assert_close
 from wkv_inputs import INTERPRETED, op
 
 import pallas_kernels
@@ -140,6 +142,35 @@ def _padded(inputs, states, gather, sizes):
         return jnp.zeros_like(inputs[3]).at[0, gather].add(y), end
 
     return pulled(run, inputs, states)
+
+
+@pytest.mark.parametrize("implementation", INTERPRETED)
+def test_short_rows_of_interpreted_kernels_match_the_definition(implementation):
+    # Several chunks of one sequence, parts of chunks, and sequences without a token.
+    sizes = ((30, 3, 0), (0, 1, 32))
+    inputs = tuple(x[:, :33] for x in INPUTS)
+    states = STATES[:6]
+    packed = functools.partial(
+        op, segment_ids=ids_of(sizes, 33), implementation=implementation, chunk=16
+    )
+    y, end, grads, dstates = jax.jit(functools.partial(pulled, packed))(inputs, states)
+    for row, numbers in enumerate(sizes):
+        borders = np.cumsum([0, *numbers])
+        for k, (first, last) in enumerate(itertools.pairwise(borders)):
+            at = 3 * row + k
+            # [1 T ...] of the sequence alone.
+            part = (slice(row, row + 1), slice(first, last))
+            alone = tuple(x[part] for x in inputs)
+            start = states[at][None]
+            expected = wkv_reference.both(
+                alone, start, jnp.sin(alone[3]), jnp.cos(start)
+            )
+            found = (
+                y[part],
+                end[at][None],
+                [*(grad[part] for grad in grads), dstates[at][None]],
+            )
+            compare(found, expected, WKV["float32"]["gradient"])
 
 
 def test_one_sequence_per_row_equals_the_plain_call():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tolerances import SAME, assert_close
 from upscaled_states import ADDITIVE, SIZE, noise
 
 from rwkv7_jax.model import recurrence as model_recurrence
@@ -120,6 +121,37 @@ def test_a_wkv_start_state_is_read_linearly_with_psi():
     read = jnp.einsum("bhvk,bthk->bthv", state, initial_state_read_vectors(one))
     change = compiled(one, state, None)[0] - compiled(one, 0 * state, None)[0]
     np.testing.assert_allclose(change, read, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dynamics", ["replace", "replace_raw"])
+def test_the_papers_form_follows_its_equation_and_leaves_the_wkv_state(dynamics):
+    one = parts()
+    upscaled = layer(dynamics, kind="gaussian_raw", prepare="none", widths=(0.1,))
+    state = noise((B, H, N, N), 3)
+    y, wkv, memory = compiled(one, state, upscaled)
+    np.testing.assert_array_equal(wkv, state)
+
+    def phi(x):
+        return np.asarray(kernel_features(upscaled.features, x), np.float64)
+
+    r, k, v, rate = (phi(one[name]) for name in ("r", "k", "v", "icl_rate"))
+    w = phi(jnp.exp(one["log_w"]))
+    removal = k
+    if dynamics == "replace":
+        removal = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    ratio = np.sum(rate * removal**2, -1) / (1 + w.min(-1))
+    assert_close(stability_ratio(upscaled, one), ratio.max(), SAME["op"], "ratio")
+    expected = np.asarray(upscaled.memory, np.float64)
+    read = []
+    for t in range(T):
+        removed = np.einsum("bhvm,bhm->bhv", expected, removal[:, t])
+        expected = expected * w[:, t, :, None, :]
+        erased = removed[..., None] * (rate * removal)[:, t, :, None, :]
+        expected = expected - erased + v[:, t, ..., None] * k[:, t, :, None, :]
+        rows = np.einsum("bhvm,bhm->bhv", expected, r[:, t])
+        read.append(np.einsum("hvm,bhm->bhv", upscaled.readout[0], rows))
+    assert_close(y, np.stack(read, 1), SAME["op"], "y")
+    assert_close(memory, expected, SAME["op"], "memory")
 
 
 def test_delta_memories_never_grow_however_long_the_sequence():

@@ -66,6 +66,21 @@ def test_a_single_layer_of_any_head_size_matches_the_equations(head_size):
     check_restated(lively(config), tokens(1, LENGTH, config), state, config)
 
 
+def test_every_product_of_float32_activations_has_full_precision():
+    # Which says nothing on a CPU; GPUs and TPUs would round the operands.
+    config = dataclasses.replace(CONFIG, num_layers=1)
+
+    def loss(params):
+        state = random_state(config)
+        logits, _ = RWKV7(config).apply({"params": params}, IDS[:1], state)
+        return logits.sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(lively(config)))
+    products = program.count("dot_general[")
+    assert products > 30
+    assert program.count("Precision.HIGHEST, Precision.HIGHEST") == products
+
+
 def test_a_transposed_state_is_detected():
     turned = STATE.replace(wkv=STATE.wkv.mT)
     logits, _ = run(lively(), IDS, turned)

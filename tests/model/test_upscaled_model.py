@@ -12,6 +12,7 @@ from tolerances import AS_USERS
 from upscaled_states import ADDITIVE, SIZE, empty_state, filled
 
 from rwkv7_jax.generation.generate import generate
+from rwkv7_jax.model.kernel_features import unit_vectors
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state, repeat, select, stack
 from rwkv7_jax.tuning.state_arithmetic import scaled
@@ -40,10 +41,14 @@ def params():
     return lively()
 
 
+# What upscaled states are calibrated on.
+TEXT = (6, 40)
+
+
 @pytest.fixture(scope="module")
 def states(model, params):
     """An empty upscaled state of every additive kind."""
-    text = tokens(6, 40, seed=5)
+    text = tokens(*TEXT, seed=5)
     return {
         name: upscale(model, params, text, size=SIZE, dynamics=name)
         for name in ADDITIVE
@@ -101,6 +106,28 @@ def test_a_full_memory_changes_the_logits(run, states, dynamics):
         run(ids, state)[0] for state in (init_state(CONFIG), filled(states[dynamics]))
     )
     assert float(jnp.abs(changed - base).max()) > 0.01
+
+
+def test_only_a_memory_that_erases_has_landmarks_among_removal_keys(
+    model, params, states
+):
+    start = init_state(SCANNED, TEXT[0])
+    arguments = (tokens(*TEXT, seed=5), start)
+    *_, trace = model.apply(
+        {"params": params}, *arguments, method="trace", names=("r", "a")
+    )
+    near = {}
+    for name in ("static", "delta"):
+        # [L H M N], and [L H B*T N] below.
+        landmarks = np.asarray(states[name].upscaled.features.landmarks[:, 0])
+        for source, vectors in (("r", trace["r"]), ("a", -trace["a"])):
+            flat = vectors.reshape(len(vectors), -1, *vectors.shape[3:])
+            points = unit_vectors(flat.swapaxes(1, 2))
+            cosines = np.einsum("lhmn,lhpn->lhmp", landmarks, points)
+            near[name, source] = cosines.max(-1) > 1 - 1e-4
+    assert near["static", "r"].all() and not near["static", "a"].any()
+    assert (near["delta", "r"] | near["delta", "a"]).all()
+    assert near["delta", "a"].any((1, 2)).all()
 
 
 def test_upscaling_in_the_papers_form_warns_that_it_may_diverge(model, params):

@@ -73,3 +73,7 @@ def test_rows_of_vectors_are_filled_up_for_devices_along_time():
     assert filled.shape == (2, 8, CONFIG.width)
     np.testing.assert_array_equal(filled[:, :5], rows_of_table())
     assert lengths.tolist() == [5, 5]
+    # Each device has a token even where there is none.
+    filled, lengths = time_shards.fill_up(rows_of_table()[:, :0], None, 4)
+    assert filled.shape == (2, 4, CONFIG.width)
+    assert lengths.tolist() == [0, 0]

@@ -99,6 +99,11 @@ def test_tokens_after_the_split_do_not_move_the_proposal(made, batch):
 def test_a_new_observer_proposes_states_of_the_scale_of_its_own(mirror, batch, own):
     found = propose(*mirror, batch["tokens"][:, :-1], batch["split"])
     assert 0.3 < float(jnp.std(found.wkv) / jnp.std(own[1].wkv)) < 3
+    # Whatever the number of heads whose states a proposal sums.
+    for name in ("left", "right"):
+        maps = mirror[1][name]
+        terms = maps.shape[-1] ** 2 * maps.shape[2]
+        assert float(jnp.std(maps)) == pytest.approx(terms**-0.25, rel=0.05)
 
 
 def test_a_perfect_proposal_has_error_0_and_the_mean_has_error_1(own):

@@ -191,6 +191,19 @@ def test_a_batch_of_empty_prompts_has_no_divergence(step, made, batch):
     assert np.isfinite(found["answer_nats"])
 
 
+def test_a_term_that_reads_an_unknown_id_is_nan(step, made, batch):
+    # A compiled loss cannot check its ids. The last one is only a target of the answers.
+    for place, terms in (
+        (-1, {"answer_nats"}),
+        (2, {"answer_nats", "divergence_nats"}),
+    ):
+        tokens = batch["tokens"].copy()
+        tokens[0, place] = TEACHER.vocab_size
+        found, _ = step(made[1], batch | {"tokens": tokens})
+        nats = ("answer_nats", "divergence_nats")
+        assert {name for name in nats if np.isnan(found[name])} == terms
+
+
 def test_the_proposal_error_is_the_unexplained_variance_row_by_row(
     made, teacher, batch, result
 ):

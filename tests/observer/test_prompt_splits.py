@@ -7,7 +7,11 @@ import tiny_observers
 from tiny_observers import LENGTH
 
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.observer.prompt_splits import add_prompt_splits, continuations
+from rwkv7_jax.observer.prompt_splits import (
+    add_prompt_splits,
+    continuations,
+    count_answers,
+)
 
 batch = pytest.fixture(tiny_observers.batch, scope="module")
 
@@ -33,3 +37,12 @@ def test_splits_depend_only_on_seed_and_step(batch):
     drawn = add_prompt_splits(many, 0, 0, least=2, most=5)["split"]
     assert set(drawn.tolist()) == {2, 3, 4, 5}
     assert set(add_prompt_splits(many, 0, 0)["split"].tolist()) == set(range(1, LENGTH))
+
+
+def test_answers_are_counted_from_the_first_target_after_a_split():
+    mask = np.zeros((2, 4), np.float32)
+    mask[0, 1:3] = 1
+    mask[1, :3] = 1
+    rows = Batch(tokens=np.zeros((2, 5), np.int32), mask=mask, split=np.array([1, 3]))
+    assert count_answers(rows) == 2
+    assert count_answers(rows.replace(split=np.array([3, 2]))) == 1

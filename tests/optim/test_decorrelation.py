@@ -175,15 +175,17 @@ def test_bad_statistics_freeze_only_their_own_matrix(mode):
             assert_close(getattr(actual, part), expected, FORMULA, part)
 
 
-def test_whiten_retries_after_bad_first_statistics():
-    grads = jnp.zeros((N, M))
+def test_whiten_retries_after_bad_first_statistics_and_leaves_other_matrices_alone():
+    grads = jnp.zeros((2, N, M))
     flat = jnp.ones((M, M))
     tx = decorrelate(optax.sgd(1.0), mode="whiten", damping=0.0)
-    good = covariance(0, heads=())
-    _, state = run(tx, grads, [(grads, flat)])
-    assert np.array_equal(state.whitener, np.eye(M))
-    _, state = run(tx, grads, [(grads, flat), (grads, good)])
-    assert_close(state.whitener, whitening(good, 0.0), FORMULA)
+    early, late = (covariance(seed, heads=()) for seed in (0, 1))
+    first = (grads, jnp.stack([flat, early]))
+    _, state = run(tx, grads, [first])
+    assert np.array_equal(state.whitener[0], np.eye(M))
+    _, state = run(tx, grads, [first, (grads, jnp.stack([late, late]))])
+    assert_close(state.whitener[0], whitening(late, 0.0), FORMULA)
+    assert_close(state.whitener[1], whitening(early, 0.0), FORMULA)
 
 
 def updates_to(tx, inputs, goal, tolerance, limit=1500):

@@ -179,6 +179,12 @@ def test_a_mesh_may_use_some_of_the_devices(count):
     assert set(mesh.devices.flat) == set(devices[:count])
 
 
+@pytest.mark.parametrize(("sets", "count"), [(8, 4), (5, 3), (4, 4), (3, 3), (9, 3)])
+def test_sets_share_as_few_devices_as_their_largest_part_allows(sets, count):
+    mesh = sharding.make_mesh("auto", sets, tpu("v5e-4"), are_sets=True)
+    assert mesh.shape["data"] == count
+
+
 @pytest.mark.parametrize(
     "sizes", [{"fsdp": 64}, {"data": 8, "fsdp": 8}, {"data": 4, "fsdp": 8, "tensor": 2}]
 )
@@ -195,6 +201,8 @@ def test_a_host_makes_its_own_rows_if_weights_are_sharded_over_hosts(sizes):
         ({"data": 4, "fsdp": 2}, [[0, 1], [2, 3], [4, 5], [6, 7]]),
         ({"data": 2, "fsdp": 4}, [[0, 1, 2, 3], [4, 5, 6, 7]]),
         ({"data": 1, "fsdp": 8}, [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ({"data": 4, "tensor": 2}, [[0, 1], [2, 3], [4, 5], [6, 7]]),
     ],
 )
 def test_without_coordinates_shards_stay_within_a_process_or_slice_if_possible(
@@ -202,7 +210,37 @@ def test_without_coordinates_shards_stay_within_a_process_or_slice_if_possible(
 ):
     mesh = sharding.make_mesh(sizes, 8, [Chip(number) for number in range(8)])
     assert [[chip.id for chip in row.flat] for row in mesh.devices] == groups
-    assert sharding.is_shared(mesh) == (sizes["fsdp"] > 2)
+    assert sharding.is_shared(mesh) == (len(groups[0]) > 2)
+
+
+def test_shards_stay_within_a_process_whatever_the_numbers_of_its_devices():
+    class Interleaved(Chip):
+        process_index = property(lambda self: self.id % 2)
+
+    sizes = {**dict.fromkeys(AXES, 1), "data": 4, "fsdp": 2}
+    arranged = arrange(sizes, [Interleaved(number) for number in range(8)])
+    groups = [[device.id for device in group.flat] for group in arranged]
+    assert groups == [[0, 2], [1, 3], [4, 6], [5, 7]]
+
+
+class LaterProcess:
+    """A client that is process 2."""
+
+    @staticmethod
+    def process_index():
+        return 2
+
+
+class SeenLater(Chip):
+    """A device as process 2 sees it."""
+
+    client = LaterProcess
+
+
+def test_a_later_process_makes_the_rows_of_its_own_devices():
+    chips = [SeenLater(number) for number in range(8)]
+    mesh = sharding.make_mesh({"data": 8}, 16, chips)
+    assert sharding.own_rows(mesh, 16) == slice(8, 12)
 
 
 @pytest.mark.parametrize(("rows", "own"), [(8, slice(0, 2)), (3, slice(None))])

@@ -137,6 +137,19 @@ def test_rows_are_sharded_over_as_many_devices_as_divide_them(rows, axes):
 
 
 @pytest.mark.parametrize(
+    ("tokens", "sizes", "axes"),
+    [
+        (8, {"fsdp": 2, "tensor": 4}, ("tensor",)),
+        (8, {"fsdp": 2, "sequence": 4}, ("sequence",)),
+        (6, {"fsdp": 2, "tensor": 4}, None),
+        (8, {"data": 2, "fsdp": 2}, None),
+    ],
+)
+def test_tokens_are_sharded_over_devices_that_share_rows_or_heads(tokens, sizes, axes):
+    assert sharding.token_axes(tokens, sizes) == axes
+
+
+@pytest.mark.parametrize(
     ("text", "sizes"),
     [
         ("auto", "auto"),

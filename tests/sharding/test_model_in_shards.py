@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractMesh, AxisType
 from tiny_models import SCANNED, SHALLOW, lively, random_state, tokens
 from tolerances import SAME, assert_close, assert_trees_close
 
@@ -75,6 +77,47 @@ CALLS = [
 def test_every_call_matches_one_device(mesh, method, rows):
     call = make_call(method, rows)
     assert_trees_close(in_shards(mesh, call), alone(call), SAME["op"])
+
+
+def axes_of_collectives(sizes):
+    """The mesh axes of every kind of collective of a call on devices that need not exist."""
+    config = dataclasses.replace(SHALLOW, implementation="scan")
+    ids = tokens(ROWS, LENGTH + 1, config)
+    state = random_state(config, ROWS)
+    automatic = (AxisType.Auto,) * len(sharding.AXES)
+    shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
+    mesh = AbstractMesh(shape, sharding.AXES, axis_types=automatic)
+    found = {}
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            name = equation.primitive.name
+            if name in ("psum", "ppermute", "all_gather", "all_to_all"):
+                key = "axes" if name == "psum" else "axis_name"
+                axes = np.atleast_1d(equation.params[key])
+                found.setdefault(name, set()).update(map(str, axes))
+            for inner in jaxprs_in_params(equation.params):
+                visit(inner)
+
+    def call(params):
+        return RWKV7(config).apply({"params": params}, ids, state)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        visit(jax.make_jaxpr(call)(lively(config)).jaxpr)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("other", "added"),
+    [
+        ("tensor", {"psum": {"tensor"}}),
+        ("sequence", {"psum": {"sequence"}, "ppermute": {"sequence"}}),
+    ],
+)
+def test_on_a_mesh_of_several_axes_each_collective_runs_along_its_own(other, added):
+    gathers = {"all_gather": {"fsdp"}, "all_to_all": {"fsdp"}}
+    found = axes_of_collectives({"data": 2, "fsdp": 2, other: 2})
+    assert found == gathers | added
 
 
 def test_vectors_in_place_of_tokens_are_read_as_on_one_device(mesh):

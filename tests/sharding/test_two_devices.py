@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental import topologies
+from jax.sharding import PartitionSpec
 from tiny_models import SHALLOW, lively, random_state, tokens
 from tolerances import SAME, assert_trees_close
 
@@ -150,6 +151,15 @@ def test_rows_and_heads_of_the_op_are_sharded_or_replicated(axis, rows, heads, o
     assert_trees_close(program(*placed), alone, SAME["op"])
     state_on_a_device = ",".join(map(str, (*own, 4, 4)))
     assert f"f32[{state_on_a_device}]" in program.lower(*placed).compile().as_text()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rows_are_constrained_on_their_own_axis(axis):
+    mesh = data_mesh(4)
+    with parallel.use_mesh(mesh):
+        constrain = jax.jit(functools.partial(parallel.constrain_rows, axis=axis))
+        found = constrain(parallel.place(mesh, {"x": np.ones((4, 4))}))["x"]
+    assert found.sharding.spec == PartitionSpec(*(None,) * axis, "fsdp")
 
 
 def _chips(name, **sizes):

@@ -51,6 +51,10 @@ def test_cosine_features_approximate_the_gaussian_kernel():
     square = np.sum((unit[:, None] - unit) ** 2, -1)
     gamma = 1 / np.median(square)
     np.testing.assert_allclose(phi @ phi.T, np.exp(-gamma * square), atol=0.15)
+    # A saved memory depends on the phases' sign, which the kernel does not.
+    angles = unit @ np.asarray(features.landmarks[0, 0, 0]).T
+    cosines = np.cos(angles + np.asarray(features.widths[0, 0, 0]))
+    np.testing.assert_allclose(phi, np.sqrt(2 / 4096) * cosines, atol=1e-6)
 
 
 def test_kmeans_landmarks_are_closer_to_the_reads_than_random_ones():
@@ -63,6 +67,31 @@ def test_kmeans_landmarks_are_closer_to_the_reads_than_random_ones():
         )
         far[method] = np.min(np.sum((unit[:, None] - centres) ** 2, -1), 1).mean()
     assert far["kmeans"] < 0.9 * far["random"]
+
+
+# Of very different lengths, which the raw kernel does not even out.
+UNEVEN = noise((1, 80, 1, 3), 7) * jnp.geomspace(0.1, 10, 80).reshape(1, 80, 1, 1)
+
+
+def test_kmeans_landmarks_are_the_means_of_their_nearest_reads():
+    features = calibrate(
+        UNEVEN, size=4, kind="gaussian_raw", landmarks="kmeans", prepare="none"
+    )
+    points = np.asarray(UNEVEN[0, :, 0])
+    centres = np.asarray(features.landmarks[0, 0, 0])
+    nearest = np.sum((points[:, None] - centres) ** 2, -1).argmin(1)
+    means = [points[nearest == at].mean(0) for at in range(len(centres))]
+    np.testing.assert_allclose(centres, means, atol=1e-3)
+
+
+def test_the_width_follows_the_median_squared_distance_to_a_landmark():
+    features = calibrate(
+        UNEVEN, size=80, kind="gaussian_raw", prepare="none", widths=(1.0,)
+    )
+    points = np.asarray(UNEVEN[0, :, 0])
+    distances = np.sum((points[:, None] - points) ** 2, -1)
+    # From a sample of all pairs; their mean is six times as large.
+    np.testing.assert_allclose(features.widths, 1 / np.median(distances), rtol=0.3)
 
 
 def test_more_features_than_distinct_reads_get_distinct_landmarks():

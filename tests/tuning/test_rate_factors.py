@@ -92,8 +92,9 @@ def test_a_decorrelated_optimizer_receives_statistics_through_the_factors():
     scaled = with_rate_factors(plain, factors)
     assert scaled.statistics is plain.statistics
     before = jax.tree.map(np.array, STATE)
-    one = moved(plain.wrap(optax.sgd(0.1)), STATE, stats=stats)
-    half = moved(scaled.wrap(optax.sgd(0.1)), STATE, stats=stats)
+    # Adam would undo factors on its gradients.
+    one = moved(plain.wrap(optax.adam(0.1)), STATE, stats=stats)
+    half = moved(scaled.wrap(optax.adam(0.1)), STATE, stats=stats)
     np.testing.assert_allclose(
         half.wkv - before.wkv, 0.5 * (one.wkv - before.wkv), rtol=1e-3, atol=1e-5
     )

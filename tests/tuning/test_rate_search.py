@@ -60,6 +60,9 @@ def test_a_nearly_equal_larger_rate_is_preferred():
     assert choose_rate(2.0, {0.1: 1.0, 0.3: NAN, 1.0: 1.0}).rate == 0.1
     # A smaller one never is.
     assert choose_rate(2.0, {0.1: 1.001, 0.3: 1.0, 1.0: 1.5}).rate == 0.3
+    # The edge is that of the chosen rate, not of the one with the lowest loss.
+    assert choose_rate(2.0, {0.1: 1.0, 0.3: 1.15, 1.0: 1.15}).edge == ""
+    assert choose_rate(2.0, {0.1: 1.0, 0.3: 1.15}).edge == "largest"
 
 
 def test_of_equal_gains_the_rate_that_forgets_least_is_chosen():

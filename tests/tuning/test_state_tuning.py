@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tolerances import SAME, assert_close
+from tolerances import FORMULA, SAME, assert_close
 
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -172,8 +172,20 @@ def test_the_anchor_is_the_mean_divergence_of_the_tuned_logits_from_the_base(
     gaps = reference - log_probabilities(away)
     expected = np.mean(np.sum(np.exp(reference) * gaps, -1))
     assert expected > 1e-3
-    assert_close(loss(away, batch)[1]["anchor_nats"], expected, SAME["model"])
+    _, metrics = loss(away, batch)
+    assert_close(metrics["anchor_nats"], expected, SAME["model"])
+    wkv = np.asarray(away.wkv, np.float64)
+    assert_close(metrics["state_rms"], np.sqrt(np.mean(wkv**2)), FORMULA)
+    assert_close(metrics["state_max"], np.abs(wkv).max(), FORMULA)
+    # The entry of largest size is negative here or there.
+    assert_close(
+        loss(scaled(away, -1), batch)[1]["state_max"], np.abs(wkv).max(), FORMULA
+    )
     assert abs(float(loss(base, batch)[1]["anchor_nats"])) < 1e-6
+    # A compiled loss cannot check its ids.
+    unknown = np.where(np.arange(TOKENS + 1) == 9, SHALLOW.vocab_size, anchor)
+    _, metrics = loss(away, batch | {"anchor": unknown})
+    assert np.isnan(metrics["anchor_nats"]) and np.isfinite(metrics["loss_nats"])
 
 
 def compiled_text(loss, trainables, batch) -> tuple[str, int]:
