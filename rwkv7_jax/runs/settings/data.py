@@ -34,6 +34,7 @@ class DataSettings:
         order: "shuffled" by the seed, differently in every epoch; or "cubic", the order of RWKV's
             own trainer, which has no seed and is the same in every epoch (for packing "stream").
         evaluation: data for evaluation in place of the held-out part of `path`; all of it is used.
+            Set `held_out` to 0 to train on all of `path`.
         as_bytes: read files that are not text (tables, archives, pictures) or not UTF-8 as bytes.
         encoding: encoding of the text, such as "utf-16" or "gbk"; UTF-8 by default.
         vocabulary: "world", "bytes", "bytes256" (raw), "ids" (numbers), a vocabulary file in
