@@ -42,7 +42,7 @@ from rwkv7_jax.training.step_checks import (
 TrainStep = Callable[["TrainState", Mapping[str, Any]], tuple["TrainState", Metrics]]
 
 # Optax adds integer counters, and norms of leaves of several dtypes; strict promotion forbids both.
-_OF_OPTAX = "standard"
+_OPTAX_PROMOTION = "standard"
 
 
 @typing.no_type_check
@@ -157,11 +157,11 @@ def apply_update(
         extra["stats"] = stats
     naming = _naming_optimizer(grads, train.params)
     scope = jax.named_scope("optimizer")
-    with jax.numpy_dtype_promotion(_OF_OPTAX), naming, scope:
+    with jax.numpy_dtype_promotion(_OPTAX_PROMOTION), naming, scope:
         updates, opt_state = tx.update(grads, train.opt_state, train.params, **extra)
     if rate is not None:
         updates = jax.tree.map(lambda leaf: rate.astype(leaf.dtype) * leaf, updates)
-    with jax.numpy_dtype_promotion(_OF_OPTAX):
+    with jax.numpy_dtype_promotion(_OPTAX_PROMOTION):
         norm = optax.tree.norm(grads)
         update_norm = optax.tree.norm(updates)
     # A finite gradient can give a non-finite update, since the learning rate may overflow it.
