@@ -291,7 +291,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
 
     doctor = commands.add_parser("doctor", help=COMMANDS["doctor"])
-    # It starts the devices itself, because it reports what is wrong with them.
+    # None: the command starts the devices itself, and reports if that fails.
     doctor.set_defaults(run=_doctor, computes=None)
 
     report = commands.add_parser("report", help=COMMANDS["report"])

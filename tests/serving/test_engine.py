@@ -22,6 +22,7 @@ from engine_cases import (
     answer,
     ask,
     assert_same,
+    compiled_by,
     drawn_requests,
     drawn_state,
     work,
@@ -182,19 +183,7 @@ def test_a_request_whose_prefill_fails_gets_an_error(engine, monkeypatch):
 
 def test_nothing_is_compiled_after_the_warm_up(params, engine):
     engine.warm_up()
-    count = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: (
-            count.append(name)
-            if name == "/jax/core/compile/backend_compile_duration"
-            else None
-        )
-    )
-    for request in drawn_requests(9, seed=5):
-        ask(engine, dataclasses.replace(request, prompt=request.prompt * 9))
-    work(engine)
-    jax.monitoring.clear_event_listeners()
-    assert count == []
+    assert compiled_by(engine, drawn_requests(9, seed=5)) == []
 
 
 def test_an_engine_of_short_answers_warms_up(params):

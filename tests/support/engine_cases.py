@@ -55,6 +55,22 @@ def answer(engine, request):
     return only
 
 
+def compiled_by(engine, requests):
+    """Answers requests with long prompts; returns the events of programs that it compiled."""
+    events = []
+
+    def note(name, seconds, **_):
+        if name == "/jax/core/compile/backend_compile_duration":
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    for request in requests:
+        ask(engine, dataclasses.replace(request, prompt=request.prompt * 9))
+    work(engine)
+    jax.monitoring.clear_event_listeners()
+    return events
+
+
 def alone(params, request, states=STATES):
     """The same request by `generate`."""
     return generate(

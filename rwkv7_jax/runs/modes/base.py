@@ -136,7 +136,8 @@ class TrainingMode(abc.ABC):
         """
         if self.settings.init is None:
             raise ValueError(f"`config.init` must name the checkpoint {purpose}.")
-        self.model, self.frozen = self._base or load_or_init(self.settings, self.mesh)
+        loaded = self._base or load_or_init(self.settings, self.mesh)
+        self.model, self.frozen = loaded
         self.tokenizer = tokenizer_of(self.settings, self.model.config)
 
     def open_data(self) -> None:
