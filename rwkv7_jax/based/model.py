@@ -25,6 +25,7 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.model import inputs, products
 from rwkv7_jax.model.casts import per_channel, wide_dtype
+from rwkv7_jax.model.weights import get_weight
 
 # float32 under x64 too.
 _EMBEDDING = nn.initializers.normal(0.02, jnp.float32)
@@ -90,7 +91,7 @@ class Based(nn.Module):
                 _check_params(self.variables.get("params", {}), config)
 
         table = (config.vocab_size, config.width)
-        emb = jnp.asarray(self.param("emb", _EMBEDDING, table))
+        emb = jnp.asarray(get_weight(self, "emb", _EMBEDDING, table))
         x = inputs.embed(tokens, emb).astype(config.dtype)
         memories = []
         for index, memory in enumerate(state.layers):
@@ -98,7 +99,7 @@ class Based(nn.Module):
             x, memory = layer(x, memory, lengths)
             memories.append(memory)
         x = _Norm(config, name="norm")(x)
-        head = jnp.asarray(self.param("head", _square_root_of_inputs, table))
+        head = jnp.asarray(get_weight(self, "head", _square_root_of_inputs, table))
         logits = jnp.einsum(
             "btd,vd->btv",
             x,
@@ -117,7 +118,7 @@ class _Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
         """Applies the norm."""
-        weight = jnp.asarray(self.param("weight", _ONES, (self.config.width,)))
+        weight = jnp.asarray(get_weight(self, "weight", _ONES, (self.config.width,)))
         return mixers.root_mean_square_norm(x, weight, self.config.norm_eps)
 
 
@@ -152,7 +153,7 @@ class _Mixer(nn.Module):
     ) -> Float[Array, "B T O"]:
         """Computes x W^T with a new matrix."""
         shape = (width, x.shape[-1])
-        weight = jnp.asarray(self.param(name, _square_root_of_inputs, shape))
+        weight = jnp.asarray(get_weight(self, name, _square_root_of_inputs, shape))
         return products.linear(x, weight)
 
     def heads(self, x: Activations, name: str, size: int) -> Heads:
@@ -174,9 +175,11 @@ class _Convolution(_Mixer):
     def __call__(self, x, memory, lengths):
         """Computes the contribution to the residual stream, and the new memory."""
         width = self.config.width
-        taps = jnp.asarray(self.param("taps", _taps, (self.config.kernel_size, width)))
-        shift = jnp.asarray(self.param("shift", _ZEROS, (width,)))
-        bias = jnp.asarray(self.param("gate_bias", _ZEROS, (width,)))
+        taps = jnp.asarray(
+            get_weight(self, "taps", _taps, (self.config.kernel_size, width))
+        )
+        shift = jnp.asarray(get_weight(self, "shift", _ZEROS, (width,)))
+        bias = jnp.asarray(get_weight(self, "gate_bias", _ZEROS, (width,)))
         mixed, memory = mixers.short_convolution(x, taps, shift, memory, lengths)
         gate = self.project(x, "gate", width) + per_channel(bias, x)
         return mixed * gate + x, memory
@@ -228,7 +231,7 @@ class _MLP(_Mixer):
         hidden = jnp.square(jax.nn.relu(self.project(x, "up", config.mlp_width)))
         # Starts from zeros: the MLP of a new layer adds nothing.
         shape = (config.width, config.mlp_width)
-        down = jnp.asarray(self.param("down", _ZEROS, shape))
+        down = jnp.asarray(get_weight(self, "down", _ZEROS, shape))
         return products.linear(hidden, down)
 
 

@@ -22,7 +22,8 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.layer_states import LayerMemories
 from rwkv7_jax.model.recurrence import recurrence
 from rwkv7_jax.model.state import RWKV7State
-from rwkv7_jax.sharding import own_part, sum_over_heads
+from rwkv7_jax.model.weights import get_weight
+from rwkv7_jax.sharding import sum_over_heads
 
 # The vectors of the recurrence, which `method="trace"` returns for every block.
 RECURRENCE = (*WKVInputs._fields, "icl_rate")
@@ -61,14 +62,11 @@ _BIASES = {
 
 # Linen derives a parameter's random key from the number of draws before it in the same module, so
 # changing the order of these calls changes the weights of a new model.
-def _weight(module: Any, name: str, draw: initial.Initial, layer) -> Any:
-    """Declares a weight, or this device's part of it under tensor parallelism."""
-    path = "/".join((*module.path, name))
-
-    def draw_part(*arguments):
-        return own_part(path, draw(*arguments))
-
-    return module.param(name, draw_part, layer, module.config)
+def _weight(
+    module: Any, name: str, draw: initial.Initial, shape: tuple[int, ...], layer=0
+) -> Any:
+    """Returns a weight, or this device's part of it under tensor parallelism."""
+    return get_weight(module, name, draw, shape, layer, module.config)
 
 
 class Norm(nn.Module):
@@ -79,22 +77,24 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Applies the layer norm."""
-        width = self.config.width
-        weight = self.param("weight", initial.constant(1.0, width), 0, self.config)
-        bias = self.param("bias", initial.constant(0.0, width), 0, self.config)
-        return norms.layer_norm(x, weight, bias, self.config.norm_eps)
+        channels = (self.config.width,)
+        scale = _weight(self, "weight", initial.constant(1.0), channels)
+        bias = _weight(self, "bias", initial.constant(0.0), channels)
+        return norms.layer_norm(x, scale, bias, self.config.norm_eps)
 
 
 class Linear(nn.Module):
     """A projection without bias."""
 
     config: RWKV7Config
+    shape: tuple[int, int]
     initial: initial.Initial
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Computes x W^T."""
-        return products.linear(x, _weight(self, "weight", self.initial, 0))
+        matrix = _weight(self, "weight", self.initial, self.shape)
+        return products.linear(x, matrix)
 
 
 class HeadNorm(nn.Module):
@@ -105,10 +105,10 @@ class HeadNorm(nn.Module):
     @nn.compact
     def __call__(self, layer) -> tuple[Array, Array]:
         """Returns both for all channels."""
-        zeros = initial.constant(0.0, self.config.width)
-        weight = _weight(self, "weight", initial.group_norm_weight, layer)
-        bias = _weight(self, "bias", zeros, layer)
-        return jnp.asarray(weight), jnp.asarray(bias)
+        channels = (self.config.width,)
+        scale = _weight(self, "weight", initial.group_norm_weight, channels, layer)
+        bias = _weight(self, "bias", initial.constant(0.0), channels, layer)
+        return jnp.asarray(scale), jnp.asarray(bias)
 
 
 class TimeMix(nn.Module):
@@ -139,11 +139,13 @@ class TimeMix(nn.Module):
             values; the trace.
         """
         config = self.config
+        channels = (config.width,)
 
         # Token shift: x_c = lerp(x_t, x_{t-1}, mu_c), with one mu for each of r, w, k, v, a, g.
         coefficients = []
         for name, power in _SHIFTS.items():
-            coefficients.append(_weight(self, name, initial.lerp(power), layer))
+            lerp = initial.lerp(power)
+            coefficients.append(_weight(self, name, lerp, channels, layer))
         x_r, x_w, x_k, x_v, x_a, x_g = token_shift.mix_with_previous(
             x, state.att_shift, tuple(coefficients), segments
         )
@@ -170,9 +172,9 @@ class TimeMix(nn.Module):
             v = pointwise.mix_values(v, v_first, raw["v"], bias["v"])
 
         # kappa^ = (k * xi) / |k * xi| for each head,  k~ = k * lerp(1, sigmoid(a), alpha)
-        xi = _weight(self, "k_k", initial.removal_scale, layer)
+        xi = _weight(self, "k_k", initial.removal_scale, channels, layer)
         xi = xi.reshape(-1, config.head_size)
-        alpha = _weight(self, "k_a", initial.constant(1.02, config.width), layer)
+        alpha = _weight(self, "k_a", initial.constant(1.02), channels, layer)
         k, a, b, icl_rate = pointwise.removal_and_replacement(
             k, raw["a"], bias["a"], xi, alpha
         )
@@ -218,11 +220,8 @@ class TimeMix(nn.Module):
     def _square(self, name: str, gain: float) -> Linear:
         """Makes a D x D projection; with a gain of 0 it starts from zeros."""
         width = self.config.width
-        if gain:
-            draw = initial.orthogonal(gain, width, width)
-        else:
-            draw = initial.constant(0.0, width, width)
-        return Linear(self.config, draw, name=name)
+        draw = initial.orthogonal(gain) if gain else initial.constant(0.0)
+        return Linear(self.config, (width, width), draw, name=name)
 
     def _low_ranks(
         self, inputs: dict[str, Activations], layer
@@ -239,18 +238,21 @@ class TimeMix(nn.Module):
             "g": config.gate_rank,
             "v": config.value_rank,
         }
+        width = config.width
         ups = []
         biases = {}
         hidden = []
         for letter, x in inputs.items():
             rank = ranks[letter]
             # Zeros here but not in `up`: if both were zero, neither would get a gradient.
-            zeros = initial.constant(0.0, config.width, rank)
-            down = _weight(self, f"{letter}1", zeros, layer)
-            draw = initial.low_rank_out(rank, config.width)
-            ups.append(_weight(self, f"{letter}2", draw, layer))
+            draw = initial.constant(0.0)
+            down = _weight(self, f"{letter}1", draw, (width, rank), layer)
+            draw = initial.low_rank_out
+            up = _weight(self, f"{letter}2", draw, (rank, width), layer)
+            ups.append(up)
             if letter in _BIASES:
-                biases[letter] = _weight(self, f"{letter}0", _BIASES[letter], layer)
+                draw = _BIASES[letter]
+                biases[letter] = _weight(self, f"{letter}0", draw, (width,), layer)
             hidden.append(_ACTIVATIONS[letter](products.project(x, down)))
         hidden = products.share_buffer_of_one_token(hidden)
         raw = {}
@@ -263,7 +265,7 @@ class TimeMix(nn.Module):
     ) -> Activations:
         """Computes g * p, with p = norm(y) + bonus."""
         sizes = (self.config.num_heads, self.config.head_size)
-        rho = _weight(self, "r_k", initial.constant(-0.04, *sizes), layer)
+        rho = _weight(self, "r_k", initial.constant(-0.04), sizes, layer)
         norm = HeadNorm(self.config, name="ln_x")(layer)
         r_k_v = (inputs.r, inputs.k, inputs.v)
         return pointwise.read_out(y, r_k_v, gate, rho, norm, self.config.group_norm_eps)
@@ -292,14 +294,12 @@ class ChannelMix(nn.Module):
         """Computes the contribution to the residual stream, the new shift and the trace."""
         width = self.config.width
         hidden_width = self.config.ffn_width
-        x_k = self.param("x_k", initial.ffn_lerp, layer, self.config)
+        x_k = _weight(self, "x_k", initial.ffn_lerp, (width,), layer)
         (mixed,) = token_shift.mix_with_previous(x, shift, (x_k,), segments)
-        grow = Linear(
-            self.config, initial.orthogonal(1.0, hidden_width, width), name="key"
-        )
-        shrink = Linear(
-            self.config, initial.constant(0.0, width, hidden_width), name="value"
-        )
+        into = (hidden_width, width)
+        grow = Linear(self.config, into, initial.orthogonal(1.0), name="key")
+        out_of = (width, hidden_width)
+        shrink = Linear(self.config, out_of, initial.constant(0.0), name="value")
         # o = relu(x_k W_k)^2 W_v
         hidden = pointwise.squared_relu(grow(mixed))
         trace = {"ffn_key_input": mixed, "ffn_hidden": hidden}

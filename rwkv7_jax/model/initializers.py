@@ -1,7 +1,7 @@
 """Initial values of all parameters of a new model.
 
-An initializer takes a random key, the block's index (traced where blocks are initialised inside a
-scan) and the config, and returns a float32 array.
+An initializer takes a random key, the shape, the block's index (traced where blocks are initialised
+inside a scan) and the config, and returns a float32 array.
 
 Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:510-581, 713-723, 892-975, where the
 second stage overrides the constructors; checked there against flash-linear-attention 0.6.0.
@@ -16,7 +16,8 @@ from jaxtyping import Array
 
 from rwkv7_jax.model.config import RWKV7Config
 
-Initial = Callable[[Array, int | Array, RWKV7Config], Array]
+Shape = tuple[int, ...]
+Initial = Callable[[Array, Shape, int | Array, RWKV7Config], Array]
 
 
 def _in_float32(initial: Initial) -> Initial:
@@ -27,10 +28,10 @@ def _in_float32(initial: Initial) -> Initial:
     """
 
     @functools.wraps(initial)
-    def cast(key, layer, config):
+    def cast(key, shape, layer, config):
         if isinstance(layer, jax.Array):
             layer = layer.astype(jnp.float32)
-        return initial(key, layer, config).astype(jnp.float32)
+        return initial(key, shape, layer, config).astype(jnp.float32)
 
     return cast
 
@@ -68,7 +69,7 @@ def lerp(power: float) -> Initial:
     """Makes the token-shift coefficients of time mix: 1 - (n / D)^(power * remaining depth)."""
 
     @_in_float32
-    def initial(key, layer, config):
+    def initial(key, shape, layer, config):
         # Divided by D as in the source, unlike `_ramp`.
         channel = _channels(config) / config.width
         exponent = power * _remaining(layer, config)
@@ -78,7 +79,7 @@ def lerp(power: float) -> Initial:
 
 
 @_in_float32
-def ffn_lerp(key, layer, config):
+def ffn_lerp(key, shape, layer, config):
     """Computes the token-shift coefficients of channel mix."""
     channel = _channels(config) / config.width
     exponent = _remaining(layer, config) ** 4
@@ -86,7 +87,7 @@ def ffn_lerp(key, layer, config):
 
 
 @_in_float32
-def decay_bias(key, layer, config):
+def decay_bias(key, shape, layer, config):
     """Computes w0: slow decay in the first channels, fast in the last; steeper in deep blocks."""
     steepness = 1.0 + _depth(layer, config) ** 0.3
     ramp = _ramp(config) ** steepness
@@ -95,59 +96,61 @@ def decay_bias(key, layer, config):
 
 
 @_in_float32
-def icl_bias(key, layer, config):
+def icl_bias(key, shape, layer, config):
     """Computes a0."""
     return -0.19 + 0.3 * _zigzag(config) + 0.4 * (_ramp(config) - 0.5)
 
 
 @_in_float32
-def value_bias(key, layer, config):
+def value_bias(key, shape, layer, config):
     """Computes v0."""
     return 0.73 - 0.4 * (_ramp(config) - 0.5)
 
 
 @_in_float32
-def removal_scale(key, layer, config):
+def removal_scale(key, shape, layer, config):
     """Computes k_k."""
     return 0.71 - 0.1 * (_ramp(config) - 0.5)
 
 
 @_in_float32
-def group_norm_weight(key, layer, config):
+def group_norm_weight(key, shape, layer, config):
     """Computes ln_x.weight, which grows with depth."""
     # From L^-0.7 in the first block to 1 in the last.
     scale = ((1 + layer) / config.num_layers) ** 0.7
-    return jnp.full((config.width,), 1.0, jnp.float32) * scale
+    return jnp.full(shape, 1.0, jnp.float32) * scale
 
 
-def constant(value: float, *shape: int) -> Initial:
+def constant(value: float) -> Initial:
     """Makes an initializer that fills an array with one number."""
-    return lambda key, layer, config: jnp.full(shape, value, jnp.float32)
+    return lambda key, shape, layer, config: jnp.full(shape, value, jnp.float32)
 
 
-def uniform(limit: float, *shape: int) -> Initial:
+def uniform(limit: float) -> Initial:
     """Makes an initializer of independent draws between -limit and limit."""
-    return lambda key, layer, config: jax.random.uniform(
+    return lambda key, shape, layer, config: jax.random.uniform(
         key, shape, jnp.float32, minval=-limit, maxval=limit
     )
 
 
-def orthogonal(gain: float, rows: int, columns: int) -> Initial:
+def orthogonal(gain: float) -> Initial:
     """Makes an initializer of matrices with orthogonal rows of norm `gain`.
 
     If there are more rows than columns, the columns are orthogonal instead.
     """
     draw = jax.nn.initializers.orthogonal(gain)
-    return lambda key, layer, config: draw(key, (rows, columns), jnp.float32)
+    return lambda key, shape, layer, config: draw(key, shape, jnp.float32)
 
 
-def low_rank_out(rank: int, width: int) -> Initial:
-    """Makes w2, a2, v2, g2: small orthogonal matrices, larger if the rank exceeds the width."""
+def low_rank_out(key, shape, layer, config):
+    """Draws w2, a2, v2, g2: small orthogonal matrices, larger if the rank exceeds the width."""
+    rank, width = shape
     gain = 0.1 * max(1.0, (rank / width) ** 0.5)
-    return orthogonal(gain, rank, width)
+    return orthogonal(gain)(key, shape, layer, config)
 
 
-def head(vocab_size: int, width: int) -> Initial:
-    """Makes the output projection."""
+def head(key, shape, layer, config):
+    """Draws the output projection."""
+    vocab_size, width = shape
     gain = 0.5 * max(1.0, (vocab_size / width) ** 0.5)
-    return orthogonal(gain, vocab_size, width)
+    return orthogonal(gain)(key, shape, layer, config)

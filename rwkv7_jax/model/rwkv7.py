@@ -37,6 +37,7 @@ from rwkv7_jax.model.layer_states import state_after
 from rwkv7_jax.model.remat import keep_for_backward
 from rwkv7_jax.model.segments import Segments, check_packed_state, find_segments
 from rwkv7_jax.model.state import RWKV7State, check_state
+from rwkv7_jax.model.weights import get_weight
 
 
 class RWKV7(nn.Module):
@@ -457,7 +458,7 @@ class Embedding(nn.Module):
             if sharding.has_shards(table):
                 return sharding.look_up(inputs.embed, tokens, table)
         shape = (self.config.vocab_size, self.config.width)
-        table = self.param("weight", initial.uniform(1e-4, *shape), 0, self.config)
+        table = get_weight(self, "weight", initial.uniform(1e-4), shape, 0, self.config)
         return inputs.embed(tokens, jnp.asarray(table))
 
 
@@ -470,6 +471,5 @@ class Head(nn.Module):
     def __call__(self, x: Activations) -> Logits:
         """Computes float32 logits."""
         shape = (self.config.vocab_size, self.config.width)
-        return products.head_logits(
-            x, self.param("weight", initial.head(*shape), 0, self.config)
-        )
+        matrix = get_weight(self, "weight", initial.head, shape, 0, self.config)
+        return products.head_logits(x, matrix)

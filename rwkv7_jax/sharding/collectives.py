@@ -179,22 +179,21 @@ def shares_heads() -> bool:
     return kinds.get(TENSOR) == AxisType.Manual and mesh.shape[TENSOR] > 1
 
 
-def own_part(name: str, whole: Array) -> Array:
-    """Returns the device's heads or channels of a weight; all of them if heads are not sharded.
+def own_shape(name: str, whole: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of the device's heads or channels of a weight, or of all of them.
 
     Args:
         name: path of the weight, which determines the axis of its heads or channels.
-        whole: the weight.
+        whole: the shape of the weight.
     """
     if not shares_heads():
         return whole
-    sizes = {TENSOR: jax.lax.axis_size(TENSOR)}
-    for axis, entry in enumerate(layout.spec(name, whole.shape, sizes)):
-        if entry == TENSOR:
-            size = whole.shape[axis] // sizes[TENSOR]
-            first = size * jax.lax.axis_index(TENSOR)
-            return jax.lax.dynamic_slice_in_dim(whole, first, size, axis)
-    return whole
+    parts = jax.lax.axis_size(TENSOR)
+    entries = layout.spec(name, whole, {TENSOR: parts})
+    return tuple(
+        size // parts if entry == TENSOR else size
+        for size, entry in zip(whole, entries, strict=True)
+    )
 
 
 def sum_over_heads(part: Array) -> Array:
