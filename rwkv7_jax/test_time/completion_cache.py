@@ -52,9 +52,8 @@ class CompletionCache:
             raise ValueError(f"CompletionCache: the folder of `{path}` does not exist.")
         # A read-only folder must fail before the first completion is sampled.
         self.path.touch()
-        self._completions: dict[str, list[Ids]] = {}
         entries = read_jsonl(self.path, _entry, drop_torn_end=True, allow_nan=True)
-        self._completions.update(entries)
+        self._completions = dict(entries)
         self._end_last_line()
 
     def _end_last_line(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from rwkv7_jax.array_types import Activations, Params
+from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     check_instance,
     check_model,
@@ -24,7 +24,6 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.generation.sampling import Number
-from rwkv7_jax.model.int8_weights import Weight
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state
 from rwkv7_jax.training.head_loss import (
@@ -79,54 +78,30 @@ class _DistillationLoss(StartStateLoss):
             batch = self.check_batch(batch)
             check_targets(batch)
             state = stop_gradient_except(state, self.leaves)
-        if self.teacher is None:
-            value, metrics = self._cross_entropy(params, state, batch)
-        else:
+        weights = target_shares(batch, self.model.config.vocab_size)
+        inputs = jnp.asarray(batch.inputs)
+        reference = None
+        reference_head = None
+        kl_weights = None
+        if self.teacher is not None:
             assert teacher_params is not None and teacher_state is not None
-            teacher_x = hidden_states_from(
-                self.teacher, teacher_params, teacher_state, jnp.asarray(batch.inputs)
+            reference = jax.lax.stop_gradient(
+                hidden_states_from(self.teacher, teacher_params, teacher_state, inputs)
             )
-            teacher_x = jax.lax.stop_gradient(teacher_x)
-            teacher_head = teacher_params["head"]["weight"]
-            value, metrics = self._cross_entropy_and_divergence(
-                params, state, batch, teacher_x, teacher_head
-            )
-        return self.with_anchor(params, state, batch, value, metrics)
-
-    def _cross_entropy(
-        self, params: Params, state: RWKV7State, batch: Batch
-    ) -> tuple[Scalar, Metrics]:
-        weights = target_shares(batch, self.model.config.vocab_size)
-        nats, _ = weighted_loss(
-            hidden_states_from(self.model, params, state, jnp.asarray(batch.inputs)),
-            params["head"]["weight"],
-            jnp.asarray(batch.targets),
-            TermWeights(nats=weights),
-        )
-        return self.imitation * nats, {"loss_nats": nats}
-
-    def _cross_entropy_and_divergence(
-        self,
-        params: Params,
-        state: RWKV7State,
-        batch: Batch,
-        teacher_x: Activations,
-        teacher_head: Weight,
-    ) -> tuple[Scalar, Metrics]:
-        weights = target_shares(batch, self.model.config.vocab_size)
+            reference_head = teacher_params["head"]["weight"]
+            kl_weights = self.kl * weights
         value, tokenwise = weighted_loss(
-            hidden_states_from(self.model, params, state, jnp.asarray(batch.inputs)),
+            hidden_states_from(self.model, params, state, inputs),
             params["head"]["weight"],
             jnp.asarray(batch.targets),
-            TermWeights(nats=self.imitation * weights, kl=self.kl * weights),
-            reference=teacher_x,
-            reference_head=teacher_head,
+            TermWeights(nats=self.imitation * weights, kl=kl_weights),
+            reference=reference,
+            reference_head=reference_head,
         )
-        metrics = {
-            "loss_nats": weighted_sum(weights, tokenwise.nats),
-            "kl_nats": weighted_sum(weights, tokenwise.kl),
-        }
-        return value, metrics
+        metrics = {"loss_nats": weighted_sum(weights, tokenwise.nats)}
+        if self.teacher is not None:
+            metrics["kl_nats"] = weighted_sum(weights, tokenwise.kl)
+        return self.with_anchor(params, state, batch, value, metrics)
 
 
 def distillation_loss(

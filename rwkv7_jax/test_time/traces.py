@@ -21,7 +21,6 @@ from rwkv7_jax.checks import (
     check_instance,
     check_number,
     check_prompts,
-    check_tokens,
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch, BatchLike
@@ -277,8 +276,8 @@ def check_trace_tokens(traces: Sequence[Trace], vocab_size: int) -> None:
         ValueError: as `check_traces`, or an id is out of range.
     """
     check_traces(traces)
-    for trace in traces:
-        check_tokens(np.array([*trace.prompt, *trace.completion]), vocab_size)
+    for index, trace in enumerate(traces):
+        check_ids([*trace.prompt, *trace.completion], vocab_size, f"`traces[{index}]`")
 
 
 def longest_trace(traces: Sequence[Trace]) -> int:

@@ -1,6 +1,7 @@
 """The gradient of a batch, with gradient accumulation, and the statistics for the optimizer."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,7 +15,7 @@ from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.sharding import constrain_rows
 from rwkv7_jax.sharding.layout import path_name
 from rwkv7_jax.training.head_loss import PerToken
-from rwkv7_jax.training.losses import Metrics, nan_where_all_zero, target_shares
+from rwkv7_jax.training.losses import Metrics, loss_weights, nan_where_all_zero
 
 Scalar = Float[Array, ""]
 
@@ -170,10 +171,8 @@ def _gradients_with_trace(
 
 def with_shares(batch: Mapping[str, Any], accumulate: int) -> Mapping[str, Any]:
     """Returns a batch whose weights are the targets' shares of the loss, times `accumulate`."""
+    weights = nan_where_all_zero(loss_weights(batch))
     # With this factor, the mean over microbatches is the sum over the batch.
-    weights = target_shares(batch)
-    if "weights" in batch:
-        weights = nan_where_all_zero(weights)
     return with_weights(batch, weights * accumulate)
 
 
@@ -204,6 +203,13 @@ def _describe(value: Any) -> str:
     return type(value).__name__ if shape is None else f"an array of shape {shape}"
 
 
+def _value_and_grad(loss: Callable) -> Callable:
+    """Makes the function that computes a loss, its metrics and its gradient."""
+    return jax.value_and_grad(
+        lambda params, batch: loss_and_metrics(loss(params, batch)), has_aux=True
+    )
+
+
 def _gradients(
     loss: Partial, params: Any, batch: Mapping[str, Any], accumulate: int
 ) -> tuple[tuple[Scalar, Metrics], Any]:
@@ -211,19 +217,14 @@ def _gradients(
     _check_rows(batch, accumulate)
     batch = with_shares(batch, accumulate)
     if accumulate == 1:
-        grad = jax.value_and_grad(
-            lambda params, batch: loss_and_metrics(loss(params, batch)), has_aux=True
-        )
-        return grad(params, batch)
+        return _value_and_grad(loss)(params, batch)
 
     microbatches = cut_rows(batch, accumulate)
-    totals = {}
+    of_microbatch = loss
     if hasattr(loss.func, "batch_totals"):
-        totals["totals"] = loss.func.batch_totals(*loss.args, microbatches)
-    grad = jax.value_and_grad(
-        lambda params, microbatch: loss_and_metrics(loss(params, microbatch, **totals)),
-        has_aux=True,
-    )
+        totals = loss.func.batch_totals(*loss.args, microbatches)
+        of_microbatch = functools.partial(loss, totals=totals)
+    grad = _value_and_grad(of_microbatch)
 
     first = jax.tree.map(lambda array: array[0], microbatches)
     traced, shapes = jax.make_jaxpr(grad, return_shape=True)(params, first)

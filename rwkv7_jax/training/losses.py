@@ -56,18 +56,16 @@ def loss_weights(batch: Mapping[str, Any]) -> PerToken:
     return mask / jnp.where(total > 0, total, 1.0)
 
 
-def target_shares(batch: Mapping[str, Any], vocab_size: int | None = None) -> PerToken:
-    """Returns `loss_weights`, or NaN if no target counts.
+def target_shares(batch: Mapping[str, Any], vocab_size: int) -> PerToken:
+    """Returns `loss_weights`, or NaN for unknown ids and if no target counts.
 
     A train step skips such a batch, as it skips any non-finite loss.
 
     Args:
         batch: a batch, or a microbatch with weights.
-        vocab_size: as in `shares_of_known_ids`; None does not check the ids.
+        vocab_size: as in `shares_of_known_ids`.
     """
-    shares = loss_weights(batch)
-    if vocab_size is not None:
-        shares = shares_of_known_ids(shares, batch["tokens"], vocab_size)
+    shares = shares_of_known_ids(loss_weights(batch), batch["tokens"], vocab_size)
     # The weights of a microbatch may all be 0: other microbatches have targets.
     if "weights" in batch:
         return shares

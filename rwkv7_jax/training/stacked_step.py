@@ -27,6 +27,7 @@ from rwkv7_jax.sharding import (
     as_shards,
     constrain_layout,
     place,
+    share_of_sets,
     specs,
     use_mesh,
 )
@@ -84,7 +85,7 @@ def _on_each_device(update: Callable, mesh: Mesh, sets: int) -> Callable:
     parts = math.prod(mesh.shape[axis] for axis in axes)
     shared = PartitionSpec(axes or None)
     fields = _axes(shared, PartitionSpec())
-    filled = np.arange(-(-sets // parts) * parts) % sets
+    filled = np.arange(share_of_sets(sets, mesh.shape) * parts) % sets
 
     def update_on_each(loss, statistics, train, *own):
         weights = specs(mesh.shape, (loss, statistics))

@@ -44,12 +44,12 @@ def poisoned(batches):
     return poisoned_batches
 
 
-def spoilt(target_shares):
+def spoilt(loss_weights):
     """Makes the shares of the targets, and with them the loss, NaN in a marked batch."""
 
     def shares(batch):
         marked = jnp.max(batch["mask"]) == SPOILT
-        return jnp.where(marked, jnp.nan, target_shares(batch))
+        return jnp.where(marked, jnp.nan, loss_weights(batch))
 
     return shares
 
@@ -77,7 +77,7 @@ def changed(train_state):
 
 if NAME == "nan":
     TrainingData.batches = poisoned(TrainingData.batches)
-    gradients.target_shares = spoilt(gradients.target_shares)
+    gradients.loss_weights = spoilt(gradients.loss_weights)
 elif NAME == "slow":
     step_directories.write_manifest = slowed(step_directories.write_manifest)
 elif NAME == "size":

@@ -400,8 +400,9 @@ def test_invalid_loop_arguments_are_rejected(params, unchecked):
         ValueError, match="expert_iteration: `updates` must be at least 1"
     ):
         expert_iteration(**loop_arguments(params), updates=0)
-    with pytest.raises(ValueError, match=r"distill: `tokens` must be .* got 13"):
-        distill(MODEL, params, [Trace((1,), (13,))])
+    traces = [Trace((1,), (2,)), Trace((1,), (13,))]
+    with pytest.raises(ValueError, match=r"distill: `traces\[1\]` must .* got 13 at"):
+        distill(MODEL, params, traces)
     with pytest.raises(
         ValueError, match="distill: `traces` must hold at least one trace"
     ):
