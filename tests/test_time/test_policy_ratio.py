@@ -122,6 +122,12 @@ def test_a_ratio_of_one_gives_the_log_p_gradient_bit_exactly():
     assert not np.any(clipped)
 
 
+def test_a_row_without_an_advantage_is_never_clipped():
+    log_ratio = jnp.array([[-9.0, 9.0]])
+    _, clipped = _clipped_ratio(log_ratio, jnp.zeros((1, 1)), _log_bounds(LOW, HIGH))
+    assert not np.any(clipped)
+
+
 def test_unit_importance_weights_change_nothing_bit_exactly(params, batch):
     state = random_state(CONFIG, seed=5)
     loss = policy_loss(MODEL, params, temperature=TEMPERATURE)

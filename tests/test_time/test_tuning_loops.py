@@ -191,7 +191,7 @@ def test_a_step_depends_only_on_key_step_and_state(params, improved):
 def test_a_source_of_your_own_may_give_dicts(params):
     rows = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
     fields = {"tokens": rows, "mask": np.ones((2, 3), np.float32), "anchor": rows[:1]}
-    loss = distillation_loss(MODEL, params, anchor=1.0)
+    loss = distillation_loss(MODEL, params, imitation=0.5, anchor=1.0)
 
     class Source(StateBatchSource):
         def __init__(self, make):
@@ -214,6 +214,9 @@ def test_a_source_of_your_own_may_give_dicts(params):
         )
         found.append(loop.run(Source(make), 1))
     assert found[0].history == found[1].history
+    (entry,) = found[0].history
+    # The start state is the base, from which it is no distance.
+    assert entry["loss"] == pytest.approx(0.5 * entry["loss_nats"], rel=1e-5)
     assert found[0].budget == found[1].budget == TokenBudget(gradient_tokens=6 + 3)
 
 
