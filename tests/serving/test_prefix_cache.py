@@ -58,7 +58,8 @@ def test_the_cache_evicts_the_least_recently_used_entry():
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     # Two states with a few ids each.
     cache = PrefixCache(2 * size + 30)
-    for tokens in ((1,), (1, 2)):
+    # The same ids once more take no more memory.
+    for tokens in ((1,), (1, 2), (1, 2)):
         cache.keep(0, tokens, state)
     assert cache.find(0, (1, 9)).length == 1
     cache.keep(7, (1, 2, 3), state)
@@ -71,6 +72,9 @@ def test_the_cache_evicts_the_least_recently_used_entry():
     assert cache.find(7, (1, 2, 3, 4)).length == 0
     cache.clear()
     assert cache.find(7, tuple(range(9))).shared == 0
+    full = PrefixCache(size + 4)
+    full.keep(0, (1,), state)
+    assert full.find(0, (1, 2)).length == 1
     nothing = PrefixCache(0)
     nothing.keep(0, (1,), state)
     assert nothing.find(0, (1, 2)).state is None

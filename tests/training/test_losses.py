@@ -137,6 +137,9 @@ def test_a_target_is_correct_where_its_logit_is_the_largest():
 def test_weights_are_the_normalized_mask_unless_the_batch_has_its_own():
     batch = {"tokens": IDS, "mask": MASK}
     assert_close(loss_weights(batch), np.asarray(MASK) / 4, SAME["op"])
+    # A mask of fractions may sum to less than 1.
+    fractions = batch | {"mask": 0.125 * MASK}
+    assert_close(loss_weights(fractions), np.asarray(MASK) / 4, SAME["op"])
     own = jnp.full((2, 5), 0.25)
     np.testing.assert_array_equal(loss_weights(batch | {"weights": own}), own)
     np.testing.assert_array_equal(
