@@ -39,10 +39,14 @@ def test_an_answer_of_any_length_is_not_prefilled_again(engine, tokens):
     assert (said.ended, len(said.tokens)) == ("length", tokens)
     more = dataclasses.replace(first, prompt=(*first.prompt, *said.tokens, 33))
     assert answer(engine, more).cached_tokens == len(more.prompt) - 1
+    # The state after all of a prompt is cached now, but its last token gives the logits.
+    same = dataclasses.replace(first, prompt=more.prompt[:-1])
+    assert answer(engine, same).cached_tokens < len(same.prompt)
 
 
 def test_a_common_prefix_is_prefilled_at_most_twice(params, engine):
-    system = tuple(range(1, 120))
+    # The fewest shared tokens for which a state is kept.
+    system = tuple(range(1, 33))
     asked = [
         Request((*system, 200 + number, 130, 131), tokens=5, temperature=0.0)
         for number in range(4)

@@ -162,6 +162,8 @@ def test_the_mask_is_the_weight_at_completion_targets():
     assert batch["tokens"].tolist() == [[1, 2, 3, 4, 0, 0], [5, 6, 0, 0, 0, 0]]
     assert batch["mask"].tolist() == [[0, 0.5, 0.5, 0.5, 0], [2, 0, 0, 0, 0]]
     assert gradient_tokens(batch) == 4 + 1
+    one_row = batch.replace(mask=batch["mask"] * np.float32([[1], [0]]))
+    assert gradient_tokens(one_row) == 4
 
 
 def test_epochs_have_each_trace_once_and_batches_depend_only_on_the_step():
