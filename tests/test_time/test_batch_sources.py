@@ -258,6 +258,10 @@ def test_a_threshold_replays_each_approved_completion_once(params, unchecked):
     again = source.batch(state, 5)
     rows = trace_batch(source.traces, 1, batch_size=3, length=16, seed=2)
     np.testing.assert_array_equal(again.tokens, rows.tokens)
+    # Rows of an earlier round still fit after one with shorter prompts.
+    drawn = sampler(params).draw(state, prompts_at(0), jax.random.key(7))
+    source._keep(dataclasses.replace(drawn, mask=drawn.mask[:, :9]), np.zeros(8))
+    assert source.batch(state, 5).tokens.shape == (3, 17)
 
 
 def test_a_replay_source_cannot_start_inside_a_round(params):
