@@ -13,7 +13,12 @@ from tolerances import SAME, assert_close, assert_trees_close
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.training.head_loss import token_statistics
-from rwkv7_jax.training.losses import loss_weights, next_token_loss, pretrain_loss
+from rwkv7_jax.training.losses import (
+    loss_weights,
+    next_token_loss,
+    pretrain_loss,
+    shares_of_known_ids,
+)
 
 BATCH, LENGTH, WIDTH, VOCAB, CHUNK = 2, 21, 8, 37, 4
 _NOISE = np.random.default_rng(0)
@@ -145,6 +150,11 @@ def test_weights_are_the_normalized_mask_unless_the_batch_has_its_own():
     np.testing.assert_array_equal(
         loss_weights(batch | {"mask": 0 * MASK}), np.zeros((2, 5))
     )
+
+
+def test_a_target_that_is_no_id_has_no_share():
+    shares = shares_of_known_ids(jnp.ones((1, 2)), np.array([[1, 2, 9]]), 9)
+    np.testing.assert_array_equal(shares, [[1, np.nan]])
 
 
 @functools.partial(jax.jit, static_argnums=2)
