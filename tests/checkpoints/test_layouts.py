@@ -306,6 +306,16 @@ def test_an_ambiguous_layout_is_rejected(square, tmp_path, name, change):
     assert "\n" not in str(caught.value)
 
 
+def test_a_float16_file_without_low_rank_matrices_is_not_called_ambiguous(
+    square, tmp_path
+):
+    named = layouts.official(square, SQUARE)
+    plain = {name: array for name, array in named.items() if array.shape != (32, 32)}
+    layouts.write_plain_safetensors(tmp_path / "m.safetensors", plain)
+    with pytest.raises(ValueError, match=r"it has no blocks\.0\.att\.w1"):
+        load_model(tmp_path / "m.safetensors")
+
+
 @pytest.mark.parametrize("name", ["m.safetensors", "m.st", "m.pth"])
 def test_our_square_rank_files_load_under_any_suffix(square, tmp_path, name):
     save_model(tmp_path / name, square, SQUARE)

@@ -79,6 +79,10 @@ def test_a_sidecar_with_the_other_axis_order_is_rejected(tmp_path):
     sidecar(tmp_path / "s.pth").write_text(sidecar(tmp_path / "s.st").read_text())
     with pytest.raises(ValueError, match=r"s\.pth` is transposed"):
         load_state(tmp_path / "s.pth")
+    (tmp_path / "s.st").rename(tmp_path / "s.safetensors")
+    sidecar(tmp_path / "s.st").rename(sidecar(tmp_path / "s.safetensors"))
+    with pytest.raises(ValueError, match=r"s\.safetensors` is transposed"):
+        load_state(tmp_path / "s.safetensors")
 
 
 def test_a_transposed_state_fails_the_differential_test(tmp_path):

@@ -68,6 +68,8 @@ def test_documents_packing_truncates_or_pads_one_document_per_row(stream):
     assert all(set(epoch) == expected and len(epoch) == 4 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
     assert set(read(windows(stream, 6, 9, packing="documents"))) == expected
+    first_and_last = read(windows(stream, 6, 2, packing="documents"))
+    assert first_and_last == [("abcd...", "-cd.--"), ("Assista", "------")]
     assert left_out(stream, 6) == (2, 2 + 6)
 
 

@@ -41,6 +41,16 @@ def test_rows_are_almost_full():
     assert packed.sequences <= 2 * np.ceil(1025 / sizes.mean())
 
 
+def test_documents_that_fill_a_row_exactly_share_it():
+    assert pack_documents(stream_of([5, 6]), 10).rows == 1
+
+
+def test_a_row_has_at_most_twice_the_mean_number_of_documents():
+    # A row holds two documents of the mean size of 21, or twenty of the short ones.
+    packed = pack_documents(stream_of([2] * 20 + [40] * 20), 39)
+    assert (packed.sequences, packed.rows) == (4, 25)
+
+
 def test_a_row_concatenates_its_documents():
     sizes = [5, 3, 9, 2, 4, 7, 30]
     stream = stream_of(sizes)

@@ -2,7 +2,13 @@
 
 import math
 
-from rwkv7_jax.data.shuffling import cubic_windows, is_prime, magic_prime, shuffled
+from rwkv7_jax.data.shuffling import (
+    cubic_windows,
+    is_prime,
+    magic_prime,
+    shuffled,
+    shuffled_windows,
+)
 
 
 def test_is_prime_matches_trial_division():
@@ -46,6 +52,12 @@ def test_the_cubic_order_matches_rwkv_lm_for_every_batch_and_device_count():
                 expected.add(((factor * ii * ii * ii) % prime) * length)
         samples = range(batch * 6, batch * 6 + 6)
         assert set(cubic_windows(samples, tokens=tokens, length=length)) == expected
+
+
+def test_borders_of_windows_shift_between_epochs_within_the_stream():
+    # A row of two inputs and a last target starts at the first or the second of four ids.
+    firsts = shuffled_windows(range(40), seed=0, tokens=4, length=2)
+    assert set(firsts) == {0, 1}
 
 
 def test_each_epoch_is_a_different_permutation():

@@ -43,6 +43,8 @@ def test_documents_start_at_their_old_starts_and_at_span_cuts():
     assert joined_stream().documents.tolist() == [0, 1, 3]
     cut = TokenStream.of_range(TokenArray(IDS, starts=STARTS), 2, 20)
     assert cut.starts.tolist() == [0, 2, 3, 15, 18]
+    nothing = TokenStream.of_range(TokenArray(IDS, starts=STARTS), 2, 2)
+    assert TokenStream.concatenate([nothing, cut]).starts.tolist() == [0, 2, 3, 15, 18]
 
 
 def test_document_starts_are_inferred_from_token_0(monkeypatch):
@@ -75,6 +77,11 @@ def test_the_hash_does_not_depend_on_the_storage():
     assert data_hash(one) == data_hash(joined_stream())
     ones = TokenStream.of_array(TokenArray(one[:], np.ones(34, bool), one.starts))
     assert data_hash(one) == data_hash(ones)
+
+
+def test_the_hash_is_that_of_earlier_runs():
+    in_loss = (IDS % 3 > 0).astype(np.uint8)
+    assert data_hash(joined_stream(in_loss)) == "90368b6cc22c125010d344b9df1de346"
 
 
 @pytest.mark.parametrize("chunk", [7, 1 << 20])

@@ -13,6 +13,7 @@ from random_checkpoints import random_params
 from small_vocabularies import DIGITS, WORDS, byte_level_bpe, sentence_pieces
 
 from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.evaluation import scoring
 from rwkv7_jax.evaluation.scoring import (
     frequency_nats,
     score,
@@ -71,6 +72,12 @@ def test_losses_by_position_add_up_to_the_total(result):
     assert total == pytest.approx(result.bits_per_byte * 249, rel=1e-5)
 
 
+def test_a_range_of_positions_may_end_with_the_window(params, batch, monkeypatch):
+    monkeypatch.setattr(scoring, "POSITIONS", (0, 50, 100))
+    whole = score(MODEL, params, init_state(CONFIG), batch, Tokenizer.bytes())
+    assert whole.by_position == ((0, 50, whole.bits_per_byte),)
+
+
 def test_masked_targets_do_not_count(params, batch, result):
     mask = batch["mask"].copy()
     mask[:, 32:] = 0
@@ -78,6 +85,9 @@ def test_masked_targets_do_not_count(params, batch, result):
         MODEL, params, init_state(CONFIG), batch | {"mask": mask}, Tokenizer.bytes()
     )
     assert half.bits_per_byte == pytest.approx(result.by_position[0][2], rel=1e-6)
+    assert half.tokens == 160
+    bits_per_token = half.bits_per_byte * 159 / 160
+    assert half.perplexity == pytest.approx(2**bits_per_token, rel=1e-4)
 
 
 def test_the_standard_error_is_that_of_a_ratio_of_sums(params, batch):
@@ -146,12 +156,13 @@ def test_accuracy_counts_correct_argmax_at_scored_positions(params, batch, likel
     # The last input is never read, so its targets can be made right without changing what is read.
     mask[:4, 49] = 1
     tokens = batch["tokens"].copy()
-    tokens[[0, 3], 50] = ids[[0, 3], 49]
+    tokens[[0, 2, 3], 50] = ids[[0, 2, 3], 49]
     right = (ids == tokens[:, 1:]) & (mask > 0)
     got = score_answers(
         MODEL, params, init_state(CONFIG), {"tokens": tokens, "mask": mask}, rows=2
     )
-    assert right.sum() >= 2
+    # One row is right wherever it is scored: at its last target.
+    assert right.sum() >= 3 and mask[2].sum() == 1
     assert got.accuracy == pytest.approx(right.sum() / 9)
     assert got.by_row.weights.tolist() == mask.sum(1)[:4].tolist()
     assert got.by_row.value == pytest.approx(got.accuracy)

@@ -140,6 +140,14 @@ def test_penalties_and_bans_match_the_official_loop(params):
     assert out.tokens[0] == drawn and len(set(drawn)) > 8
 
 
+def test_ids_of_the_prompt_are_not_penalized(params):
+    choices = {"temperature": 0, "tokens": 1}
+    plain = run(params, PROMPTS[0], **choices)
+    # A negative penalty favours whatever counts as generated.
+    favoured = run(params, PROMPTS[0], **choices, presence_penalty=-1e6)
+    assert favoured.tokens == plain.tokens
+
+
 def test_the_same_key_gives_the_same_tokens_and_another_gives_others(params):
     first, again, other = (
         run(params, PROMPTS[0], key=jax.random.key(i)) for i in (1, 1, 2)
@@ -282,7 +290,9 @@ def test_a_token_cut_by_a_stop_string_is_replaced_by_its_remaining_bytes(
     assert_close(out.state, state_after(params, PROMPTS[0] + out.tokens[0])[0])
 
 
-def test_each_row_stops_at_its_own_stop_string(params):
+# In a block before that of the other row's, or in the same one but begun in the block before.
+@pytest.mark.parametrize("first, last", [(3, 5), (5, 10)])
+def test_each_row_stops_at_its_own_stop_string(params, first, last):
     choices = {
         "tokens": 12,
         "key": jax.random.key(5),
@@ -291,7 +301,7 @@ def test_each_row_stops_at_its_own_stop_string(params):
     }
     free = run(params, PROMPTS, stop_strings=["never"], **choices).texts
     pieces = ["", "", ""]
-    stops = [free[0][3:5], free[1][9:11]]
+    stops = [free[0][first:last], free[1][9:11]]
 
     def collect(piece, row):
         pieces[row] += piece

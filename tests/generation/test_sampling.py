@@ -99,6 +99,13 @@ def test_top_p_uses_the_probabilities_at_temperature_one():
         np.testing.assert_array_equal(kept, [[True, True, False]])
 
 
+def test_top_p_that_is_reached_exactly_needs_no_further_token_unless_it_is_1():
+    mask = jax.jit(sampling._top_p_mask)
+    kept = mask(jnp.array([[0.5, 0.25, 0.125, 0.125]]), 0.75)
+    np.testing.assert_array_equal(kept, [[True, True, False, False]])
+    assert mask(jnp.array([[1.0, 1e-18, 0.0, 0.0]]), 1.0).all()
+
+
 def test_top_p_0_keeps_the_most_probable_token():
     logits = random_logits(rows=5)
     kept = probabilities(logits, temperature=1.0, top_p=0.0) > 0

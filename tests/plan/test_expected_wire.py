@@ -1,5 +1,7 @@
 """The bytes that a step sends, computed from the sharding of the weights."""
 
+import functools
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec
@@ -14,8 +16,13 @@ CONFIG = RWKV7Config(vocab_size=512, num_layers=3, width=128)
 TOKENS = 64
 
 
+@functools.cache
+def weights_of(dtype):
+    return describe_weights(CONFIG, dtype, None)
+
+
 def sent(sizes, dtype="bfloat16", *, trained=False, tokens=TOKENS, recomputed=False):
-    weights = describe_weights(CONFIG, dtype, None)
+    weights = weights_of(dtype)
     state = {"wkv": jax.ShapeDtypeStruct((3, 1, 2, 64, 64), "float32")}
     return expected_wire_bytes(
         weights,
@@ -29,7 +36,7 @@ def sent(sizes, dtype="bfloat16", *, trained=False, tokens=TOKENS, recomputed=Fa
 
 def gathered_bytes(sizes):
     """Return the bfloat16 bytes of the sharded matrices that are gathered twice, and once."""
-    weights = describe_weights(CONFIG, "bfloat16", None)
+    weights = weights_of("bfloat16")
     pairs = zip(
         jax.tree.leaves(weights),
         jax.tree.leaves(
@@ -76,6 +83,22 @@ def test_training_adds_one_reduce_scatter_at_the_compute_dtype():
     # These alone are as wide as the weights.
     narrow = sent(sizes, trained=True, tokens=0)
     assert narrow == pytest.approx(trained - small / 2)
+    # Rows of the embedding go to their readers, and their gradients come back.
+    rows = wire_bytes("all-to-all", 4, TOKENS * 128 * 2)
+    assert sent(sizes, trained=True) == pytest.approx(narrow + 2 * rows)
+
+
+def test_groups_of_devices_average_the_gradients_of_their_shards():
+    one = {"data": 1, "fsdp": 4}
+    two = {"data": 2, "fsdp": 4}
+    weights = weights_of("bfloat16")
+    in_shards = sum(gathered_bytes(one)) + 2 * weights["emb"]["weight"].size
+    whole = sum(2 * leaf.size for leaf in jax.tree.leaves(weights)) - in_shards
+    # All eight devices average what is not sharded, no longer four.
+    further = wire_bytes("all-reduce", 8, whole) - wire_bytes("all-reduce", 4, whole)
+    averaged = wire_bytes("all-reduce", 2, in_shards // 4)
+    added = sent(two, trained=True, tokens=0) - sent(one, trained=True, tokens=0)
+    assert added == pytest.approx(averaged + further)
 
 
 def test_tensor_parallelism_sends_activations_instead_of_weights():
@@ -87,6 +110,9 @@ def test_tensor_parallelism_sends_activations_instead_of_weights():
     assert sent(sizes) == pytest.approx(3 * 4 * summed + back)
     assert sent(sizes, recomputed=True) == pytest.approx(3 * 5 * summed + back)
     assert sent(sizes, tokens=0) == 0
+    # Two groups average the gradients of the states' halves.
+    halves = wire_bytes("all-reduce", 2, 4 * 3 * 2 * 64 * 64 // 2)
+    assert sent({"data": 2, "tensor": 2}, tokens=0) == halves
 
 
 def test_data_parallel_traffic_barely_depends_on_the_group_count():

@@ -39,10 +39,14 @@ def test_an_answer_of_any_length_is_not_prefilled_again(engine, tokens):
     assert (said.ended, len(said.tokens)) == ("length", tokens)
     more = dataclasses.replace(first, prompt=(*first.prompt, *said.tokens, 33))
     assert answer(engine, more).cached_tokens == len(more.prompt) - 1
+    # The state after all of a prompt is cached now, but its last token gives the logits.
+    same = dataclasses.replace(first, prompt=more.prompt[:-1])
+    assert answer(engine, same).cached_tokens < len(same.prompt)
 
 
 def test_a_common_prefix_is_prefilled_at_most_twice(params, engine):
-    system = tuple(range(1, 120))
+    # The fewest shared tokens for which a state is kept.
+    system = tuple(range(1, 33))
     asked = [
         Request((*system, 200 + number, 130, 131), tokens=5, temperature=0.0)
         for number in range(4)
@@ -58,7 +62,8 @@ def test_the_cache_evicts_the_least_recently_used_entry():
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     # Two states with a few ids each.
     cache = PrefixCache(2 * size + 30)
-    for tokens in ((1,), (1, 2)):
+    # The same ids once more take no more memory.
+    for tokens in ((1,), (1, 2), (1, 2)):
         cache.keep(0, tokens, state)
     assert cache.find(0, (1, 9)).length == 1
     cache.keep(7, (1, 2, 3), state)
@@ -71,6 +76,9 @@ def test_the_cache_evicts_the_least_recently_used_entry():
     assert cache.find(7, (1, 2, 3, 4)).length == 0
     cache.clear()
     assert cache.find(7, tuple(range(9))).shared == 0
+    full = PrefixCache(size + 4)
+    full.keep(0, (1,), state)
+    assert full.find(0, (1, 2)).length == 1
     nothing = PrefixCache(0)
     nothing.keep(0, (1,), state)
     assert nothing.find(0, (1, 2)).state is None

@@ -26,7 +26,13 @@ from rwkv7_jax.test_time.expert_iteration import ExpertBatches, expert_iteration
 from rwkv7_jax.test_time.grpo import PolicyBatches, grpo
 from rwkv7_jax.test_time.questions import QuestionSet
 from rwkv7_jax.test_time.rollouts import RolloutSampler
-from rwkv7_jax.test_time.traces import Trace, completion_rows, read_traces, write_traces
+from rwkv7_jax.test_time.traces import (
+    Trace,
+    completion_rows,
+    read_traces,
+    trace_batch,
+    write_traces,
+)
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.text.vocabularies import load_vocabulary
 
@@ -248,6 +254,14 @@ def test_a_threshold_replays_each_approved_completion_once(params, unchecked):
         low_ids(trace.prompt, trace.completion) >= 0.3 for trace in source.traces
     )
     assert {trace.weight for trace in source.traces} == {1.0}
+    # The last of two batches of round 2, in the order of that round.
+    again = source.batch(state, 5)
+    rows = trace_batch(source.traces, 1, batch_size=3, length=16, seed=2)
+    np.testing.assert_array_equal(again.tokens, rows.tokens)
+    # Rows of an earlier round still fit after one with shorter prompts.
+    drawn = sampler(params).draw(state, prompts_at(0), jax.random.key(7))
+    source._keep(dataclasses.replace(drawn, mask=drawn.mask[:, :9]), np.zeros(8))
+    assert source.batch(state, 5).tokens.shape == (3, 17)
 
 
 def test_a_replay_source_cannot_start_inside_a_round(params):

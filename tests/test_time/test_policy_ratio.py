@@ -122,6 +122,12 @@ def test_a_ratio_of_one_gives_the_log_p_gradient_bit_exactly():
     assert not np.any(clipped)
 
 
+def test_a_row_without_an_advantage_is_never_clipped():
+    log_ratio = jnp.array([[-9.0, 9.0]])
+    _, clipped = _clipped_ratio(log_ratio, jnp.zeros((1, 1)), _log_bounds(LOW, HIGH))
+    assert not np.any(clipped)
+
+
 def test_unit_importance_weights_change_nothing_bit_exactly(params, batch):
     state = random_state(CONFIG, seed=5)
     loss = policy_loss(MODEL, params, temperature=TEMPERATURE)
@@ -162,12 +168,12 @@ def test_an_overflowing_ratio_is_clipped_at_the_bound(params, gradient, batch):
 PROMPTS = [[1, 2], [3, 4, 5]]
 
 
-def source_of(params, model=MODEL, **choices):
+def source_of(params, model=MODEL, *, reward=sevens, **choices):
     sampler = RolloutSampler(
         model, params, group=4, tokens=6, temperature=TEMPERATURE, stop_ids=(4,)
     )
     return PolicyBatches(
-        sampler, lambda step: PROMPTS, sevens, key=jax.random.key(4), **choices
+        sampler, lambda step: PROMPTS, reward, key=jax.random.key(4), **choices
     )
 
 
@@ -180,6 +186,20 @@ def test_a_batch_for_several_updates_has_the_sampling_log_probabilities(params):
     plain = source_of(params).batch(state, 3)
     assert plain.old_logp is None and plain.importance is None
     np.testing.assert_array_equal(plain.tokens, made.tokens)
+
+
+def test_uniform_groups_are_sampled_again_with_other_keys(params, monkeypatch):
+    keys = []
+    draw = RolloutSampler.draw
+
+    def noting_the_key(sampler, state, prompts, key):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return draw(sampler, state, prompts, key)
+
+    monkeypatch.setattr(RolloutSampler, "draw", noting_the_key)
+    source = source_of(params, reward=lambda prompt, completion: 1.0, redraws=2)
+    assert source.batch(random_state(CONFIG, seed=2), 3) is None
+    assert len(keys) == len(set(keys)) == 3
 
 
 def test_importance_weights_are_capped_ratios_of_training_to_sampling(params):

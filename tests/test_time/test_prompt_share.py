@@ -103,6 +103,15 @@ def test_all_processes_together_match_a_single_process(params, make, together):
             assert_close(joined, values, SAME["model"])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_every_prompt_belongs_to_one_process(count):
+    for prompts in range(9):
+        found = []
+        for index in range(count):
+            found += range(prompts)[PromptShare(index, count).judged(prompts)]
+        assert found == list(range(prompts))
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_each_prompt_is_judged_by_one_process(params, together):
     judged = []

@@ -21,7 +21,13 @@ from rwkv7_jax.test_time.rewarded_rollouts import make_policy_batch
 from rwkv7_jax.test_time.rewards import advantages
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.traces import TokenBudget, Trace
-from rwkv7_jax.test_time.tuning_loop import StateBatchSource, start_tuning
+from rwkv7_jax.test_time.tuning_loop import (
+    RewardTarget,
+    StateBatchSource,
+    TuningLoop,
+    start_tuning,
+)
+from rwkv7_jax.training.train_step import TrainState
 from rwkv7_jax.tuning.read_statistics import state_statistics
 from rwkv7_jax.tuning.state_tuning import trainable_mask
 from rwkv7_jax.tuning.upscaling import upscale
@@ -74,6 +80,12 @@ def test_a_completion_ends_with_the_sampled_stop_id(params, endless):
     ]
     assert stopped == [c[:end] for c, end in zip(endless.completions, cut, strict=True)]
     assert len({c[-1] for c in stopped} & set(stops)) > 1
+
+
+def test_a_completion_is_cut_at_the_token_limit_unless_a_stop_id_is_there(params):
+    sampler = RolloutSampler(MODEL, params, group=GROUP, tokens=3, stop_ids=(4,))
+    assert sampler.is_cut((1, 2, 3))
+    assert not sampler.is_cut((1, 2, 4)) and not sampler.is_cut((1, 4))
 
 
 def test_rows_match_the_rollouts_and_each_prompt_counts_once(params):
@@ -191,7 +203,7 @@ def test_a_step_depends_only_on_key_step_and_state(params, improved):
 def test_a_source_of_your_own_may_give_dicts(params):
     rows = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
     fields = {"tokens": rows, "mask": np.ones((2, 3), np.float32), "anchor": rows[:1]}
-    loss = distillation_loss(MODEL, params, anchor=1.0)
+    loss = distillation_loss(MODEL, params, imitation=0.5, anchor=1.0)
 
     class Source(StateBatchSource):
         def __init__(self, make):
@@ -214,7 +226,23 @@ def test_a_source_of_your_own_may_give_dicts(params):
         )
         found.append(loop.run(Source(make), 1))
     assert found[0].history == found[1].history
+    (entry,) = found[0].history
+    # The start state is the base, from which it is no distance.
+    assert entry["loss"] == pytest.approx(0.5 * entry["loss_nats"], rel=1e-5)
+    # Adam with b1 0.9 and b2 0.99 averages a tenth of g, and a hundredth of g x g.
+    adam = loop._train.opt_state[0]
+    np.testing.assert_allclose(adam.nu.wkv, np.square(adam.mu.wkv), rtol=1e-4)
     assert found[0].budget == found[1].budget == TokenBudget(gradient_tokens=6 + 3)
+
+
+def test_without_held_out_prompts_a_full_window_of_recent_rewards_decides():
+    loop = TuningLoop(print, TrainState.create(init_state(CONFIG), optax.identity()))
+    target = RewardTarget(None, 2, 0.5)
+    reached = []
+    for reward in (1.0, 0.0, 0.25, 0.75):
+        loop.history.append({"reward": reward})
+        reached.append(target.reached(loop, {}, last=False))
+    assert reached == [False, True, False, True]
 
 
 def test_uniform_groups_skip_the_update(params):

@@ -1,5 +1,6 @@
 """Answers in completions, and advantages from rewards."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -275,8 +276,11 @@ def test_the_average_sets_the_weight_of_long_completions():
 def test_uniform_groups_are_replaced_and_both_draws_are_counted():
     first = drawn([2, 2, 3, 1], first=1)
     second = drawn([4, 1, 2, 2], first=2)
+    first = dataclasses.replace(first, logps=-first.mask)
+    second = dataclasses.replace(second, logps=-second.mask)
     mixed = replace_groups(first, second, np.array([True, False]), group=2)
     assert [len(row) for row in mixed.completions] == [4, 1, 3, 1]
     assert mixed.tokens[:, 0].tolist() == [2, 2, 1, 1]
     assert mixed.mask.sum(axis=1).tolist() == [4, 1, 3, 1]
+    np.testing.assert_array_equal(mixed.logps, -mixed.mask)
     assert mixed.budget.rollout_tokens == 17

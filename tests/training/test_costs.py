@@ -134,6 +134,20 @@ def test_training_a_large_model_takes_six_operations_per_weight():
     assert found.forward < found.state < found.training
 
 
+def test_the_first_layer_has_no_value_residual_and_needs_no_gradient_of_its_inputs():
+    def added(name):
+        """Returns how often one more rank's pair of vectors is multiplied."""
+        wider = dataclasses.replace(CONFIG, **{name: getattr(CONFIG, name) + 1})
+        pair = 2 * 2 * CONFIG.width
+        before = dataclasses.astuple(flops_per_token(CONFIG))
+        after = dataclasses.astuple(flops_per_token(wider))
+        return [(b - a) / pair for a, b in zip(before, after, strict=True)]
+
+    # Of two layers: forward; with gradients of inputs and weights; with those of inputs.
+    assert added("decay_rank") == [2, 6, 3]
+    assert added("value_rank") == [1, 3, 2]
+
+
 def test_moments_and_gradients_exist_for_trained_parameters_only():
     memory = training_memory(CONFIG, batch=4, length=64, accumulate=2)
     weights = 4 * parameter_count(CONFIG)
@@ -143,6 +157,17 @@ def test_moments_and_gradients_exist_for_trained_parameters_only():
     assert tuned.parameters == weights // 2 + tuned.gradients
     assert tuned.gradients == 4 * state_count(CONFIG)
     assert tuned.total == sum(dataclasses.astuple(tuned))
+
+
+def test_gathered_weights_have_gathered_gradients_if_they_are_trained():
+    def gathered(trained):
+        whole, halved = (
+            training_memory(CONFIG, batch=4, length=64, trained=trained, shards=shards)
+            for shards in (1, 2)
+        )
+        return halved.activations - whole.activations
+
+    assert gathered("weights") == 2 * gathered("state") > 0
 
 
 def test_logits_exist_for_one_chunk_of_tokens():

@@ -1,6 +1,7 @@
 """A weighted loss after the head, whose gradients come from the forward pass."""
 
 import dataclasses
+import itertools
 import re
 from typing import Any
 
@@ -11,7 +12,13 @@ import pytest
 from tolerances import assert_close, assert_trees_close
 
 from rwkv7_jax.model.int8_weights import quantize_rows
-from rwkv7_jax.training.head_loss import TermWeights, token_statistics, weighted_loss
+from rwkv7_jax.training.head_loss import (
+    TermWeights,
+    _cross_entropy,
+    token_statistics,
+    weighted_loss,
+)
+from rwkv7_jax.training.token_chunks import Cut
 
 BATCH, LENGTH, WIDTH, VOCAB, CHUNK = 3, 11, 8, 37, 8
 MIB = 2**20
@@ -131,6 +138,13 @@ def test_the_cut_between_positions_does_not_matter(chunk):
         results.append(jax.jit(jax.value_and_grad(loss))(moving))
     assert_close(results[0][0], results[1][0], 1e-6, "loss")
     assert_trees_close(results[0][1], results[1][1], 1e-6)
+
+
+def test_every_position_is_in_a_chunk_of_at_most_its_size():
+    for rows, tokens, chunk in itertools.product(range(1, 8), range(1, 8), range(1, 9)):
+        cut = Cut.of(rows, tokens, chunk)
+        assert cut.rows * cut.tokens <= chunk
+        assert cut.groups * cut.rows >= rows and cut.spans * cut.tokens >= tokens
 
 
 def test_rows_are_independent():
@@ -315,6 +329,12 @@ def test_a_target_out_of_range_makes_its_loss_nan(outside):
     expected = loss(ignored)
     found = loss({**ignored, "targets": spoilt["targets"]})
     assert float(found) == float(expected)
+
+
+def test_a_nearly_right_prediction_still_has_a_gradient():
+    # In float32 30 + log(1 + exp(-14)) is 30, so the target's softmax must not be made of it.
+    slope = jax.jit(jax.grad(_cross_entropy))(jnp.array([30.0, 16.0]), jnp.array(0))
+    assert float(slope[0]) == pytest.approx(-np.exp(-14.0), rel=0.1)
 
 
 def test_the_first_of_equal_logits_is_the_prediction():

@@ -13,7 +13,12 @@ from tolerances import SAME, assert_close, assert_trees_close
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.training.head_loss import token_statistics
-from rwkv7_jax.training.losses import loss_weights, next_token_loss, pretrain_loss
+from rwkv7_jax.training.losses import (
+    loss_weights,
+    next_token_loss,
+    pretrain_loss,
+    shares_of_known_ids,
+)
 
 BATCH, LENGTH, WIDTH, VOCAB, CHUNK = 2, 21, 8, 37, 4
 _NOISE = np.random.default_rng(0)
@@ -137,11 +142,19 @@ def test_a_target_is_correct_where_its_logit_is_the_largest():
 def test_weights_are_the_normalized_mask_unless_the_batch_has_its_own():
     batch = {"tokens": IDS, "mask": MASK}
     assert_close(loss_weights(batch), np.asarray(MASK) / 4, SAME["op"])
+    # A mask of fractions may sum to less than 1.
+    fractions = batch | {"mask": 0.125 * MASK}
+    assert_close(loss_weights(fractions), np.asarray(MASK) / 4, SAME["op"])
     own = jnp.full((2, 5), 0.25)
     np.testing.assert_array_equal(loss_weights(batch | {"weights": own}), own)
     np.testing.assert_array_equal(
         loss_weights(batch | {"mask": 0 * MASK}), np.zeros((2, 5))
     )
+
+
+def test_a_target_that_is_no_id_has_no_share():
+    shares = shares_of_known_ids(jnp.ones((1, 2)), np.array([[1, 2, 9]]), 9)
+    np.testing.assert_array_equal(shares, [[1, np.nan]])
 
 
 @functools.partial(jax.jit, static_argnums=2)

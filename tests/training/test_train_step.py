@@ -16,6 +16,7 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.optim.decorrelation import decorrelate
+from rwkv7_jax.training.gradients import with_shares
 from rwkv7_jax.training.losses import pretrain_loss
 from rwkv7_jax.training.train_step import TrainState, make_eval_step, make_train_step
 from rwkv7_jax.tuning.state_tuning import state_loss
@@ -238,6 +239,28 @@ def test_a_non_finite_update_changes_no_bit(bad):
     assert not np.isfinite(metrics["loss"])
     train, _ = run(train, small(1.0))
     assert not np.array_equal(train.params["x"], before[0]["x"])
+
+
+def test_a_non_finite_loss_gradient_or_update_alone_skips_the_update():
+    # The gradient of a root is infinite at 0, and 2 at 1/16, where the update divides by 0.
+    tx = optax.stateless_with_tree_map(lambda gradient, _: 1 / (gradient - 2))
+
+    def root(params, batch):
+        inside, added = batch["tokens"][0]
+        return jnp.sqrt(params["x"] + inside) + added
+
+    run = make_train_step(root, tx)
+    skipped = []
+    for numbers in ((1.0, jnp.nan), (0.0, 0.0), (1 / 16, 0.0), (1.0, 0.0)):
+        batch = {"tokens": jnp.array([numbers]), "mask": jnp.ones((1, 1))}
+        train, _ = run(TrainState.create({"x": jnp.zeros(())}, tx), batch)
+        skipped.append(int(train.skipped))
+    assert skipped == [1, 1, 1, 0]
+
+
+def test_a_batch_whose_own_weights_are_all_0_has_no_finite_share():
+    batch = with_shares(BATCH | {"weights": jnp.zeros((4, 6))}, 1)
+    assert np.isnan(batch["weights"]).all()
 
 
 def test_one_non_finite_microbatch_skips_the_update():
