@@ -14,6 +14,7 @@ from rwkv7_jax.runs.resume.run_identity import (
     CONTENT,
     Identity,
     all_settings,
+    content_digests,
     path_settings,
     without_paths,
 )
@@ -48,10 +49,14 @@ def require_same_command(group: ProcessGroup, settings: Settings) -> None:
         described[f"`config.{name}`"] = text
     for name, text in path_settings(named).items():
         described[f"the file of `config.{name}`"] = _presence(text)
+    # Evaluations read it, and a run that stops early must stop everywhere.
+    retention = content_digests({"retention": settings.evaluation.retention})
+    for name, digest in retention.items():
+        described[f"the digest of {name}"] = digest
     for name, version in versions(_PACKAGES).items():
         described[f"the version of {name}"] = version
     described["the code of rwkv7_jax"] = _code_digest()
-    _require_same(group, described)
+    require_same(group, described)
 
 
 def require_same_inputs(group: ProcessGroup, identity: Identity) -> None:
@@ -72,11 +77,19 @@ def require_same_inputs(group: ProcessGroup, identity: Identity) -> None:
             described[f"the digest of {name}"] = digest
     for name, text in identity["model"].items():
         described[f"`{name}` of the model"] = text
-    _require_same(group, described)
+    require_same(group, described)
 
 
-def _require_same(group: ProcessGroup, described: Mapping[str, str]) -> None:
-    """Checks that all processes describe themselves in the same way."""
+def require_same(group: ProcessGroup, described: Mapping[str, str]) -> None:
+    """Checks that all processes describe themselves in the same way.
+
+    Args:
+        group: the processes of the run.
+        described: what this process has, by the names in the message.
+
+    Raises:
+        ValueError: the processes differ; all of them raise it.
+    """
     first, *others = group.allgather(described)
     for index, other in enumerate(others, 1):
         for name in {**first, **other}:

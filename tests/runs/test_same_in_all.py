@@ -2,16 +2,20 @@
 
 import dataclasses
 import threading
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from processes_as_threads import run_as_processes
 from smallest_runs import mode_settings, save_base_model
 
 from rwkv7_jax.runs import same_in_all, training_run
+from rwkv7_jax.runs.resume import first_state
 from rwkv7_jax.runs.run_directory import NullRunDirectory
 from rwkv7_jax.runs.same_in_all import require_same_command, require_same_inputs
 
 BEGINNING = "all processes of a run must have the same settings, files and versions: "
+LOCK = threading.Lock()
 IDENTITY = {
     "settings": {},
     "model": {"width": "16"},
@@ -85,6 +89,48 @@ def test_a_file_may_have_another_path_in_each_process_but_may_not_be_missing(
     assert message == (
         "the file of `config.data.path` is present in process 0, and absent in process 2."
     )
+
+
+def test_texts_of_evaluations_may_not_differ_either(base, tmp_path, monkeypatch):
+    path = tmp_path / "general.txt"
+    settings = mode_settings("state", base, evaluation__retention=str(path))
+    read = same_in_all.content_digests
+    own = threading.local()
+
+    def digests(paths):
+        with LOCK:
+            write_text(path, own.word)
+            return read(paths)
+
+    def call(member, word):
+        own.word = word
+        require_same_command(member, settings)
+
+    # One path on two machines.
+    path.touch()
+    monkeypatch.setattr(same_in_all, "content_digests", digests)
+    assert ends(call, "cat", "cat") == [None, None]
+    assert rejected(ends(call, "cat", "dog")).startswith("the digest of retention")
+
+
+def test_processes_that_share_weights_may_not_start_from_different_ones(
+    tmp_path, monkeypatch
+):
+    own = threading.local()
+    monkeypatch.setattr(first_state, "group_of_run", lambda: own.member)
+    monkeypatch.setattr(first_state.sharding, "is_shared", lambda mesh: True)
+    folder = SimpleNamespace(
+        share_checkpoints=lambda: None,
+        restore=lambda abstract, identity, init: (init(), None),
+    )
+
+    def call(member, scale):
+        own.member = member
+        state = {"norm": np.full(3, scale, np.float32)}
+        first_state._restore_in_all(folder, None, {}, lambda: state, None)
+
+    assert ends(call, 1.0, 1.0) == [None, None]
+    assert rejected(ends(call, 1.0, 2.0)).startswith("the digest of the first state is")
 
 
 def test_other_code_or_versions_are_rejected(base, monkeypatch):

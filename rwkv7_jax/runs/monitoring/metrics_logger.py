@@ -240,7 +240,7 @@ class MetricsLogger:
             raise NotFinite(
                 f"{self.progress.bad} consecutive updates up to step {number} had a non-finite "
                 f"loss or gradient (loss {loss}, gradient norm {grad_norm}) and were skipped. "
-                f"Their batches are in {self._directory.path / 'bad_batches.jsonl'}."
+                f"Their batches are in {self._directory.workdir / 'bad_batches.jsonl'}."
             )
 
     def _write(self, step: _Step) -> None:
