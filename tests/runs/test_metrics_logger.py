@@ -84,9 +84,22 @@ def test_a_run_that_gives_up_names_the_batches_where_process_0_keeps_them(tmp_pa
         logger.drain()
 
 
-def _take(logger: MetricsLogger, number: int, *, updated: float = 1.0) -> None:
-    loss = jnp.float32(1)
-    metrics = {"loss": loss, "grad_norm": loss, "updated": np.float32(updated)}
+def test_a_large_state_is_a_warning_of_the_run(tmp_path):
+    logger, _ = _logger(4, 1)
+    said = []
+    logger._directory.warn = said.append
+    _take(logger, 1, state_max=1e6)
+    _take(logger, 2, state_max=1e6)
+    logger.drain()
+    assert len(said) == 1 and said[0].startswith("the largest entry of the state is")
+
+
+def _take(
+    logger: MetricsLogger, number: int, *, updated: float = 1.0, state_max: float = 1.0
+) -> None:
+    one = jnp.float32(1)
+    metrics = {"loss": one, "grad_norm": one, "updated": np.float32(updated)}
+    metrics["state_max"] = np.float32(state_max)
     tokens = np.zeros((1, _TOKENS + 1), np.int32)
     logger.before_step(number, _SCHEDULE)
     logger.log_step(number, metrics, Batch(tokens=tokens))
