@@ -37,7 +37,7 @@ from rwkv7_jax.runs import (
 from rwkv7_jax.runs.after_step import evaluate_and_save
 from rwkv7_jax.runs.devices import check_devices
 from rwkv7_jax.runs.early_stopping import Progress
-from rwkv7_jax.runs.exit_codes import Stopped, check_stopped_code, warn
+from rwkv7_jax.runs.exit_codes import Stopped, check_stopped_code
 from rwkv7_jax.runs.modes.rate_stack import SEARCH_FOLDER, RateStackMode
 from rwkv7_jax.runs.monitoring.memory_advice import explain_out_of_memory
 from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
@@ -103,7 +103,7 @@ def train_steps(
     )
     profile = ProfileWindow(settings.profile_window, folder.path / "profile")
     if first > settings.steps:
-        warn(
+        folder.warn(
             f"the run already has {first} steps, more than `config.steps` ({settings.steps}); "
             "it trains nothing and keeps its checkpoints"
         )

@@ -24,6 +24,7 @@ from rwkv7_jax.runs.run_directory import (
     OwnedRunDirectory,
     RunDirectory,
 )
+from rwkv7_jax.runs.same_in_all import require_same_command
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.runs.waiting import report_wait
 
@@ -127,10 +128,13 @@ def open_run_directory(
     """Opens the run directory in process 0; the others get a null directory and a silent stdout.
 
     Raises:
+        ValueError: the processes differ in their settings, files or versions.
         ValueError, ImportError, DiskError: in process 0, as `OwnedRunDirectory`.
         EndedElsewhere: in the others, if process 0 fails.
     """
     group = group_of_run()
+    # Before process 0 creates the directory or writes to it.
+    require_same_command(group, settings)
     with contextlib.ExitStack() as stack:
 
         def open_owned() -> RunDirectory | None:

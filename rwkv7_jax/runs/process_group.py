@@ -19,6 +19,9 @@ from rwkv7_jax.sharding import is_shared
 
 _Result = TypeVar("_Result")
 
+# The attribute of an error that all processes know already.
+_EXCHANGED = "exchanged_by_processes"
+
 
 def is_single_process() -> bool:
     """Returns whether this process has not joined a distributed run."""
@@ -80,7 +83,7 @@ class ProcessGroup:
 
         Args:
             call: the function. If it synchronises with other processes, it must do so even when it
-                fails.
+                fails, or only through this method.
             expected: a class of errors that the other processes raise too, with the same text.
 
         Returns:
@@ -149,6 +152,9 @@ class AllProcesses(ProcessGroup):
             result = call()
         # Any error, because the others wait for an answer.
         except Exception as caught:
+            if getattr(caught, _EXCHANGED, False):
+                # By a call inside this one: all processes end here.
+                raise
             error = caught
         is_expected = expected is not None and isinstance(error, expected)
         code = None if error is None or is_expected else exit_code(error) or 1
@@ -158,10 +164,10 @@ class AllProcesses(ProcessGroup):
         # Errors that end the run come first: the caller may handle an expected one and continue.
         for one in answers:
             if one["code"] is not None:
-                raise own or EndedElsewhere(one["error"], one["code"])
+                raise _exchanged(own or EndedElsewhere(one["error"], one["code"]))
         for one in answers:
             if one["expected"] and expected is not None:
-                raise error or expected(one["error"])
+                raise _exchanged(error or expected(one["error"]))
         return cast(_Result, result)
 
     def allgather(self, value: Any) -> list[Any]:
@@ -182,6 +188,12 @@ class AllProcesses(ProcessGroup):
         if not self.is_primary:
             raw = np.zeros(size, np.uint8)
         return _broadcast_array(raw).tobytes().decode()
+
+
+def _exchanged(error: Exception) -> Exception:
+    """Marks an error that all processes raise at the same place."""
+    setattr(error, _EXCHANGED, True)
+    return error
 
 
 def _broadcast_array(array: np.ndarray) -> np.ndarray:

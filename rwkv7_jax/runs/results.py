@@ -52,7 +52,7 @@ def _params_at(
         return folder.checkpoints.load(step, state, identity).params
     except NoValidCheckpoint as error:
         # After a long run the last parameters are better than none.
-        warn(f"{error}; the result is that of the last step, {last}")
+        folder.warn(f"{error}; the result is that of the last step, {last}")
         return state.params
 
 
@@ -227,4 +227,4 @@ def _write_result(
     try:
         draw(folder, mode, params)
     except OSError as error:
-        warn(f"the plot of the state cannot be written: {error}")
+        folder.warn(f"the plot of the state cannot be written: {error}")

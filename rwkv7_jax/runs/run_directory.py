@@ -124,6 +124,9 @@ class RunDirectory:
     ) -> None:
         """Records why an update was skipped, with the token ids of its batch."""
 
+    def warn(self, text: str) -> None:
+        """Prints a warning about the whole run, once for all processes."""
+
     def note_event(self, step: int, event: str, detail: str = "") -> None:
         """Records an event at a step: start, resume, skipped, stopped or finished."""
 
@@ -354,6 +357,10 @@ class OwnedRunDirectory(RunDirectory):
         seconds = round(time.monotonic() - self._began, 3)
         row = {"seconds": seconds, **numbers}
         self._try(JSONL, lambda: self._metrics.write(step, row))
+
+    def warn(self, text: str) -> None:
+        """Prints a warning about the whole run."""
+        warn(text)
 
     def note_event(self, step: int, event: str, detail: str = "") -> None:
         """Records an event at a step: start, resume, skipped, stopped or finished."""

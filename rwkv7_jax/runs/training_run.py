@@ -8,6 +8,7 @@ import jax
 from rwkv7_jax import sharding
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.registry import make_mesh_of, make_mode
+from rwkv7_jax.runs.process_group import ProcessGroup, group_of_run
 from rwkv7_jax.runs.resume.run_identity import (
     Identity,
     content_digests,
@@ -15,6 +16,7 @@ from rwkv7_jax.runs.resume.run_identity import (
     identity_of,
 )
 from rwkv7_jax.runs.run_directory import RunDirectory
+from rwkv7_jax.runs.same_in_all import require_same_inputs
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.train_step import TrainState
 
@@ -52,21 +54,37 @@ def set_up(folder: RunDirectory) -> TrainingRun:
         folder: of the run, with its settings.
 
     Raises:
-        ValueError: a setting does not fit the model, the data or the devices.
+        ValueError: a setting does not fit the model, the data or the devices, or the processes
+            read different models or data.
+        EndedElsewhere: another process failed to load them.
     """
     # Create the mesh first. If the rows do not divide among the devices, all processes then fail at
     # the same moment; a process that still loads its model would be aborted without a reason.
     settings = folder.settings
     mesh = make_mesh_of(settings)
     own = sharding.local_mesh(mesh)
-    with sharding.use_mesh(own):
-        mode = make_mode(settings, folder.path, own)
+    group = group_of_run()
+
+    def load() -> tuple[TrainingMode, Identity]:
+        with sharding.use_mesh(own):
+            mode = make_mode(settings, folder.path, own)
+        return mode, _identity_of(mode)
+
+    # Weights that processes share are read together: one that fails cannot tell the others.
+    loading = ProcessGroup() if sharding.is_shared(mesh) else group
+    mode, identity = loading.run_in_all(load)
+    require_same_inputs(group, identity)
+    return TrainingRun(mode=mode, identity=identity, mesh=mesh)
+
+
+def _identity_of(mode: TrainingMode) -> Identity:
+    """Returns the identity of the run of a mode that has loaded its model and data."""
+    settings = mode.settings
     named = {"evaluation": settings.data.evaluation, "start": settings.start}
-    identity = identity_of(
+    return identity_of(
         flat_settings(settings),
         mode.model.config,
         mode.tokenizer,
         frozen=mode.frozen,
         read={**mode.input_digests(), **content_digests(named)},
     )
-    return TrainingRun(mode=mode, identity=identity, mesh=mesh)

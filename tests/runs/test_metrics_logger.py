@@ -13,6 +13,7 @@ import pytest
 
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.runs.early_stopping import Progress
+from rwkv7_jax.runs.exit_codes import NotFinite
 from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.stacked_step import create_stack, make_stacked_step
@@ -48,10 +49,11 @@ def _logger(
     *,
     progress: Progress | None = None,
     rates: Callable[[Any], Any] = _half,
+    stop_after_bad: int = Settings.stop_after_bad,
 ) -> tuple[MetricsLogger, dict[int, Any]]:
     """Returns a logger, and the metrics that it logs by their step."""
     lines: dict[int, Any] = {}
-    settings = Settings(steps=steps, log_every=log_every)
+    settings = Settings(steps=steps, log_every=log_every, stop_after_bad=stop_after_bad)
     mode = SimpleNamespace(
         settings=settings,
         step_metrics=_named,
@@ -71,8 +73,33 @@ def _logger(
 _SCHEDULE = optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
 
-def _take(logger: MetricsLogger, number: int) -> None:
-    metrics = {"loss": jnp.float32(1), "updated": np.float32(1)}
+def test_a_run_that_gives_up_names_the_batches_where_process_0_keeps_them(tmp_path):
+    logger, _ = _logger(4, 1, stop_after_bad=2)
+    # Another process has a temporary folder as `path`.
+    logger._directory.workdir = tmp_path / "run"
+    logger._directory.path = tmp_path / "temporary"
+    _take(logger, 1, updated=0.0)
+    _take(logger, 2, updated=0.0)
+    with pytest.raises(NotFinite, match=f"are in {tmp_path}/run/bad_batches.jsonl"):
+        logger.drain()
+
+
+def test_a_large_state_is_a_warning_of_the_run(tmp_path):
+    logger, _ = _logger(4, 1)
+    said = []
+    logger._directory.warn = said.append
+    _take(logger, 1, state_max=1e6)
+    _take(logger, 2, state_max=1e6)
+    logger.drain()
+    assert len(said) == 1 and said[0].startswith("the largest entry of the state is")
+
+
+def _take(
+    logger: MetricsLogger, number: int, *, updated: float = 1.0, state_max: float = 1.0
+) -> None:
+    one = jnp.float32(1)
+    metrics = {"loss": one, "grad_norm": one, "updated": np.float32(updated)}
+    metrics["state_max"] = np.float32(state_max)
     tokens = np.zeros((1, _TOKENS + 1), np.int32)
     logger.before_step(number, _SCHEDULE)
     logger.log_step(number, metrics, Batch(tokens=tokens))

@@ -6,7 +6,7 @@ import pytest
 from rwkv7_jax.data.jsonl import read_log
 from rwkv7_jax.reports import metric_writers
 from rwkv7_jax.runs.exit_codes import DiskError
-from rwkv7_jax.runs.run_directory import OwnedRunDirectory
+from rwkv7_jax.runs.run_directory import NullRunDirectory, OwnedRunDirectory
 from rwkv7_jax.runs.settings import OptimizerSettings, Settings
 
 
@@ -77,3 +77,11 @@ def test_a_tracker_that_fails_costs_neither_the_run_nor_its_files(
     # Both locks are free again.
     with OwnedRunDirectory(tmp_path / "run", settings):
         assert "waiting" not in capfd.readouterr().out
+
+
+def test_only_process_0_prints_a_warning_about_the_whole_run(tmp_path, capsys):
+    with OwnedRunDirectory(tmp_path / "run", Settings()) as folder:
+        other = NullRunDirectory(tmp_path / "temporary", folder.path, Settings(), {})
+        for directory in (folder, other):
+            directory.warn("the state is large")
+    assert capsys.readouterr().err == "warning: the state is large\n"

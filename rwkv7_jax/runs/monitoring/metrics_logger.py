@@ -18,7 +18,7 @@ from rwkv7_jax.reports.goodput import COMPILING, PAUSES, STEPS
 from rwkv7_jax.reports.system_info import peak_memory
 from rwkv7_jax.runs.compilation_cache import CompileClock
 from rwkv7_jax.runs.early_stopping import Progress
-from rwkv7_jax.runs.exit_codes import NotFinite, warn
+from rwkv7_jax.runs.exit_codes import NotFinite
 from rwkv7_jax.runs.input_pipeline import BatchSource
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.scheduled_optimizer import RateAt, updates_made
@@ -232,7 +232,7 @@ class MetricsLogger:
         for name in self.progress.given_up(limit):
             if name in before.given_up(limit):
                 continue
-            warn(
+            self._directory.warn(
                 f"state {name} is given up at step {number}: {limit} consecutive updates were "
                 "non-finite; training continues with the other states"
             )
@@ -240,7 +240,7 @@ class MetricsLogger:
             raise NotFinite(
                 f"{self.progress.bad} consecutive updates up to step {number} had a non-finite "
                 f"loss or gradient (loss {loss}, gradient norm {grad_norm}) and were skipped. "
-                f"Their batches are in {self._directory.path / 'bad_batches.jsonl'}."
+                f"Their batches are in {self._directory.workdir / 'bad_batches.jsonl'}."
             )
 
     def _write(self, step: _Step) -> None:
@@ -336,7 +336,7 @@ class MetricsLogger:
         if self._warned or not largest > self._settings.tuning.warn_above:
             return
         self._warned = True
-        warn(
+        self._directory.warn(
             f"the largest entry of the state is {largest:.0f}; lower the learning rate, set "
             "config.tuning.alpha below 1 or add an anchor"
         )

@@ -15,6 +15,7 @@ from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.checksums import tree_checksum
 from rwkv7_jax.runs.resume.run_identity import Identity
 from rwkv7_jax.runs.run_directory import RunDirectory
+from rwkv7_jax.runs.same_in_all import require_same
 from rwkv7_jax.training.train_step import TrainState
 
 
@@ -40,7 +41,8 @@ def restore_or_init(
     Raises:
         NoValidCheckpoint: all checkpoints, including those set aside earlier, are damaged.
         ValueError: the checkpoints belong to another run, or arrays are sharded over processes
-            that do not all see the run directory and there is no backup.
+            that do not all see the run directory and there is no backup, or that read different
+            checkpoints.
         EndedElsewhere: another process raised one of these.
     """
 
@@ -89,10 +91,17 @@ def _restore_in_all(
     process 0 reads the state and broadcasts it to the others, which need not see the directory.
     Every process creates a new state itself; it is broadcast only if their checksums differ.
     """
+    group = group_of_run()
     if sharding.is_shared(mesh):
         folder.share_checkpoints()
-        return folder.restore(abstract, identity, init)
-    group = group_of_run()
+
+        def init_together() -> TrainState:
+            state = init()
+            # Another copy of a checkpoint shows in the leaves that are not sharded.
+            require_same(group, {"the digest of the first state": tree_checksum(state)})
+            return state
+
+        return folder.restore(abstract, identity, init_together)
     if group.size == 1:
         return folder.restore(abstract, identity, init)
     is_new = False

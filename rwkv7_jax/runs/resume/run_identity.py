@@ -108,6 +108,11 @@ def flat_settings(settings: Settings | Mapping[str, Any]) -> dict[str, str]:
     return shared
 
 
+def all_settings(settings: Settings) -> dict[str, str]:
+    """Returns all settings by dotted names, also those that may change on resume."""
+    return dict(_flatten(as_config(settings)))
+
+
 def _flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in fields.items():
         if isinstance(value, Mapping):
@@ -178,6 +183,12 @@ def without_paths(settings: Mapping[str, str]) -> dict[str, str]:
     return {
         name: text for name, text in settings.items() if _digest_of_path(name) is None
     }
+
+
+def path_settings(settings: Mapping[str, str]) -> dict[str, str]:
+    """Returns the settings that are paths."""
+    others = without_paths(settings)
+    return {name: text for name, text in settings.items() if name not in others}
 
 
 def require_same_identity(workdir: Path, was: Identity, now: Identity) -> None:
