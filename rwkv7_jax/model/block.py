@@ -22,7 +22,7 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.layer_states import LayerMemories
 from rwkv7_jax.model.recurrence import recurrence
 from rwkv7_jax.model.state import RWKV7State
-from rwkv7_jax.sharding import own_part, sum_over_heads
+from rwkv7_jax.sharding import own_shape, sum_over_heads
 
 # The vectors of the recurrence, which `method="trace"` returns for every block.
 RECURRENCE = (*WKVInputs._fields, "icl_rate")
@@ -66,7 +66,10 @@ def _weight(module: Any, name: str, draw: initial.Initial, layer) -> Any:
     path = "/".join((*module.path, name))
 
     def draw_part(*arguments):
-        return own_part(path, draw(*arguments))
+        whole = draw(*arguments)
+        shape = own_shape(path, whole.shape)
+        # New weights are drawn whole. Of a part, Flax reads only the shape, to compare it.
+        return whole if shape == whole.shape else jnp.empty(shape)
 
     return module.param(name, draw_part, layer, module.config)
 

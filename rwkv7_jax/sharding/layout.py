@@ -143,11 +143,7 @@ def specs(sizes: Mapping[str, int], tree: Any) -> Any:
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """Maps a tree of arrays, tracers or shapes to the sharding of each leaf."""
-    return jax.tree.map(
-        lambda one: NamedSharding(mesh, one),
-        specs(mesh.shape, tree),
-        is_leaf=lambda node: isinstance(node, PartitionSpec),
-    )
+    return jax.tree.map(lambda one: NamedSharding(mesh, one), specs(mesh.shape, tree))
 
 
 def is_abstract(tree: Any) -> bool:
