@@ -51,28 +51,23 @@ def expected_wire_bytes(
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
         name = path_name(path)
         axes = _axes_that_cut(name, leaf, sizes)
-        in_shards = FSDP in axes
+        if FSDP not in axes:
+            continue
+        if name.startswith("emb/"):
+            total += (1 + is_trained) * wire_bytes("all-to-all", parts, rows)
+            continue
         size = leaf.size * min(leaf.dtype.itemsize, jnp.dtype(dtype).itemsize)
         gathered = size // (sizes[TENSOR] if TENSOR in axes else 1)
-        if in_shards and name.startswith("emb/"):
-            total += (1 + is_trained) * wire_bytes("all-to-all", parts, rows)
-        elif in_shards:
-            times = 1 if name.startswith(("head/", "layer_0/")) else 2
-            total += times * wire_bytes("all-gather", parts, gathered)
-        if not is_trained:
-            continue
-        if in_shards and not name.startswith("emb/"):
+        times = 1 if name.startswith(("head/", "layer_0/")) else 2
+        total += times * wire_bytes("all-gather", parts, gathered)
+        if is_trained:
             total += wire_bytes("reduce-scatter", parts, gathered // parts)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
+        axes = _axes_that_cut(path_name(path), leaf, sizes)
         cut = math.prod(sizes[axis] for axis in axes)
-        # An all-reduce uses the dtype of the weights; only gathers and scatters cast.
-        own = leaf.size * leaf.dtype.itemsize
-        total += wire_bytes("all-reduce", devices // cut, own // cut)
-    if not is_trained:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
-            axes = _axes_that_cut(path_name(path), leaf, sizes)
-            cut = math.prod(sizes[axis] for axis in axes)
-            size = math.prod(leaf.shape) * leaf.dtype.itemsize
-            total += wire_bytes("all-reduce", devices // cut, size // cut)
+        # An all-reduce uses the dtype of the parameters; only gathers and scatters cast.
+        own = leaf.size * leaf.dtype.itemsize // cut
+        total += wire_bytes("all-reduce", devices // cut, own)
     return total
 
 

@@ -207,9 +207,7 @@ def row_axes(rows: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
     If none does, every device computes all rows.
     """
     for axes in (ROWS, (FSDP,), (DATA,)):
-        count = 1
-        for axis in axes:
-            count *= sizes.get(axis, 1)
+        count = math.prod(sizes.get(axis, 1) for axis in axes)
         if count > 1 and rows % count == 0:
             return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
     return ()
