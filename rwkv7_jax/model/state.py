@@ -28,6 +28,7 @@ from rwkv7_jax.checks import (
     is_traced,
     prefix_errors,
 )
+from rwkv7_jax.model.casts import at_least_int32
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.kernel_features import Features
 from rwkv7_jax.model.upscaled_memory import (
@@ -326,8 +327,9 @@ def _row_indices(rows: Any, batch: int) -> Any:
         return np.flatnonzero(np.asarray(rows))
     check_indices(rows, batch, "`rows`")
     if is_traced(rows):
-        return jnp.atleast_1d(rows)
-    return np.atleast_1d(np.asarray(rows)) % max(batch, 1)
+        return jnp.atleast_1d(at_least_int32(rows))
+    # Indices of 8 bits may have no number for the batch.
+    return np.atleast_1d(np.asarray(rows, np.int64)) % max(batch, 1)
 
 
 def where_rows(
