@@ -32,6 +32,7 @@ def expected_wire_bytes(
     dtype: str,
     tokens: int,
     recomputed: bool = False,
+    microbatches: int = 1,
 ) -> float:
     """Computes the bytes that one device sends in a step.
 
@@ -40,8 +41,9 @@ def expected_wire_bytes(
         sizes: sizes of the mesh axes, by name.
         trained: abstract parameters with gradients: the weights themselves or a start state.
         dtype: dtype of activations, in which wider weights are gathered.
-        tokens: tokens that one device reads in a step.
+        tokens: tokens that one device reads in a microbatch.
         recomputed: whether the backward pass recomputes each block.
+        microbatches: of a step; each gathers the weights and reduces the gradients.
     """
     parts = sizes.get(FSDP, 1)
     devices = math.prod(sizes.values())
@@ -68,7 +70,7 @@ def expected_wire_bytes(
         # An all-reduce uses the dtype of the parameters; only gathers and scatters cast.
         own = leaf.size * leaf.dtype.itemsize // cut
         total += wire_bytes("all-reduce", devices // cut, own)
-    return total
+    return microbatches * total
 
 
 def _axes_that_cut(name: str, leaf: Any, sizes: Mapping[str, int]) -> set[str]:

@@ -14,7 +14,7 @@ CONFIG = RWKV7Config(vocab_size=512, num_layers=3, width=128)
 TOKENS = 64
 
 
-def sent(sizes, dtype="bfloat16", *, trained=False, tokens=TOKENS, recomputed=False):
+def sent(sizes, dtype="bfloat16", *, trained=False, tokens=TOKENS, **choices):
     weights = describe_weights(CONFIG, dtype, None)
     state = {"wkv": jax.ShapeDtypeStruct((3, 1, 2, 64, 64), "float32")}
     return expected_wire_bytes(
@@ -23,7 +23,7 @@ def sent(sizes, dtype="bfloat16", *, trained=False, tokens=TOKENS, recomputed=Fa
         trained=weights if trained else state,
         dtype="bfloat16",
         tokens=tokens,
-        recomputed=recomputed,
+        **choices,
     )
 
 
@@ -87,6 +87,12 @@ def test_tensor_parallelism_sends_activations_instead_of_weights():
     assert sent(sizes) == pytest.approx(3 * 4 * summed + back)
     assert sent(sizes, recomputed=True) == pytest.approx(3 * 5 * summed + back)
     assert sent(sizes, tokens=0) == 0
+
+
+def test_each_microbatch_gathers_the_weights_again():
+    sizes = {"data": 2, "fsdp": 4}
+    once = sent(sizes, trained=True)
+    assert sent(sizes, trained=True, microbatches=4) == 4 * once
 
 
 def test_data_parallel_traffic_barely_depends_on_the_group_count():
