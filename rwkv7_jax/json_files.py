@@ -1,6 +1,7 @@
 """Writes JSON files atomically, and reads JSON that may be damaged."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,20 @@ def read_object(path: Path) -> dict[str, Any] | None:
     """Reads the object in a JSON file; returns None if it is missing or damaged."""
     value = read_json(path)
     return value if isinstance(value, dict) else None
+
+
+def flat_items(
+    fields: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yields the values of nested objects with their names, such as "data.length".
+
+    An empty object is a value.
+    """
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat_items(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def number_of(value: Any) -> float | None:

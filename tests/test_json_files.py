@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rwkv7_jax.json_files import (
+    flat_items,
     number_of,
     parse_json,
     read_json,
@@ -74,6 +75,16 @@ def test_only_numbers_within_the_range_of_float_are_accepted():
     assert math.isnan(number_of(math.nan))
     for value in (None, "1", [], {}, 10**400, -(10**400)):
         assert number_of(value) is None
+
+
+def test_nested_objects_become_one_with_names_of_their_groups():
+    fields = {"mode": "state", "data": {"length": 64, "mix": {"a": None}}, "model": {}}
+    assert list(flat_items(fields)) == [
+        ("mode", "state"),
+        ("data.length", 64),
+        ("data.mix.a", None),
+        ("model", {}),
+    ]
 
 
 def test_external_json_is_parsed_in_one_place():

@@ -118,7 +118,7 @@ def group_norm_weight(key, shape, layer, config):
     """Computes ln_x.weight, which grows with depth."""
     # From L^-0.7 in the first block to 1 in the last.
     scale = ((1 + layer) / config.num_layers) ** 0.7
-    return jnp.full(shape, 1.0, jnp.float32) * scale
+    return jnp.full(shape, scale)
 
 
 def constant(value: float) -> Initial:

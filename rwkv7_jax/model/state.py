@@ -28,6 +28,7 @@ from rwkv7_jax.checks import (
     is_traced,
     prefix_errors,
 )
+from rwkv7_jax.model.casts import at_least_int32
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.kernel_features import Features
 from rwkv7_jax.model.upscaled_memory import (
@@ -103,6 +104,14 @@ def _leaf_shapes(config: RWKV7Config, batch: int) -> dict[str, tuple[int, ...]]:
     return {"att_shift": shift, "wkv": heads, "ffn_shift": shift}
 
 
+def _shape_of(leaf: Any, argument: str) -> tuple[int, ...]:
+    """Returns the shape of an array, a tracer or a `jax.ShapeDtypeStruct`; raises for others."""
+    # Tensors of PyTorch have dtypes of another kind.
+    if not isinstance(getattr(leaf, "dtype", None), np.dtype):
+        raise TypeError(f"{argument} must be an array; got {type(leaf).__name__}.")
+    return tuple(leaf.shape)
+
+
 def check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
     """Checks that a state matches a model and a batch; works on arrays, tracers and shapes.
 
@@ -122,13 +131,7 @@ def check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
         _check_batch(batch)
         shapes = _leaf_shapes(config, batch)
         for name, shape in shapes.items():
-            leaf = getattr(state, name)
-            # Tensors of PyTorch have dtypes of another kind.
-            if not isinstance(getattr(leaf, "dtype", None), np.dtype):
-                raise TypeError(
-                    f"`state.{name}` must be an array; got {type(leaf).__name__}."
-                )
-            came = tuple(leaf.shape)
+            came = _shape_of(getattr(state, name), f"`state.{name}`")
             if came != shape:
                 raise ValueError(
                     f"`state.{name}` must have shape {shape} "
@@ -263,13 +266,7 @@ def check_whole_state(state: Any, argument: str) -> None:
         ("att_shift", "[L B D]"),
         ("ffn_shift", "[L B D]"),
     ):
-        leaf = getattr(state, field)
-        # Tensors of PyTorch have dtypes of another kind.
-        if not isinstance(getattr(leaf, "dtype", None), np.dtype):
-            raise TypeError(
-                f"`{name}.{field}` must be an array; got {type(leaf).__name__}."
-            )
-        shape = tuple(leaf.shape)
+        shape = _shape_of(getattr(state, field), f"`{name}.{field}`")
         leading = tuple(state.wkv.shape[:2])
         if len(shape) != len(axes.split()) or shape[:2] != leading:
             raise ValueError(f"`{name}.{field}` must have shape {axes}; got {shape}.")
@@ -330,8 +327,9 @@ def _row_indices(rows: Any, batch: int) -> Any:
         return np.flatnonzero(np.asarray(rows))
     check_indices(rows, batch, "`rows`")
     if is_traced(rows):
-        return jnp.atleast_1d(rows)
-    return np.atleast_1d(np.asarray(rows)) % max(batch, 1)
+        return jnp.atleast_1d(at_least_int32(rows))
+    # Indices of 8 bits may have no number for the batch.
+    return np.atleast_1d(np.asarray(rows, np.int64)) % max(batch, 1)
 
 
 def where_rows(

@@ -48,8 +48,7 @@ def wkv7_along_time(
     count = jax.lax.axis_size(axis)
     *before_values, values = state.shape
     rows = inputs.v.shape[-1]
-    is_first = jax.lax.axis_index(axis) == 0
-    own_start = jnp.where(is_first, state, 0)
+    own_start = jnp.where(jax.lax.axis_index(axis) == 0, state, 0)
     identity = jnp.broadcast_to(
         jnp.eye(values, dtype=state.dtype), (*before_values[:-1], values, values)
     )
@@ -60,11 +59,11 @@ def wkv7_along_time(
         **options,
     )
 
-    # [B H Nv Nk] and [B H Nk Nk]. The first shard's end does not depend on other shards: M = 0.
+    # N [B H Nv Nk] and M [B H Nk Nk]. The first shard's N includes the start state.
     added = ends[..., :rows, :]
-    kept = jnp.where(is_first, 0, ends[..., rows:, :])
+    kept = ends[..., rows:, :]
     # After a round of distance d, `added` and `kept` cover the 2d shards that end here. A device
-    # without a sender gets zeros: its range already includes the first shard.
+    # without a sender gets zeros, so its M adds nothing: its range includes the first shard.
     distance = 1
     while distance < count:
         added = _product(_from_before(added, axis, distance), kept) + added

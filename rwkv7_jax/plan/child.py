@@ -83,11 +83,13 @@ def compile_step(step: Step, target: Target) -> dict[str, Any]:
 
 
 def _expected_wire_gb(step: Step) -> float | None:
-    """Computes the GB that a device sends by the layout; None if a step reads two models."""
+    """Computes the GB that a device sends by the layout; None if it reads two models or texts."""
     mode = step.mode
-    if mode.gradients_of is None:
+    # A step with an anchor reads that too, with the base and the tuned model.
+    if mode.gradients_of is None or mode.settings.tuning.anchor:
         return None
     data = mode.settings.data
+    microbatches = mode.settings.optimizer.accumulate
     weights = step.state.params if mode.frozen is None else mode.frozen
     sent = expected_wire_bytes(
         weights,
@@ -96,8 +98,9 @@ def _expected_wire_gb(step: Step) -> float | None:
         dtype=mode.model.config.dtype,
         # Devices that share heads have the same tokens.
         tokens=step.sizes.get(sharding.TENSOR, 1)
-        * (data.batch_size * data.length // len(step.devices)),
+        * (data.batch_size * data.length // (microbatches * len(step.devices))),
         recomputed=mode.model.config.remat == "block",
+        microbatches=microbatches,
     )
     return round(sent / 1e9, 3)
 

@@ -32,6 +32,7 @@ def expected_wire_bytes(
     dtype: str,
     tokens: int,
     recomputed: bool = False,
+    microbatches: int = 1,
 ) -> float:
     """Computes the bytes that one device sends in a step.
 
@@ -40,8 +41,9 @@ def expected_wire_bytes(
         sizes: sizes of the mesh axes, by name.
         trained: abstract parameters with gradients: the weights themselves or a start state.
         dtype: dtype of activations, in which wider weights are gathered.
-        tokens: tokens that one device reads in a step.
+        tokens: tokens that one device reads in a microbatch.
         recomputed: whether the backward pass recomputes each block.
+        microbatches: of a step; each gathers the weights and reduces the gradients.
     """
     parts = sizes.get(FSDP, 1)
     devices = math.prod(sizes.values())
@@ -51,29 +53,24 @@ def expected_wire_bytes(
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
         name = path_name(path)
         axes = _axes_that_cut(name, leaf, sizes)
-        in_shards = FSDP in axes
+        if FSDP not in axes:
+            continue
+        if name.startswith("emb/"):
+            total += (1 + is_trained) * wire_bytes("all-to-all", parts, rows)
+            continue
         size = leaf.size * min(leaf.dtype.itemsize, jnp.dtype(dtype).itemsize)
         gathered = size // (sizes[TENSOR] if TENSOR in axes else 1)
-        if in_shards and name.startswith("emb/"):
-            total += (1 + is_trained) * wire_bytes("all-to-all", parts, rows)
-        elif in_shards:
-            times = 1 if name.startswith(("head/", "layer_0/")) else 2
-            total += times * wire_bytes("all-gather", parts, gathered)
-        if not is_trained:
-            continue
-        if in_shards and not name.startswith("emb/"):
+        times = 1 if name.startswith(("head/", "layer_0/")) else 2
+        total += times * wire_bytes("all-gather", parts, gathered)
+        if is_trained:
             total += wire_bytes("reduce-scatter", parts, gathered // parts)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
+        axes = _axes_that_cut(path_name(path), leaf, sizes)
         cut = math.prod(sizes[axis] for axis in axes)
-        # An all-reduce uses the dtype of the weights; only gathers and scatters cast.
-        own = leaf.size * leaf.dtype.itemsize
-        total += wire_bytes("all-reduce", devices // cut, own // cut)
-    if not is_trained:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
-            axes = _axes_that_cut(path_name(path), leaf, sizes)
-            cut = math.prod(sizes[axis] for axis in axes)
-            size = math.prod(leaf.shape) * leaf.dtype.itemsize
-            total += wire_bytes("all-reduce", devices // cut, size // cut)
-    return total
+        # An all-reduce uses the dtype of the parameters; only gathers and scatters cast.
+        own = leaf.size * leaf.dtype.itemsize // cut
+        total += wire_bytes("all-reduce", devices // cut, own)
+    return microbatches * total
 
 
 def _axes_that_cut(name: str, leaf: Any, sizes: Mapping[str, int]) -> set[str]:

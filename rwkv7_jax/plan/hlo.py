@@ -19,7 +19,7 @@ _PLACED = re.compile(r"\b([a-z][a-z0-9]*\[[\d,]*\])(\{[^}]*\})?")
 
 _ELSEWHERE = re.compile(r"S\([1-9]\d*\)")
 
-_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)")
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\((.*)")
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 
@@ -41,21 +41,14 @@ class Instruction:
     """One instruction.
 
     Attributes:
-        name: name of its result.
         shape: shape of its result, with layouts; a tuple in parentheses.
         operation: opcode, such as "all-gather".
         rest: operands and attributes.
     """
 
-    name: str
     shape: str
     operation: str
     rest: str
-
-    @property
-    def bytes(self) -> int:
-        """The bytes of the result."""
-        return shape_bytes(self.shape)
 
     @property
     def op_name(self) -> str:

@@ -10,13 +10,13 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.evaluation.metric import log_name
-from rwkv7_jax.json_files import number_of, read_object
+from rwkv7_jax.json_files import flat_items, number_of, read_object
 from rwkv7_jax.reports.goodput import PAUSES, STEPS, TimeSpent
 from rwkv7_jax.reports.metric_writers import JSONL, iterate_steps
 from rwkv7_jax.reports.svg_charts import Curve, Mark, line_chart
@@ -307,13 +307,11 @@ def _pictures(folder: Path) -> str:
     return "\n".join(parts)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields settings as pairs of `group.name` and value."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", json.dumps(value, ensure_ascii=False)
+def _setting_table(settings: Mapping[str, Any]) -> str:
+    rows = []
+    for name, value in flat_items(settings):
+        rows.append((name, json.dumps(value, ensure_ascii=False)))
+    return _table(rows)
 
 
 def _subtitle(
@@ -364,7 +362,7 @@ def report_page(folder: str | Path) -> str:
             _section("Samples", _samples(samples)),
             _section("Pictures", _pictures(folder)),
             _section("Events", _event_table(events)),
-            _section("Settings", _table(_flatten(settings or {}))),
+            _section("Settings", _setting_table(settings or {})),
             _section("System", _system(info)),
         )
     )

@@ -172,27 +172,22 @@ def refuse_checked_axes(tree: Any) -> None:
 
 def shares_heads() -> bool:
     """Tells whether code inside `on_each` runs on a device with only some of the heads."""
-    if not _ON_EACH.get():
-        return False
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return kinds.get(TENSOR) == AxisType.Manual and mesh.shape[TENSOR] > 1
+    return _ON_EACH.get() and mesh.shape.get(TENSOR, 1) > 1
 
 
-def own_shape(name: str, whole: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape of the device's heads or channels of a weight, or of all of them.
+def own_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of the device's heads or channels of a weight.
 
     Args:
         name: path of the weight, which determines the axis of its heads or channels.
-        whole: the shape of the weight.
+        shape: of the whole weight.
     """
-    if not shares_heads():
-        return whole
-    parts = jax.lax.axis_size(TENSOR)
-    entries = layout.spec(name, whole, {TENSOR: parts})
+    parts = jax.lax.axis_size(TENSOR) if shares_heads() else 1
+    spec = layout.spec(name, shape, {TENSOR: parts})
     return tuple(
         size // parts if entry == TENSOR else size
-        for size, entry in zip(whole, entries, strict=True)
+        for size, entry in zip(shape, spec, strict=True)
     )
 
 

@@ -143,11 +143,7 @@ def specs(sizes: Mapping[str, int], tree: Any) -> Any:
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """Maps a tree of arrays, tracers or shapes to the sharding of each leaf."""
-    return jax.tree.map(
-        lambda one: NamedSharding(mesh, one),
-        specs(mesh.shape, tree),
-        is_leaf=lambda node: isinstance(node, PartitionSpec),
-    )
+    return jax.tree.map(lambda one: NamedSharding(mesh, one), specs(mesh.shape, tree))
 
 
 def is_abstract(tree: Any) -> bool:
@@ -211,9 +207,7 @@ def row_axes(rows: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
     If none does, every device computes all rows.
     """
     for axes in (ROWS, (FSDP,), (DATA,)):
-        count = 1
-        for axis in axes:
-            count *= sizes.get(axis, 1)
+        count = math.prod(sizes.get(axis, 1) for axis in axes)
         if count > 1 and rows % count == 0:
             return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
     return ()

@@ -36,8 +36,9 @@ def make_mesh(
     """Makes the mesh of a run; None for a single device.
 
     Args:
-        choice: the sizes of `data`, `fsdp`, `sequence` and `tensor` by name, or "auto": rows
-            sharded over as many devices as divide them evenly, and weights replicated.
+        choice: the sizes of `data`, `fsdp`, `sequence` and `tensor` by name, also as a text such as
+            "data=2,fsdp=4"; or "auto": rows sharded over as many devices as divide them evenly, and
+            weights replicated.
         rows: of a step, or the sets of a stack.
         devices: all by default.
         are_sets: whether `rows` counts sets, which need not be divided evenly.
@@ -48,6 +49,8 @@ def make_mesh(
             with several processes whose devices do not divide the rows evenly.
     """
     devices = list(jax.devices() if devices is None else devices)
+    if isinstance(choice, str):
+        choice = parse_sizes(choice, "`config.mesh`")
     if isinstance(choice, Mapping):
         _check_sizes(choice, "`config.mesh`", dict(choice))
         sizes = {axis: choice.get(axis, 1) for axis in AXES}

@@ -84,6 +84,17 @@ def test_an_index_a_slice_and_an_array_select_the_same_row(rows):
     assert_same(select(batch, rows), select(batch, 1))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_indices_of_few_bits_select_from_batches_beyond_their_range(dtype):
+    state = init_state(CONFIG, 300)
+    numbers = jnp.arange(300.0)[None, :, None]
+    state = state.replace(att_shift=jnp.zeros_like(state.att_shift) + numbers)
+    rows = np.array([1, 100], dtype)
+    for choose in (select, jax.jit(select)):
+        found = choose(state, rows).att_shift[0, :, 0]
+        np.testing.assert_array_equal(found, [1, 100])
+
+
 @kinds
 def test_every_row_of_a_repeated_state_is_the_state(kind):
     state = one_state(kind, seed=1)

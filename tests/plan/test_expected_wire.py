@@ -21,7 +21,7 @@ def weights_of(dtype):
     return describe_weights(CONFIG, dtype, None)
 
 
-def sent(sizes, dtype="bfloat16", *, trained=False, tokens=TOKENS, recomputed=False):
+def sent(sizes, dtype="bfloat16", *, trained=False, tokens=TOKENS, **choices):
     weights = weights_of(dtype)
     state = {"wkv": jax.ShapeDtypeStruct((3, 1, 2, 64, 64), "float32")}
     return expected_wire_bytes(
@@ -30,7 +30,7 @@ def sent(sizes, dtype="bfloat16", *, trained=False, tokens=TOKENS, recomputed=Fa
         trained=weights if trained else state,
         dtype="bfloat16",
         tokens=tokens,
-        recomputed=recomputed,
+        **choices,
     )
 
 
@@ -113,6 +113,12 @@ def test_tensor_parallelism_sends_activations_instead_of_weights():
     # Two groups average the gradients of the states' halves.
     halves = wire_bytes("all-reduce", 2, 4 * 3 * 2 * 64 * 64 // 2)
     assert sent({"data": 2, "tensor": 2}, tokens=0) == halves
+
+
+def test_each_microbatch_gathers_the_weights_again():
+    sizes = {"data": 2, "fsdp": 4}
+    once = sent(sizes, trained=True)
+    assert sent(sizes, trained=True, microbatches=4) == 4 * once
 
 
 def test_data_parallel_traffic_barely_depends_on_the_group_count():

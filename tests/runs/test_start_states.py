@@ -109,6 +109,14 @@ def test_leaves_and_layers_have_their_own_rates_in_every_mode_that_tunes_a_state
     np.testing.assert_allclose(scaled.att_shift, 0.125 * free.att_shift, rtol=1e-6)
 
 
+def test_rates_of_leaves_are_checked_before_features_are_calibrated(
+    base, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("rwkv7_jax.runs.modes.state_tuning.upscale", None)
+    with pytest.raises(ValueError, match="must have only tuned leaves, memory; got"):
+        made("upscaled_state", base, tmp_path, **{"tuning.leaf_rates": {"wkv": 1.0}})
+
+
 @pytest.mark.parametrize(
     ("mode", "changes", "sentence"),
     [

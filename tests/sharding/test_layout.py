@@ -12,11 +12,13 @@ from tiny_models import CONFIG
 from rwkv7_jax import sharding
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.param_tree import tree_path
+from rwkv7_jax.model.int8_weights import quantize
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.runs.modes.model_setup import init_weights
 from rwkv7_jax.sharding.layout import path_name, spec
 from rwkv7_jax.training.train_step import TrainState
+from rwkv7_jax.tuning.upscaling import describe_upscaled
 
 SIZES = {"data": 2, "fsdp": 4}
 HEADS = {"fsdp": 2, "tensor": 2}
@@ -104,6 +106,24 @@ def test_matrices_are_sharded_and_vectors_are_not():
         assert sharded == is_matrix, name
 
 
+def test_only_norms_and_token_shifts_have_no_line_in_the_table():
+    upscaled = describe_upscaled(CONFIG, kind="gaussian", prepare="whiten")
+    state = init_state(CONFIG).replace(
+        upscaled=upscaled.replace(readout=upscaled.memory)
+    )
+    weights = jax.eval_shape(quantize, shapes())
+    replicated = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path({**weights, "state": state}):
+        name = path_name(path)
+        if not any(spec(name, (4096,) * leaf.ndim, HEADS)):
+            replicated.add(name.replace("layer_0/", "layers/"))
+    norms = {"ln0", "ln_out", "layers/ln1", "layers/ln2"}
+    wanted = {f"{norm}/{part}" for norm in norms for part in ("weight", "bias")}
+    wanted |= {f"layers/att/x_{letter}" for letter in "rwkvag"}
+    wanted |= {"layers/ffn/x_k", "state/att_shift", "state/ffn_shift"}
+    assert replicated == wanted
+
+
 def test_official_names_have_the_paths_of_the_table():
     names = tensor_names.shapes(CONFIG)
     paths = {
@@ -185,6 +205,12 @@ def test_the_sequence_and_tensor_axes_exclude_each_other():
 def test_the_library_rejects_the_same_sizes_as_the_command_line(unchecked, sizes):
     with pytest.raises(ValueError, match=r"^`config.mesh` must be auto, or sizes of"):
         sharding.make_mesh(sizes, 8)
+
+
+def test_a_mesh_may_be_named_by_text():
+    assert sharding.make_mesh("fsdp=2", 8).shape["fsdp"] == 2
+    with pytest.raises(ValueError, match=r"^`config.mesh` must be auto, or sizes of"):
+        sharding.make_mesh("fdsp=2", 8)
 
 
 def test_a_mesh_larger_than_the_machine_is_rejected():

@@ -200,7 +200,7 @@ def test_one_device_needs_no_sharding():
     x = jnp.ones((2, 3))
     assert parallel.on_each(lambda x: x, x, takes=None, gives=None) is x
     assert parallel.sum_over_heads(x) is x
-    assert parallel.own_shape("layer_0/att/w0", x.shape) is x.shape
+    assert parallel.own_shape("layer_0/att/w0", (2, 3)) == (2, 3)
     assert parallel.constrain_rows(x, axis=0) is x
     assert parallel.constrain_layout(x) is x
     assert parallel.local_view(None, x) is x

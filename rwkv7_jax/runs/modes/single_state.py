@@ -62,18 +62,36 @@ class SingleStateMode(TrainingMode):
             ValueError: the settings do not fit the state that tuning starts from.
         """
         self._initial = self.make_params()
-        if self._initial.upscaled is not None:
+        self.choose_leaves(is_upscaled=self._initial.upscaled is not None)
+        self.loss = self.make_loss()
+        self.decorrelator = self.make_decorrelator()
+        super().prepare()
+
+    def choose_leaves(self, *, is_upscaled: bool) -> None:
+        """Sets the tuned leaves and the name of the result.
+
+        Args:
+            is_upscaled: whether tuning starts from an upscaled state.
+
+        Raises:
+            ValueError: a leaf with a factor on the learning rate is not tuned.
+        """
+        tuning = self.settings.tuning
+        if is_upscaled:
             self.tuned_leaves = ("memory",)
             # The other formats cannot hold features.
             self.result_name = "state.safetensors"
         else:
-            tunes_all = self.settings.tuning.leaves == "all"
+            tunes_all = tuning.leaves == "all"
             # The rest of `LEAVES` belongs to upscaled states.
             self.tuned_leaves = LEAVES[:3] if tunes_all else ("wkv",)
             self.result_name = "state.pth"
-        self.loss = self.make_loss()
-        self.decorrelator = self.make_decorrelator()
-        super().prepare()
+        for name in tuning.leaf_rates:
+            if name not in self.tuned_leaves:
+                raise ValueError(
+                    "`config.tuning.leaf_rates` must have only tuned leaves, "
+                    f"{', '.join(self.tuned_leaves)}; got {name!r}."
+                )
 
     @abc.abstractmethod
     def make_loss(self) -> Loss:
@@ -113,11 +131,7 @@ class SingleStateMode(TrainingMode):
             )
 
     def make_decorrelator(self) -> Decorrelator:
-        """Makes the decorrelator of the tuned leaves, with their learning rate factors.
-
-        Raises:
-            ValueError: a leaf with a factor is not tuned.
-        """
+        """Makes the decorrelator of the tuned leaves, with their learning rate factors."""
         settings = self.settings
         tuning = settings.tuning
         decorrelator = self.decorrelator
@@ -135,12 +149,6 @@ class SingleStateMode(TrainingMode):
         if not tuning.leaf_rates and not tuning.layer_rates:
             # Keeps the optimizer state of earlier versions, which had no factors.
             return decorrelator
-        for name in tuning.leaf_rates:
-            if name not in self.tuned_leaves:
-                raise ValueError(
-                    "`config.tuning.leaf_rates` must have only tuned leaves, "
-                    f"{', '.join(self.tuned_leaves)}; got {name!r}."
-                )
         factors = rate_factors(
             self._initial,
             leaf_rates=tuning.leaf_rates,

@@ -49,6 +49,11 @@ class StateTuningMode(SingleStateMode):
 class UpscaledStateMode(StateTuningMode):
     """Tunes a memory that is read through kernel features; the start state stays as it was."""
 
+    def set_up(self) -> None:
+        """Loads the model and the data, and checks the settings before the calibration."""
+        super().set_up()
+        self.choose_leaves(is_upscaled=True)
+
     def step_memory(self, rows: int, sizes: Mapping[str, int]) -> Memory:
         """Estimates the memory of a step: as for a start state, plus the upscaled memory."""
         need = super().step_memory(rows, sizes)

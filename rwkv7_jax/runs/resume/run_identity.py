@@ -4,10 +4,11 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from rwkv7_jax.json_files import flat_items
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.runs.resume.checksums import tree_checksum
 from rwkv7_jax.runs.settings import Settings, as_config
@@ -98,27 +99,25 @@ def flat_settings(settings: Settings | Mapping[str, Any]) -> dict[str, str]:
     for names, _ in unread_by_value(mode, value):
         unread += names
     shared = {}
-    for name, text in _flatten(settings):
+    for name, value in flat_items(settings):
+        if value == {}:
+            continue
         # MAY_CHANGE_ON_RESUME also names groups, such as "evaluation".
         group = name.split(".")[0]
         if group in MAY_CHANGE_ON_RESUME or lies_in(name, unread):
             continue
         if is_read(name, mode, method):
-            shared[name] = text
+            shared[name] = _text(value)
     return shared
 
 
 def all_settings(settings: Settings) -> dict[str, str]:
     """Returns all settings by dotted names, also those that may change on resume."""
-    return dict(_flatten(as_config(settings)))
+    return {name: _text(value) for name, value in flat_items(as_config(settings))}
 
 
-def _flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value if isinstance(value, str) else json.dumps(value)
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def identity_of(
