@@ -86,7 +86,10 @@ def list_copies(body: list[hlo.Instruction], least: int) -> list[dict[str, Any]]
     """Lists the copies of at least so many bytes: shape, layout, and what they are for."""
     rows = []
     for one in body:
-        if one.operation in ("copy", "transpose") and one.bytes >= least:
+        if (
+            one.operation in ("copy", "transpose")
+            and hlo.shape_bytes(one.shape) >= least
+        ):
             # The end of a name is the model's operation.
             rows.append({"shape": one.shape, "of": one.op_name.split("/layers/")[-1]})
     return rows
