@@ -19,6 +19,7 @@ from rwkv7_jax.checkpoints.param_tree import (
     check_names,
     infer_config,
     official_tensors,
+    require_finite_leaves,
     tree_path,
 )
 from rwkv7_jax.checkpoints.tensor_names import Tensor
@@ -217,6 +218,13 @@ def test_a_tree_with_a_missing_leaf_is_rejected(params):
         ValueError, match=r"must hold ln_out/weight of shape \(64,\); got None"
     ):
         check_all_leaves(less, CONFIG)
+
+
+def test_a_leaf_that_is_not_finite_is_named_by_its_block():
+    lerps = jnp.zeros((2, CONFIG.width)).at[1, 3].set(jnp.nan)
+    tree = {"layers": {"att": {"x_r": lerps}}}
+    with pytest.raises(ValueError, match=r"has NaN or Inf in blocks\.2\.att\.x_r;"):
+        require_finite_leaves(tree, CONFIG, "m")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

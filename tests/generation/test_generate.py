@@ -146,6 +146,7 @@ def test_ids_of_the_prompt_are_not_penalized(params):
     # A negative penalty favours whatever counts as generated.
     favoured = run(params, PROMPTS[0], **choices, presence_penalty=-1e6)
     assert favoured.tokens == plain.tokens
+    assert plain.tokens[0][0] not in PROMPTS[0]
 
 
 def test_the_same_key_gives_the_same_tokens_and_another_gives_others(params):
