@@ -16,7 +16,7 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.training.costs import tree_size
 
-CONFIG = RWKV7Config(vocab_size=256, num_layers=2, width=32, head_size=16)
+CONFIG = RWKV7Config(vocab_size=256, num_layers=1, width=32, head_size=16)
 
 
 @pytest.mark.parametrize(
