@@ -7,7 +7,8 @@ from typing import Any
 from rwkv7_jax.checkpoints.model_files import describe_model
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.plan.chips import Target, find_target
-from rwkv7_jax.plan.compiler import compile_elsewhere
+from rwkv7_jax.plan.compiler import CompilerFailure, NoCompiler, compile_elsewhere
+from rwkv7_jax.runs.exit_codes import OutOfMemory
 from rwkv7_jax.runs.settings import Settings, as_config, read_settings
 from rwkv7_jax.runs.settled_settings import AUTO
 
@@ -65,17 +66,26 @@ class Job:
             timeout: seconds after which a compilation is killed.
 
         Returns:
-            The last plan that fits, or the first plan if none does. Its `search` lists all plans.
+            The last plan that fits, or the first plan if none does. Its `search` lists all plans,
+            and the error if a later compilation failed.
 
         Raises:
-            NoCompiler: the compiler is unavailable or times out.
-            CompilerFailure: the compiler fails for a reason other than memory.
+            NoCompiler: the compiler is unavailable, or the first compilation times out.
+            CompilerFailure: it fails at the first compilation, for a reason other than memory.
+            OutOfMemory: so does this machine's memory.
         """
-        tried = []
+        tried: list[dict[str, Any]] = []
         best: dict[str, Any] | None = None
         rows = self.settings.data.batch_size
         while True:
-            plan = self._with_rows(rows).compile(timeout=timeout)
+            try:
+                plan = self._with_rows(rows).compile(timeout=timeout)
+            except (NoCompiler, CompilerFailure, OutOfMemory) as error:
+                if best is None:
+                    raise
+                # The earlier plans took minutes.
+                tried.append({"batch": rows, "error": str(error)})
+                return best | {"search": tried}
             tried.append({name: plan[name] for name in ("batch", "peak_gib", "fits")})
             if best is None or plan["fits"]:
                 best = plan

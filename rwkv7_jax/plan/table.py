@@ -22,13 +22,17 @@ def describe(plan: Mapping[str, Any]) -> str:
     lines += _buffers(plan["buffers"])
     lines += _collectives(plan)
     for one in plan.get("search", ()):
-        word = "fits" if one["fits"] else "does not fit"
-        lines.append(
-            f"search      {one['batch']} rows: {one['peak_gib']:.2f} GiB, {word}"
-        )
+        lines.append(f"search      {one['batch']} rows: {_outcome(one)}")
     versions = ", ".join(f"{name} {text}" for name, text in plan["versions"].items())
     lines.append(f"compiled    in {plan['compile_seconds']:.0f} s by {versions}")
     return "\n".join(lines)
+
+
+def _outcome(tried: Mapping[str, Any]) -> str:
+    if "error" in tried:
+        return tried["error"]
+    word = "fits" if tried["fits"] else "does not fit"
+    return f"{tried['peak_gib']:.2f} GiB, {word}"
 
 
 def _mesh(plan: Mapping[str, Any]) -> str:

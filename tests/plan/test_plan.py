@@ -262,6 +262,26 @@ def test_the_search_doubles_rows_and_returns_the_largest_that_fit(monkeypatch):
     assert not none.search(timeout=1)["fits"]
 
 
+@pytest.mark.parametrize("failure", [NoCompiler, CompilerFailure, OutOfMemory])
+def test_a_search_keeps_its_plans_if_a_later_compilation_fails(monkeypatch, failure):
+    def compile_it(job, *, timeout):
+        rows = job.settings.data.batch_size
+        if rows > 8:
+            raise failure("no answer after 1 s")
+        return PLAN | {"batch": rows, "peak_gib": rows / 2, "fits": True}
+
+    monkeypatch.setattr(Job, "compile", compile_it)
+    found = make_job("v5e-1", STATE | {"data": {"batch_size": 4}}, None).search(
+        timeout=1
+    )
+    assert found["batch"] == 8 and found["fits"]
+    assert "search      8 rows: 4.00 GiB, fits" in describe(found)
+    assert "search      16 rows: no answer after 1 s" in describe(found)
+    first = make_job("v5e-1", STATE | {"data": {"batch_size": 16}}, None)
+    with pytest.raises(failure):
+        first.search(timeout=1)
+
+
 def test_the_text_of_a_plan_shows_fit_largest_arrays_and_traffic():
     text = describe(PLAN)
     assert "fits: peak 2.00 of 15.75 GiB" in text
