@@ -195,20 +195,24 @@ def _of_topology(name: str, found: re.Match) -> Target:
     choices = {}
     for choice in filter(None, found[3].split(",")):
         key, value = choice.split("=")
-        choices[key] = value
-    unknown = set(choices) - {"slices", "host"}
-    slices = choices.get("slices", "1")
-    if unknown or not slices.isdecimal() or int(slices) < 1:
+        if key not in ("slices", "host") or key in choices:
+            raise ValueError(
+                "`--topology` must have only the options slices=N and host=AxB after a comma, each "
+                f"once; got {name!r}."
+            )
+        choices[key] = tuple(map(int, value.split("x")))
+    slices, *more = choices.get("slices", (1,))
+    if more or slices < 1:
+        raise ValueError(f"`--topology` must have one number of slices; got {name!r}.")
+    host = choices.get("host")
+    if host is not None and (len(host) > 3 or 0 in host):
         raise ValueError(
-            "`--topology` must have only the options slices=N and host=AxB after a comma; got "
+            "`--topology` must have a host of one to three axes, such as host=2x2x1; got "
             f"{name!r}."
         )
-    host = None
-    if "host" in choices:
-        host = tuple(map(int, choices["host"].split("x")))
-    elif _product(shape) == 1:
+    if host is None and _product(shape) == 1:
         host = (1,)
-    return _TPU(name=name, kind=kind, shape=shape, host=host, slices=int(slices))
+    return _TPU(name=name, kind=kind, shape=shape, host=host, slices=slices)
 
 
 def _of_slice(name: str, kind: str, count: str) -> Target:

@@ -72,7 +72,7 @@ class Job:
         Raises:
             NoCompiler: the compiler is unavailable, or the first compilation times out.
             CompilerFailure: it fails at the first compilation, for a reason other than memory.
-            OutOfMemory: so does this machine's memory.
+            OutOfMemory: this machine runs out of memory at the first compilation.
         """
         tried: list[dict[str, Any]] = []
         best: dict[str, Any] | None = None

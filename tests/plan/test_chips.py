@@ -39,6 +39,7 @@ def test_a_name_counts_chips_and_not_cores(name, kind, shape, chips, host):
     [
         *("", "v5e", "v5e:", "v5e:2", "v5e:2x2x2", "v5p:4x4", "v5e:0x4", "v3:2x2"),
         *("v5e-7", "v5p-3", "v5p-6", "b200", "v5e:2x4,cores=2", "v5e:2x4,slices=0"),
+        *("v5e:2x4,slices=2,slices=4", "v5e:2x4,host=2x2x1x9", "v5e:2x4,host=0x2"),
         *("v5e:2x4,slices=2x2", "v5e:2x4 slices=2", "2x4", "h100:2", "v5e:2x4,host=x"),
         *("v5e-" + "9" * 5000, "v5e:2x" + "9" * 5000, "v5e:2x4,slices=" + "9" * 5000),
     ],
