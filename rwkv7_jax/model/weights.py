@@ -1,4 +1,4 @@
-"""The weights of Flax modules."""
+"""How Flax modules get their weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,27 +17,28 @@ def get_weight(
 ) -> Any:
     """Returns a module's weight, which is drawn when the module is initialised.
 
-    `module.param` alone would trace `draw` in every call, only to compare shapes. That is half of
-    the time that tracing a model takes.
+    `module.param` alone would also trace `draw` in every call, only to compare shapes.
 
     Args:
         module: the module, inside a compact method.
-        name: of the weight.
+        name: the name of the weight.
         draw: computes the initial values: `draw(key, shape, *arguments)`.
-        shape: of the whole weight. With tensor parallelism a device has a part of it.
-        *arguments: of `draw`.
+        shape: the shape of the complete weight. With tensor parallelism a device has only some of
+            its heads or channels.
+        *arguments: further arguments of `draw`.
 
     Raises:
-        ValueError: the weight has another shape.
+        ValueError: the weight has another shape, or is not an array.
     """
     if not module.has_variable("params", name):
         return module.param(name, draw, shape, *arguments)
     value = module.get_variable("params", name)
     path = "/".join((*module.path, name))
     own = own_shape(path, shape)
-    if tuple(value.shape) != own:
+    came = getattr(value, "shape", None)
+    if came is None or tuple(came) != own:
         raise ValueError(
             f"`params` must be those of this model, with {path} of shape {own}; "
-            f"got {tuple(value.shape)}."
+            f"got {came or type(value).__name__}."
         )
     return value

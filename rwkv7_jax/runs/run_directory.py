@@ -125,7 +125,7 @@ class RunDirectory:
         """Records why an update was skipped, with the token ids of its batch."""
 
     def warn(self, text: str) -> None:
-        """Prints a warning about the whole run, once for all processes."""
+        """Prints a warning, in process 0 only: it is about the run, not about one process."""
 
     def note_event(self, step: int, event: str, detail: str = "") -> None:
         """Records an event at a step: start, resume, skipped, stopped or finished."""
@@ -359,7 +359,7 @@ class OwnedRunDirectory(RunDirectory):
         self._try(JSONL, lambda: self._metrics.write(step, row))
 
     def warn(self, text: str) -> None:
-        """Prints a warning about the whole run."""
+        """Prints a warning."""
         warn(text)
 
     def note_event(self, step: int, event: str, detail: str = "") -> None:

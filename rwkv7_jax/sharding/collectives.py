@@ -181,7 +181,7 @@ def own_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
     Args:
         name: path of the weight, which determines the axis of its heads or channels.
-        shape: of the whole weight.
+        shape: the shape of the complete weight.
     """
     parts = jax.lax.axis_size(TENSOR) if shares_heads() else 1
     spec = layout.spec(name, shape, {TENSOR: parts})

@@ -29,14 +29,22 @@ def test_initial_values_are_computed_only_by_init():
     assert drawn == [(3,)]
 
 
-def test_a_weight_of_another_shape_is_named():
-    # Of size 1, it would be broadcast.
+@pytest.mark.parametrize(
+    ("spoil", "came"),
+    [
+        # Of size 1, it would be broadcast.
+        (lambda weight: weight[0, :1], r"\(1,\)"),
+        (lambda weight: weight[0].tolist(), "list"),
+    ],
+)
+def test_a_weight_of_another_shape_is_named(spoil, came):
     params = lively(TINIEST)
-    att = params["layers"]["att"] | {"k_a": params["layers"]["att"]["k_a"][:, :1]}
-    params = params | {"layers": params["layers"] | {"att": att}}
+    att = dict(params["layer_0"]["att"])
+    att["x_r"] = spoil(att["x_r"][None])
+    params = params | {"layer_0": params["layer_0"] | {"att": att}}
     sentence = (
-        r"^`params` must be those of this model, with layers/att/k_a of shape \(32,\); "
-        r"got \(1,\)\."
+        r"^`params` must be those of this model, with layer_0/att/x_r of shape "
+        rf"\(32,\); got {came}\."
     )
     with pytest.raises(ValueError, match=sentence):
         RWKV7(TINIEST).apply(
