@@ -35,10 +35,9 @@ def get_weight(
     value = module.get_variable("params", name)
     path = "/".join((*module.path, name))
     own = own_shape(path, shape)
-    came = getattr(value, "shape", None)
-    if came is None or tuple(came) != own:
+    came = getattr(value, "shape", type(value).__name__)
+    if came != own:
         raise ValueError(
-            f"`params` must be those of this model, with {path} of shape {own}; "
-            f"got {came or type(value).__name__}."
+            f"`params` must be those of this model, with {path} of shape {own}; got {came}."
         )
     return value

@@ -34,6 +34,7 @@ def test_initial_values_are_computed_only_by_init():
     [
         # Of size 1, it would be broadcast.
         (lambda weight: weight[0, :1], r"\(1,\)"),
+        (lambda weight: weight[0, 0], r"\(\)"),
         (lambda weight: weight[0].tolist(), "list"),
     ],
 )
