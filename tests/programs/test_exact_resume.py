@@ -1,12 +1,16 @@
-"""A stopped and resumed run equals an uninterrupted one bit-exactly, in every mode."""
+"""A stopped and resumed run equals an uninterrupted one, in every mode: bits, and live memory."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+from live_bytes import measuring_live_bytes
 from run_programs import MODEL, stopping_at, train_here
 from smallest_runs import MODES, STEPS, mode_settings
 from tiny_models import lively
@@ -17,6 +21,7 @@ from rwkv7_jax.evaluation.metric import Metric
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.runs.exit_codes import Stopped
 from rwkv7_jax.runs.modes.state_tuning import StateTuningMode
+from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.test_time.rewarded_rollouts import PolicyBatch
 
 # Without the checks of array shapes, as users run it.
@@ -41,37 +46,83 @@ def ended(folder: Path) -> tuple[dict, list[dict]]:
     return record, [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
+class Run(NamedTuple):
+    """A completed run: its folder, and the bytes that it and its parameters held."""
+
+    folder: Path
+    live: int
+    params: int
+
+
+def measured_run(settings: Settings, folder: Path, steps: int = STEPS) -> Run:
+    """Runs to the end and measures what the run holds before its last step."""
+    with measuring_live_bytes(steps - 1) as measured:
+        train_here(settings, folder)
+    return Run(folder, *measured[0])
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, base_model):
-    """Runs a mode without interruption, once for all tests; returns the folder."""
+    """Runs a mode without interruption, once for all tests."""
 
     @functools.cache
     def run(mode):
         folder = tmp_path_factory.mktemp("unbroken") / "run"
-        train_here(mode_settings(mode, base_model), folder)
-        return folder
+        return measured_run(mode_settings(mode, base_model), folder)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory, base_model):
+    """Runs a mode that a signal stops and the same command continues, once for all tests."""
+
+    @functools.cache
+    def run(mode):
+        # After step 2 an evaluation is due. The signal ends it, and the continued run makes up for
+        # it.
+        settings = mode_settings(mode, base_model)
+        stop = 3 if mode in ("pretrain", "grpo") else 2
+        folder = tmp_path_factory.mktemp("resumed") / "run"
+        with (
+            stopping_at(stop),
+            pytest.raises(Stopped, match=f"stopped by SIGTERM; step {stop} is saved"),
+        ):
+            train_here(settings, folder)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            done = measured_run(settings, folder)
+        assert f"resume    from step {stop}" in printed.getvalue()
+        return done
 
     return run
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_stopped_by_a_signal_resumes_bit_exactly(
-    tmp_path, base_model, unbroken, mode, capsys
-):
-    # After step 2 an evaluation is due. The signal ends it, and the continued run makes up for it.
-    settings = mode_settings(mode, base_model)
-    stop = 3 if mode in ("pretrain", "grpo") else 2
-    with (
-        stopping_at(stop),
-        pytest.raises(Stopped, match=f"stopped by SIGTERM; step {stop} is saved"),
-    ):
-        train_here(settings, tmp_path / "two")
-    train_here(settings, tmp_path / "two")
-    assert f"resume    from step {stop}" in capsys.readouterr().out
-    one, two = (ended(folder) for folder in (unbroken(mode), tmp_path / "two"))
+def test_a_run_stopped_by_a_signal_resumes_bit_exactly(unbroken, resumed, mode):
+    one, two = (ended(run(mode).folder) for run in (unbroken, resumed))
     assert one[0]["leaves"] == two[0]["leaves"]
     assert one[0]["course"] == two[0]["course"]
     assert one[1] == two[1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_resumed_run_holds_as_many_bytes_as_a_new_one(unbroken, resumed, mode):
+    assert resumed(mode).live == unbroken(mode).live
+
+
+def test_training_with_adamw_holds_three_times_the_weights(
+    tmp_path, base_model, unbroken
+):
+    runs = [unbroken("pretrain")]
+    # Neither those of a checkpoint nor those of an earlier part of the run are kept beside them.
+    for steps in (STEPS, STEPS + 2):
+        settings = mode_settings(
+            "pretrain", base_model, init=str(base_model), steps=steps
+        )
+        runs.append(measured_run(settings, tmp_path, steps))
+    for run in runs:
+        assert 3 * run.params <= run.live <= 3.1 * run.params
 
 
 def test_a_run_with_several_updates_per_step_resumes_bit_exactly(
@@ -107,7 +158,7 @@ def test_dbp_changes_the_weights_and_such_a_run_resumes_bit_exactly(
     )
     for name in ("one", "two"):
         train_here(mode_settings("pretrain", base_model, **changes), tmp_path / name)
-    folders = (tmp_path / "one", tmp_path / "two", unbroken("pretrain"))
+    folders = (tmp_path / "one", tmp_path / "two", unbroken("pretrain").folder)
     one, two, plain = (ended(folder)[0]["leaves"] for folder in folders)
     assert one == two
     name = "params/layer_0/att/key/weight"
@@ -223,7 +274,7 @@ def test_a_run_resumes_bit_exactly_on_another_machine_from_its_backup(
     with stopping_at(2), pytest.raises(Stopped):
         train_here(copied, tmp_path / "lost")
     train_here(copied, tmp_path / "two")
-    one = unbroken("state")
+    one = unbroken("state").folder
     assert ended(tmp_path / "two") == ended(one)
     copy = tmp_path / "bucket" / "state.pth"
     assert copy.read_bytes() == (one / "state.pth").read_bytes()
