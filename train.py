@@ -85,8 +85,7 @@ def train_steps(
     devices = mesh.size if mesh else 1
     with stop.interruptible():
         rates, tx = mode.optimizer()
-        with sharding.use_mesh(mode.mesh):
-            state, progress = restore_or_init(mode, tx, folder, run.identity, mesh)
+        state, progress = restore_or_init(mode, tx, folder, run.identity, mesh)
         first = int(state.step)
         print_summary(mode, state, progress, identity=run.identity, mesh=mesh)
         batches = mode.batches(first, mesh)

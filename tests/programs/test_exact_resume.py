@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from live_bytes import measuring_live_bytes
@@ -21,6 +22,7 @@ from rwkv7_jax.evaluation.metric import Metric
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.runs.exit_codes import Stopped
 from rwkv7_jax.runs.modes.state_tuning import StateTuningMode
+from rwkv7_jax.runs.resume import checkpointer, checksums
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.test_time.rewarded_rollouts import PolicyBatch
 
@@ -123,6 +125,34 @@ def test_training_with_adamw_holds_three_times_the_weights(
         runs.append(measured_run(settings, tmp_path, steps))
     for run in runs:
         assert 3 * run.params <= run.live <= 3.1 * run.params
+
+
+def test_a_save_need_not_compile_its_checksums(tmp_path, base_model, monkeypatch):
+    """Between a signal and the end there is no time for it, so a run compiles them at its start."""
+    known = checksums._sums
+    # Not a program that an earlier test has compiled.
+    monkeypatch.setattr(checksums, "_sums", jax.jit(lambda leaf: known(leaf)))
+    compiled = []
+    counts = []
+
+    def note(event, seconds, fun_name="", **_):
+        if event.endswith("backend_compile_duration") and "<lambda>" in fun_name:
+            compiled.append(seconds)
+
+    def counted(record, *arguments):
+        before = len(compiled)
+        made = record(*arguments)
+        counts.append((before, len(compiled)))
+        return made
+
+    record = functools.partial(counted, checkpointer.make_record)
+    monkeypatch.setattr(checkpointer, "make_record", record)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    train_here(mode_settings("state", base_model, steps=2), tmp_path)
+    jax.monitoring.clear_event_listeners()
+    assert counts
+    for before, after in counts:
+        assert 0 < before == after
 
 
 def test_a_run_with_several_updates_per_step_resumes_bit_exactly(

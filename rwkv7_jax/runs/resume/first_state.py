@@ -55,7 +55,8 @@ def restore_or_init(
     )
 
     def init() -> TrainState:
-        params = sharding.place(own, mode.init_params())
+        with sharding.use_mesh(mode.mesh):
+            params = sharding.place(own, mode.init_params())
         shards = None if own is None else sharding.shardings(own, abstract)
         # `create` copies the parameters; donation reuses their buffers for the copy.
         state = jax.jit(create, donate_argnums=0, out_shardings=shards)(params)
