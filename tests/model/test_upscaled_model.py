@@ -77,20 +77,24 @@ def as_users(config):
     return functools.partial(step, lively(config))
 
 
+# Of one layer; the paper's table measures several (E1).
 @pytest.mark.parametrize(
-    ("config", "dynamics"),
+    "dynamics",
     [
-        (SHALLOW, "static"),
-        *(pytest.param(CONFIG, name, marks=pytest.mark.slow) for name in ADDITIVE),
+        "static",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ADDITIVE
+            if name != "static"
+        ),
     ],
-    ids=["shallow", *ADDITIVE],
 )
-def test_an_empty_memory_is_bit_exact_with_the_base_model(config, dynamics):
-    run = as_users(config)
+def test_an_empty_memory_is_bit_exact_with_the_base_model(dynamics):
+    run = as_users(SHALLOW)
     ids = tokens(B, T)
-    start = random_state(config, batch=B)
+    start = random_state(SHALLOW, batch=B)
     base, end = run(ids, start)
-    state = start.replace(upscaled=repeat(empty_state(config, dynamics), B).upscaled)
+    state = start.replace(upscaled=repeat(empty_state(SHALLOW, dynamics), B).upscaled)
     logits, wide_end = run(ids, state)
     assert (logits == base).all()
     assert (wide_end.wkv == end.wkv).all() and (
