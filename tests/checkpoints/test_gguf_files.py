@@ -76,8 +76,9 @@ def test_a_round_trip_keeps_bits_and_dtypes(tmp_path, dtype):
 
 
 def test_a_round_trip_keeps_mixed_dtypes(tmp_path):
-    # The shape of a square low-rank matrix does not tell its orientation.
-    config = dataclasses.replace(BYTES, decay_rank=BYTES.width)
+    # The shapes of square matrices do not tell their orientation.
+    ranks = ("decay_rank", "icl_rank", "value_rank", "gate_rank")
+    config = dataclasses.replace(BYTES, **dict.fromkeys(ranks, BYTES.width))
     params = random_params(config, dtype=jnp.float32)
     params["layers"]["att"]["x_r"] = params["layers"]["att"]["x_r"].astype(jnp.bfloat16)
     params["layer_0"]["att"]["w1"] = params["layer_0"]["att"]["w1"].astype(jnp.float16)
