@@ -52,7 +52,10 @@ from rwkv7_jax.runs.resume.run_identity import flat_settings
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.settings import read_settings
 from rwkv7_jax.runs.settings.fields import refuse_remote_target
-from rwkv7_jax.runs.settings.readers import refuse_settings_of_evaluation
+from rwkv7_jax.runs.settings.readers import (
+    refuse_flags_without_effect,
+    refuse_settings_of_evaluation,
+)
 from rwkv7_jax.runs.training_run import TrainingRun, set_up
 from rwkv7_jax.training.train_step import TrainState
 
@@ -194,6 +197,7 @@ def main(arguments: list[str]) -> None:
         code = check_stopped_code(_STOPPED_CODE.value)
         settings = read_settings(config_flags.config_values())
         refuse_settings_of_evaluation(settings)
+        refuse_flags_without_effect(settings, config_flags.changed_values())
         multihost.join(
             _COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value
         )

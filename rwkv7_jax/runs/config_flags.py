@@ -55,6 +55,9 @@ _FALSE = ("false", "f", "0", "no")
 # The values of the config file with the command line's overrides; None without a file.
 _config: dict[str, Any] | None = None
 
+# The command line's overrides, by dotted name.
+_changes: dict[str, Any] = {}
+
 
 def run(program: str, main: Callable[[list[str]], None]) -> None:
     """Parses the flags, calls `main` with the words that are not flags, and ends the process.
@@ -79,6 +82,11 @@ def config_values() -> dict[str, Any]:
     return _config
 
 
+def changed_values() -> dict[str, Any]:
+    """Returns the command line's overrides, by dotted name."""
+    return _changes
+
+
 def has_config() -> bool:
     """Returns whether a config file was named."""
     return _config is not None
@@ -86,8 +94,9 @@ def has_config() -> bool:
 
 def _parse(program: str, words: list[str]) -> list[str]:
     """Parses the flags and returns the words that are not flags."""
-    global _config
+    global _config, _changes
     _config = None
+    _changes = {}
     with exit_with_code(program):
         if any(word in _HELP for word in words[1:]):
             ignore_broken_pipe()
@@ -103,6 +112,7 @@ def _parse(program: str, words: list[str]) -> list[str]:
             )
         for name, value in changes:
             _change(_config, name, value)
+        _changes = dict(changes)
         try:
             return flags.FLAGS(rest)
         except flags.UnrecognizedFlagError as error:

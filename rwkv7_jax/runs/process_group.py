@@ -41,7 +41,7 @@ def group_of_run() -> "ProcessGroup":
 
 def group_of_mesh(mesh: Mesh | None) -> "ProcessGroup":
     """Returns the processes that share the arrays of a mesh: all processes, or only this one."""
-    return AllProcesses() if is_shared(mesh) else ProcessGroup()
+    return group_of_run() if is_shared(mesh) else ProcessGroup()
 
 
 class ProcessGroup:

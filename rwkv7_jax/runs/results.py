@@ -20,6 +20,7 @@ from rwkv7_jax.runs.process_group import group_of_mesh
 from rwkv7_jax.runs.resume.run_identity import Identity
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.settings import EvaluationSettings
+from rwkv7_jax.sharding import to_host
 from rwkv7_jax.training.stacked_step import params_of, stack_params
 from rwkv7_jax.training.train_step import TrainState
 
@@ -213,6 +214,9 @@ def _left_out(
 def _write_result(
     mode: TrainingMode, params: Any, folder: RunDirectory, without: Sequence[str]
 ) -> None:
+    if mode.tunes_state:
+        # Processes that share the heads hold only their own part of it.
+        params = to_host(params)
     # The folder may have been deleted during the run.
     folder.path.mkdir(parents=True, exist_ok=True)
 

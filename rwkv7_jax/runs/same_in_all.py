@@ -49,9 +49,15 @@ def require_same_command(group: ProcessGroup, settings: Settings) -> None:
         described[f"`config.{name}`"] = text
     for name, text in path_settings(named).items():
         described[f"the file of `config.{name}`"] = _presence(text)
-    # Evaluations read it, and a run that stops early must stop everywhere.
-    retention = content_digests({"retention": settings.evaluation.retention})
-    for name, digest in retention.items():
+    paths = {
+        # Evaluations read it, and a run that stops early must stop everywhere.
+        "retention": settings.evaluation.retention,
+        # Small files that all processes read between collectives, where none may fail alone.
+        "start": settings.start,
+        "context": settings.test_time.context,
+    }
+    digests = group.run_in_all(lambda: content_digests(paths))
+    for name, digest in digests.items():
         described[f"the digest of {name}"] = digest
     for name, version in versions(_PACKAGES).items():
         described[f"the version of {name}"] = version

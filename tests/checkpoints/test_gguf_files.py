@@ -13,6 +13,7 @@ from run_programs import ROOT
 
 from rwkv7_jax.checkpoints.integrity.verification import verify
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
+from rwkv7_jax.checkpoints.tensor_files import gguf_files
 from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
 from rwkv7_jax.cli.commands import main
 from rwkv7_jax.text.json_tokenizer import JsonTokenizer
@@ -75,13 +76,26 @@ def test_a_round_trip_keeps_bits_and_dtypes(tmp_path, dtype):
 
 
 def test_a_round_trip_keeps_mixed_dtypes(tmp_path):
-    params = random_params(BYTES, dtype=jnp.float32)
+    # The shapes of square matrices do not tell their orientation.
+    ranks = ("decay_rank", "icl_rank", "value_rank", "gate_rank")
+    config = dataclasses.replace(BYTES, **dict.fromkeys(ranks, BYTES.width))
+    params = random_params(config, dtype=jnp.float32)
     params["layers"]["att"]["x_r"] = params["layers"]["att"]["x_r"].astype(jnp.bfloat16)
     params["layer_0"]["att"]["w1"] = params["layer_0"]["att"]["w1"].astype(jnp.float16)
     params["head"]["weight"] = params["head"]["weight"].astype(jnp.bfloat16)
-    save_model(tmp_path / "m.gguf", params, BYTES)
+    save_model(tmp_path / "m.gguf", params, config)
     again, _ = load_model(tmp_path / "m.gguf")
     assert differing(params, again) == []
+    # That of the embedding.
+    file_type = values(tmp_path / "m.gguf")["general.file_type"]
+    assert file_type == gguf.LlamaFileType.ALL_F32
+
+
+def test_a_part_of_a_widened_tensor_has_its_original_dtype(written):
+    scale = gguf_files().read_gguf(written).tensors["ln_out.weight"]
+    part = scale.part((slice(0, 4),))
+    assert part.dtype == scale.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(part, scale.read()[:4])
 
 
 @pytest.mark.parametrize("source", ["assets/tiny.pth", TINY])
@@ -119,6 +133,9 @@ def test_world_has_an_end_of_turn_id_and_padding_ids(tmp_path):
     assert Tokenizer.world().token_bytes(eot) == b"\n\n"
     kinds = reader.get_field("tokenizer.ggml.token_type").contents()
     assert kinds[-6:] == [gguf.TokenType.UNUSED] * 6 and len(kinds) == 65536
+    # No text of a prompt matches these.
+    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
+    assert tokens[-1] == r"\xff[PAD65535]"
 
 
 def test_a_file_without_our_metadata_loads_the_same_weights(written, tmp_path):
@@ -143,6 +160,10 @@ def test_block_0_has_the_tensors_that_llama_cpp_requires(written):
             copy.data, tensors[f"blk.0.time_mix_a{part}.weight"].data
         )
     assert list(tensors["blk.1.time_mix_lerp_fused.weight"].shape) == [64, 1, 1, 6]
+    kinds = [
+        tensors[f"blk.1.time_mix_{part}.weight"].tensor_type for part in ("w1", "w2")
+    ]
+    assert kinds == [gguf.GGMLQuantizationType.F32] * 2
 
 
 @pytest.mark.parametrize(
@@ -173,18 +194,29 @@ def test_invalid_metadata_is_rejected(written, tmp_path, changes, sentence):
         load_model(tmp_path / "m.gguf")
 
 
-def test_an_adapter_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("mark", "sentence"),
+    [
+        (
+            lambda writer: writer.add_type(gguf.GGUFType.ADAPTER),
+            r"is an adapter such as LoRA.*llama-export-lora",
+        ),
+        (
+            lambda writer: writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, 2),
+            r"is one of 2 parts of a GGUF file; .*llama-gguf-split --merge",
+        ),
+    ],
+)
+def test_an_adapter_or_a_part_of_a_model_is_named(tmp_path, mark, sentence):
     writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "rwkv7")
-    writer.add_type(gguf.GGUFType.ADAPTER)
+    mark(writer)
     name = "blk.0.time_mix_key.weight.lora_a"
     writer.add_tensor(name, np.ones((4, 64), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(
-        ValueError, match=r"is an adapter such as LoRA.*llama-export-lora"
-    ):
+    with pytest.raises(ValueError, match=sentence):
         load_model(tmp_path / "lora.gguf")
 
 
@@ -280,9 +312,13 @@ def test_the_digest_detects_a_changed_value(written, tmp_path):
         ValueError, match=r"m\.gguf` is damaged: .*their digest differs"
     ):
         verify(tmp_path / "m.gguf")
-    rewritten(written, tmp_path / "n.gguf", metadata={"rwkv7.wkv.head_size": 64})
-    with pytest.raises(ValueError, match="their digest differs"):
-        verify(tmp_path / "n.gguf")
+    for size in (
+        {"rwkv7.wkv.head_size": 64},
+        {"rwkv7.attention.layer_norm_epsilon": 2e-5},
+    ):
+        rewritten(written, tmp_path / "n.gguf", metadata=size)
+        with pytest.raises(ValueError, match="their digest differs"):
+            verify(tmp_path / "n.gguf")
     rewritten(written, tmp_path / "o.gguf", metadata={"rwkv7_jax.digest": None})
     assert verify(tmp_path / "o.gguf") == []
 

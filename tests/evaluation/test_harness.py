@@ -167,6 +167,44 @@ def test_sampled_answers_differ_and_are_reproducible(params):
     second = StateLM(MODEL, params, BYTES, rows=4).generate_until(requests)
     assert first[0] != first[1]
     assert first == second
+    # Each option leaves only the most likely token.
+    greedy = request("Q: one", {"until": [], "do_sample": False})
+    # The task sets no limit.
+    lm = StateLM(MODEL, params, BYTES, rows=4, max_tokens=12)
+    (wanted,) = lm.generate_until([greedy])
+    for option in ({"top_k": 1}, {"top_p": 1e-6}):
+        answers = lm.generate_until([request("Q: one", drawn | option)] * 2)
+        assert answers == [wanted, wanted]
+
+
+def test_results_reach_the_cache_and_each_task_shares_its_own_prefix(params):
+    lm = StateLM(MODEL, params, BYTES, rows=4)
+    stored = []
+    lm.cache_hook = types.SimpleNamespace(
+        add_partial=lambda kind, arguments, result: stored.append(
+            (kind, arguments, result)
+        )
+    )
+    scored = [request(*pair) for pair in PAIRS[:2]]
+    scores = lm.loglikelihood(scored)
+    assert stored == [
+        ("loglikelihood", one.args, score)
+        for one, score in zip(scored, scores, strict=True)
+    ]
+    stored.clear()
+    lm.tokens_read = 0
+    options = {"until": [], "do_sample": False, "max_gen_toks": 12}
+    asked = []
+    for task in ("one", "two"):
+        for number in range(2):
+            context = f"Of task {task}: {number}"
+            asked.append(request(context, options, task=task))
+    texts = lm.generate_until(asked)
+    assert stored == [
+        ("generate_until", one.args, text)
+        for one, text in zip(asked, texts, strict=True)
+    ]
+    assert lm.tokens_read == 2 * (len("Of task one: ") + 2)
 
 
 def test_an_unsupported_sampling_option_is_rejected(params):

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,16 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: rwkv7_jax[harness]")
 
 from rwkv7_jax.evaluation.harness import StateLM
-from rwkv7_jax.evaluation.harness_tasks import load_tasks, measure
+from rwkv7_jax.evaluation.harness_tasks import (
+    _file_of_part,
+    _local_settings,
+    _own_metrics,
+    _pool_parts,
+    _scored_answer,
+    load_tasks,
+    measure,
+)
+from rwkv7_jax.evaluation.task_scores import QuestionScores
 
 CONFIG = RWKV7Config(
     vocab_size=257, num_layers=1, width=32, head_size=16, implementation="scan"
@@ -93,7 +103,7 @@ def write_rows(path, rows):
 
 
 def test_bits_are_those_of_the_right_choice_context_or_text(manager, tmp_path):
-    names = ["cold", "warm"]
+    names = ["cold", "w\u00e4rm"]
     arc = []
     winogrande = []
     for number, answer in enumerate("AB"):
@@ -130,7 +140,49 @@ def assert_bits(scores, lm, pairs):
     """Compare with the scores of these pairs of context and right answer."""
     bits = [-value / math.log(2) for value, _ in lm.score_pairs(pairs)]
     np.testing.assert_allclose(scores.totals, bits, rtol=1e-5)
-    assert scores.weights.tolist() == [len(text) for _, text in pairs]
+    assert scores.weights.tolist() == [len(text.encode()) for _, text in pairs]
+
+
+def test_a_text_is_measured_by_its_bytes_and_an_answer_outside_the_choices_is_not():
+    text = SimpleNamespace(OUTPUT_TYPE="loglikelihood_rolling")
+    page = {"metrics": [], "resps": [[-3.0]], "arguments": [("w\u00e4rm",)]}
+    assert _scored_answer(text, page) == (-3.0, 5)
+    choice = SimpleNamespace(
+        OUTPUT_TYPE="multiple_choice", doc_to_choice=lambda document: ["a", "b"]
+    )
+    question = {"doc": {}, "arguments": [("Q", "a")] * 3, "resps": [[(-1.0, True)]] * 3}
+    assert _scored_answer(choice, {**question, "target": 1}) == (-1.0, 1)
+    for outside in (-1, 2):
+        assert _scored_answer(choice, {**question, "target": outside}) is None
+
+
+def test_only_means_that_all_tasks_of_a_group_have_are_kept():
+    one = QuestionScores(np.ones(2), np.ones(2), ("x", "y"))
+    pooled = _pool_parts([{"acc": one, "acc_norm": one}, {"acc": one}])
+    assert list(pooled) == ["acc"] and pooled["acc"].totals.tolist() == [1] * 4
+    samples = []
+    for value in (1.0, 0.0):
+        sample = {"metrics": ["acc", "most"], "filter": "none", "prompt_hash": "h"}
+        samples.append({**sample, "acc": value, "most": value})
+    # The second one is their maximum.
+    found = _own_metrics(samples, {"acc,none": 0.5, "most,none": 1.0})
+    assert list(found) == ["acc"]
+
+
+def test_local_files_give_the_examples_and_tell_where_their_records_are(tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", [{"a": 1}])
+    test = tmp_path / "test.json"
+    test.write_text(json.dumps({"canary": "c", "examples": [{"a": 2}]}))
+    settings = _local_settings(tmp_path, [Path(train), test])
+    assert settings["fewshot_split"] == settings["training_split"] == "train"
+    assert settings["dataset_kwargs"]["field"] == "examples"
+    assert _local_settings(tmp_path, [Path(train)])["fewshot_split"] == "test"
+    # A task without a subset is named by itself.
+    manager = SimpleNamespace(
+        all_subtasks={"train"}, task_index={"train": SimpleNamespace(cfg={})}
+    )
+    file = _file_of_part("train", tmp_path, manager, "`x`")
+    assert file == (tmp_path / "train.jsonl").resolve()
 
 
 def test_a_group_weights_all_questions_equally(tmp_path):

@@ -70,10 +70,10 @@ def wait_for_checkpoint(folder, processes):
         time.sleep(0.05)
 
 
-def state_tuning(folder):
+def state_tuning(folder, **sizes):
     """Writes a base model; returns the settings of a run that tunes a state for it."""
     base = folder / "base.pth"
-    save_base_model(base)
+    save_base_model(base, **sizes)
     run = {name: one for name, one in RUN.items() if not name.startswith("model.")}
     return run | {"config": "state_tuning", "init": base, "model.dtype": "float32"}
 
@@ -149,6 +149,9 @@ def test_two_processes_tune_a_state_on_its_own_answers_bit_exactly_as_one_does(
         "test_time.tokens": 6,
         "test_time.redraws": 1,
     }
+    # Generated rows have no such sizes.
+    for name in ("data.length", "data.batch_size", "evaluation.length"):
+        del run[name]
     processes = start_pair(tmp_path / "two", **run)
     for process in processes:
         finish(process)
@@ -161,6 +164,30 @@ def test_two_processes_tune_a_state_on_its_own_answers_bit_exactly_as_one_does(
         ours = tmp_path / "two" / name
         theirs = tmp_path / "one" / name
         assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_processes_that_share_heads_report_torn_data_of_one_and_save_the_state(
+    tmp_path,
+):
+    # Of two heads.
+    run = state_tuning(tmp_path, head_size=8) | {
+        "steps": 1,
+        "optimizer.learning_rate": 0.1,
+        "mesh": "tensor=2",
+    }
+    torn = start_pair(
+        tmp_path / "two",
+        child=["tests/support/faulty_train.py"],
+        environment={"FAULT": "torn"},
+        **run,
+    )
+    ends = [last_line(finish(process, 2)[1]) for process in torn]
+    assert ends[0] == ends[1] == "train.py: `task:mapping` is torn."
+    for process in start_pair(tmp_path / "two", **run):
+        finish(process)
+    finish(start(tmp_path / "one", environment=devices(2), **run))
+    saved = [(tmp_path / name / "state.pth").read_bytes() for name in ("two", "one")]
+    assert saved[0] == saved[1]
 
 
 def test_a_failed_save_in_one_process_ends_all_with_the_same_message(tmp_path):

@@ -91,9 +91,19 @@ def test_a_file_may_have_another_path_in_each_process_but_may_not_be_missing(
     )
 
 
-def test_texts_of_evaluations_may_not_differ_either(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "setting", "name"),
+    [
+        ("state", "evaluation__retention", "retention"),
+        ("state", "start", "start"),
+        ("context", "test_time__context", "context"),
+    ],
+)
+def test_texts_of_evaluations_and_starts_may_not_differ_either(
+    base, tmp_path, monkeypatch, mode, setting, name
+):
     path = tmp_path / "general.txt"
-    settings = mode_settings("state", base, evaluation__retention=str(path))
+    settings = mode_settings(mode, base, **{setting: str(path)})
     read = same_in_all.content_digests
     own = threading.local()
 
@@ -110,7 +120,7 @@ def test_texts_of_evaluations_may_not_differ_either(base, tmp_path, monkeypatch)
     path.touch()
     monkeypatch.setattr(same_in_all, "content_digests", digests)
     assert ends(call, "cat", "cat") == [None, None]
-    assert rejected(ends(call, "cat", "dog")).startswith("the digest of retention")
+    assert rejected(ends(call, "cat", "dog")).startswith(f"the digest of {name}")
 
 
 def test_processes_that_share_weights_may_not_start_from_different_ones(

@@ -19,6 +19,7 @@ from rwkv7_jax.runs.settings import (
 from rwkv7_jax.runs.settings.readers import (
     _READERS,
     is_read,
+    refuse_flags_without_effect,
     refuse_settings_of_evaluation,
     refuse_settings_without_effect,
 )
@@ -176,6 +177,55 @@ def test_a_run_rejects_settings_that_only_eval_py_reads(name, value):
     settings = read_settings(values_of("pretrain", {name: value}))
     with pytest.raises(ValueError, match=rf"`config\.{name}` must be left out if"):
         refuse_settings_of_evaluation(settings)
+
+
+TASKS = {"data.path": "task:steer", "evaluation.retention": "task:copy"}
+TEXT = {"data.path": "task:copy", "evaluation.retention": "task:copy,stdlib"}
+CONSTANT = {"optimizer.schedule": "constant"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "ignored", "read"),
+    [
+        ("grpo", "data.batch_size", 8, {}, None),
+        ("expert", "data.batch_size", 4, {}, None),
+        ("distil", "data.length", 64, {}, None),
+        ("grpo", "evaluation.length", 64, {}, TASKS),
+        ("distil", "evaluation.length", 64, {}, TASKS),
+        ("pretrain", "optimizer.final_learning_rate", 1e-5, CONSTANT, {}),
+        ("pretrain", "sample.top_p", 0.5, {}, {"sample.prompts": ("a",)}),
+        ("pretrain", "data.held_out", 0.2, TASKS, TEXT),
+        ("state", "data.packing", "stream", TASKS, TEXT),
+        (
+            "state",
+            "data.encoding",
+            "gbk",
+            {"tuning.states": {"a": "task:copy"}},
+            {"tuning.states": {"a": "task:copy", "b": "stdlib"}},
+        ),
+        ("state", "data.held_out", 0.2, {**TASKS, "tuning.anchor": 1.0}, {}),
+    ],
+)
+def test_a_flag_without_effect_is_rejected_though_a_config_may_hold_it(
+    kind, name, value, ignored, read
+):
+    flags = {name: value}
+    # Of a config file.
+    settings = read_settings(values_of(kind, ignored | flags))
+    refuse_flags_without_effect(settings, {"steps": 3})
+    with pytest.raises(ValueError) as caught:
+        refuse_flags_without_effect(settings, flags)
+    message = str(caught.value)
+    assert message.startswith(f"`config.{name}` must be left out if ")
+    assert "\n" not in message
+    if read is not None:
+        refuse_flags_without_effect(read_settings(values_of(kind, read | flags)), flags)
+
+
+def test_flags_that_other_methods_read_are_accepted():
+    for kind in ("pretrain", "state", "context", "distil"):
+        settings = read_settings(values_of(kind, {"data.batch_size": 4}))
+        refuse_flags_without_effect(settings, {"data.batch_size": 4})
 
 
 @pytest.mark.parametrize(

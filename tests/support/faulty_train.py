@@ -6,6 +6,7 @@ size:20000  no file may grow beyond 20,000 bytes
 shards:9    the second process cannot write; the first waits 9 seconds for it
 silent      no process sends arrays to the others
 other       the second process makes another first state than the first one
+torn        the second process cannot read its data
 """
 
 import os
@@ -75,6 +76,12 @@ def changed(train_state):
     return other_state
 
 
+def unreadable(data, settings, tokenizer):
+    """Rejects the data, as where a line of it is damaged."""
+    del data, tokenizer
+    raise ValueError(f"`{settings.data.path}` is torn.")
+
+
 if NAME == "nan":
     TrainingData.batches = poisoned(TrainingData.batches)
     gradients.loss_weights = spoilt(gradients.loss_weights)
@@ -90,5 +97,7 @@ elif NAME == "silent":
     AllProcesses.broadcast_arrays = None
 elif NAME == "other" and "--process=1" in sys.argv:
     TrainingMode.train_state = changed(TrainingMode.train_state)
+elif NAME == "torn" and "--process=1" in sys.argv:
+    TrainingData.__init__ = unreadable
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -32,9 +32,9 @@ MODES = {
 }
 
 
-def save_base_model(path: Path) -> None:
+def save_base_model(path: Path, **sizes: int) -> None:
     """Saves a model of one layer."""
-    config = RWKV7Config(**MODEL)
+    config = RWKV7Config(**(MODEL | sizes))
     save_model(path, lively(config), config)
 
 

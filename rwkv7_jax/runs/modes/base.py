@@ -31,6 +31,7 @@ from rwkv7_jax.runs.modes.scheduled_optimizer import (
     schedule_and_optimizer,
     with_rate,
 )
+from rwkv7_jax.runs.process_group import group_of_mesh
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.sharding import own_rows
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -141,7 +142,15 @@ class TrainingMode(abc.ABC):
         self.tokenizer = tokenizer_of(self.settings, self.model.config)
 
     def open_data(self) -> None:
-        """Opens the run's data and its held-out rows, after `set_up` has loaded the model."""
+        """Opens the data, after `set_up` has loaded the model; if one process fails, all do.
+
+        The next common call of processes that share the weights is a collective of XLA, which a
+        process that has failed would break without a reason.
+        """
+        group_of_mesh(self.mesh).run_in_all(self.read_data)
+
+    def read_data(self) -> None:
+        """Reads the run's data and its held-out rows, without any call to other processes."""
         self.data = TrainingData(self.settings, self.tokenizer)
         self._held_out = self.prediction_evaluator("held_out")
 

@@ -45,7 +45,6 @@ class ObserverMode(TrainingMode):
         self.load_frozen("whose states are observed")
         teacher = self.model.config
         self._observer = Observer(RWKV7(self._observer_config(teacher)), teacher)
-        self.data = TrainingData(settings, self.tokenizer)
         self.loss = observer_loss(
             self._observer,
             self.model,
@@ -54,7 +53,12 @@ class ObserverMode(TrainingMode):
             divergence=settings.observer.divergence,
             answers=settings.observer.answers,
         )
-        rows = held_out(settings, self.tokenizer)
+        self.open_data()
+
+    def read_data(self) -> None:
+        """Reads the data, and splits the held-out rows into prompts and continuations."""
+        self.data = TrainingData(self.settings, self.tokenizer)
+        rows = held_out(self.settings, self.tokenizer)
         # All evaluations of a run measure the same continuations.
         self._rows = self._split_prompts(rows, 0)
         if not count_answers(self._rows):

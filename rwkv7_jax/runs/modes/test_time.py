@@ -124,8 +124,8 @@ class TestTimeMode(SingleStateMode):
             epsilon_high=settings.epsilon_high,
         )
 
-    def open_data(self) -> None:
-        """Opens the questions, and finds the reward of an answer."""
+    def read_data(self) -> None:
+        """Reads the questions, and finds the reward of an answer."""
         # Abstract weights cannot generate.
         if sharding.is_abstract(self.frozen):
             return

@@ -10,6 +10,7 @@ from rwkv7_jax.reports import plots
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.state_tuning import StateTuningMode, UpscaledStateMode
 from rwkv7_jax.runs.run_directory import RunDirectory
+from rwkv7_jax.sharding import to_host
 from rwkv7_jax.tuning.state_arithmetic import singular_values
 
 
@@ -31,6 +32,6 @@ def draw(folder: RunDirectory, mode: TrainingMode, trained: Any) -> None:
     typical = prefill_state(mode.model, mode.frozen, prompt)
     plots.states(
         folder.path / "state.png",
-        singular_values(typical.wkv),
+        singular_values(to_host(typical.wkv)),
         singular_values(trained.wkv),
     )

@@ -29,8 +29,8 @@ class DataSettings:
             * "documents" gives each document a separate row, truncated or padded to `length`.
               Nothing leaks.
             * "packed" packs the same documents into full rows. Nothing leaks.
-            * "auto" is "stream". If a state is tuned on questions with answers, it is "packed", or
-              "documents" if the run cannot read packed rows.
+            * "auto" is "stream". If mode "state" or "upscaled_state" tunes on questions with
+              answers, it is "packed", or "documents" if the run cannot read packed rows.
         order: "shuffled" by the seed, differently in every epoch; or "cubic", the order of RWKV's
             own trainer, which has no seed and is the same in every epoch (for packing "stream").
         evaluation: data for evaluation in place of the held-out part of `path`; all of it is used.
