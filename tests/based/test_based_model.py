@@ -303,11 +303,12 @@ def test_a_bad_call_is_named_in_one_sentence(unchecked, name):
 def test_weights_of_another_model_are_rejected(unchecked):
     config = config_of("all", "float32")
     other = dataclasses.replace(config, mlp_width=8)
-    sentence = "^Based: `params` must be those of this model, with layer_0/mlp/up of"
+    state = init_based_state(other, 2)
+    sentence = "^`params` must be those of this model, with layer_0/mlp/up of"
     with pytest.raises(ValueError, match=sentence):
-        Based(other).apply(
-            {"params": weights("all")}, tokens(), init_based_state(other, 2)
-        )
+        Based(other).apply({"params": weights("all")}, tokens(), state)
+    with pytest.raises(ValueError, match=r"emb of shape \(50, 12\); got none\."):
+        Based(config).apply({}, tokens(), state)
 
 
 def test_a_state_of_one_row_has_its_batch():
