@@ -14,13 +14,14 @@ from jaxtyping import Array, Float
 
 from rwkv7_jax.checks import (
     as_array,
+    check_instance,
     check_number,
     is_known,
     is_traced,
     prefix_errors,
 )
 from rwkv7_jax.model.state import RWKV7State, check_whole_state, map_linear_leaves
-from rwkv7_jax.model.upscaled_memory import Upscaled
+from rwkv7_jax.model.upscaled_memory import Upscaled, check_memory_types
 
 # Trained numbers per fact of 5 bits in toy models after 300 to 1000 steps of tuning: 64 facts in
 # 2,048 numbers, 129 in 4,096, 394 in 8,192, 628 in 16,384, 876 in 32,768. These are bounds around
@@ -59,7 +60,7 @@ def capacity(state: RWKV7State) -> Capacity:
         ValueError: more than one sequence.
     """
     with prefix_errors("capacity"):
-        _check_single(state, "`state`")
+        _check_single(state, "state")
     wkv = state.wkv.size
     trained = wkv if np.any(state.wkv) else 0
     memory = 0
@@ -116,7 +117,7 @@ def weighted_sum(
                 f"got {len(weights)} weights and {len(states)} states."
             )
         for index, state in enumerate(states):
-            _check_single(state, f"`states[{index}]`")
+            _check_single(state, f"states[{index}]")
             _check_alike(states[0], state, f"states[{index}]")
             _check_factor(weights[index], state, "`weights`")
 
@@ -131,10 +132,11 @@ def weighted_sum(
     return map_linear_leaves(weighted, *states)
 
 
-def _check_single(state: RWKV7State, argument: str) -> None:
-    check_whole_state(state, argument)
+def _check_single(state: RWKV7State, name: str) -> None:
+    check_instance(state, RWKV7State, f"`{name}`")
+    check_memory_types(state.upscaled, f"`{name}.upscaled`")
     if state.batch != 1:
-        raise ValueError(f"{argument} must hold one sequence; got {state.batch}.")
+        raise ValueError(f"`{name}` must hold one sequence; got {state.batch}.")
 
 
 def _check_alike(first: RWKV7State, other: RWKV7State, name: str) -> None:
