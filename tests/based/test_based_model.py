@@ -311,6 +311,29 @@ def test_weights_of_another_model_are_rejected(unchecked):
         Based(config).apply({}, tokens(), state)
 
 
+def test_strict_promotion_allows_lengths_under_x64():
+    config = config_of("all", "float32")
+    ids = np.zeros((2, 3), np.int32)
+    lengths = np.array([1, 3], np.int32)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        # Traced only: promotion is decided there.
+        logits, _ = jax.eval_shape(
+            Based(config).apply,
+            {"params": weights("all")},
+            ids,
+            init_based_state(config, 2),
+            lengths,
+        )
+    assert logits.dtype == jnp.float32
+
+
+def test_a_new_state_can_be_donated():
+    state = init_based_state(config_of("window", "float32"))
+    leaves = jax.tree.leaves(state)
+    # An array that occurs twice cannot be donated.
+    assert len(set(map(id, leaves))) == len(leaves)
+
+
 def test_a_state_of_one_row_has_its_batch():
     assert init_based_state(config_of("all", "float32"), 3).batch == 3
     assert isinstance(init_based_state(config_of("all", "float32")), BasedState)
