@@ -44,7 +44,7 @@ def short_convolution(
         y = y + per_channel(taps[i], x) * seen[:, i : i + tokens]
     if lengths is None:
         return y, ConvMemory(seen[:, tokens:])
-    last = lengths[:, None] + jnp.arange(past)[None]
+    last = lengths[:, None] + jnp.arange(past, dtype=jnp.int32)[None]
     return y, ConvMemory(jnp.take_along_axis(seen, last[:, :, None], axis=1))
 
 
@@ -71,7 +71,7 @@ def window_attention(
         return _write(k, v, memory, counted), y
 
     pieces = [cut(x, size) for x in (q, k, v)]
-    begins = size * jnp.arange(len(pieces[0]))
+    begins = size * jnp.arange(len(pieces[0]), dtype=jnp.int32)
     memory, y = jax.lax.scan(step, memory, (*pieces, begins))
     return join(y, tokens), memory
 
@@ -82,9 +82,10 @@ def _attend(
     """Attends from each token of a piece to the ring and to the piece."""
     slots = memory.keys.shape[1]
     now = memory.position[:, None]
-    steps = jnp.arange(q.shape[1])[None]
+    steps = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+    slot = jnp.arange(slots, dtype=jnp.int32)[None]
     # The latest position before now in each slot; negative if there is none.
-    ring = now - 1 - jnp.mod(now - 1 - jnp.arange(slots)[None], slots)
+    ring = now - 1 - jnp.mod(now - 1 - slot, slots)
     query_at = now + steps
     key_at = jnp.concatenate([ring, query_at], axis=1)
     is_filled = jnp.concatenate([ring >= 0, steps < counted[:, None]], axis=1)
@@ -123,13 +124,13 @@ def _write(
 ) -> WindowMemory:
     """Writes the piece's last real tokens into the ring, in place if JAX can."""
     slots = memory.keys.shape[1]
-    steps = jnp.arange(k.shape[1])[None]
+    steps = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
     counted = counted[:, None]
     # Skips tokens that later ones of the piece overwrite, so no slot is written twice.
     is_kept = (steps < counted) & (steps >= counted - slots)
     # Skipped tokens get a slot out of range, which is dropped.
     slot = jnp.where(is_kept, (memory.position[:, None] + steps) % slots, slots)
-    row = jnp.arange(k.shape[0])[:, None]
+    row = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
     return WindowMemory(
         keys=memory.keys.at[row, slot].set(k, mode="drop"),
         values=memory.values.at[row, slot].set(v, mode="drop"),

@@ -4,7 +4,6 @@ Each layer computes x + mixer(norm(x)) and then, with an MLP, x + MLP(norm(x)).
 """
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,7 +19,6 @@ from rwkv7_jax.checks import (
     as_array,
     check_instance,
     check_tokens,
-    leaf_at,
     prefix_errors,
 )
 from rwkv7_jax.model import inputs, products
@@ -86,9 +84,6 @@ class Based(nn.Module):
             check_based_state(state, tokens.shape[0], config)
             if lengths is not None:
                 lengths = inputs.safe_lengths(lengths, tokens.shape)
-            # There are no weights during initialisation.
-            if not self.is_initializing():
-                _check_params(self.variables.get("params", {}), config)
 
         table = (config.vocab_size, config.width)
         emb = jnp.asarray(get_weight(self, "emb", _EMBEDDING, table))
@@ -233,27 +228,3 @@ class _MLP(_Mixer):
         shape = (config.width, config.mlp_width)
         down = jnp.asarray(get_weight(self, "down", _ZEROS, shape))
         return products.linear(hidden, down)
-
-
-def _check_params(params: Any, config: BasedConfig) -> None:
-    """Checks weights by a few characteristic shapes."""
-    width = config.width
-    first = {
-        "conv": ("taps", (config.kernel_size, width)),
-        "linear": ("query", (config.num_heads * config.feature_size, width)),
-        "window": ("query", (width, width)),
-        "attention": ("query", (width, width)),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"emb": (config.vocab_size, width)}
-    for index, kind in enumerate(config.layers):
-        name, shape = first[kind]
-        shapes[f"layer_{index}/mixer/{name}"] = shape
-        if config.mlp_width is not None:
-            shapes[f"layer_{index}/mlp/up"] = (config.mlp_width, width)
-    for path, wanted in shapes.items():
-        came = getattr(leaf_at(params, path), "shape", None)
-        if came is None or tuple(came) != wanted:
-            raise ValueError(
-                f"`params` must be those of this model, with {path} of shape {wanted}; "
-                f"got {came or 'none'}."
-            )

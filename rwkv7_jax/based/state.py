@@ -78,8 +78,13 @@ def _empty_memory(config: BasedConfig, kind: str, batch: int) -> Memory:
     if kind == "linear":
         shape = (batch, heads, feature_count(config.feature_size), size + 1)
         return LinearMemory(jnp.zeros(shape, wide_dtype(config.dtype)))
-    ring = jnp.zeros((batch, window_slots(config, kind), heads, size), config.dtype)
-    return WindowMemory(keys=ring, values=ring, position=jnp.zeros(batch, jnp.int32))
+    shape = (batch, window_slots(config, kind), heads, size)
+    # Two arrays: one cannot be donated twice.
+    return WindowMemory(
+        keys=jnp.zeros(shape, config.dtype),
+        values=jnp.zeros(shape, config.dtype),
+        position=jnp.zeros(batch, jnp.int32),
+    )
 
 
 def init_based_state(config: BasedConfig, batch: int = 1) -> BasedState:

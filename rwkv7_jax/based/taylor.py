@@ -119,7 +119,7 @@ def linear_attention(
     v = v.astype(state.dtype)
     v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
     if lengths is not None:
-        counts = jnp.arange(tokens)[None] < lengths[:, None]
+        counts = jnp.arange(tokens, dtype=jnp.int32)[None] < lengths[:, None]
         counts = counts[:, :, None, None]
         # Zeroes the values and ones too, because phi(0) is not 0.
         k = jnp.where(counts, k, 0)

@@ -19,7 +19,6 @@ from rwkv7_jax.checks.models import (
     check_params,
     check_runnable,
     is_intercepted,
-    leaf_at,
 )
 from rwkv7_jax.checks.tokens import (
     check_ids,
@@ -67,7 +66,6 @@ __all__ = [
     "is_intercepted",
     "is_known",
     "is_traced",
-    "leaf_at",
     "prefix_errors",
     "typed_key",
 ]

@@ -75,7 +75,7 @@ def check_params(params: Any, config: Any, argument: str = "`params`") -> None:
             f"{argument} must be those of a model of 1 layer; got more layers."
         )
     for path, wanted in shapes.items():
-        leaf = leaf_at(params, path)
+        leaf = _leaf_at(params, path)
         if leaf is None:
             hint = " (pass the inner tree)" if "params" in params else ""
             names = ", ".join(map(str, params)) or "nothing"
@@ -113,7 +113,7 @@ def check_runnable(
     check_placed(params, params_argument)
 
 
-def leaf_at(params: Any, path: str) -> Any:
+def _leaf_at(params: Any, path: str) -> Any:
     """Returns the leaf of nested dicts at a path such as "layer_0/att/r_k"; None without one."""
     leaf = params
     for name in path.split("/"):

@@ -92,22 +92,20 @@ def check_tokens(
 def check_lengths(
     lengths: Lengths,
     tokens: tuple[int, int],
-    *,
-    name: str = "lengths",
+    argument: str = "`lengths`",
 ) -> None:
     """Checks that `lengths` has one integer for each row, from 0 to the length of the rows.
 
     Args:
         lengths: the number of real tokens of each row.
         tokens: the number of rows and the number of tokens in a row.
-        name: the argument's name, for the message.
+        argument: the argument in backticks; the message begins with it.
 
     Raises:
         TypeError: the lengths are not integers.
         ValueError: not one length per row, or a length out of range.
     """
     rows, tokens_per_row = tokens
-    argument = f"`{name}`"
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"{argument} must be integers; got {lengths.dtype}.")
     if tuple(lengths.shape) != (rows,):
@@ -127,23 +125,19 @@ def check_lengths(
 
 
 def check_prompts(
-    prompts: Any,
-    vocab_size: int,
-    *,
-    name: str = "prompts",
+    prompts: Any, vocab_size: int, argument: str = "`prompts`"
 ) -> list[list[int]]:
     """Checks prompts and returns them as lists of ids.
 
     Args:
         prompts: a list of prompts, each a non-empty list of ids.
         vocab_size: the size of the vocabulary.
-        name: the argument's name, for the message.
+        argument: the argument in backticks; the message begins with it.
 
     Raises:
         ValueError: no prompt, an empty prompt, or an id outside the vocabulary.
         TypeError: the ids are not integers, or `prompts` is a single flat list.
     """
-    argument = f"`{name}`"
     if not isinstance(prompts, Sequence | np.ndarray) or isinstance(
         prompts, str | bytes
     ):

@@ -263,14 +263,10 @@ def decode(
             options=options,
         )
         live = live & ~is_known
-
-        def score(scores):
-            new = sampling.score_tokens(done.run.logits, read, alternatives)
-            return jax.tree.map(lambda all, one: all.at[:, index].set(one), scores, new)
-
         scores = done.scores
-        if alternatives:
-            scores = jax.lax.cond(scored & ~is_known, score, lambda same: same, scores)
+        if scores is not None:
+            is_wanted = scored & ~is_known
+            scores = _add_scores(scores, done.run.logits, read, index, is_wanted)
         following = Decoded(
             run=run,
             # For known tokens the index is -1, the last column, which is written with zeros.
@@ -306,6 +302,22 @@ def _no_scores(
         ids=jnp.zeros(shape, jnp.int32),
         logps=jnp.zeros(shape, jnp.float32),
     )
+
+
+def _add_scores(
+    scores: sampling.ModelScores,
+    logits: Float[Array, "B V"],
+    tokens: Int[Array, " B"],
+    index: Int[Array, ""],
+    is_wanted: Bool[Array, ""],
+) -> sampling.ModelScores:
+    """Writes the scores of one token per row into column `index`, if they are wanted."""
+
+    def write(scores):
+        new = sampling.score_tokens(logits, tokens, scores.ids.shape[2])
+        return jax.tree.map(lambda all, one: all.at[:, index].set(one), scores, new)
+
+    return jax.lax.cond(is_wanted, write, lambda same: same, scores)
 
 
 class Decoder:

@@ -7,7 +7,7 @@ names are those of the official checkpoints, and matrices keep their orientation
 Source: arXiv 2503.14456, section 4; BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:260-372.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -111,6 +111,24 @@ class HeadNorm(nn.Module):
         return jnp.asarray(scale), jnp.asarray(bias)
 
 
+class _Vectors(NamedTuple):
+    """The vectors that a time mix computes from its input, before the recurrence.
+
+    Attributes:
+        inputs: of the WKV op.
+        icl_rate: the in-context learning rate.
+        gate: g, all channels.
+        v_first: the first layer's values.
+        shifted: the inputs of the projections to r, k and v, by their names in the trace.
+    """
+
+    inputs: WKVInputs
+    icl_rate: Heads
+    gate: Activations
+    v_first: Activations
+    shifted: dict[str, Activations]
+
+
 class TimeMix(nn.Module):
     """The attention half of a block: token shift, projections, recurrence, norm, bonus, gate.
 
@@ -138,6 +156,45 @@ class TimeMix(nn.Module):
             The contribution; the new shift, WKV state and upscaled memory; the first layer's
             values; the trace.
         """
+        vectors = self._vectors(x, state.att_shift, v_first, segments, layer)
+
+        # S_t = S_{t-1} (diag(w) - kappa^^T (a * kappa^)) + v^T k~,  y = r S_t^T
+        y, wkv, memory = recurrence(
+            vectors.inputs,
+            vectors.icl_rate,
+            state.wkv,
+            state.upscaled,
+            implementation=self.config.implementation,
+            lengths=lengths,
+            segments=segments,
+        )
+
+        # o = (g * p) W_o, with p = norm(y) + bonus
+        gated = self._read_out(y, vectors.inputs, vectors.gate, layer)
+        # Starts from zeros: a new block adds nothing to the residual stream.
+        out = sum_over_heads(self._square("output", 0.0)(gated))
+
+        # The last real token of each row instead of the last column: padding is on the right.
+        att_shift = token_shift.last_token(x, state.att_shift, lengths, segments)
+        trace = {
+            **vectors.inputs._asdict(),
+            **vectors.shifted,
+            "icl_rate": vectors.icl_rate,
+            "y": y,
+            "gate": vectors.gate,
+            "output_input": gated,
+        }
+        return out, (att_shift, wkv, memory), vectors.v_first, trace
+
+    def _vectors(
+        self,
+        x: Activations,
+        before: Float[Array, "S D"],
+        v_first,
+        segments,
+        layer,
+    ) -> _Vectors:
+        """Computes the vectors of every token; `before` is the token before the first one."""
         config = self.config
         channels = (config.width,)
 
@@ -147,7 +204,7 @@ class TimeMix(nn.Module):
             lerp = initial.lerp(power)
             coefficients.append(_weight(self, name, lerp, channels, layer))
         x_r, x_w, x_k, x_v, x_a, x_g = token_shift.mix_with_previous(
-            x, state.att_shift, tuple(coefficients), segments
+            x, before, tuple(coefficients), segments
         )
 
         # r = x_r W_r,  k = x_k W_k,  v = x_v W_v
@@ -179,7 +236,6 @@ class TimeMix(nn.Module):
             k, raw["a"], bias["a"], xi, alpha
         )
 
-        # S_t = S_{t-1} (diag(w) - kappa^^T (a * kappa^)) + v^T k~,  y = r S_t^T
         inputs = WKVInputs(
             r=self._heads(r),
             log_w=self._heads(log_w),
@@ -188,34 +244,8 @@ class TimeMix(nn.Module):
             a=a,
             b=b,
         )
-        y, wkv, memory = recurrence(
-            inputs,
-            icl_rate,
-            state.wkv,
-            state.upscaled,
-            implementation=config.implementation,
-            lengths=lengths,
-            segments=segments,
-        )
-
-        # o = (g * p) W_o, with p = norm(y) + bonus
-        gated = self._read_out(y, inputs, raw["g"], layer)
-        # Starts from zeros: a new block adds nothing to the residual stream.
-        out = sum_over_heads(self._square("output", 0.0)(gated))
-
-        # The last real token of each row instead of the last column: padding is on the right.
-        att_shift = token_shift.last_token(x, state.att_shift, lengths, segments)
-        trace = {
-            **inputs._asdict(),
-            "icl_rate": icl_rate,
-            "y": y,
-            "gate": raw["g"],
-            "receptance_input": x_r,
-            "key_input": x_k,
-            "value_input": x_v,
-            "output_input": gated,
-        }
-        return out, (att_shift, wkv, memory), v_first, trace
+        shifted = {"receptance_input": x_r, "key_input": x_k, "value_input": x_v}
+        return _Vectors(inputs, icl_rate, raw["g"], v_first, shifted)
 
     def _square(self, name: str, gain: float) -> Linear:
         """Makes a D x D projection; with a gain of 0 it starts from zeros."""

@@ -130,14 +130,8 @@ class RWKV7(nn.Module):
         sizes = sharding.mesh_sizes()
         rows = sharding.row_axes(tokens.shape[0], sizes) or None
         length = tokens.shape[1]
-        time = None
-        if sizes.get(sharding.SEQUENCE, 1) > 1:
-            time = sharding.SEQUENCE
-            if segment_ids is not None:
-                raise ValueError(
-                    "RWKV7: `segment_ids` must be None on a mesh that shards the tokens of a row; "
-                    f"got a mesh with sequence={sizes[time]}."
-                )
+        time = _token_axis(sizes, segment_ids)
+        if time is not None:
             tokens, lengths = time_shards.fill_up(tokens, lengths, sizes[time])
         weights = sharding.specs(sizes, variables)
         of_rows = PartitionSpec(rows)
@@ -155,7 +149,7 @@ class RWKV7(nn.Module):
             with sharding.tokens_along(time):
                 return apply(shards, *inputs, method=method, **static)
 
-        outputs, *others = sharding.on_each(
+        outputs = sharding.on_each(
             run,
             variables,
             tokens,
@@ -166,10 +160,8 @@ class RWKV7(nn.Module):
             gives=tuple(results),
         )
         if tokens.shape[1] == length:
-            return outputs, *others
-        end, *traces = others
-        traces = jax.tree.map(lambda leaf: leaf[:, :, :length], traces)
-        return outputs[:, :length], end, *traces
+            return outputs
+        return _without_padding(outputs, length)
 
     def __call__(
         self,
@@ -379,6 +371,26 @@ class RWKV7(nn.Module):
             (other_memories, other_trace),
         )
         return x, memories, trace
+
+
+def _token_axis(sizes: Mapping[str, int], segment_ids: Any) -> str | None:
+    """Returns the mesh axis that shards the tokens of a row, or None."""
+    count = sizes.get(sharding.SEQUENCE, 1)
+    if count == 1:
+        return None
+    if segment_ids is not None:
+        raise ValueError(
+            "RWKV7: `segment_ids` must be None on a mesh that shards the tokens of a row; "
+            f"got a mesh with sequence={count}."
+        )
+    return sharding.SEQUENCE
+
+
+def _without_padding(outputs: tuple[Any, ...], length: int) -> tuple[Any, ...]:
+    """Drops the tokens after the first `length` from a method's results."""
+    x, end, *traces = outputs
+    traces = jax.tree.map(lambda leaf: leaf[:, :, :length], traces)
+    return x[:, :length], end, *traces
 
 
 def _state_specs(state: RWKV7State, rows: Any) -> RWKV7State:

@@ -107,7 +107,8 @@ def find_segments(
     numbers = jnp.arange(sequences, dtype=jnp.int32)
     is_token = jnp.ones(shape, bool)
     if lengths is not None:
-        is_token = jnp.arange(tokens)[None] < jnp.asarray(lengths)[:, None]
+        places = jnp.arange(tokens, dtype=jnp.int32)[None]
+        is_token = places < jnp.asarray(lengths)[:, None]
     belongs = (ids[..., None] == numbers[None, None]) & is_token[..., None]
     sizes = jnp.sum(belongs, axis=1, dtype=jnp.int32)
     firsts = jnp.cumsum(sizes, axis=1, dtype=jnp.int32) - sizes

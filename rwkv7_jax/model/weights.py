@@ -28,14 +28,15 @@ def get_weight(
         *arguments: further arguments of `draw`.
 
     Raises:
-        ValueError: the weight has another shape, or is not an array.
+        ValueError: the weight is missing, has another shape, or is not an array.
     """
-    if not module.has_variable("params", name):
-        return module.param(name, draw, shape, *arguments)
     value = module.get_variable("params", name)
+    if value is None and module.is_mutable_collection("params"):
+        return module.param(name, draw, shape, *arguments)
     path = "/".join((*module.path, name))
     own = own_shape(path, shape)
-    came = getattr(value, "shape", type(value).__name__)
+    came = "none" if value is None else type(value).__name__
+    came = getattr(value, "shape", came)
     if came != own:
         raise ValueError(
             f"`params` must be those of this model, with {path} of shape {own}; got {came}."

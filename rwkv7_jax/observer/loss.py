@@ -156,10 +156,10 @@ class ObserverLoss:
         inputs = jnp.asarray(pieces.tokens)[:, :, :-1]
         split = jnp.asarray(pieces.split)
         length = inputs.shape[2]
+        after = jax.vmap(lambda split: after_split(split, length))(split)
         # Means, because each microbatch divides by these counts and the losses are averaged.
-        prompt_tokens = jnp.sum(jnp.minimum(split, length)) / count
-        counts = jax.vmap(lambda split: after_split(split, length))(split)
-        answer_weight = jnp.sum(pieces["weights"] * counts) / count
+        prompt_tokens = jnp.sum(1 - after) / count
+        answer_weight = jnp.sum(pieces["weights"] * after) / count
         if not self.variance:
             return BatchTotals(None, prompt_tokens, answer_weight)
 

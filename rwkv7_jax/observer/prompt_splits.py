@@ -77,10 +77,10 @@ def check_split(batch: BatchLike, vocab_size: int) -> Batch:
         TypeError: ids or splits that are not integers.
         ValueError: a part is missing or of the wrong shape, or an id or a split is out of range.
     """
-    Batch.of(batch, "mask", "split")
+    batch = Batch.of(batch, "mask", "split")
     batch = check_ids_and_shapes(batch, vocab_size)
     rows, length = batch.tokens.shape
-    check_lengths(batch["split"], (rows, length - 1), name="batch.split")
+    check_lengths(batch["split"], (rows, length - 1), "`batch.split`")
     return batch
 
 
@@ -142,7 +142,7 @@ def continuations(
         Batch.of({"tokens": tokens, "weights": weights})
         split = as_array(split, "`split`")
         rows, length = weights.shape
-        check_lengths(split, (rows, length), name="split")
+        check_lengths(split, (rows, length), "`split`")
     weights = jnp.asarray(weights)
     split = jnp.asarray(split)
     positions = jnp.arange(length)[None] + split[:, None]

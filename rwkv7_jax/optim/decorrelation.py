@@ -153,15 +153,11 @@ def decorrelate(
     def update(updates, state, params=None, *, stats=None, **extra):
         if stats is not None:
             state = _learn_from(rule, updates, stats, state)
-        transformed = _multiply_by_whitener(
-            "...nm,...km->...nk", updates, state.whitener
-        )
+        turned = _map_with_whitener(_turn_gradient, updates, state.whitener)
         if turn_params and params is not None:
-            params = _divide_by_whitener(params, state.whitener)
-        transformed, inner_state = inner.update(
-            transformed, state.inner, params, **extra
-        )
-        moves = _multiply_by_whitener("...nk,...km->...nm", transformed, state.whitener)
+            params = _map_with_whitener(_turn_param, params, state.whitener)
+        turned, inner_state = inner.update(turned, state.inner, params, **extra)
+        moves = _map_with_whitener(_turn_back, turned, state.whitener)
         return moves, state._replace(inner=inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -312,30 +308,34 @@ def _running_average(statistics, covariance, average, *, fresh):
     return jnp.where(per_matrix(usable), mean, covariance), usable
 
 
-def _multiply_by_whitener(equation: str, tree, whitener):
-    """Multiplies every decorrelated leaf by its R; each leaf keeps its dtype."""
+def _map_with_whitener(function: Callable, tree, whitener):
+    """Applies a function to every decorrelated leaf, at least float32, and its R.
 
-    def multiply(leaf, matrix):
+    Each leaf keeps its dtype.
+    """
+
+    def change(leaf, matrix):
         if _is_masked(matrix):
             return leaf
         wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        return jnp.einsum(equation, wide, matrix, precision="highest").astype(
-            leaf.dtype
-        )
+        return function(wide, matrix).astype(leaf.dtype)
 
-    return jax.tree.map(multiply, tree, whitener)
+    return jax.tree.map(change, tree, whitener)
 
 
-def _divide_by_whitener(tree, whitener):
-    """Solves S' R = S for every decorrelated leaf S; each leaf keeps its dtype."""
+def _turn_gradient(gradient, whitener):
+    """Computes the gradient G R^T of S' from that of S."""
+    return jnp.einsum("...nm,...km->...nk", gradient, whitener, precision="highest")
 
-    def divide(leaf, matrix):
-        if _is_masked(matrix):
-            return leaf
-        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        return jnp.linalg.solve(matrix.mT, wide.mT).mT.astype(leaf.dtype)
 
-    return jax.tree.map(divide, tree, whitener)
+def _turn_back(move, whitener):
+    """Computes the update u' R of S from that of S'."""
+    return jnp.einsum("...nk,...km->...nm", move, whitener, precision="highest")
+
+
+def _turn_param(param, whitener):
+    """Computes S' = S R^-1."""
+    return jnp.linalg.solve(whitener.mT, param.mT).mT
 
 
 def _learn_from(

@@ -171,6 +171,15 @@ def scale_by_factors(factors: Any) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
+def _mask_of(labels: list[str]) -> Callable[[Any], Any]:
+    """Makes the function that marks the parameters of some groups."""
+
+    def mask(params):
+        return jax.tree.map(lambda label: label in labels, group_labels(params))
+
+    return mask
+
+
 def _scale_to_rms() -> optax.GradientTransformation:
     """Scales orthogonal matrices to the root mean square `_MUON_RMS`."""
 
@@ -251,23 +260,17 @@ def build_optimizer(
             )
         check_number(eps, 0, math.inf, "`eps`")
 
-    def mask_of(labels: list[str]) -> Callable[[Any], Any]:
-        def mask(params):
-            return jax.tree.map(lambda label: label in labels, group_labels(params))
-
-        return mask
-
     decaying = [rule.label for rule in GROUPS if rule.decays]
     clipping = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
     transforms = [
         clipping,
         _scale_by_moments(kind, b1, b2, eps),
-        optax.add_decayed_weights(weight_decay, mask=mask_of(decaying)),
+        optax.add_decayed_weights(weight_decay, mask=_mask_of(decaying)),
     ]
     # One scaling per factor in ascending order, which is part of the state's structure in
     # checkpoints.
     for rate in sorted({rule.rate for rule in GROUPS} - {1.0}):
         members = [rule.label for rule in GROUPS if rule.rate == rate]
-        transforms.append(optax.masked(optax.scale(rate), mask_of(members)))
+        transforms.append(optax.masked(optax.scale(rate), _mask_of(members)))
     transforms.append(optax.scale_by_learning_rate(learning_rate))
     return optax.chain(*transforms)

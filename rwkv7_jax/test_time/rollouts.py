@@ -430,7 +430,7 @@ def reward_target(
     """
     if not len(held_out):
         return RewardTarget(None, every, stop_reward)
-    check_prompts(held_out, sampler.model.config.vocab_size, name="held_out")
+    check_prompts(held_out, sampler.model.config.vocab_size, "`held_out`")
 
     def evaluate(state: RWKV7State) -> tuple[float, TokenBudget]:
         return sampler.mean_reward(state, held_out, reward)

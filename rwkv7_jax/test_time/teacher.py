@@ -191,7 +191,7 @@ def _questions(
         for index, row in enumerate(rows):
             with named_errors(f"`template` of prompt {index}"):
                 filled.append(template(tuple(row)))
-        teacher_rows = check_prompts(filled, vocab_size, name="template")
+        teacher_rows = check_prompts(filled, vocab_size, "`template`")
     questions: list[_Question] = []
     times_seen: collections.Counter[str] = collections.Counter()
     for index, (row, teacher_row) in enumerate(zip(rows, teacher_rows, strict=True)):

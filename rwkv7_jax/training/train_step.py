@@ -5,10 +5,9 @@ as a model's weights, make it a `jax.tree_util.Partial` over them: the compiled 
 as arguments instead of constants.
 """
 
-import contextlib
 import functools
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.optim.optimizer import check_optimizer
 from rwkv7_jax.sharding import constrain_layout, place, use_mesh
 from rwkv7_jax.training.gradients import (
+    Gradients,
     compute_gradients,
     loss_and_metrics,
     with_shares,
@@ -101,15 +101,28 @@ def _without_shared_arrays(opt_state: Any, params: Any) -> Any:
     return jax.tree.map(own, opt_state)
 
 
-@contextlib.contextmanager
-def _naming_optimizer(*arguments: Any) -> Iterator[None]:
-    """Explains errors of optimizers that need more than a train step passes, as a line search."""
+def _optimizer_update(
+    tx: optax.GradientTransformation, train: TrainState, found: Gradients
+) -> tuple[Any, Any]:
+    """Computes the updates and the next state of an optimizer.
+
+    Raises:
+        TypeError: an optimizer that needs more than a train step passes, such as a line search.
+    """
+    tx = optax.with_extra_args_support(tx)
+    # Optax's names: `reduce_on_plateau` and `polyak_sgd` read the loss.
+    extra = {"value": found.loss, "grad": found.gradients}
+    if found.statistics is not None:
+        extra["stats"] = found.statistics
+    scope = jax.named_scope("optimizer")
     try:
-        yield
+        with jax.numpy_dtype_promotion(_OPTAX_PROMOTION), scope:
+            return tx.update(found.gradients, train.opt_state, train.params, **extra)
     except (TypeError, AttributeError) as error:
         # Other errors inside a transformation stay as they are.
         is_call = "required keyword-only argument" in str(error)
-        is_tree = any(getattr(error, "obj", None) is tree for tree in arguments)
+        source = getattr(error, "obj", None)
+        is_tree = source is found.gradients or source is train.params
         if not (is_call or is_tree):
             raise
         raise TypeError(
@@ -142,8 +155,7 @@ def apply_update(
             `can_share_pass`.
     """
     check_optimizer_state(train.opt_state, statistics)
-    tx = optax.with_extra_args_support(tx)
-    value, metrics, grads, stats = compute_gradients(
+    found = compute_gradients(
         loss,
         statistics,
         train.params,
@@ -151,21 +163,14 @@ def apply_update(
         accumulate=accumulate,
         share_pass=share_pass,
     )
-    # Optax's names: `reduce_on_plateau` and `polyak_sgd` read the loss.
-    extra = {"value": value, "grad": grads}
-    if statistics is not None:
-        extra["stats"] = stats
-    naming = _naming_optimizer(grads, train.params)
-    scope = jax.named_scope("optimizer")
-    with jax.numpy_dtype_promotion(_OPTAX_PROMOTION), naming, scope:
-        updates, opt_state = tx.update(grads, train.opt_state, train.params, **extra)
+    updates, opt_state = _optimizer_update(tx, train, found)
     if rate is not None:
         updates = jax.tree.map(lambda leaf: rate.astype(leaf.dtype) * leaf, updates)
     with jax.numpy_dtype_promotion(_OPTAX_PROMOTION):
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(found.gradients)
         update_norm = optax.tree.norm(updates)
     # A finite gradient can give a non-finite update, since the learning rate may overflow it.
-    finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
+    finite = jnp.isfinite(found.loss) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (optax.apply_updates(train.params, updates), opt_state),
@@ -178,11 +183,11 @@ def apply_update(
         skipped=train.skipped + jnp.where(finite, 0, 1),
     )
     step_metrics = {
-        "loss": value,
+        "loss": found.loss,
         "grad_norm": norm,
         "updated": finite.astype(jnp.float32),
     }
-    return new, metrics | step_metrics
+    return new, found.metrics | step_metrics
 
 
 def make_train_step(

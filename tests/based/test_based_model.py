@@ -303,11 +303,35 @@ def test_a_bad_call_is_named_in_one_sentence(unchecked, name):
 def test_weights_of_another_model_are_rejected(unchecked):
     config = config_of("all", "float32")
     other = dataclasses.replace(config, mlp_width=8)
-    sentence = "^Based: `params` must be those of this model, with layer_0/mlp/up of"
+    state = init_based_state(other, 2)
+    sentence = "^`params` must be those of this model, with layer_0/mlp/up of"
     with pytest.raises(ValueError, match=sentence):
-        Based(other).apply(
-            {"params": weights("all")}, tokens(), init_based_state(other, 2)
+        Based(other).apply({"params": weights("all")}, tokens(), state)
+    with pytest.raises(ValueError, match=r"emb of shape \(50, 12\); got none\."):
+        Based(config).apply({}, tokens(), state)
+
+
+def test_strict_promotion_allows_lengths_under_x64():
+    config = config_of("all", "float32")
+    ids = np.zeros((2, 3), np.int32)
+    lengths = np.array([1, 3], np.int32)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        # Traced only: promotion is decided there.
+        logits, _ = jax.eval_shape(
+            Based(config).apply,
+            {"params": weights("all")},
+            ids,
+            init_based_state(config, 2),
+            lengths,
         )
+    assert logits.dtype == jnp.float32
+
+
+def test_a_new_state_can_be_donated():
+    state = init_based_state(config_of("window", "float32"))
+    leaves = jax.tree.leaves(state)
+    # An array that occurs twice cannot be donated.
+    assert len(set(map(id, leaves))) == len(leaves)
 
 
 def test_a_state_of_one_row_has_its_batch():

@@ -280,6 +280,16 @@ def test_microbatches_give_the_loss_and_gradient_of_the_batch(
     assert_close(gradients[1], gradients[0], SAME["micro-batches"], "gradient")
 
 
+def test_splits_of_8_bits_are_counted_in_rows_of_any_length(made, teacher):
+    loss = observer_loss(made[0], *teacher, variance=0.0, answers=0.0).func
+    pieces = {
+        "tokens": np.zeros((2, 1, 201), np.int32),
+        "weights": np.ones((2, 1, 200), np.float32),
+        "split": np.array([[100], [50]], np.int8),
+    }
+    assert float(loss.batch_totals({}, pieces).prompt_tokens) == 75
+
+
 @pytest.mark.slow
 def test_training_lowers_every_term_and_changes_no_bit_of_the_teacher(
     made, teacher, batch
