@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_models import TINIEST as CONFIG
+from tiny_models import SMALLEST as CONFIG
 from tiny_models import lively, tokens
 from tolerances import SAME, assert_close
 

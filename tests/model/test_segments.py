@@ -12,7 +12,7 @@ from tolerances import assert_trees_close
 from upscaled_states import SIZE
 
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import repeat, select
+from rwkv7_jax.model.state import repeat
 from rwkv7_jax.tuning.upscaling import upscale
 
 ROWS, T, K = 2, 23, 3
@@ -29,22 +29,16 @@ BAR = 1e-6
 
 def separate(model, params, text, state):
     """Runs every sequence in a row of its own; returns the logits in place and the end states."""
-    logits = []
-    ends = []
-    for row, numbers in enumerate(SIZES):
-        first = 0
-        parts = []
-        for k, size in enumerate(numbers):
-            start = select(state, [row * K + k])
-            alone = text[row : row + 1, first : first + size]
-            found, end = model.apply({"params": params}, alone, start)
-            parts.append(found[0])
-            ends.append(end)
-            first += size
-        whole = jnp.concatenate(parts)
-        logits.append(jnp.pad(whole, ((0, T - first), (0, 0))))
-    end = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *ends)
-    return jnp.stack(logits), end
+    sizes = np.ravel(SIZES)
+    longest = sizes.max()
+    # Both [ROWS * K, longest]; what fills a row up is not counted.
+    rows = np.arange(ROWS).repeat(K)[:, None]
+    starts = np.cumsum(SIZES, axis=1) - SIZES
+    places = np.minimum(np.ravel(starts)[:, None] + np.arange(longest), T - 1)
+    logits, end = model.apply({"params": params}, text[rows, places], state, sizes)
+    is_token = np.arange(longest) < sizes[:, None]
+    logits = jnp.where(is_token[..., None], logits, 0)
+    return jnp.zeros((ROWS, T, logits.shape[-1])).at[rows, places].add(logits), end
 
 
 def together(model, params, text, state):

@@ -1,6 +1,7 @@
 """Layers with arrays of their own compute what the scan over stacked weights computes."""
 
 import dataclasses
+import functools
 from importlib.metadata import version
 
 import jax
@@ -20,6 +21,8 @@ from rwkv7_jax.model.upscaled_memory import DYNAMICS
 
 # Of this rank the gate's product is computed in two halves for GPUs.
 CONFIG = dataclasses.replace(tiny_models.SCANNED, gate_rank=101)
+# One layer of each kind: the first, which has no value residual, and one with it.
+TWO_LAYERS = dataclasses.replace(CONFIG, num_layers=2)
 TOKENS = np.array([3, 0, 28], np.int32)
 
 
@@ -28,29 +31,37 @@ def params():
     return tiny_models.lively(CONFIG)
 
 
-def both_forms(config, params, state, tokens, live):
+@pytest.fixture(scope="module")
+def params_of_two(params):
+    """The weights without those of the last layer."""
+    layers = jax.tree.map(lambda leaf: leaf[:1], params["layers"])
+    return params | {"layers": layers}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def scanned(config, params, state, tokens, live):
+    """Logits and state after one token of each row, by the model's call."""
+    lengths = live.astype(jnp.int32)
+    model = RWKV7(config)
+    logits, after = model.apply({"params": params}, tokens[:, None], state, lengths)
+    return logits[:, 0], after
+
+
+def layer_by_layer(config, split, state, tokens, live):
+    """The same from weights split by layer."""
+    logits, after = read_token(
+        config, split, split_state(state), tokens=tokens, live=live
+    )
+    return logits, join_states(after)
+
+
+unrolled = functools.partial(jax.jit, static_argnums=0)(layer_by_layer)
+
+
+def both_forms(config, params, *arguments):
     """Logits and state of the model's call, and of the same token layer by layer."""
-
-    @jax.jit
-    def scanned(params, state):
-        model = RWKV7(config)
-        logits, after = model.apply(
-            {"params": params}, tokens[:, None], state, live.astype(np.int32)
-        )
-        return logits[:, 0], after
-
-    @jax.jit
-    def unrolled(split, state):
-        logits, after = read_token(
-            config,
-            split,
-            split_state(state),
-            tokens=jnp.asarray(tokens),
-            live=jnp.asarray(live),
-        )
-        return logits, join_states(after)
-
-    return scanned(params, state), unrolled(split_params(params), state)
+    split = split_params(params)
+    return scanned(config, params, *arguments), unrolled(config, split, *arguments)
 
 
 def assert_same(found, expected):
@@ -86,28 +97,30 @@ def test_a_single_layer_model_gives_the_same():
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("is_live", [True, False])
-def test_a_token_in_the_gpu_layout_is_the_same(params, is_live, monkeypatch):
+def test_a_token_in_the_gpu_layout_is_the_same(params, monkeypatch):
     state = tiny_models.random_state(CONFIG)
     tokens, live = rows(1)
-    expected, _ = both_forms(CONFIG, params, state, tokens, live & is_live)
+    expected = [scanned(CONFIG, params, state, tokens, x) for x in (live, ~live)]
     monkeypatch.setattr(platforms, "target_platform", lambda: "cuda")
-    _, found = both_forms(CONFIG, params, state, tokens, live & is_live)
+    # A function of its own: the program of the other platform is kept.
+    on_gpu = jax.jit(functools.partial(layer_by_layer, CONFIG))
+    found = [on_gpu(split_params(params), state, tokens, x) for x in (live, ~live)]
     assert_same(found, expected)
 
 
-def test_inactive_rows_keep_their_state(params):
-    state = tiny_models.random_state(CONFIG, batch=3)
+def test_inactive_rows_keep_their_state(params_of_two):
+    state = tiny_models.random_state(TWO_LAYERS, batch=3)
     live = np.array([True, False, True])
-    expected, found = both_forms(CONFIG, params, state, TOKENS, live)
+    expected, found = both_forms(TWO_LAYERS, params_of_two, state, TOKENS, live)
     assert_same((found[0][live], found[1]), (expected[0][live], expected[1]))
     np.testing.assert_array_equal(found[1].wkv[:, 1], state.wkv[:, 1])
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)
-def test_upscaled_memories_are_read_and_written(params, dynamics):
-    state = upscaled_states.filled(upscaled_states.empty_state(CONFIG, dynamics))
-    expected, found = both_forms(CONFIG, params, state, *rows(1))
+def test_upscaled_memories_are_read_and_written(params_of_two, dynamics):
+    empty = upscaled_states.empty_state(TWO_LAYERS, dynamics)
+    state = upscaled_states.filled(empty)
+    expected, found = both_forms(TWO_LAYERS, params_of_two, state, *rows(1))
     assert_same(found, expected)
 
 
@@ -137,21 +150,9 @@ def test_tokens_and_prompts_accumulate_16_bit_products_in_float32(params):
     tokens, live = rows(1)
     state = tiny_models.random_state(config)
     for weights in (params, quantize(params)):
-        step = jax.jit(
-            lambda split, state: read_token(
-                config,
-                split,
-                split_state(state),
-                tokens=jnp.asarray(tokens),
-                live=jnp.asarray(live),
-            )
-        )
-        text = step.trace(split_params(weights), state).lower(
-            lowering_platforms=("cuda",)
-        )
-        products = [
-            line for line in text.as_text().splitlines() if "dot_general" in line
-        ]
+        step = unrolled.trace(config, split_params(weights), state, tokens, live)
+        text = step.lower(lowering_platforms=("cuda",)).as_text()
+        products = [line for line in text.splitlines() if "dot_general" in line]
         assert len(products) > 10 * CONFIG.num_layers
         for line in products:
             assert line.rstrip().endswith("xf32>"), line

@@ -260,7 +260,7 @@ def in_one(made, teacher, uneven):
     return down(made, teacher, uneven, accumulate=1)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_microbatches_give_the_loss_and_gradient_of_the_batch(
     made, teacher, uneven, in_one, accumulate
 ):

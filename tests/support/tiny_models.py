@@ -41,15 +41,19 @@ TINIEST = RWKV7Config(
 SHALLOW = dataclasses.replace(CONFIG, num_layers=1)
 # What a test takes whose law is neither about depth nor about the op.
 QUICK = dataclasses.replace(SCANNED, num_layers=1)
+# The same for programs that generate and train in loops.
+SMALLEST = dataclasses.replace(TINIEST, num_layers=1)
 
 
 def lively(config=CONFIG, seed=0, noise=0.2):
     """Weights drawn as new ones are, plus noise on every leaf.
 
-    They are made once, whatever implementation reads them. Drawing takes seconds: in a test or a
-    fixture, not while a module is imported, for every process of a run imports all modules.
+    They are made once, whatever implementation reads them in whatever dtype, and whatever its
+    backward pass keeps. Drawing takes seconds: in a test or a fixture, not while a module is
+    imported, for every process of a run imports all modules.
     """
-    return _lively(dataclasses.replace(config, implementation="scan"), seed, noise)
+    same = {"implementation": "scan", "dtype": "float32", "remat": "none"}
+    return _lively(dataclasses.replace(config, **same), seed, noise)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from reward_tasks import prompts_at, sevens
 from scipy.special import log_softmax
-from tiny_models import TINIEST, lively, random_state, restated
+from tiny_models import SMALLEST, lively, random_state, restated
 from tolerances import SAME, assert_close
 
 from rwkv7_jax.data.batch import Batch
@@ -22,7 +22,7 @@ from rwkv7_jax.test_time.losses import (
 )
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 
-CONFIG = dataclasses.replace(TINIEST, num_layers=1)
+CONFIG = SMALLEST
 MODEL = RWKV7(CONFIG)
 LOW, HIGH = 0.1, 0.3
 TEMPERATURE = 0.7

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_checkpoints import random_params
-from tiny_models import TINIEST
+from tiny_models import SMALLEST
 from tolerances import SAME, assert_close
 
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -21,9 +21,9 @@ from rwkv7_jax.test_time.rewards import AdvantageRule
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.teacher import collect_traces
 
-MODEL = RWKV7(TINIEST)
+MODEL = RWKV7(SMALLEST)
 KEY = jax.random.key(4)
-STATE = init_state(TINIEST)
+STATE = init_state(SMALLEST)
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9]]
 GROUP = 3
 TIMEOUT = 120
@@ -31,7 +31,7 @@ TIMEOUT = 120
 
 @pytest.fixture(scope="module")
 def params():
-    return random_params(TINIEST, dtype=jnp.float32, scale=0.3)
+    return random_params(SMALLEST, dtype=jnp.float32, scale=0.3)
 
 
 def even_sum(prompt, completion):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_checkpoints import random_params
-from tiny_models import TINIEST, random_state
+from tiny_models import SMALLEST, random_state
 
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.generation.generate import generate
@@ -18,7 +18,7 @@ from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.teacher import collect_traces
 from rwkv7_jax.test_time.traces import TokenBudget
 
-CONFIG = TINIEST
+CONFIG = SMALLEST
 TEACHER = RWKV7(CONFIG)
 PROMPTS = [[1, 2], [3, 4, 5], [6], [1, 2]]
 KEY = jax.random.key(4)

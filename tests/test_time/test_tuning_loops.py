@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 from reward_tasks import prompts_at, sevens
-from tiny_models import TINIEST, lively, random_state
+from tiny_models import SMALLEST, lively, random_state
 
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.generation import decode_loop as decoding
@@ -32,7 +32,7 @@ from rwkv7_jax.tuning.read_statistics import state_statistics
 from rwkv7_jax.tuning.state_tuning import trainable_mask
 from rwkv7_jax.tuning.upscaling import upscale
 
-CONFIG = TINIEST
+CONFIG = SMALLEST
 MODEL = RWKV7(CONFIG)
 KEY = jax.random.key(4)
 # Two prompts, four completions each; held-out prompts as many as these rows, so that they share
