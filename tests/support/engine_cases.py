@@ -17,7 +17,7 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.tuning.state_arithmetic import weighted_sum
 
 CONFIG = RWKV7Config(
-    vocab_size=257, num_layers=1, width=32, head_size=16, implementation="scan"
+    vocab_size=257, num_layers=2, width=32, head_size=16, implementation="scan"
 )
 MODEL = RWKV7(CONFIG)
 BYTES = Tokenizer.bytes()
