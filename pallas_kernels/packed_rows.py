@@ -65,7 +65,8 @@ def _find_in_row(
     # Clips ids to the range; one that decreases counts as the largest before it.
     ids = jax.lax.cummax(jnp.clip(ids, 0, sequences - 1))
     is_token = token < length
-    belongs = (ids[:, None] == jnp.arange(sequences)[None]) & is_token[:, None]
+    numbers = jnp.arange(sequences, dtype=jnp.int32)
+    belongs = (ids[:, None] == numbers[None]) & is_token[:, None]
     # The numbers of tokens and chunks of each sequence, and where its first ones lie.
     sizes = jnp.sum(belongs, axis=0, dtype=jnp.int32)
     chunks = -(-sizes // chunk)
@@ -74,7 +75,8 @@ def _find_in_row(
     first_slots = (next_chunks - chunks) * chunk
     # Room for the worst case: every sequence's last chunk holds a single token.
     columns = (tokens + sequences * (chunk - 1)) // chunk
-    has_ended = next_chunks[None] <= jnp.arange(columns)[:, None]
+    column = jnp.arange(columns, dtype=jnp.int32)
+    has_ended = next_chunks[None] <= column[:, None]
     owners = jnp.minimum(jnp.sum(has_ended, axis=1, dtype=jnp.int32), sequences - 1)
 
     slot = jnp.arange(columns * chunk, dtype=jnp.int32)

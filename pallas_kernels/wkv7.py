@@ -278,7 +278,8 @@ def _is_token(
 ) -> Bool[Array, "B T 1 1"]:
     """Tells which tokens come before their row's length."""
     _check_lengths(lengths, batch, tokens)
-    return (jnp.arange(tokens)[None] < lengths[:, None])[..., None, None]
+    # `int` is the dtype of `arange`, which depends on whether JAX has 64 bits.
+    return (jnp.arange(tokens)[None] < lengths.astype(int)[:, None])[..., None, None]
 
 
 def _select(is_token: Bool[Array, "B T 1 1"] | None, x: Array) -> Array:

@@ -151,7 +151,8 @@ class Batch(Mapping[str, Any]):
         if self.segments is None:
             return None
         place = jnp.arange(self.tokens.shape[1] - 1)
-        has_begun = jnp.asarray(self.segments)[:, None] <= place[None, :, None]
+        starts = jnp.asarray(self.segments, int)
+        has_begun = starts[:, None] <= place[None, :, None]
         # Inputs before the first start also belong to the first sequence.
         return jnp.maximum(jnp.sum(has_begun, axis=2, dtype=jnp.int32) - 1, 0)
 

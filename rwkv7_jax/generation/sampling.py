@@ -6,6 +6,7 @@ the bits of the probabilities; sorting 65,536 of them costs 20 times as much on 
 Source: BlinkDL's `rwkv` 0.8.32 on PyPI, rwkv/utils.py:55-88 and 113-143.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -280,12 +281,14 @@ def _top_p_mask(probs: Scores, top_p: Number) -> Bool[Array, "B V"]:
 
 def _top_k_mask(probs: Scores, top_k: Number) -> Bool[Array, "B V"]:
     """Returns a mask of the `top_k` most probable tokens."""
-    cutoff = _cutoff(probs, lambda kept: jnp.sum(kept, axis=-1) >= top_k)
+    count = functools.partial(jnp.sum, axis=-1, dtype=jnp.int32)
+    cutoff = _cutoff(probs, lambda kept: count(kept) >= top_k)
     above = probs > cutoff
     equal = probs == cutoff
     # Of the ties at the cutoff, only as many as there is room for are kept.
-    room = top_k - jnp.sum(above, axis=-1, keepdims=True)
-    highest = above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
+    room = top_k - count(above, keepdims=True)
+    places = jnp.cumsum(equal, axis=-1, dtype=jnp.int32)
+    highest = above | (equal & (places <= room))
     return highest | (jnp.asarray(top_k) == 0)
 
 
@@ -328,7 +331,8 @@ def log_probabilities(
         lambda: everything,
         lambda: _top_k_mask(probs, top_k),
     )
-    is_best = jnp.arange(logits.shape[1])[None] == _best_ids(logits)[:, None]
+    ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
+    is_best = ids[None] == _best_ids(logits)[:, None]
     greedy = jnp.asarray(temperature) < _COLDEST
     # Relative to the maximum, so that a low temperature does not overflow.
     scaled = (logp - jnp.max(logp, axis=-1, keepdims=True)) / jnp.maximum(

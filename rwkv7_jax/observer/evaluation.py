@@ -53,7 +53,7 @@ def _score_answers(teacher: RWKV7, params: Params, start: RWKV7State, batch: Bat
     )
     x, _ = teacher.apply({"params": params}, inputs, start, method="hidden")
     statistics = token_statistics(x, params["head"]["weight"], targets)
-    correct = jnp.sum(shares * statistics.correct)
+    correct = jnp.sum(shares * statistics.correct.astype(shares.dtype))
     return correct, weighted_sum(shares, statistics.nats)
 
 

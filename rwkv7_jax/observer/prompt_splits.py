@@ -112,7 +112,7 @@ def check_answers(batch: Batch) -> None:
 def after_split(split: Lengths, length: int) -> Float[Array, "B T"]:
     """Marks the targets after each row's split with 1."""
     positions = jnp.arange(length)[None]
-    return (positions >= jnp.asarray(split)[:, None]).astype(jnp.float32)
+    return (positions >= jnp.asarray(split, int)[:, None]).astype(jnp.float32)
 
 
 def continuations(
@@ -144,7 +144,7 @@ def continuations(
         rows, length = weights.shape
         check_lengths(split, (rows, length), "`split`")
     weights = jnp.asarray(weights)
-    split = jnp.asarray(split)
+    split = jnp.asarray(split, int)
     positions = jnp.arange(length)[None] + split[:, None]
     inside = ((split[:, None] >= 0) & (positions < length)).astype(weights.dtype)
     tokens = jnp.asarray(tokens)
