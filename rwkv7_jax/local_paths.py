@@ -1,6 +1,7 @@
 """Paths as users type them: lists with commas, `~`, and addresses that are not local files."""
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -124,7 +125,7 @@ def local_path(
         target: whether the path will be written to.
 
     Raises:
-        ValueError: the path is empty, is a URL, or has a null byte.
+        ValueError: the path is empty, is a URL, has a null byte, or is too long for a file.
         TypeError: the argument is not a path.
     """
     try:
@@ -145,11 +146,18 @@ def local_path(
         if target:
             advice = "write to a local path and copy it there afterwards"
         raise ValueError(f"{argument} must be on this machine; got {text}: {advice}.")
+    # "~name" without such a user is the name of a file.
+    place = Path(os.path.expanduser(text))
     try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        # "~name" without such a user is the name of a file.
-        return Path(text)
+        place.lstat()
+    except OSError as error:
+        # Such as a prompt in place of the file that holds it.
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(
+                f"{argument} must be a path; got {len(text):,} characters, more than a file's "
+                f"name can have: {text[:40]!r}..."
+            ) from None
+    return place
 
 
 def is_special(path: Path) -> bool:

@@ -28,6 +28,7 @@ from rwkv7_jax.local_paths import (
     split_paths,
 )
 from rwkv7_jax.observer.files import load_observer, observer_info, save_observer
+from rwkv7_jax.runs.resume.run_identity import content_digests
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 # An address, and what the advice must name.
@@ -161,6 +162,19 @@ def spellings(folder) -> list[str]:
         f"../{folder.name}/x",
         "~/x",
     ]
+
+
+def test_a_text_in_place_of_a_path_is_named_by_its_argument():
+    text = "Write as a poet. " * 20
+    message = (
+        r"^`config.start` must be a path; got 340 characters, .*: 'Write as a poet\. "
+    )
+    with pytest.raises(ValueError, match=message):
+        existing_path(text, "`config.start`")
+    with pytest.raises(ValueError, match=message):
+        local_path(text, "`config.start`", target=True)
+    # Compared before the path is read; a name of a task or a prompt has no digest.
+    assert content_digests({"start": text, "retention": "~nobody/text"}) == {}
 
 
 def test_different_spellings_of_a_path_name_one_file(tmp_path, monkeypatch):

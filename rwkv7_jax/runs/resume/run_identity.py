@@ -161,10 +161,11 @@ def content_digests(paths: Mapping[str, str | None]) -> dict[str, str]:
     for name, path in paths.items():
         files: list[Path] = []
         for part in (path or "").split(","):
-            place = Path(part).expanduser()
-            if part and place.is_dir():
+            # `os.path` takes no text for a path that cannot be one; `Path` raises.
+            place = Path(os.path.expanduser(part))
+            if part and os.path.isdir(place):
                 files += sorted(item for item in place.rglob("*") if item.is_file())
-            elif part and place.is_file():
+            elif part and os.path.isfile(place):
                 files.append(place)
         if not files:
             continue
