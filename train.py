@@ -57,6 +57,7 @@ from rwkv7_jax.runs.settings.readers import (
     refuse_settings_of_evaluation,
 )
 from rwkv7_jax.runs.training_run import TrainingRun, set_up
+from rwkv7_jax.runs.waiting import report_first_call
 from rwkv7_jax.training.train_step import TrainState
 
 _WORKDIR = flags.DEFINE_string(
@@ -93,7 +94,9 @@ def train_steps(
         print_summary(mode, state, progress, identity=run.identity, mesh=mesh)
         batches = mode.batches(first, mesh)
         stop.agree_with(multihost.AnyProcess(mesh))
-    update = mode.train_step(tx, mesh)
+    update = report_first_call(
+        mode.train_step(tx, mesh), "the compilation of the training step"
+    )
     log = MetricsLogger(
         folder,
         mode,

@@ -12,6 +12,7 @@ from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.process import StopSignals, shown_on
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.training_run import TrainingRun
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.training.train_step import TrainState
 
 # Pairs of a prompt and the text that the model generates after it.
@@ -91,7 +92,7 @@ def _evaluate_unless_stopped(
 def _measure(run: TrainingRun, state: TrainState) -> tuple[Metrics, _Samples]:
     """Measures the trainable parameters on held-out data and generates sample text."""
     params = run.local_params(state)
-    with sharding.use_mesh(run.mode.mesh):
+    with report_wait("an evaluation"), sharding.use_mesh(run.mode.mesh):
         return run.mode.evaluate(params), list(run.mode.sample_texts(params))
 
 

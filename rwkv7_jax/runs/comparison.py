@@ -15,6 +15,7 @@ from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.runs.held_out_rows import HeldOutRows, retention_paths
 from rwkv7_jax.runs.modes.model_setup import load_or_init, tokenizer_of
 from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 
@@ -51,10 +52,11 @@ class Comparison:
 
     def measure(self, rows: HeldOutRows) -> dict[str, Score | Answers]:
         """Measures every start state on the same rows."""
-        return {
-            name: rows.measure(self.model, self.params, start)
-            for name, start in self.starts.items()
-        }
+        scores = {}
+        for name, start in self.starts.items():
+            with report_wait(f"the scores of {name}"):
+                scores[name] = rows.measure(self.model, self.params, start)
+        return scores
 
 
 def load_comparison(settings: Settings) -> Comparison:

@@ -23,6 +23,7 @@ from rwkv7_jax.data.target_counts import (
 from rwkv7_jax.data.tasks.synthetic_tasks import task_batch
 from rwkv7_jax.data.token_streams import TokenStream, as_stream, data_hash
 from rwkv7_jax.runs.settings import DataSettings, Settings
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 # The number of examples that stand for a synthetic task, which is infinite, in its digest.
@@ -47,7 +48,7 @@ def read_stream(
     *,
     setting: str = "config.data.path",
 ) -> TokenStream:
-    """Reads the token ids of one split of some texts.
+    """Reads the token ids of one split of some texts, with messages while that takes long.
 
     Args:
         data: the group of settings.
@@ -61,15 +62,17 @@ def read_stream(
     """
     if not source.paths:
         raise ValueError(f"`{setting}` must name what to read.")
-    return token_stream(
-        source.paths,
-        tokenizer,
-        split=split,
-        held_out=data.held_out,
-        on_bad=data.on_bad,
-        as_bytes=data.as_bytes,
-        encoding=data.encoding,
-    )
+    # Files of ids are mapped at once. Text is tokenized, at a few megabytes per second.
+    with report_wait(f"the text of `{setting}`"):
+        return token_stream(
+            source.paths,
+            tokenizer,
+            split=split,
+            held_out=data.held_out,
+            on_bad=data.on_bad,
+            as_bytes=data.as_bytes,
+            encoding=data.encoding,
+        )
 
 
 def packing_of(data: DataSettings, stream: TokenStream, answers: Packing) -> Packing:

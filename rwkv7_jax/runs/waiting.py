@@ -3,7 +3,11 @@
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 # Seconds until the first message and between messages.
 SECONDS = 15.0
@@ -34,3 +38,21 @@ def report_wait(what: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def report_first_call(
+    call: Callable[_Arguments, _Result], what: str
+) -> Callable[_Arguments, _Result]:
+    """Wraps a function that compiles when it is first called; `report_wait` covers that call.
+
+    Args:
+        call: the function.
+        what: the end of the sentence.
+    """
+    waits = iter([report_wait(what)])
+
+    def reporting(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        with next(waits, contextlib.nullcontext()):
+            return call(*arguments, **options)
+
+    return reporting

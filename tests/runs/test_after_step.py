@@ -3,12 +3,13 @@
 import contextlib
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
 
 from rwkv7_jax.evaluation.metric import Metric
-from rwkv7_jax.runs import after_step
+from rwkv7_jax.runs import after_step, waiting
 from rwkv7_jax.runs.process import StopSignals
 
 METRICS = {
@@ -17,7 +18,7 @@ METRICS = {
 SAMPLES = [("a prompt", "its text")]
 
 
-def evaluated(signalled):
+def evaluated(signalled, *, seconds=0.0):
     """Evaluates with a signal at one point; returns what was recorded and whether the run stops."""
     recorded = []
 
@@ -30,9 +31,13 @@ def evaluated(signalled):
         recorded.append("metrics")
         at("log")
 
+    def evaluate(params):
+        time.sleep(seconds)
+        return at("evaluate", METRICS)
+
     mode = SimpleNamespace(
         mesh=None,
-        evaluate=lambda params: at("evaluate", METRICS),
+        evaluate=evaluate,
         sample_texts=lambda params: iter(SAMPLES),
     )
     run = SimpleNamespace(mode=mode, local_params=lambda state: None)
@@ -56,3 +61,9 @@ def test_a_signal_during_recording_leaves_a_complete_record(capsys):
 
 def test_without_a_signal_an_evaluation_is_recorded_once():
     assert evaluated(None) == (["metrics", "sample"], False)
+
+
+def test_a_long_evaluation_is_reported_in_the_meantime(monkeypatch, capsys):
+    monkeypatch.setattr(waiting, "SECONDS", 0.05)
+    evaluated(None, seconds=0.3)
+    assert "waiting for an evaluation (" in capsys.readouterr().err

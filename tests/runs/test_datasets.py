@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from rwkv7_jax.data.loading import data_hash, host_rows
 from rwkv7_jax.data.token_cache import write_cache
 from rwkv7_jax.data.token_streams import as_stream
+from rwkv7_jax.runs import waiting
 from rwkv7_jax.runs.datasets import TrainingData, digest_of, held_out
 from rwkv7_jax.runs.settings import read_settings
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -119,6 +121,25 @@ def test_held_out_rows_hold_single_documents(paths, packing):
         number = int(text.split(" ")[0])
         assert text == f"{number} + {number} = {2 * number}"
         assert BYTES.decode((tokens[1:] * (mask > 0)).tolist()) == f" {2 * number}"
+
+
+@pytest.mark.parametrize("read", [data_of, held_out_rows])
+def test_a_text_that_takes_long_to_read_is_named_in_the_meantime(
+    read, paths, monkeypatch, capsys
+):
+    encode = Tokenizer.encode_chunks
+
+    def slowly(*words):
+        time.sleep(0.005)
+        return encode(*words)
+
+    monkeypatch.setattr(Tokenizer, "encode_chunks", slowly)
+    monkeypatch.setattr(waiting, "SECONDS", 0.05)
+    read(settings_of(paths[0]))
+    assert "waiting for the text of `config.data.path` (" in capsys.readouterr().err
+    # Ids need no reading.
+    read(settings_of(paths[1]))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

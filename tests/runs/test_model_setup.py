@@ -1,7 +1,11 @@
 """The model of a run: new sizes, or those of a checkpoint."""
 
+import time
+
 import pytest
 
+from rwkv7_jax.runs import waiting
+from rwkv7_jax.runs.modes import model_setup
 from rwkv7_jax.runs.modes.model_setup import load_or_init, new_model
 from rwkv7_jax.runs.settings import Settings
 
@@ -25,3 +29,17 @@ def test_a_size_that_a_checkpoint_fixes_is_rejected_before_it_is_read(tmp_path):
     settings = Settings(init=str(tmp_path / "missing.pth"), model={"width": 64})
     with pytest.raises(ValueError, match=r"^`config\.model\.width` must be left out"):
         load_or_init(settings)
+
+
+def test_a_checkpoint_that_takes_long_to_load_is_named_in_the_meantime(
+    monkeypatch, capsys
+):
+    def slow(path, **_):
+        time.sleep(0.3)
+        raise ValueError("read")
+
+    monkeypatch.setattr(model_setup, "load_model", slow)
+    monkeypatch.setattr(waiting, "SECONDS", 0.05)
+    with pytest.raises(ValueError, match="read"):
+        load_or_init(Settings(init="large.pth"))
+    assert "waiting for the weights of large.pth (" in capsys.readouterr().err

@@ -54,6 +54,16 @@ def test_a_file_gets_at_most_one_plain_line_per_tenth_and_few_seconds(clock):
     assert "\r" not in file.getvalue() and "\x1b" not in file.getvalue()
 
 
+def test_a_file_gets_a_line_a_minute_where_a_tenth_takes_longer(clock):
+    file = io.StringIO()
+    bar = ProgressBar(1000, "train", file=file)
+    for done in range(1, 101):
+        clock[0] = done * 2.5
+        bar.update(done)
+    shares = [line.split()[1] for line in file.getvalue().splitlines()]
+    assert shares == ["2%", "5%", "8%", "10%"]
+
+
 def test_a_total_of_zero_is_complete(clock):
     file = io.StringIO()
     ProgressBar(0, "read", file=file).update(1)

@@ -7,7 +7,7 @@ import pytest
 from run_programs import SMALLEST, start
 
 from rwkv7_jax.runs import waiting
-from rwkv7_jax.runs.waiting import report_wait
+from rwkv7_jax.runs.waiting import report_first_call, report_wait
 
 
 def test_a_long_wait_is_reported_again_and_again_and_a_short_one_is_not(
@@ -29,6 +29,22 @@ def test_a_wait_that_fails_ends_its_messages(monkeypatch, capsys):
     with pytest.raises(OSError, match="away"), report_wait("process 0"):
         raise OSError("away")
     time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_first_call_of_a_wrapped_function_is_reported_and_no_other(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(waiting, "SECONDS", 0.05)
+
+    def slow(number, *, times):
+        time.sleep(0.3)
+        return number * times
+
+    call = report_first_call(slow, "the compilation")
+    assert call(2, times=3) == 6
+    assert "waiting for the compilation (" in capsys.readouterr().err
+    assert call(3, times=4) == 12
     assert capsys.readouterr().err == ""
 
 

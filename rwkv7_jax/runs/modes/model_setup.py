@@ -19,6 +19,7 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.runs.process_group import group_of_mesh
 from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 # Required sizes of a new model; the others follow from them.
@@ -62,7 +63,8 @@ def load_or_init(settings: Settings, mesh: Mesh | None = None) -> tuple[RWKV7, P
     )
     # The hash of an int8 model may need all processes, so none may fail alone before it.
     waits = weights is not None
-    params, config = load() if waits else group_of_mesh(mesh).run_in_all(load)
+    with report_wait(f"the weights of {init}"):
+        params, config = load() if waits else group_of_mesh(mesh).run_in_all(load)
     return RWKV7(dataclasses.replace(config, **changes)), params
 
 

@@ -8,16 +8,19 @@ from typing import Any
 
 _BAR_CHARACTERS = 24
 
-# Seconds between two drawings on a terminal, and between two lines elsewhere.
+# Seconds between two drawings on a terminal, and at least between two lines elsewhere.
 _REDRAW_SECONDS = 0.1
 _LINE_SECONDS = 2.0
+
+# Seconds after which a file gets a line although the work has no further tenth done.
+_PATIENCE_SECONDS = 60.0
 
 
 class ProgressBar:
     """A line with a bar, the time left and a text, redrawn in place on a terminal.
 
-    In a file or a pipe it prints plain lines: at most one per tenth of the work and one every few
-    seconds, and one at the end.
+    In a file or a pipe it prints plain lines: one per tenth of the work but at most one every few
+    seconds, one a minute where a tenth takes longer, and one at the end.
 
     `rich.progress` is not used: it replaces `sys.stdout` and `sys.stderr` while its bar is shown,
     redraws from a thread, and offers only a bar or silence if the output is not a terminal.
@@ -78,9 +81,10 @@ class ProgressBar:
 
     def _print(self, share: float, line: str) -> None:
         now = time.monotonic()
+        waited = now - self._drawn
         tenth = int(10 * share)
-        due = now - self._drawn > _LINE_SECONDS
-        if tenth > self._tenth and (due or share == 1.0):
+        due = waited > _LINE_SECONDS or share == 1.0
+        if (tenth > self._tenth and due) or waited > _PATIENCE_SECONDS:
             self._write(line.rstrip() + "\n")
             self._drawn = now
             self._tenth = tenth
