@@ -75,7 +75,7 @@ ROWS = {
 }
 PROMPT = ROWS["prompt"]
 # The same for every method. States want large rates and weights small ones.
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 # Questions that the features of an upscaled state are fitted to.
 SHOWN = 48
 
