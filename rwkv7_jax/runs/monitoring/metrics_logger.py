@@ -109,6 +109,7 @@ class MetricsLogger:
         self._rate_at = jax.jit(rates)
         self._devices = devices
         self._bar = ProgressBar(self._settings.steps - start_step, self._settings.mode)
+        self._shown = ""
         self._compile_clock = CompileClock()
         self._pending: collections.deque[_Step] = collections.deque()
         self._rate: Any = None
@@ -165,8 +166,12 @@ class MetricsLogger:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Logs all steps in flight and excludes the time of the block from training time."""
+        """Logs all steps in flight and excludes the time of the block from training time.
+
+        It ends the bar's line, because the block prints.
+        """
         self.drain()
+        self._bar.close()
         began = time.monotonic()
         compiled = self._compile_clock.seconds
         try:
@@ -196,6 +201,7 @@ class MetricsLogger:
             jax.block_until_ready(step.metrics)
             self._note_ends()
         self._pending.popleft()
+        self._move_bar(step.number)
         if step.batch is not None:
             # The last token of a row is only a target.
             rows, length = step.batch.tokens.shape
@@ -327,7 +333,12 @@ class MetricsLogger:
         else:
             text = "nothing to learn"
         speed = f"{numbers['tokens_per_second']:.0f} tokens/s"
-        self._bar.update(number - self._start_step, f"{text}  {speed}")
+        self._shown = f"{text}  {speed}"
+        self._move_bar(number)
+
+    def _move_bar(self, number: int) -> None:
+        """Shows that a step is done, with the newest numbers of the log."""
+        self._bar.update(number - self._start_step, self._shown)
 
     def _warn_of_large_state(self, numbers: Mapping[str, float]) -> None:
         # In a stack the name of the state precedes the name of the metric.

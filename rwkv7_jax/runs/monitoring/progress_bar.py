@@ -26,20 +26,23 @@ class ProgressBar:
     redraws from a thread, and offers only a bar or silence if the output is not a terminal.
     """
 
-    def __init__(self, total: int, label: str, *, file: Any = None):
+    def __init__(
+        self, total: int, label: str, *, file: Any = None, began: float | None = None
+    ):
         """Starts the bar at 0 of `total` units.
 
         Args:
             total: units of work; 0 counts as 1.
             label: the beginning of the line.
             file: the text stream to write to; None for stdout.
+            began: the monotonic time at which the work began; None for now.
         """
         # A run resumed at its last step has no work left; avoid a division by 0.
         self._total = max(total, 1)
         self._label = label
         self._file = file or sys.stdout
         self._is_terminal = self._file.isatty()
-        self._began = time.monotonic()
+        self._began = time.monotonic() if began is None else began
         self._drawn = self._began
         self._tenth = 0
         self._line_is_open = False
@@ -78,6 +81,7 @@ class ProgressBar:
         self._write(f"\r[{bar}] {line}\x1b[K")
         self._drawn = now
         self._line_is_open = True
+        _drawn_last[:] = [self]
 
     def _print(self, share: float, line: str) -> None:
         now = time.monotonic()
@@ -96,23 +100,41 @@ class ProgressBar:
             self._line_is_open = False
 
 
-@contextlib.contextmanager
-def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function that shows how many bytes of the total are done.
+# The bar that a terminal shows, if any.
+_drawn_last: list[ProgressBar] = []
 
-    The bar's line ends with the block, even if the block raises: an error gets its own line.
+
+def end_open_line() -> None:
+    """Ends the line of a bar on a terminal, so that other text begins a line of its own."""
+    for bar in _drawn_last:
+        bar.close()
+
+
+@contextlib.contextmanager
+def progress(
+    label: str, describe: Callable[[int, int], str]
+) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function that shows how much of a total is done.
+
+    The bar's line ends with the block, even if the block raises: an error gets its own line. A call
+    with less than before begins another bar.
 
     Args:
         label: the beginning of the line.
+        describe: returns the end of the line, from what is done and the total.
     """
     bar: ProgressBar | None = None
+    before = 0
+    began = time.monotonic()
 
     def report(done: int, total: int) -> None:
-        nonlocal bar
+        nonlocal bar, before, began
         # The total is known only when the function is called.
-        if bar is None:
-            bar = ProgressBar(total, label)
-        bar.update(done, f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+        if bar is None or done < before:
+            bar = ProgressBar(total, label, began=began)
+        before = done
+        began = time.monotonic()
+        bar.update(done, describe(done, total))
         # Later output of the block gets its own line too.
         if done == total:
             bar.close()
@@ -122,6 +144,33 @@ def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
     finally:
         if bar is not None:
             bar.close()
+
+
+def byte_progress(
+    label: str,
+) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
+    """Yields a function that shows how many bytes of the total are done; see `progress`."""
+
+    def describe(done: int, total: int) -> str:
+        return f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
+
+    return progress(label, describe)
+
+
+def count_progress(
+    label: str, unit: str
+) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
+    """Yields a function that shows how many units of a total are done; see `progress`.
+
+    Args:
+        label: the beginning of the line.
+        unit: the end of the line, such as "questions".
+    """
+
+    def describe(done: int, total: int) -> str:
+        return f"{done:,} of {total:,} {unit}"
+
+    return progress(label, describe)
 
 
 def _clock(seconds: float) -> str:
