@@ -10,6 +10,8 @@ import pytest
 from run_programs import load_program, load_train
 from slow_phases import SlowPhase
 
+from rwkv7_jax.evaluation.task_scores import QuestionScores
+from rwkv7_jax.plan import __main__ as plan_program
 from rwkv7_jax.runs import comparison, devices, process, training_run
 from rwkv7_jax.runs.comparison import Comparison
 from rwkv7_jax.runs.input_pipeline import DrawnBatches
@@ -135,6 +137,18 @@ def evaluate(slow, monkeypatch):
     main(["eval.py"])
 
 
+def plan(slow, monkeypatch):
+    main = plan_program.main
+    monkeypatch.setattr(process, "program", lambda *_, **__: StopSignals())
+    monkeypatch.setattr(plan_program, "_TOPOLOGY", SimpleNamespace(value="v5e-1"))
+    for name in ("_PRESET", "_SEARCH", "_TIMEOUT", "_JSON"):
+        monkeypatch.setattr(plan_program, name, SimpleNamespace(value=None))
+    monkeypatch.setattr(plan_program, "_settings", dict)
+    job = SimpleNamespace(compile=slow)
+    monkeypatch.setattr(plan_program, "make_job", lambda *_: job)
+    main(["plan"])
+
+
 @pytest.mark.parametrize(
     ("phase", "what"),
     [
@@ -149,6 +163,7 @@ def evaluate(slow, monkeypatch):
         (write_last_files, "the run's last files"),
         (read_prompt, "the state after the prompt"),
         (evaluate, "the evaluation"),
+        (plan, "the compilation of the step"),
     ],
 )
 def test_a_phase_that_takes_long_is_named_in_the_meantime(
@@ -157,3 +172,19 @@ def test_a_phase_that_takes_long_is_named_in_the_meantime(
     with pytest.raises(Interrupted):
         phase(slow, monkeypatch)
     assert slow.said.startswith(f"waiting for {what} (")
+
+
+def test_answered_questions_are_shown_in_a_bar(capsys):
+    score = QuestionScores(np.ones(2), np.ones(2), ("a", "b"))
+
+    def answer(comparison, start, *, on_progress):
+        for done in (1, 2):
+            on_progress(done, 2)
+        return {"accuracy": score}
+
+    questions = SimpleNamespace(notes=(), answer=answer, as_json=dict)
+    starts = SimpleNamespace(starts={"base": None, "tuned state": None})
+    load_program("eval.py")["evaluate_questions"](questions, starts, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert "base 100%  0:00 left  2 of 2 questions" in lines
+    assert "tuned state 100%  0:00 left  2 of 2 questions" in lines

@@ -31,7 +31,8 @@ class SlowPhase:
         self.said = ""
 
     def __call__(self, *_, **__):
-        """Waits for a message."""
+        """Waits for a message, and forgets those of earlier phases."""
+        self._capsys.readouterr()
         end = time.monotonic() + _LIMIT
         while not self.said and time.monotonic() < end:
             time.sleep(0.01)

@@ -201,7 +201,6 @@ class MetricsLogger:
             jax.block_until_ready(step.metrics)
             self._note_ends()
         self._pending.popleft()
-        self._move_bar(step.number)
         if step.batch is not None:
             # The last token of a row is only a target.
             rows, length = step.batch.tokens.shape
@@ -209,6 +208,9 @@ class MetricsLogger:
             self._count_skipped(step.number, step.metrics, step.batch)
         if self._is_written(step.number):
             self._write(step)
+        else:
+            # A step may take minutes.
+            self._move_bar(step.number)
 
     def _is_written(self, number: int) -> bool:
         """Returns whether a step has a line in the log."""
