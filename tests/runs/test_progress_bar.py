@@ -41,6 +41,21 @@ def test_a_terminal_gets_one_redrawn_line(clock):
     )
 
 
+def test_the_line_ends_with_the_newest_numbers_and_the_next_begins_another(clock):
+    terminal = Terminal()
+    bar = ProgressBar(4, "train", file=terminal)
+    for done in (1, 2):
+        bar.update(done)
+    bar.close()
+    bar.close()
+    bar.update(3)
+    bar.close()
+    first, second, rest = terminal.getvalue().split("\n")
+    assert "train  50%" in first.rpartition("\r")[2]
+    assert "train  75%" in second.rpartition("\r")[2]
+    assert not rest
+
+
 def test_a_file_gets_at_most_one_plain_line_per_tenth_and_few_seconds(clock):
     file = io.StringIO()
     bar = ProgressBar(100, "train", file=file)

@@ -46,6 +46,8 @@ class ProgressBar:
         self._drawn = self._began
         self._tenth = 0
         self._line_is_open = False
+        # What the terminal does not show yet.
+        self._newest = ""
         self._is_lost = False
 
     def update(self, done: int, text: str = "") -> None:
@@ -73,12 +75,14 @@ class ProgressBar:
     def _redraw(self, share: float, line: str) -> None:
         now = time.monotonic()
         due = now - self._drawn > _REDRAW_SECONDS
-        if self._line_is_open and not due and share < 1.0:
-            return
         filled = round(_BAR_CHARACTERS * share)
         bar = "#" * filled + "." * (_BAR_CHARACTERS - filled)
         # A carriage return before the line, and "erase to the end of the line" after it.
-        self._write(f"\r[{bar}] {line}\x1b[K")
+        self._newest = f"\r[{bar}] {line}\x1b[K"
+        if self._line_is_open and not due and share < 1.0:
+            return
+        self._write(self._newest)
+        self._newest = ""
         self._drawn = now
         self._line_is_open = True
         _drawn_last[:] = [self]
@@ -94,9 +98,10 @@ class ProgressBar:
             self._tenth = tenth
 
     def close(self) -> None:
-        """Ends the line."""
+        """Ends the line, with the newest numbers."""
         if self._line_is_open:
-            self._write("\n")
+            self._write(f"{self._newest}\n")
+            self._newest = ""
             self._line_is_open = False
 
 
