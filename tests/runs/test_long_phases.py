@@ -1,5 +1,6 @@
 """Phases of train.py and eval.py that may take minutes say what is waited for."""
 
+import contextlib
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from rwkv7_jax.evaluation.task_scores import QuestionScores
 from rwkv7_jax.plan import __main__ as plan_program
 from rwkv7_jax.runs import comparison, devices, process, training_run
 from rwkv7_jax.runs.comparison import Comparison
-from rwkv7_jax.runs.input_pipeline import DrawnBatches
+from rwkv7_jax.runs.input_pipeline import DrawnBatches, PrefetchedBatches
 from rwkv7_jax.runs.modes import test_time
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.test_time import TestTimeMode
@@ -66,6 +67,16 @@ def load_teacher(slow, monkeypatch):
     mode.settings = Settings()
     mode.mesh = None
     mode._collect_traces("large.pth")
+
+
+def read_batch(slow, monkeypatch):
+    def batches():
+        slow()
+        yield
+
+    feed = PrefetchedBatches(batches(), None, rows=1)
+    with contextlib.closing(feed):
+        feed(0, lambda: None)
 
 
 def draw_batch(slow, monkeypatch):
@@ -154,8 +165,9 @@ def plan(slow, monkeypatch):
     [
         (start_devices, "JAX to start the devices"),
         (load_model_and_data, "the model and the data, and their digests"),
-        (prepare, "what the first step starts from"),
+        (prepare, "the initial state and its statistics"),
         (load_teacher, "the weights of large.pth"),
+        (read_batch, "the first batch"),
         (draw_batch, "the batch of step 3"),
         (restore, "the newest checkpoint, or a first state"),
         (write_checkpoint, "the checkpoint of step 7 to be written"),

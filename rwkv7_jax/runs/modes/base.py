@@ -121,7 +121,7 @@ class TrainingMode(abc.ABC):
         # The evaluators need the model and the tokenizer of `set_up`.
         self._retention = self.retention_evaluators()
         self._check_evaluations()
-        with report_wait("what the first step starts from"):
+        with report_wait("the initial state and its statistics"):
             self.prepare()
 
     @abc.abstractmethod
