@@ -53,9 +53,11 @@ from rwkv7_jax.runs import compilation_cache, config_flags, process
 from rwkv7_jax.runs.comparison import Comparison, load_comparison, read_held_out
 from rwkv7_jax.runs.datasets import training_stream
 from rwkv7_jax.runs.devices import check_devices
+from rwkv7_jax.runs.monitoring.progress_bar import count_progress
 from rwkv7_jax.runs.question_answers import AskedQuestions
 from rwkv7_jax.runs.settings import Settings, read_settings
 from rwkv7_jax.runs.settings.readers import refuse_settings_without_effect
+from rwkv7_jax.runs.waiting import report_wait
 
 # Eight windows of text, or eight contexts of tasks, are read at a time.
 _LESS_MEMORY = (
@@ -113,7 +115,9 @@ def evaluate_questions(
     scores: dict[str, Any] = {}
     for name, start in comparison.starts.items():
         print(f"{name}: answering", flush=True)
-        scores[name] = {title: questions.answer(comparison, start)}
+        with count_progress(name, title) as report_progress:
+            answers = questions.answer(comparison, start, on_progress=report_progress)
+        scores[name] = {title: answers}
         report["rows"] = scores_as_json(scores)[title]
         # Written after each row, to keep it if a later one fails.
         if workdir is not None:
@@ -161,7 +165,10 @@ def evaluate_tasks(
     scores: dict[str, Any] = {}
     for name, lm in models.items():
         print(f"{name}: answering {settings.tasks}", flush=True)
-        scores[name] = measure(lm, tasks, shots=settings.shots, limit=settings.limit)
+        with count_progress(name, "requests") as lm.on_progress:
+            scores[name] = measure(
+                lm, tasks, shots=settings.shots, limit=settings.limit
+            )
         report["split_pairs"][name] = lm.split_pairs
         report["tasks"] = scores_as_json(scores)
         # Written after each row, to keep it if a later one fails.
@@ -231,7 +238,8 @@ def main(arguments: list[str]) -> None:
         refuse_settings_without_effect(settings)
         check_devices()
         compilation_cache.enable_compilation_cache(compilation_cache.user_folder())
-        evaluate(settings)
+        with report_wait("the evaluation"):
+            evaluate(settings)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ from rwkv7_jax.runs.settings.readers import (
     refuse_settings_of_evaluation,
 )
 from rwkv7_jax.runs.training_run import TrainingRun, set_up
-from rwkv7_jax.runs.waiting import report_first_call
+from rwkv7_jax.runs.waiting import report_first_call, report_wait
 from rwkv7_jax.training.train_step import TrainState
 
 _WORKDIR = flags.DEFINE_string(
@@ -89,7 +89,8 @@ def train_steps(
     devices = mesh.size if mesh else 1
     with stop.interruptible():
         rates, tx = mode.optimizer()
-        state, progress = restore_or_init(mode, tx, folder, run.identity, mesh)
+        with report_wait("the newest checkpoint, or a first state"):
+            state, progress = restore_or_init(mode, tx, folder, run.identity, mesh)
         first = int(state.step)
         print_summary(mode, state, progress, identity=run.identity, mesh=mesh)
         batches = mode.batches(first, mesh)
@@ -183,7 +184,11 @@ def train(folder: RunDirectory, stop: StopSignals) -> None:
     if together or is_process_0():
         # A process must not exit while others wait for its shards.
         interruptible = contextlib.nullcontext() if together else stop.interruptible()
-        with interruptible, sharding.use_mesh(run.mode.mesh):
+        with (
+            interruptible,
+            sharding.use_mesh(run.mode.mesh),
+            report_wait("the result to be written"),
+        ):
             save_result(run.mode, state, progress, folder, run.identity)
     multihost.shutdown()
 

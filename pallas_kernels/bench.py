@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable
 
@@ -147,7 +148,12 @@ def truth(arguments: tuple) -> tuple[Array, Array, tuple[Array, ...]]:
 
 
 def measure(
-    case: Case, dtype: str, *, repeats: int, others: dict[str, Op] | None = None
+    case: Case,
+    dtype: str,
+    *,
+    repeats: int,
+    others: dict[str, Op] | None = None,
+    on_begin: Callable[[str], None] | None = None,
 ) -> list[dict]:
     """Measures every implementation; returns a row of numbers for each.
 
@@ -156,6 +162,7 @@ def measure(
         dtype: of the tokens.
         repeats: measurements, of which the minimum counts.
         others: further implementations by name.
+        on_begin: called with the name of each before it is compiled and measured.
     """
     inputs, state = make_inputs(case, dtype)
     dy = jnp.sin(inputs.v)
@@ -167,6 +174,8 @@ def measure(
     counts = least_bytes(case, dtype)
     rows = []
     for name, op in (implementations(case) | (others or {})).items():
+        if on_begin is not None:
+            on_begin(name)
         training = jax.jit(functools.partial(forward_and_gradients, op))
         compiled = training.lower(*arguments).compile()
         memory = compiled.memory_analysis()
@@ -211,6 +220,11 @@ def table(rows: list[dict]) -> str:
     return "\n".join(texts)
 
 
+def _say_begin(name: str) -> None:
+    """Prints what is measured now; apart from the table, which comes at the end."""
+    print(f"measuring {name}", file=sys.stderr, flush=True)
+
+
 def plot(case: Case, dtype: str, path: str, *, repeats: int) -> None:
     """Draws time and gradient error against length, up to the length of `case`."""
     # Optional: the plot extra.
@@ -223,9 +237,8 @@ def plot(case: Case, dtype: str, path: str, *, repeats: int) -> None:
     lengths = [n for n in (64, 256, 1024, 4096) if n <= case.tokens] or [case.tokens]
     by_name: dict[str, list[dict]] = {}
     for tokens in lengths:
-        for row in measure(
-            dataclasses.replace(case, tokens=tokens), dtype, repeats=repeats
-        ):
+        shorter = dataclasses.replace(case, tokens=tokens)
+        for row in measure(shorter, dtype, repeats=repeats, on_begin=_say_begin):
             by_name.setdefault(row["implementation"], []).append(
                 row | {"tokens": tokens}
             )
@@ -262,9 +275,10 @@ def main(arguments: list[str] | None = None) -> None:
     case = dataclasses.replace(CASES[flags.case], mode=flags.mode)
     device = jax.devices()[0]
     print(
-        f"{flags.case}: {case}\n{flags.dtype} on {device.device_kind}, jax {jax.__version__}\n"
+        f"{flags.case}: {case}\n{flags.dtype} on {device.device_kind}, jax {jax.__version__}\n",
+        flush=True,
     )
-    rows = measure(case, flags.dtype, repeats=flags.repeats)
+    rows = measure(case, flags.dtype, repeats=flags.repeats, on_begin=_say_begin)
     print(table(rows))
     if flags.json:
         record = {

@@ -1,6 +1,7 @@
 """Sampling options, stop options and streamed output of `generate` and `chat`."""
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from rwkv7_jax.cli.arguments import (
 from rwkv7_jax.cli.output import name_output
 from rwkv7_jax.generation.sampling import exempt_ids
 from rwkv7_jax.runs.process import shown_on
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.text.chat_template import read_tools
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -188,25 +190,44 @@ def drawing(
 
 
 class Stream:
-    """A printer of streamed text that can defer an output error until results are saved."""
+    """A printer of streamed text that can defer an output error until results are saved.
 
-    def __init__(self, *, goes_on: bool):
+    As a context it reports on stderr that the first text is waited for: the model may read a long
+    prompt, and compiles. Later messages would be printed amid the text.
+    """
+
+    def __init__(self, opening: str = "", *, goes_on: bool):
         """Sets the error handling.
 
         Args:
+            opening: text before the first piece.
             goes_on: whether to defer an output error until `close`.
         """
+        self._opening = opening
         self._goes_on = goes_on
         self._error: OSError | None = None
+        self._wait = contextlib.ExitStack()
+
+    def __enter__(self) -> "Stream":
+        """Begins to wait for the first piece, and returns itself."""
+        self._wait.enter_context(report_wait("the first text of the answer"))
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Ends the wait."""
+        self._wait.close()
 
     def __call__(self, piece: str, row: int) -> None:
         """Writes a piece of text and flushes; there is only one row."""
         del row
+        self._wait.close()
         if self._error is not None:
             return
+        text = self._opening + piece
+        self._opening = ""
         try:
             with name_output():
-                sys.stdout.write(shown_on(sys.stdout, piece))
+                sys.stdout.write(shown_on(sys.stdout, text))
                 sys.stdout.flush()
         except OSError as error:
             if not self._goes_on:
@@ -215,6 +236,8 @@ class Stream:
 
     def close(self) -> None:
         """Ends the last line, or raises the deferred error."""
+        if self._opening:
+            self("", 0)
         if self._error is not None:
             raise self._error
         with name_output():

@@ -86,7 +86,7 @@ def add_chat_command(subparsers) -> None:
     add_stop_options(parser)
     add_escape_option(parser, "--stop")
     add_vocabulary_option(parser, "the model's")
-    parser.set_defaults(run=run_chat, computes=True)
+    parser.set_defaults(run=run_chat, computes=True, waits=False)
 
 
 def run_chat(options: argparse.Namespace) -> None:
@@ -197,10 +197,10 @@ class _Conversation:
     def answer(self, ids: list[int]) -> None:
         """Reads a turn and prints the answer; Ctrl-C ends it as the limit `--tokens` does."""
         options = self._options
-        stream = Stream(goes_on=bool(options.save_state))
-        with hold_interrupt() as interrupted:
-            # The opening in the prompt is part of the answer.
-            stream(answer_opening(options.think).lstrip(), 0)
+        # The opening in the prompt is part of the answer.
+        opening = answer_opening(options.think).lstrip()
+        stream = Stream(opening, goes_on=bool(options.save_state))
+        with hold_interrupt() as interrupted, stream:
             out = generate(
                 self._model.module,
                 self._model.params,

@@ -56,6 +56,7 @@ from rwkv7_jax.runs.process import (
     shown_on,
     warn_in_one_line,
 )
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.text.vocabularies import load_vocabulary
 from rwkv7_jax.training.costs import parameter_count, tree_bytes
@@ -353,7 +354,10 @@ def _run(words: list[str], *, owns_process: bool = False) -> int:
         options = parser().parse_args(words)
         if owns_process:
             _choose_devices(options)
-        report = options.run(options)
+        # The others print while they work.
+        waits = getattr(options, "waits", True)
+        with report_wait(f"rwkv7 {words[0]}") if waits else contextlib.nullcontext():
+            report = options.run(options)
         with name_output():
             if report is not None:
                 print(shown_on(sys.stdout, report))

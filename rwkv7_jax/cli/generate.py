@@ -44,6 +44,7 @@ from rwkv7_jax.generation.generate import Generation, generate
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.observer.files import load_observer
 from rwkv7_jax.observer.observer import propose
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.text.chat_template import (
     CHAT_STOP,
     THINK_MODES,
@@ -69,7 +70,7 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
         action="store_true",
         help="print one JSON object at the end instead of streaming",
     )
-    parser.set_defaults(run=run_generate, computes=True)
+    parser.set_defaults(run=run_generate, computes=True, waits=False)
     return parser
 
 
@@ -159,20 +160,20 @@ def run_generate(options: argparse.Namespace) -> str | None:
         # As in training, the model reads the last token, which it needs for logits.
         state = _propose(options.observer, model, prompt_ids[:-1])
         unread = prompt_ids[-1:]
-    stream = Stream(goes_on=bool(options.save_state))
     # The opening is part of the answer.
-    if texts.opening and not options.json:
-        stream(texts.opening, 0)
-    out = generate(
-        model.module,
-        model.params,
-        unread,
-        state,
-        stop_strings=texts.stop_strings,
-        on_text=None if options.json else stream,
-        logits=logits,
-        **drawing(options, tokenizer),
-    )
+    stream = Stream(texts.opening, goes_on=bool(options.save_state))
+    waits = report_wait("the answer") if options.json else stream
+    with waits:
+        out = generate(
+            model.module,
+            model.params,
+            unread,
+            state,
+            stop_strings=texts.stop_strings,
+            on_text=None if options.json else stream,
+            logits=logits,
+            **drawing(options, tokenizer),
+        )
     if options.save_state:
         save_session(
             options.save_state,
@@ -281,7 +282,8 @@ def _propose(folder: str, model: LoadedModel, ids: list[int]) -> RWKV7State:
         )
     # The states mean nothing to other weights of the same sizes.
     observer, params = load_observer(folder, model.config, base_model=model.hash)
-    return propose(observer, params, np.asarray([ids], np.int32))
+    with report_wait("the observer's proposal"):
+        return propose(observer, params, np.asarray([ids], np.int32))
 
 
 def _to_json(out: Generation, texts: _Texts, prompt_tokens: int) -> str:

@@ -19,6 +19,7 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.int8_weights import INT8, is_int8
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 # Help texts of arguments that several commands have.
@@ -108,7 +109,7 @@ class LoadedModel(NamedTuple):
 def read_model(
     path: str, *, weights: str | None = None, dtype: str | None = None
 ) -> LoadedModel:
-    """Loads a checkpoint and hashes its weights.
+    """Loads a checkpoint and hashes its weights, with messages while that takes long.
 
     Args:
         path: path of the checkpoint.
@@ -116,12 +117,13 @@ def read_model(
         dtype: dtype of activations and of weights except int8 matrices; None for float32
             activations and weights as in the file.
     """
-    params, config = load_model(path, weights=weights)
-    # The hash of the file's values: states fit the model in every dtype.
-    origin = model_hash(params, config)
-    if dtype is not None:
-        config = dataclasses.replace(config, dtype=dtype)
-        _convert(params, dtype)
+    with report_wait(f"the weights of {path}"):
+        params, config = load_model(path, weights=weights)
+        # The hash of the file's values: states fit the model in every dtype.
+        origin = model_hash(params, config)
+        if dtype is not None:
+            config = dataclasses.replace(config, dtype=dtype)
+            _convert(params, dtype)
     return LoadedModel(params, config, origin, path)
 
 

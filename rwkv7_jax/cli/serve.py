@@ -19,6 +19,7 @@ from rwkv7_jax.cli.inputs import (
 )
 from rwkv7_jax.cli.summary import COMMANDS
 from rwkv7_jax.local_paths import local_path
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.serving.engine import Engine
 from rwkv7_jax.serving.state_files import NAME, StateFiles
 from rwkv7_jax.serving.watchdog import Watchdog
@@ -76,7 +77,7 @@ def add_serve_command(subparsers) -> None:
         help="write a line of JSON per request to stderr, with its X-Request-Id",
     )
     _add_limits(parser)
-    parser.set_defaults(run=run_serve, computes=True)
+    parser.set_defaults(run=run_serve, computes=True, waits=False)
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -205,7 +206,8 @@ def _engine(
         watchdog=Watchdog(options.watchdog),
     )
     print(f"compiling for {options.slots} concurrent requests", flush=True)
-    engine.warm_up()
+    with report_wait("the compilation"):
+        engine.warm_up()
     return engine, states
 
 

@@ -5,7 +5,7 @@ Only this module needs the package lm-eval, which is large and takes seconds to 
 
 import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,6 +71,8 @@ class StateLM(TemplateLM):
         tokens_read: context tokens read so far.
         split_pairs: continuations whose first token would have spanned the border to the context.
             They are encoded separately. A byte vocabulary has none.
+        on_progress: called with the number of finished requests and the number of all requests of
+            one call of the harness; None by default.
     """
 
     def __init__(
@@ -118,6 +120,20 @@ class StateLM(TemplateLM):
         self._max_tokens = max_tokens
         self.tokens_read = 0
         self.split_pairs = 0
+        self.on_progress: Callable[[int, int], Any] | None = None
+        self._asked = 0
+        self._finished = 0
+
+    def _begin_call(self, requests: int) -> None:
+        """Counts from 0 to the number of requests of a call of the harness."""
+        self._asked = requests
+        self._finished = 0
+
+    def _finish(self, requests: int) -> None:
+        """Reports that some more requests are finished."""
+        self._finished += requests
+        if self.on_progress is not None:
+            self.on_progress(self._finished, self._asked)
 
     @property
     def eot_token_id(self) -> int:
@@ -152,19 +168,26 @@ class StateLM(TemplateLM):
             produces it.
         """
         del disable_tqdm
+        self._begin_call(len(requests))
         # Contexts share a prefix within a task, not across tasks.
         by_task = defaultdict(list)
         for index, request in enumerate(requests):
             by_task[request.task_name].append(index)
         results: list[Any] = [None] * len(requests)
         for indices in by_task.values():
-            scores = self.score_pairs([requests[index].args for index in indices])
+            scores = self._score_pairs([requests[index].args for index in indices])
             for index, result in zip(indices, scores, strict=True):
                 results[index] = result
         return results
 
     def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Scores pairs of a context and a continuation; see `loglikelihood`."""
+        self._begin_call(len(pairs))
+        return self._score_pairs(pairs)
+
+    def _score_pairs(
+        self, pairs: Sequence[tuple[str, str]]
+    ) -> list[tuple[float, bool]]:
         encoded = [(pair, *self._encode_pair(*pair)) for pair in pairs]
         return self._loglikelihood_tokens(encoded)
 
@@ -213,6 +236,7 @@ class StateLM(TemplateLM):
                 scores = self._score(rows, states, last, continuations)
                 for (_row, index), result in zip(batch, scores, strict=True):
                     results[index] = result
+                self._finish(len(batch))
         for (pair, _context, _continuation), result in zip(
             requests, results, strict=True
         ):
@@ -229,6 +253,7 @@ class StateLM(TemplateLM):
             disable_tqdm: ignored; there is no progress bar.
         """
         del disable_tqdm
+        self._begin_call(len(requests))
         encoded = []
         for request in requests:
             (text,) = request.args
@@ -248,6 +273,7 @@ class StateLM(TemplateLM):
             ValueError: a task sets an option that the sampler does not have.
         """
         del disable_tqdm
+        self._begin_call(len(requests))
         groups: dict[Any, dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
         for index, request in enumerate(requests):
             context, options = request.args
@@ -258,7 +284,7 @@ class StateLM(TemplateLM):
             groups[request.task_name, sampling][answer].append(index)
         results = [""] * len(requests)
         for (_, sampling), asked in groups.items():
-            texts = self._generate(sorted(asked), sampling)
+            texts = self._generate(asked, sampling)
             for answer, text in zip(sorted(asked), texts, strict=True):
                 for index in asked[answer]:
                     results[index] = text
@@ -267,9 +293,17 @@ class StateLM(TemplateLM):
         return results
 
     def _generate(
-        self, answers: list[tuple[tuple[int, ...], int]], sampling: _Sampling
+        self,
+        asked: Mapping[tuple[tuple[int, ...], int], list[int]],
+        sampling: _Sampling,
     ) -> list[str]:
-        """Generates one text for each pair of a context and the number of its draw."""
+        """Generates one text for each pair of a context and the number of its draw, in order.
+
+        Args:
+            asked: the requests of each pair.
+            sampling: their options.
+        """
+        answers = sorted(asked)
         shared, start = self._read_shared([context for context, _ in answers])
         texts: list[str] = []
         for first in range(0, len(answers), self._rows):
@@ -294,6 +328,7 @@ class StateLM(TemplateLM):
             )
             assert generated.texts is not None
             texts += generated.texts[: len(part)]
+            self._finish(sum(len(asked[answer]) for answer in part))
         return texts
 
     def _begin(self, context: Sequence[int]) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from rwkv7_jax.plan.compiler import CompilerFailure, NoCompiler
 from rwkv7_jax.plan.job import make_job
 from rwkv7_jax.runs import config_flags, process
 from rwkv7_jax.runs.modes.registry import MODES
+from rwkv7_jax.runs.waiting import report_wait
 
 DOES_NOT_FIT = 3
 NO_COMPILER = 4
@@ -81,7 +82,8 @@ def main(arguments: list[str]) -> None:
         job = make_job(_TOPOLOGY.value, _settings(), _PRESET.value)
         make = job.search if _SEARCH.value else job.compile
         try:
-            plan = make(timeout=_TIMEOUT.value)
+            with report_wait("the compilation of the step"):
+                plan = make(timeout=_TIMEOUT.value)
         except (NoCompiler, CompilerFailure) as error:
             print(f"plan: {error}", file=sys.stderr)
             is_none = isinstance(error, NoCompiler)

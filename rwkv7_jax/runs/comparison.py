@@ -46,7 +46,8 @@ class Comparison:
         for size in sizes:
             prompt = text if size < 0 else text[-size:]
             print(f"reading a prompt of {len(prompt):,} tokens", flush=True)
-            state = prefill_state(self.model, self.params, prompt)
+            with report_wait("the state after the prompt"):
+                state = prefill_state(self.model, self.params, prompt)
             starts[f"prompt {len(prompt):,}"] = state
         return dataclasses.replace(self, starts=starts)
 

@@ -11,6 +11,7 @@ import jax
 
 from rwkv7_jax.checks import first_line
 from rwkv7_jax.runs.exit_codes import InUse
+from rwkv7_jax.runs.waiting import report_wait
 
 # Part of a reason if another process holds the device: libtpu's "The TPU is already in use by ...",
 # and CUDA's "all CUDA-capable devices are busy or unavailable".
@@ -71,7 +72,7 @@ def start_devices() -> ValueError | None:
     """
     asked = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     platform = None
-    with _collect_reasons() as reasons:
+    with _collect_reasons() as reasons, report_wait("JAX to start the devices"):
         try:
             platform = jax.default_backend()
         except RuntimeError as error:

@@ -18,6 +18,7 @@ import sys
 import jax
 
 from rwkv7_jax.checks import escape_controls, first_line
+from rwkv7_jax.runs.monitoring.progress_bar import end_open_line
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO}
 
@@ -131,6 +132,7 @@ def warn(text: str) -> None:
     """Prints a warning to stderr."""
     # stderr is None if it was closed before the program began; `print` would write to stdout.
     if sys.stderr is not None:
+        end_open_line()
         text = escape_controls(text)
         print(f"warning: {text}", file=sys.stderr, flush=True)
 

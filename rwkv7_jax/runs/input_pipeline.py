@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.prefetch import Prefetch
+from rwkv7_jax.runs.waiting import report_first_call, report_wait
 from rwkv7_jax.sharding import shard_batch
 from rwkv7_jax.test_time.tuning_loop import StateBatchSource
 
@@ -96,11 +97,13 @@ class PrefetchedBatches(BatchSource):
 
         # The thread also places them, so the copy to the device overlaps with the previous step.
         self._prefetch = Prefetch(map(placed, batches))
+        # Of a long text the order of the documents comes first.
+        self._next = report_first_call(self._prefetch.__next__, "the first batch")
 
     def batch(self, step: int, params: Callable[[], Any]) -> PlacedBatch:
         """Returns the next batch as soon as it is ready."""
         # `step` is not needed: the iterator starts at the run's first step and is in order.
-        return next(self._prefetch)
+        return self._next()
 
     def close(self) -> None:
         """Stops the thread."""
@@ -126,8 +129,9 @@ class DrawnBatches(BatchSource):
         self._rows = rows
 
     def batch(self, step: int, params: Callable[[], Any]) -> PlacedBatch | None:
-        """Draws the batch of a step."""
-        batch = self._source.batch(params(), step)
+        """Draws the batch of a step, with messages while that takes long."""
+        with report_wait(f"the batch of step {step + 1}"):
+            batch = self._source.batch(params(), step)
         if batch is None:
             return None
         return _placed(self._mesh, batch, self._rows)

@@ -68,6 +68,7 @@ def program(name: str, *, less_memory: str = _LESS_MEMORY) -> Iterator[None]:
     absl_logging.set_verbosity(absl_logging.ERROR)
     open_closed_streams()
     escape_unencodable()
+    write_lines_at_once()
     ignore_broken_pipe()
     ignore_abandoned_reads()
     warn_in_one_line()
@@ -243,6 +244,17 @@ def escape_unencodable() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
+
+
+def write_lines_at_once() -> None:
+    """Writes each line of stdout when it is complete, also to a file or a pipe.
+
+    Otherwise the log of a run would lack the newest lines until some kilobytes are together.
+    """
+    # A stream that a test or another program installed may lack `reconfigure`.
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(line_buffering=True)
 
 
 def shown_on(stream: TextIO, text: str) -> str:

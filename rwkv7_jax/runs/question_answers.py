@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -85,13 +86,18 @@ class AskedQuestions:
         return "accuracy" if self.settings.test_time.verifier in VERIFIERS else "reward"
 
     def answer(
-        self, comparison: Comparison, start: RWKV7State
+        self,
+        comparison: Comparison,
+        start: RWKV7State,
+        *,
+        on_progress: Callable[[int, int], Any] | None = None,
     ) -> dict[str, QuestionScores]:
         """Answers every question from a start state.
 
         Args:
             comparison: the model, its weights and its tokenizer.
             start: the state.
+            on_progress: called with the number of answered questions and the number of all.
 
         Returns:
             The accuracy (the mean reward for a function of the user's), and as "cut off" the share
@@ -124,6 +130,8 @@ class AskedQuestions:
             )
             rewards.append(found.rewards[: len(part)])
             cut.append(found.cut[: len(part)])
+            if on_progress is not None:
+                on_progress(first + len(part), len(self.prompts))
         return {
             self._metric: self._scores(rewards),
             "cut off": self._scores(cut),

@@ -34,6 +34,7 @@ from rwkv7_jax.runs.resume.stored_steps import StoredSteps
 from rwkv7_jax.runs.run_lock import LOCK, RunLock
 from rwkv7_jax.runs.settings import Settings, as_config
 from rwkv7_jax.runs.settled_settings import settle
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.training.train_step import TrainState
 
 _BAD_BATCHES = "bad_batches.jsonl"
@@ -260,7 +261,7 @@ class OwnedRunDirectory(RunDirectory):
 
     def __exit__(self, *failure) -> None:
         """Waits for a pending save, writes the report and releases the lock."""
-        with contextlib.ExitStack() as locks:
+        with contextlib.ExitStack() as locks, report_wait("the run's last files"):
             locks.callback(self._lock.release)
             if self._backup is not None:
                 locks.callback(self._backup.release)

@@ -18,6 +18,7 @@ from rwkv7_jax.runs.resume.run_identity import (
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.same_in_all import require_same_inputs
 from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.training.train_step import TrainState
 
 
@@ -72,7 +73,8 @@ def set_up(folder: RunDirectory) -> TrainingRun:
 
     # Weights that processes share are read together: one that fails cannot tell the others.
     loading = ProcessGroup() if sharding.is_shared(mesh) else group
-    mode, identity = loading.run_in_all(load)
+    with report_wait("the model and the data, and their digests"):
+        mode, identity = loading.run_in_all(load)
     require_same_inputs(group, identity)
     return TrainingRun(mode=mode, identity=identity, mesh=mesh)
 

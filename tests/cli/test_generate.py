@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_checkpoints import random_params
+from slow_phases import SlowPhase
 
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.checkpoints.state_files import load_state, save_state
+from rwkv7_jax.cli import generate as generate_command
 from rwkv7_jax.cli.commands import main
 from rwkv7_jax.cli.inputs import read_model
 from rwkv7_jax.generation.generate import generate
@@ -217,3 +219,17 @@ def test_an_unknown_form_of_weights_is_rejected(command, capsys):
     with pytest.raises(SystemExit):
         command("--prompt", "a", "--weights", "int4")
     assert "--weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [([], "the first text of the answer"), (["--json"], "the answer")],
+)
+def test_an_answer_that_takes_long_is_waited_for_on_stderr(
+    words, what, command, monkeypatch, capsys
+):
+    slow = SlowPhase(monkeypatch, capsys, error=ValueError("enough"))
+    monkeypatch.setattr(generate_command, "generate", slow)
+    assert command("--prompt", "a", *words) == 2
+    assert f"waiting for {what} (" in slow.said
+    assert capsys.readouterr().out == ""

@@ -160,6 +160,27 @@ def test_answers_match_generate_row_by_row(params, tuned):
     assert lm.tokens_read == 1 + sum(map(len, read))
 
 
+def test_finished_requests_are_counted_over_the_tasks_of_a_call(params):
+    lm = StateLM(MODEL, params, BYTES, rows=4)
+    done = []
+    lm.on_progress = lambda *shape: done.append(shape)
+
+    def shares(call, requests):
+        done.clear()
+        call(requests)
+        return list(done)
+
+    scored = [request(*PAIRS[number % 6], task=number % 2) for number in range(12)]
+    counted = shares(lm.loglikelihood, scored)
+    assert counted[-1] == (12, 12) and counted == sorted(counted) and len(counted) > 2
+    assert shares(lm.score_pairs, PAIRS)[-1] == (6, 6)
+    assert shares(lm.loglikelihood_rolling, [request("a")] * 2)[-1] == (2, 2)
+    greedy = {"until": [], "do_sample": False, "max_gen_toks": 2}
+    asked = [request(f"{number % 6}", greedy, task=number % 2) for number in range(12)]
+    # Equal questions are answered once.
+    assert shares(lm.generate_until, asked) == [(6, 12), (12, 12)]
+
+
 def test_sampled_answers_differ_and_are_reproducible(params):
     drawn = {"until": [], "do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
     requests = [request("Q: one", drawn), request("Q: one", drawn)]

@@ -212,3 +212,17 @@ def test_the_benchmark_counts_bytes_and_lists_the_available_implementations():
         *dispatch.available(),
         "definition",
     ]
+
+
+def test_the_benchmark_says_on_stderr_what_it_measures(monkeypatch, capsys):
+    def op(*_):
+        raise ValueError("traced")
+
+    monkeypatch.setattr(bench, "truth", lambda arguments: (None, None, None))
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda repeats: 1.0)
+    monkeypatch.setattr(bench, "implementations", lambda case: {"scan": op})
+    with pytest.raises(ValueError, match="traced"):
+        bench.main(["tiny"])
+    out, said = capsys.readouterr()
+    assert said == "measuring scan\n"
+    assert out.startswith("tiny: ")

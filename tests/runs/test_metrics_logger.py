@@ -132,6 +132,28 @@ def test_every_logged_line_has_the_speed_of_its_own_steps(
         assert line["tokens_per_second"] == pytest.approx(_TOKENS / 2), number
 
 
+def test_the_bar_moves_with_every_step_and_has_the_newest_numbers(unchecked):
+    logger, _ = _logger(6, 3)
+    shown = []
+    logger._bar = SimpleNamespace(update=lambda *shape: shown.append(shape))
+    for number in range(1, 7):
+        _take(logger, number)
+    logger.drain()
+    steps, texts = zip(*shown, strict=True)
+    assert steps == (1, 2, 3, 4, 5, 6)
+    assert texts[:2] == ("", "") and texts[2] == texts[3] == texts[4] != texts[5]
+    assert texts[2].startswith("loss 1.000") and texts[2].endswith("tokens/s")
+
+
+def test_the_line_of_the_bar_ends_before_a_pause_in_which_others_print():
+    logger, _ = _logger(6, 3)
+    events = []
+    logger._bar = SimpleNamespace(close=lambda: events.append("ended"))
+    with logger.paused():
+        events.append("printed")
+    assert events == ["ended", "printed"]
+
+
 def test_time_outside_training_does_not_count(monkeypatch, unchecked):
     clock = _Clock(monkeypatch)
     logger, lines = _logger(6, 3)

@@ -1,6 +1,7 @@
 """Signals, streams and hooks of a program, and whether each workaround is still needed."""
 
 import gc
+import io
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from saved_steps import IDENTITY, new_state, open_checkpoints, save_steps, train
 
 from rwkv7_jax.checkpoints.orbax_import import is_abandoned_read
 from rwkv7_jax.runs.exit_codes import NoValidCheckpoint, Stopped
-from rwkv7_jax.runs.process import StopSignals, hold_interrupt
+from rwkv7_jax.runs.process import StopSignals, hold_interrupt, write_lines_at_once
 
 
 def run_python(code: str, **options) -> subprocess.Popen:
@@ -347,3 +348,13 @@ def test_an_interrupt_during_the_imports_is_quiet(words):
     # On an idle machine the imports may have ended before the signal.
     assert child.returncode in (130, 2)
     assert "Traceback" not in error and out == ""
+
+
+def test_a_line_reaches_a_file_as_soon_as_it_is_complete(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="utf-8"))
+    print("first")
+    assert raw.getvalue() == b""
+    write_lines_at_once()
+    print("second")
+    assert raw.getvalue() == b"first\nsecond\n"

@@ -4,8 +4,14 @@ import io
 
 import pytest
 
+from rwkv7_jax.runs.exit_codes import warn
 from rwkv7_jax.runs.monitoring import progress_bar
-from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar, byte_progress
+from rwkv7_jax.runs.monitoring.progress_bar import (
+    ProgressBar,
+    byte_progress,
+    count_progress,
+    end_open_line,
+)
 
 
 class Terminal(io.StringIO):
@@ -33,6 +39,21 @@ def test_a_terminal_gets_one_redrawn_line(clock):
     assert drawn.startswith(
         "\r[######..................] train  25%  0:03 left  loss 1"
     )
+
+
+def test_the_line_ends_with_the_newest_numbers_and_the_next_begins_another(clock):
+    terminal = Terminal()
+    bar = ProgressBar(4, "train", file=terminal)
+    for done in (1, 2):
+        bar.update(done)
+    bar.close()
+    bar.close()
+    bar.update(3)
+    bar.close()
+    first, second, rest = terminal.getvalue().split("\n")
+    assert "train  50%" in first.rpartition("\r")[2]
+    assert "train  75%" in second.rpartition("\r")[2]
+    assert not rest
 
 
 def test_a_file_gets_at_most_one_plain_line_per_tenth_and_few_seconds(clock):
@@ -93,3 +114,33 @@ def test_an_error_during_byte_progress_gets_its_own_line(monkeypatch):
         raise ValueError
     assert "reading  25%" in terminal.getvalue()
     assert terminal.getvalue().endswith("\n")
+
+
+def test_another_total_begins_another_bar(capsys):
+    with count_progress("base", "requests") as report:
+        for total in (3, 2):
+            for done in range(1, total + 1):
+                report(done, total)
+    assert capsys.readouterr().out.splitlines() == [
+        "base 100%  0:00 left  3 of 3 requests",
+        "base 100%  0:00 left  2 of 2 requests",
+    ]
+
+
+def test_the_time_left_counts_from_the_beginning_of_the_work(clock, capsys):
+    with count_progress("teacher", "prompts") as report:
+        clock[0] = 100.0
+        report(1, 2)
+    assert capsys.readouterr().out == "teacher  50%  1:40 left  1 of 2 prompts\n"
+
+
+@pytest.mark.parametrize("speak", [lambda: warn("low"), end_open_line])
+def test_other_text_does_not_continue_the_line_of_a_bar(speak):
+    terminal = Terminal()
+    bar = ProgressBar(4, "train", file=terminal)
+    bar.update(1)
+    speak()
+    assert terminal.getvalue().endswith("\n")
+    bar.update(2)
+    assert not terminal.getvalue().endswith("\n")
+    bar.close()

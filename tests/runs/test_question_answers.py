@@ -68,10 +68,17 @@ def test_the_accuracy_is_that_of_the_models_own_answers(comparison, tmp_path):
     write(path, [record(number, known[number]) for number in range(COUNT)])
     asked = AskedQuestions.read(settings_of(path), TOKENIZER)
     assert asked.prompts == prompts
+    done = []
     rows = {
-        name: {"questions": asked.answer(comparison, start)}
+        name: {
+            "questions": asked.answer(
+                comparison, start, on_progress=lambda *shape: done.append(shape)
+            )
+        }
         for name, start in comparison.starts.items()
     }
+    # Four are answered at once.
+    assert done == [(4, COUNT), (8, COUNT), (10, COUNT)] * 2
     base = rows["base"]["questions"]
     assert base["accuracy"].totals.tolist() == [1] * 6 + [0] * 4
     assert base["accuracy"].standard_error == pytest.approx(

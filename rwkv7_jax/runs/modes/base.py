@@ -33,6 +33,7 @@ from rwkv7_jax.runs.modes.scheduled_optimizer import (
 )
 from rwkv7_jax.runs.process_group import group_of_mesh
 from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.sharding import own_rows
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.costs import (
@@ -120,7 +121,8 @@ class TrainingMode(abc.ABC):
         # The evaluators need the model and the tokenizer of `set_up`.
         self._retention = self.retention_evaluators()
         self._check_evaluations()
-        self.prepare()
+        with report_wait("the initial state and its statistics"):
+            self.prepare()
 
     @abc.abstractmethod
     def set_up(self) -> None:

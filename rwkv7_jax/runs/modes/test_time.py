@@ -1,6 +1,5 @@
 """The modes that tune a state from rewards, from a larger model's traces or from a prompt."""
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -25,11 +24,12 @@ from rwkv7_jax.runs.datasets import digest_of
 from rwkv7_jax.runs.input_pipeline import BatchSource, DrawnBatches
 from rwkv7_jax.runs.modes.single_state import SingleStateMode
 from rwkv7_jax.runs.modes.start_state import read_prompt
-from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
+from rwkv7_jax.runs.monitoring.progress_bar import count_progress
 from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.run_identity import content_digests
 from rwkv7_jax.runs.settings import TestTimeSettings
 from rwkv7_jax.runs.settings.test_time import is_trace_file
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.test_time.distillation import TraceBatches
 from rwkv7_jax.test_time.expert_iteration import ExpertBatches
 from rwkv7_jax.test_time.grpo import PolicyBatches
@@ -343,9 +343,10 @@ class TestTimeMode(SingleStateMode):
     def _collect_traces(self, guide: str) -> list[Trace]:
         """Samples the teacher's completions, which stay in the run directory."""
         settings = self.settings.test_time
-        params, config = load_model(
-            guide, allow_nan=self.settings.allow_nan, mesh=self.mesh
-        )
+        with report_wait(f"the weights of {guide}"):
+            params, config = load_model(
+                guide, allow_nan=self.settings.allow_nan, mesh=self.mesh
+            )
         _require_same_vocabulary(guide, config.vocab_size, self.model, self.tokenizer)
         chains = settings.chains_of_prompt
         sampler = self._sampler(RWKV7(config), params)
@@ -354,7 +355,10 @@ class TestTimeMode(SingleStateMode):
         if settings.keep == "majority":
             vote = (self._questions.given_answer, settings.vote_margin)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(ProgressBar(settings.traces, "teacher")) as bar:
+        with (
+            report_wait("the teacher's completions"),
+            count_progress("teacher", "prompts") as report,
+        ):
             traces, budget = collect_traces(
                 teacher,
                 self._questions.prompts(0, settings.traces),
@@ -366,7 +370,7 @@ class TestTimeMode(SingleStateMode):
                 cache=self.folder / "traces.jsonl",
                 teacher_hash=model_hash(params, config),
                 at_once=settings.at_once,
-                on_progress=lambda done, total: bar.update(done, "prompts"),
+                on_progress=report,
             )
         of_each = f" x {chains}" if chains > 1 else ""
         print(

@@ -109,6 +109,7 @@ class MetricsLogger:
         self._rate_at = jax.jit(rates)
         self._devices = devices
         self._bar = ProgressBar(self._settings.steps - start_step, self._settings.mode)
+        self._shown = ""
         self._compile_clock = CompileClock()
         self._pending: collections.deque[_Step] = collections.deque()
         self._rate: Any = None
@@ -165,8 +166,12 @@ class MetricsLogger:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Logs all steps in flight and excludes the time of the block from training time."""
+        """Logs all steps in flight and excludes the time of the block from training time.
+
+        It ends the bar's line, because the block prints.
+        """
         self.drain()
+        self._bar.close()
         began = time.monotonic()
         compiled = self._compile_clock.seconds
         try:
@@ -203,6 +208,9 @@ class MetricsLogger:
             self._count_skipped(step.number, step.metrics, step.batch)
         if self._is_written(step.number):
             self._write(step)
+        else:
+            # A step may take minutes.
+            self._move_bar(step.number)
 
     def _is_written(self, number: int) -> bool:
         """Returns whether a step has a line in the log."""
@@ -327,7 +335,12 @@ class MetricsLogger:
         else:
             text = "nothing to learn"
         speed = f"{numbers['tokens_per_second']:.0f} tokens/s"
-        self._bar.update(number - self._start_step, f"{text}  {speed}")
+        self._shown = f"{text}  {speed}"
+        self._move_bar(number)
+
+    def _move_bar(self, number: int) -> None:
+        """Shows that a step is done, with the newest numbers of the log."""
+        self._bar.update(number - self._start_step, self._shown)
 
     def _warn_of_large_state(self, numbers: Mapping[str, float]) -> None:
         # In a stack the name of the state precedes the name of the metric.

@@ -26,23 +26,28 @@ class ProgressBar:
     redraws from a thread, and offers only a bar or silence if the output is not a terminal.
     """
 
-    def __init__(self, total: int, label: str, *, file: Any = None):
+    def __init__(
+        self, total: int, label: str, *, file: Any = None, began: float | None = None
+    ):
         """Starts the bar at 0 of `total` units.
 
         Args:
             total: units of work; 0 counts as 1.
             label: the beginning of the line.
             file: the text stream to write to; None for stdout.
+            began: the monotonic time at which the work began; None for now.
         """
         # A run resumed at its last step has no work left; avoid a division by 0.
         self._total = max(total, 1)
         self._label = label
         self._file = file or sys.stdout
         self._is_terminal = self._file.isatty()
-        self._began = time.monotonic()
+        self._began = time.monotonic() if began is None else began
         self._drawn = self._began
         self._tenth = 0
         self._line_is_open = False
+        # What the terminal does not show yet.
+        self._newest = ""
         self._is_lost = False
 
     def update(self, done: int, text: str = "") -> None:
@@ -70,14 +75,17 @@ class ProgressBar:
     def _redraw(self, share: float, line: str) -> None:
         now = time.monotonic()
         due = now - self._drawn > _REDRAW_SECONDS
-        if self._line_is_open and not due and share < 1.0:
-            return
         filled = round(_BAR_CHARACTERS * share)
         bar = "#" * filled + "." * (_BAR_CHARACTERS - filled)
         # A carriage return before the line, and "erase to the end of the line" after it.
-        self._write(f"\r[{bar}] {line}\x1b[K")
+        self._newest = f"\r[{bar}] {line}\x1b[K"
+        if self._line_is_open and not due and share < 1.0:
+            return
+        self._write(self._newest)
+        self._newest = ""
         self._drawn = now
         self._line_is_open = True
+        _drawn_last[:] = [self]
 
     def _print(self, share: float, line: str) -> None:
         now = time.monotonic()
@@ -90,29 +98,48 @@ class ProgressBar:
             self._tenth = tenth
 
     def close(self) -> None:
-        """Ends the line."""
+        """Ends the line, with the newest numbers."""
         if self._line_is_open:
-            self._write("\n")
+            self._write(f"{self._newest}\n")
+            self._newest = ""
             self._line_is_open = False
 
 
-@contextlib.contextmanager
-def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function that shows how many bytes of the total are done.
+# The bar that a terminal shows, if any.
+_drawn_last: list[ProgressBar] = []
 
-    The bar's line ends with the block, even if the block raises: an error gets its own line.
+
+def end_open_line() -> None:
+    """Ends the line of a bar on a terminal, so that other text begins a line of its own."""
+    for bar in _drawn_last:
+        bar.close()
+
+
+@contextlib.contextmanager
+def progress(
+    label: str, describe: Callable[[int, int], str]
+) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function that shows how much of a total is done.
+
+    The bar's line ends with the block, even if the block raises: an error gets its own line. A call
+    with less than before begins another bar.
 
     Args:
         label: the beginning of the line.
+        describe: returns the end of the line, from what is done and the total.
     """
     bar: ProgressBar | None = None
+    before = 0
+    began = time.monotonic()
 
     def report(done: int, total: int) -> None:
-        nonlocal bar
+        nonlocal bar, before, began
         # The total is known only when the function is called.
-        if bar is None:
-            bar = ProgressBar(total, label)
-        bar.update(done, f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+        if bar is None or done < before:
+            bar = ProgressBar(total, label, began=began)
+        before = done
+        began = time.monotonic()
+        bar.update(done, describe(done, total))
         # Later output of the block gets its own line too.
         if done == total:
             bar.close()
@@ -122,6 +149,33 @@ def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
     finally:
         if bar is not None:
             bar.close()
+
+
+def byte_progress(
+    label: str,
+) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
+    """Yields a function that shows how many bytes of the total are done; see `progress`."""
+
+    def describe(done: int, total: int) -> str:
+        return f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
+
+    return progress(label, describe)
+
+
+def count_progress(
+    label: str, unit: str
+) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
+    """Yields a function that shows how many units of a total are done; see `progress`.
+
+    Args:
+        label: the beginning of the line.
+        unit: the end of the line, such as "questions".
+    """
+
+    def describe(done: int, total: int) -> str:
+        return f"{done:,} of {total:,} {unit}"
+
+    return progress(label, describe)
 
 
 def _clock(seconds: float) -> str:

@@ -40,6 +40,7 @@ from rwkv7_jax.runs.resume.checksums import changed_leaves, leaf_checksums
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
 from rwkv7_jax.runs.resume.steps import Steps, steps_to_keep
 from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.training.train_step import TrainState
 
 # Seconds that the processes of a save wait for each other, while training continues. A process
@@ -74,6 +75,12 @@ class SaveJob:
     error: Exception | None = None
     not_copied: str = ""
     thread: threading.Thread | None = None
+
+    def join(self) -> None:
+        """Waits for the thread, with messages while that takes long."""
+        if self.thread is not None:
+            with report_wait(f"the checkpoint of step {self.step} to be written"):
+                self.thread.join()
 
 
 class Checkpointer(CheckpointStore):
@@ -232,9 +239,8 @@ class Checkpointer(CheckpointStore):
             return
         job = self._job
         self._job = None
-        if job.thread is not None:
-            # Once the thread has ended, the fields of `job` can be read without a lock.
-            job.thread.join()
+        # Once its thread has ended, the fields of `job` can be read without a lock.
+        job.join()
         if reason := self._first_reason(job):
             self._give_up(job, reason)
             return
@@ -251,8 +257,8 @@ class Checkpointer(CheckpointStore):
         """
         if self._group.size == 1:
             self.wait()
-        elif self._job is not None and self._job.thread is not None:
-            self._job.thread.join()
+        elif self._job is not None:
+            self._job.join()
 
     def _first_reason(self, job: SaveJob) -> str:
         """Returns why a save failed in any process; empty if it did not fail."""
