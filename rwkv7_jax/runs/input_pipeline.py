@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.prefetch import Prefetch
-from rwkv7_jax.runs.waiting import report_first_call, report_wait
+from rwkv7_jax.runs.waiting import report_first_call
 from rwkv7_jax.sharding import shard_batch
 from rwkv7_jax.test_time.tuning_loop import StateBatchSource
 
@@ -125,13 +125,14 @@ class DrawnBatches(BatchSource):
             rows: the rows of the global batch if this process draws only its `own_rows`.
         """
         self._source = source
+        # Later draws take about as long as the first, and the bar moves between them.
+        self._draw = report_first_call(source.batch, "the first batch")
         self._mesh = mesh
         self._rows = rows
 
     def batch(self, step: int, params: Callable[[], Any]) -> PlacedBatch | None:
-        """Draws the batch of a step, with messages while that takes long."""
-        with report_wait(f"the batch of step {step + 1}"):
-            batch = self._source.batch(params(), step)
+        """Draws the batch of a step."""
+        batch = self._draw(params(), step)
         if batch is None:
             return None
         return _placed(self._mesh, batch, self._rows)

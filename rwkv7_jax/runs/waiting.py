@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, ParamSpec, TypeVar
 
 from rwkv7_jax.checks import escape_controls
-from rwkv7_jax.runs.monitoring.progress_bar import end_open_line
+from rwkv7_jax.runs.monitoring.progress_bar import (
+    a_bar_has_moved,
+    end_open_line,
+)
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -33,8 +36,8 @@ _waits: list[_Wait] = []
 def report_wait(what: str) -> Iterator[None]:
     """Prints what the block waits for on stderr, again and again until it ends.
 
-    Inside of another wait no thread is started: the messages of the outermost one name the
-    innermost, which says more.
+    Nothing is printed while a progress bar moves. Inside of another wait no thread is started: the
+    messages of the outermost one name the innermost, which says more.
 
     Args:
         what: the end of the sentence, such as "process 0".
@@ -56,7 +59,9 @@ def _messages() -> Iterator[None]:
     def report() -> None:
         pause = SECONDS
         while not ended.wait(pause):
-            _print_message(_waits[-1])
+            # A bar that moves says more.
+            if not a_bar_has_moved(pause):
+                _print_message(_waits[-1])
             pause = min(2 * pause, _MOST_SECONDS)
 
     thread = threading.Thread(target=report, daemon=True)

@@ -85,6 +85,19 @@ def test_a_file_gets_a_line_a_minute_where_a_tenth_takes_longer(clock):
     assert shares == ["2%", "5%", "8%", "10%"]
 
 
+def test_the_newest_bar_has_moved_if_it_was_updated_lately(clock, monkeypatch):
+    monkeypatch.setattr(progress_bar, "_newest", [])
+    assert not progress_bar.a_bar_has_moved(10)
+    bar = ProgressBar(1000, "train", file=io.StringIO())
+    clock[0] = 20.0
+    # Too early for a line in a file.
+    bar.update(1)
+    clock[0] = 29.0
+    assert progress_bar.a_bar_has_moved(10)
+    clock[0] = 30.0
+    assert not progress_bar.a_bar_has_moved(10)
+
+
 def test_a_total_of_zero_is_complete(clock):
     file = io.StringIO()
     ProgressBar(0, "read", file=file).update(1)

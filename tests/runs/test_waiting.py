@@ -95,12 +95,24 @@ def test_many_short_waits_in_a_long_one_are_not_silent(monkeypatch, capsys):
     assert text.startswith("waiting for ")
 
 
+def test_nothing_is_said_while_a_bar_moves(monkeypatch, capsys):
+    monkeypatch.setattr(waiting, "SECONDS", 0.02)
+    monkeypatch.setattr(waiting, "_MOST_SECONDS", 0.02)
+    monkeypatch.setattr(waiting, "a_bar_has_moved", lambda seconds: True)
+    with report_wait("the answers"):
+        time.sleep(0.2)
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(waiting, "a_bar_has_moved", lambda seconds: False)
+        assert messages(capsys, 1)
+
+
 def test_a_bar_on_a_terminal_ends_its_line_before_a_message(monkeypatch, capsys):
     monkeypatch.setattr(waiting, "SECONDS", 0.02)
     terminal = Terminal()
     bar = ProgressBar(4, "train", file=terminal)
     bar.update(1)
     assert not terminal.getvalue().endswith("\n")
+    time.sleep(0.05)
     with report_wait("an evaluation"):
         messages(capsys, 1)
     assert terminal.getvalue().endswith("\n")

@@ -44,6 +44,7 @@ class ProgressBar:
         self._is_terminal = self._file.isatty()
         self._began = time.monotonic() if began is None else began
         self._drawn = self._began
+        self._moved = self._began
         self._tenth = 0
         self._line_is_open = False
         # What the terminal does not show yet.
@@ -52,14 +53,20 @@ class ProgressBar:
 
     def update(self, done: int, text: str = "") -> None:
         """Shows that `done` units are done."""
+        _newest[:] = [self]
+        self._moved = time.monotonic()
         share = min(done / self._total, 1.0)
-        elapsed = time.monotonic() - self._began
+        elapsed = self._moved - self._began
         left = elapsed * (1 - share) / share if share else 0.0
         line = f"{self._label} {share:4.0%}  {_clock(left)} left  {text}"
         if self._is_terminal:
             self._redraw(share, line)
         else:
             self._print(share, line)
+
+    def has_moved(self, seconds: float) -> bool:
+        """Returns whether the bar was updated within the last seconds."""
+        return time.monotonic() - self._moved < seconds
 
     def _write(self, text: str) -> None:
         """Writes and flushes; a closed pipe or a full disk does not end the work."""
@@ -85,7 +92,6 @@ class ProgressBar:
         self._newest = ""
         self._drawn = now
         self._line_is_open = True
-        _drawn_last[:] = [self]
 
     def _print(self, share: float, line: str) -> None:
         now = time.monotonic()
@@ -105,14 +111,19 @@ class ProgressBar:
             self._line_is_open = False
 
 
-# The bar that a terminal shows, if any.
-_drawn_last: list[ProgressBar] = []
+# The bar that was updated last, if any.
+_newest: list[ProgressBar] = []
 
 
 def end_open_line() -> None:
     """Ends the line of a bar on a terminal, so that other text begins a line of its own."""
-    for bar in _drawn_last:
+    for bar in _newest:
         bar.close()
+
+
+def a_bar_has_moved(seconds: float) -> bool:
+    """Returns whether a bar was updated within the last seconds."""
+    return any(bar.has_moved(seconds) for bar in _newest)
 
 
 @contextlib.contextmanager
