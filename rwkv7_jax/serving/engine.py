@@ -6,6 +6,7 @@ makes this simple: admitting a request writes one row, whose size does not grow 
 """
 
 import atexit
+import dataclasses
 import logging
 import threading
 from collections import deque
@@ -165,7 +166,7 @@ class Engine:
             check_instance(request, Request, "`request`")
             check_function(on_piece, "`on_piece`")
             check_function(on_end, "`on_end`")
-            self._check_request(request)
+            request = self._checked(request)
             options = self._slots.options_of(request)
             start = self._states.get(request.state)
         ticket = Ticket(
@@ -185,11 +186,15 @@ class Engine:
             self._lock.notify()
         return ticket
 
-    def _check_request(self, request: Request) -> None:
-        """Checks everything about a request but its sampling options and its start state."""
+    def _checked(self, request: Request) -> Request:
+        """Checks everything about a request but its sampling options and its start state.
+
+        Returns:
+            The request, whose prompt is a tuple of ids.
+        """
         vocab_size = self.model.config.vocab_size
-        check_ids(request.prompt, vocab_size, "`prompt`")
-        length = len(request.prompt)
+        prompt = check_ids(request.prompt, vocab_size, "`prompt`")
+        length = len(prompt)
         check_count(length, 1, "the length of `prompt`")
         if length > self.longest_prompt:
             raise TooLong(
@@ -203,6 +208,10 @@ class Engine:
             check_count(request.alternatives, 0, "`alternatives`", most=most)
         check_ids(request.stop_ids, vocab_size, "`stop_ids`")
         check_stop_strings(request.stop_strings)
+        if isinstance(request.prompt, tuple):
+            return request
+        # A list may change while the request waits, and an array is not true or false.
+        return dataclasses.replace(request, prompt=tuple(prompt.tolist()))
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -317,6 +326,8 @@ class Engine:
                         raise
                     # The arrays of the rows may be partly updated, or donated and deleted.
                     self._slots.reset()
+                    # The failed device call may have been to compute some of these states.
+                    self._cache.clear()
         except Exception as error:
             self.failure = error
             raise
@@ -405,6 +416,8 @@ class Engine:
             options=ticket.options,
         )
         self._taken[slot] = ticket
+        # Only now, so that neither an error nor another thread finds the request in neither place.
+        self._prompts.remove(lambda one: one is ticket)
 
     def _decode_block(self) -> None:
         """Decodes a block and ends the complete requests."""
@@ -413,7 +426,8 @@ class Engine:
         limits = np.zeros(len(self._taken), np.int32)
         for slot, ticket in enumerate(self._taken):
             if ticket is not None:
-                limits[slot] = ticket.request.tokens - len(ticket.row.tokens)
+                left = ticket.request.tokens - len(ticket.row.tokens)
+                limits[slot] = min(left, BLOCK)
                 scored |= ticket.request.alternatives is not None
         before = self._slots.states()
         for slot, drawn in enumerate(self._slots.decode(limits, scored=scored)):
