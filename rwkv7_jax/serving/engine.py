@@ -136,7 +136,8 @@ class Engine:
         self._prompts = Prompts(self._slots, self._cache)
         self._taken: list[Ticket | None] = [None] * slots
         self._watchdog = watchdog or Watchdog()
-        # Guards what other threads use: the queue, `is_open` and `is_closed`.
+        # Guards what other threads use: the queue, the ways from it to a row, `is_open` and
+        # `is_closed`.
         self._lock = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self.is_open = True
@@ -346,7 +347,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Returns whether a request is open."""
-        return self.decoding > 0 or self.waiting > 0
+        with self._lock:
+            return self.decoding > 0 or self.waiting > 0
 
     @property
     def is_stalled(self) -> bool:
@@ -415,9 +417,11 @@ class Engine:
             seed=ticket.request.seed,
             options=ticket.options,
         )
-        self._taken[slot] = ticket
-        # Only now, so that neither an error nor another thread finds the request in neither place.
-        self._prompts.remove(lambda one: one is ticket)
+        with self._lock:
+            # Only now, so that an error above ends the request with the others. If it is gone,
+            # `close` has ended it, because the device did not answer for long.
+            if self._prompts.remove(lambda one: one is ticket):
+                self._taken[slot] = ticket
 
     def _decode_block(self) -> None:
         """Decodes a block and ends the complete requests."""
@@ -461,8 +465,8 @@ class Engine:
         with self._lock:
             tickets = list(self._waiting)
             self._waiting.clear()
-        tickets += self._prompts.remove(lambda _: True)
-        tickets += [ticket for ticket in self._taken if ticket is not None]
-        self._taken = [None] * len(self._taken)
+            tickets += self._prompts.remove(lambda _: True)
+            tickets += [ticket for ticket in self._taken if ticket is not None]
+            self._taken = [None] * len(self._taken)
         for ticket in tickets:
             ticket.end(ending, error)
