@@ -109,13 +109,19 @@ class Engine:
 
         Raises:
             TypeError: an argument has the wrong type.
-            ValueError: an argument is out of range, a state belongs to another model, upscaled
-                states cannot be rows of one batch, or it is called inside
-                `flax.linen.intercept_methods`.
+            ValueError: an argument is out of range, the tokenizer has fewer ids than the model, a
+                state belongs to another model, upscaled states cannot be rows of one batch, or it
+                is called inside `flax.linen.intercept_methods`.
         """
         with prefix_errors("Engine"):
             check_runnable(model, params)
-            check_tokenizer(tokenizer, "token_bytes", "stop_ids")
+            check_tokenizer(tokenizer, "token_bytes", "stop_ids", "vocab_size")
+            # An id without a token would end the answers of all requests, not only its own.
+            if tokenizer.vocab_size < model.config.vocab_size:
+                raise ValueError(
+                    f"`tokenizer` must have the model's {model.config.vocab_size} ids; got "
+                    f"{tokenizer.vocab_size} (`with_vocab_size` adds unused ones)."
+                )
             check_count(slots, 1, "`slots`")
             check_count(queue, 1, "`queue`")
             check_count(longest_prompt, 1, "`longest_prompt`")

@@ -27,7 +27,9 @@ from engine_cases import (
     drawn_state,
     work,
 )
+from tiny_models import lively
 
+from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.serving.engine import Engine
 from rwkv7_jax.serving.requests import Closed, Request, TooBusy, TooLong, UnknownState
@@ -464,6 +466,18 @@ def test_calls_inside_interceptors_are_rejected(engine, params, name, call):
     ):
         call(engine, params)
     assert not engine.has_work
+
+
+def test_a_tokenizer_has_all_ids_of_the_model():
+    """A sampled id without a token would fail all requests."""
+    config = dataclasses.replace(CONFIG, vocab_size=300)
+    with pytest.raises(ValueError, match=r"^Engine: `tokenizer` .* 300 ids; got 257"):
+        Engine(RWKV7(config), lively(config), BYTES, {})
+    engine = Engine(
+        RWKV7(config), lively(config), BYTES.with_vocab_size(300), {}, slots=1
+    )
+    request = Request((299,), tokens=60, temperature=1000.0)
+    assert max(answer(engine, request).tokens) > 256
 
 
 def test_something_other_than_a_tokenizer_is_rejected(params, unchecked):
