@@ -10,6 +10,10 @@ from typing import BinaryIO
 
 from rwkv7_jax.local_paths import is_special
 
+# Characters of a file's name in that of its temporary file, which must not be too long either. A
+# character has up to four bytes, and a name up to 255.
+_SHOWN = 60
+
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
@@ -29,7 +33,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             f"atomic_write: `{path}` must be a file; it is a device or a pipe."
         )
     # In the same folder, because `os.replace` is atomic only within a file system.
-    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    partial = path.parent / f".{path.name[:_SHOWN]}.{secrets.token_hex(4)}"
     try:
         # Closing flushes everything before the replacement.
         with _create(partial, path) as file:

@@ -82,6 +82,15 @@ def test_a_failed_write_leaves_only_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
+    path = tmp_path / ("\u8a69" * 85)
+    assert len(os.fsencode(path.name)) == 255
+    for content in (b"first", b"second"):
+        write(path, content)
+        assert path.read_bytes() == content
+    assert len(os.listdir(tmp_path)) == 1
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"the folder of .*/none/x` does not exist"):
         write(tmp_path / "none" / "x")

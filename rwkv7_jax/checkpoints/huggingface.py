@@ -47,6 +47,7 @@ def read_hf(folder: Path, *, verify: bool = False) -> TensorFile:
     tensors: dict[str, Tensor] = {}
     orientations: set[LowRank] = set()
     norm_eps = None
+    group_norm_eps = None
     # Without `verify`, opening a shard reads only its header.
     for file in _weight_files(folder):
         shard = open_tensors(file, verify=verify)
@@ -59,6 +60,7 @@ def read_hf(folder: Path, *, verify: bool = False) -> TensorFile:
         if shard.low_rank is not None:
             orientations.add(shard.low_rank)
         norm_eps = norm_eps or shard.norm_eps
+        group_norm_eps = group_norm_eps or shard.group_norm_eps
     low_rank = orientations.pop() if len(orientations) == 1 else None
     configured = read_norm_eps(folder)
     if configured is not None and norm_eps not in (None, configured):
@@ -66,7 +68,7 @@ def read_hf(folder: Path, *, verify: bool = False) -> TensorFile:
             f"`{folder / CONFIG_FILE}` has norm_eps {configured!r}, but the weights "
             f"next to it were saved with {norm_eps!r}."
         )
-    return TensorFile(tensors, low_rank, norm_eps or configured)
+    return TensorFile(tensors, low_rank, norm_eps or configured, group_norm_eps)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -53,6 +53,7 @@ from rwkv7_jax.checkpoints.param_tree import (
 )
 from rwkv7_jax.checkpoints.pth import write_pth
 from rwkv7_jax.checkpoints.tensor_files import (
+    EPSILONS,
     LOW_RANK_KEY,
     Format,
     format_of,
@@ -263,7 +264,13 @@ def _open_model(
     # The file of a tied head has the matrix once.
     if _EMBEDDING in tensors and _HEAD not in tensors and has_tied_head(folder):
         tensors[_HEAD] = tensors[_EMBEDDING]
-    config = infer_config(tensors, str(path), norm_eps=norm_eps, family=named.family)
+    config = infer_config(
+        tensors,
+        str(path),
+        norm_eps=norm_eps,
+        group_norm_eps=file.group_norm_eps,
+        family=named.family,
+    )
     check_names(tensors, config, str(path))
     return tensors, config
 
@@ -452,11 +459,17 @@ def _write(
         (name, array.reshape(tensor_names.file_shape(name, array.shape)))
         for name, array in tensors
     )
+    epsilons = {}
+    for key, name in EPSILONS.items():
+        # The official ones, which every program assumes, need no entry.
+        if getattr(config, name) != getattr(RWKV7Config, name):
+            epsilons[key] = repr(getattr(config, name))
     if kind == "pth":
-        write_pth(path, tensors)
+        write_pth(path, tensors, metadata=epsilons)
     else:
         # The loader rejects a file whose orientation is ambiguous, so it is always recorded.
-        write_safetensors(path, tensors, metadata={LOW_RANK_KEY: low_rank})
+        metadata = {LOW_RANK_KEY: low_rank, **epsilons}
+        write_safetensors(path, tensors, metadata=metadata)
 
 
 def model_hash(params: Params, config: RWKV7Config) -> str:

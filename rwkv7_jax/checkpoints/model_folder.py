@@ -19,6 +19,10 @@ from rwkv7_jax.local_paths import existing_path, is_special, local_path
 # The name of a folder while a new one replaces it.
 _OLD = "old"
 
+# The end that `mkdtemp` gives to a name. With "*" the workspaces of "model" would include those of
+# "model.v2".
+_UNIQUE = "[a-z0-9_]" * 8
+
 # The flag of Linux's `renameat2` that exchanges two paths, and the handle of the working directory.
 _RENAME_EXCHANGE = 2
 
@@ -106,7 +110,8 @@ def restore_interrupted(path: Path) -> None:
     target = Path(os.path.realpath(path))
     if target.exists():
         return
-    for old in sorted(target.parent.glob(f".{glob.escape(target.name)}.*/{_OLD}")):
+    workspaces = f".{glob.escape(target.name)}.{_UNIQUE}"
+    for old in sorted(target.parent.glob(f"{workspaces}/{_OLD}")):
         # Another process may have restored it in the meantime.
         with contextlib.suppress(OSError):
             os.replace(old, target)

@@ -37,6 +37,7 @@ def infer_config(
     path: str,
     *,
     norm_eps: float | None = None,
+    group_norm_eps: float | None = None,
     family: Literal["official", "fla"] = "official",
 ) -> RWKV7Config:
     """Infers the config from names and shapes without reading tensor data.
@@ -47,6 +48,7 @@ def infer_config(
         tensors: in official names and orientation.
         path: path of the file, for the error message.
         norm_eps: epsilon of the norms, as in a folder's config.json; None for the default.
+        group_norm_eps: epsilon of the per-head norm; None for that of the family.
         family: the naming scheme of the file. fla's per-head norm has the epsilon `norm_eps` times
             the head size; all others have the official one.
 
@@ -75,6 +77,7 @@ def infer_config(
         config = dataclasses.replace(config, norm_eps=norm_eps)
     if family == "fla":
         group_norm_eps = config.head_size * config.norm_eps
+    if group_norm_eps is not None:
         config = dataclasses.replace(config, group_norm_eps=group_norm_eps)
     return config
 

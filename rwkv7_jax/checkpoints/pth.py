@@ -7,6 +7,7 @@ Source: pytorch/pytorch torch/serialization.py (the layout).
 import bisect
 import io
 import itertools
+import json
 import math
 import mmap
 import pickle
@@ -26,6 +27,7 @@ from rwkv7_jax.checkpoints.mapped_files import map_file, release_pages
 from rwkv7_jax.checkpoints.pickle_names import STORAGE_NAMES
 from rwkv7_jax.checkpoints.restricted_unpickler import RestrictedUnpickler
 from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.json_files import parse_json
 
 # A 13B model's pickle has about 200 kB; a much larger one is not a checkpoint.
 _PICKLE_LIMIT = 16 << 20
@@ -45,8 +47,9 @@ _DATA = "data/"
 # Bytes of an entry's local header, before its name.
 _LOCAL_HEADER = 30
 
-# Our own entry; other readers ignore it.
+# Our own entries; other readers ignore them.
 _DIGEST_ENTRY = "rwkv7_jax.digest"
+_METADATA_ENTRY = "rwkv7_jax.metadata"
 
 
 class _LimitedReads(io.FileIO):
@@ -350,6 +353,15 @@ def has_digest(path: Path) -> bool:
         return any(name.endswith(f"/{_DIGEST_ENTRY}") for name in archive.namelist())
 
 
+def read_pth_metadata(path: Path) -> dict[str, str]:
+    """Reads the metadata that `write_pth` stored in a readable file; empty if there is none."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith(f"/{_METADATA_ENTRY}"):
+                return parse_json(archive.read(name))
+    return {}
+
+
 def _printable(error: Exception) -> str:
     """Shortens a reason to one printable line: names in a malicious file may hold anything."""
     text = ""
@@ -408,19 +420,34 @@ def _add_entry(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) ->
     archive.writestr(info, data)
 
 
-def write_pth(path: str | Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+def write_pth(
+    path: str | Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes a file atomically that `torch.load(weights_only=True)` reads, also with `mmap=True`.
 
     Arrays are taken from `tensors` one at a time, so a lazy iterable needs memory for only one.
+
+    Args:
+        path: path of the file.
+        tensors: names and arrays.
+        metadata: strings for `read_pth_metadata`, which PyTorch ignores.
 
     Raises:
         ValueError: PyTorch has no storage for a dtype, or the folder does not exist.
     """
     with atomic_write(Path(path)) as file:
-        dump_pth(file, tensors)
+        dump_pth(file, tensors, metadata=metadata)
 
 
-def dump_pth(file: BinaryIO, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+def dump_pth(
+    file: BinaryIO,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes the bytes of a .pth file into an open file.
 
     Raises:
@@ -450,3 +477,5 @@ def dump_pth(file: BinaryIO, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         _add_entry(archive, "byteorder", b"little")
         _add_entry(archive, "version", b"3\n")
         _add_entry(archive, _DIGEST_ENTRY, digest.hexdigest().encode())
+        if metadata:
+            _add_entry(archive, _METADATA_ENTRY, json.dumps(metadata).encode())

@@ -5,7 +5,7 @@ A reader detects the format from a file's first bytes; a writer takes it from th
 
 import importlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, Literal, NamedTuple, cast, get_args
@@ -20,7 +20,12 @@ from rwkv7_jax.checkpoints.integrity.digests import ContentDigest, digest_of_arr
 from rwkv7_jax.checkpoints.integrity.file_signatures import Container
 from rwkv7_jax.checkpoints.layouts.orientation import LowRank
 from rwkv7_jax.checkpoints.mapped_files import map_file, release_pages
-from rwkv7_jax.checkpoints.pth import StorageSums, inner_dicts, open_pth
+from rwkv7_jax.checkpoints.pth import (
+    StorageSums,
+    inner_dicts,
+    open_pth,
+    read_pth_metadata,
+)
 from rwkv7_jax.checkpoints.restricted_unpickler import UnreadTensor
 from rwkv7_jax.checkpoints.rwkv_cpp_files import read_rwkv_cpp
 from rwkv7_jax.checkpoints.tensor_names import Tensor
@@ -39,8 +44,14 @@ _DIGEST_KEY = "rwkv7_jax.digest"
 # Metadata key: the orientation of the low-rank matrices, which the shapes may not determine.
 LOW_RANK_KEY = "rwkv7_jax.low_rank"
 
-# Metadata key: the epsilon of the model's norms.
+# Metadata key: the epsilon of the model's layer norms.
 NORM_EPS_KEY = "rwkv7_jax.norm_eps"
+
+# The metadata keys of all epsilons, and the fields of the config that they hold.
+EPSILONS = {
+    NORM_EPS_KEY: "norm_eps",
+    "rwkv7_jax.group_norm_eps": "group_norm_eps",
+}
 
 # Metadata key of HF folders: a vocabulary of plain ids, which has no file.
 VOCABULARY_KEY = "rwkv7_jax.vocabulary"
@@ -79,11 +90,13 @@ class TensorFile(NamedTuple):
         tensors: tensors under the names in the file.
         low_rank: orientation of a model's low-rank matrices, if the format determines it.
         norm_eps: epsilon of a model's layer norms, if the file has it.
+        group_norm_eps: epsilon of its per-head norm, if the file has it.
     """
 
     tensors: dict[str, Tensor]
     low_rank: LowRank | None = None
     norm_eps: float | None = None
+    group_norm_eps: float | None = None
 
 
 def format_of(path: str | Path, *, format: str | None = None) -> Format:
@@ -216,7 +229,10 @@ def open_tensors(path: Path, *, verify: bool = False) -> TensorFile:
     match container_of(path):
         case "pth":
             content, sums = open_pth(path, verify=verify)
-            opened = TensorFile(named_arrays(content, path, sums), "official")
+            tensors = named_arrays(content, path, sums)
+            opened = TensorFile(
+                tensors, "official", *_epsilons(read_pth_metadata(path))
+            )
         case "safetensors":
             opened = _open_safetensors(path, verify)
         case "rwkv.cpp":
@@ -258,8 +274,13 @@ def _open_safetensors(path: Path, verify: bool) -> TensorFile:
     if said is None and _DIGEST_KEY in metadata:
         said = "transposed" if path.suffix == ".st" else "official"
     low_rank = cast(LowRank, said) if said in get_args(LowRank) else None
-    norm_eps = metadata.get(NORM_EPS_KEY)
-    return TensorFile(tensors, low_rank, None if norm_eps is None else float(norm_eps))
+    return TensorFile(tensors, low_rank, *_epsilons(metadata))
+
+
+def _epsilons(metadata: Mapping[str, str]) -> Iterator[float | None]:
+    """Yields the epsilons in a file's metadata, as in `TensorFile`."""
+    for key in EPSILONS:
+        yield float(metadata[key]) if key in metadata else None
 
 
 def gguf_files() -> ModuleType:

@@ -37,6 +37,9 @@ _DTYPES = {
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 
+# The size of a sequence is an int32.
+_LONGEST_SEQUENCE = 2**31 - 1
+
 # Bytes of a file that one digest covers.
 DIGEST_BLOCK = 1 << 22
 
@@ -222,7 +225,7 @@ class BinidxWriter:
         """Appends ids to the current sequence.
 
         Raises:
-            ValueError: the dtype cannot hold an id.
+            ValueError: the dtype cannot hold an id, or the sequence is too long for the format.
         """
         limits = np.iinfo(self.dtype)
         if len(ids) == 0:
@@ -234,8 +237,13 @@ class BinidxWriter:
             raise ValueError(
                 f"BinidxWriter: `ids` must fit {self.dtype.name}; got {least} to {largest}."
             )
-        self._data.write(ids.astype(self.dtype).tobytes())
         self._size += len(ids)
+        if self._size > _LONGEST_SEQUENCE:
+            raise ValueError(
+                f"BinidxWriter: `ids` must be of documents of at most {_LONGEST_SEQUENCE:,} ids, "
+                "the most that the format can count; split the longest document."
+            )
+        self._data.write(ids.astype(self.dtype).tobytes())
 
     def end(self) -> None:
         """Ends the current sequence."""

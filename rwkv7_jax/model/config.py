@@ -125,6 +125,8 @@ class RWKV7Config:
                 check_number(value, -math.inf, math.inf, f"`{name}`")
                 if not 0 < value < 1:
                     raise ValueError(f"`{name}` must lie between 0 and 1; got {value}.")
+                # JSON cannot write NumPy's numbers.
+                object.__setattr__(self, name, float(value))
             object.__setattr__(self, "dtype", _dtype_name(self.dtype))
             check_choice(self.dtype, _DTYPES, "`dtype`")
             check_choice(self.remat, remat.CHOICES, "`remat`")

@@ -192,37 +192,34 @@ class AnswerBodies:
         if not scores:
             return None
         most_probable = []
+        places = []
         for score in scores:
+            places.append(offsets.add(self._tokenizer.token_bytes(score.id)))
             named = {self._name(id): logp for id, logp in score.alternatives}
             most_probable.append(named)
         return {
             "tokens": [self._name(score.id) for score in scores],
             "token_logprobs": [score.logp for score in scores],
             "top_logprobs": most_probable,
-            "text_offset": [offsets.add(self._spelling(score.id)) for score in scores],
+            "text_offset": places,
         }
 
     def _entry(self, id: int, logp: float) -> dict[str, Any]:
         return {
             "token": self._name(id),
             "logprob": logp,
-            "bytes": list(self._spelling(id)),
+            "bytes": list(self._tokenizer.token_bytes(id)),
         }
 
     def _name(self, id: int) -> str:
         """Returns the text of a token; its bytes or its id if it has no text."""
-        spelling = self._spelling(id)
+        spelling = self._tokenizer.token_bytes(id)
         if not spelling:
             return f"token_id:{id}"
         try:
             return spelling.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
-
-    def _spelling(self, id: int) -> bytes:
-        # The embedding of a model may have more rows than its tokenizer has ids.
-        is_known = id < self._tokenizer.vocab_size
-        return self._tokenizer.token_bytes(id) if is_known else b""
 
 
 def _message(parts: AnswerParts) -> dict[str, Any]:

@@ -127,17 +127,17 @@ class Connection(H11Protocol):
         """Closes a connection whose request was not complete in time."""
         if self.transport.is_closing():
             return
-        if self.conn.our_state is not h11.IDLE:
-            # The request was answered already; the rest of its body is missing.
-            self.transport.close()
-            return
         sentence = (
             f"the head of a request must be complete within {_HEAD_SECONDS} seconds."
         )
         self._end_with(Refused(sentence, status=408), {})
 
     def _end_with(self, refused: Refused, headers: dict[str, str]) -> None:
-        """Sends an error outside any request and closes the connection."""
+        """Sends an error, unless an answer has begun, and closes the connection."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            # The rest of a body, after the answer to its request, is missing or invalid.
+            self.transport.close()
+            return
         body = json.dumps(refused.body()).encode()
         fields = {
             "Content-Type": "application/json",

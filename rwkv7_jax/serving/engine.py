@@ -6,6 +6,7 @@ makes this simple: admitting a request writes one row, whose size does not grow 
 """
 
 import atexit
+import dataclasses
 import logging
 import threading
 from collections import deque
@@ -108,13 +109,19 @@ class Engine:
 
         Raises:
             TypeError: an argument has the wrong type.
-            ValueError: an argument is out of range, a state belongs to another model, upscaled
-                states cannot be rows of one batch, or it is called inside
-                `flax.linen.intercept_methods`.
+            ValueError: an argument is out of range, the tokenizer has fewer ids than the model, a
+                state belongs to another model, upscaled states cannot be rows of one batch, or it
+                is called inside `flax.linen.intercept_methods`.
         """
         with prefix_errors("Engine"):
             check_runnable(model, params)
-            check_tokenizer(tokenizer, "token_bytes", "stop_ids")
+            check_tokenizer(tokenizer, "token_bytes", "stop_ids", "vocab_size")
+            # An id without a token would end the answers of all requests, not only its own.
+            if tokenizer.vocab_size < model.config.vocab_size:
+                raise ValueError(
+                    f"`tokenizer` must have the model's {model.config.vocab_size} ids; got "
+                    f"{tokenizer.vocab_size} (`with_vocab_size` adds unused ones)."
+                )
             check_count(slots, 1, "`slots`")
             check_count(queue, 1, "`queue`")
             check_count(longest_prompt, 1, "`longest_prompt`")
@@ -135,7 +142,8 @@ class Engine:
         self._prompts = Prompts(self._slots, self._cache)
         self._taken: list[Ticket | None] = [None] * slots
         self._watchdog = watchdog or Watchdog()
-        # Guards what other threads use: the queue, `is_open` and `is_closed`.
+        # Guards what other threads use: the queue, the ways from it to a row, `is_open` and
+        # `is_closed`.
         self._lock = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self.is_open = True
@@ -165,7 +173,7 @@ class Engine:
             check_instance(request, Request, "`request`")
             check_function(on_piece, "`on_piece`")
             check_function(on_end, "`on_end`")
-            self._check_request(request)
+            request = self._checked(request)
             options = self._slots.options_of(request)
             start = self._states.get(request.state)
         ticket = Ticket(
@@ -185,11 +193,15 @@ class Engine:
             self._lock.notify()
         return ticket
 
-    def _check_request(self, request: Request) -> None:
-        """Checks everything about a request but its sampling options and its start state."""
+    def _checked(self, request: Request) -> Request:
+        """Checks everything about a request but its sampling options and its start state.
+
+        Returns:
+            The request, whose prompt is a tuple of ids.
+        """
         vocab_size = self.model.config.vocab_size
-        check_ids(request.prompt, vocab_size, "`prompt`")
-        length = len(request.prompt)
+        prompt = check_ids(request.prompt, vocab_size, "`prompt`")
+        length = len(prompt)
         check_count(length, 1, "the length of `prompt`")
         if length > self.longest_prompt:
             raise TooLong(
@@ -203,6 +215,10 @@ class Engine:
             check_count(request.alternatives, 0, "`alternatives`", most=most)
         check_ids(request.stop_ids, vocab_size, "`stop_ids`")
         check_stop_strings(request.stop_strings)
+        if isinstance(request.prompt, tuple):
+            return request
+        # A list may change while the request waits, and an array is not true or false.
+        return dataclasses.replace(request, prompt=tuple(prompt.tolist()))
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -317,6 +333,8 @@ class Engine:
                         raise
                     # The arrays of the rows may be partly updated, or donated and deleted.
                     self._slots.reset()
+                    # The failed device call may have been to compute some of these states.
+                    self._cache.clear()
         except Exception as error:
             self.failure = error
             raise
@@ -335,7 +353,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Returns whether a request is open."""
-        return self.decoding > 0 or self.waiting > 0
+        with self._lock:
+            return self.decoding > 0 or self.waiting > 0
 
     @property
     def is_stalled(self) -> bool:
@@ -404,7 +423,11 @@ class Engine:
             seed=ticket.request.seed,
             options=ticket.options,
         )
-        self._taken[slot] = ticket
+        with self._lock:
+            # Only now, so that an error above ends the request with the others. If it is gone,
+            # `close` has ended it, because the device did not answer for long.
+            if self._prompts.remove(lambda one: one is ticket):
+                self._taken[slot] = ticket
 
     def _decode_block(self) -> None:
         """Decodes a block and ends the complete requests."""
@@ -413,7 +436,8 @@ class Engine:
         limits = np.zeros(len(self._taken), np.int32)
         for slot, ticket in enumerate(self._taken):
             if ticket is not None:
-                limits[slot] = ticket.request.tokens - len(ticket.row.tokens)
+                left = ticket.request.tokens - len(ticket.row.tokens)
+                limits[slot] = min(left, BLOCK)
                 scored |= ticket.request.alternatives is not None
         before = self._slots.states()
         for slot, drawn in enumerate(self._slots.decode(limits, scored=scored)):
@@ -447,8 +471,8 @@ class Engine:
         with self._lock:
             tickets = list(self._waiting)
             self._waiting.clear()
-        tickets += self._prompts.remove(lambda _: True)
-        tickets += [ticket for ticket in self._taken if ticket is not None]
-        self._taken = [None] * len(self._taken)
+            tickets += self._prompts.remove(lambda _: True)
+            tickets += [ticket for ticket in self._taken if ticket is not None]
+            self._taken = [None] * len(self._taken)
         for ticket in tickets:
             ticket.end(ending, error)

@@ -45,7 +45,7 @@ class Reader:
 
 
 class Prompts:
-    """The prompts in prefill. For each of them a row is free."""
+    """The prompts in prefill, until they have a row. For each of them a row is free."""
 
     def __init__(self, slots: Slots, cache: PrefixCache):
         """Starts with no prompt.
@@ -76,7 +76,7 @@ class Prompts:
         """Prefills a chunk of each prompt, those of one width together.
 
         Returns:
-            The prompts that are read to their end, which are removed.
+            The prompts that are read to their end, which stay until they are removed.
         """
         groups: dict[int, list[Reader]] = {}
         for reader in self._readers:
@@ -93,9 +93,7 @@ class Prompts:
                 self._read_together(groups.pop(width))
         for readers in groups.values():
             self._read_together(readers)
-        complete = [one for one in self._readers if one.position == one.last]
-        self._readers = [one for one in self._readers if one.position < one.last]
-        return complete
+        return [one for one in self._readers if one.position == one.last]
 
     def _begin_from_cache(self, reader: Reader) -> None:
         """Starts from the state that has read the longest cached prefix of a prompt."""

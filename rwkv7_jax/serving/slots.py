@@ -239,7 +239,7 @@ class Slots:
         """Decodes up to one block in every assigned row.
 
         Args:
-            limits: the maximum number of tokens for each row.
+            limits: the maximum number of tokens for each row, at most `BLOCK`.
             scored: whether to score the tokens, which requires sorting the vocabulary.
         """
         decoded = decode(
@@ -249,7 +249,7 @@ class Slots:
             known=KnownTokens(self._known.copy(), self._is_new.copy()),
             keys=self._rows.keys,
             options=sampling.options_by_row(self._options),
-            limits=np.minimum(limits, BLOCK),
+            limits=limits,
             capacity=BLOCK,
             alternatives=self._alternatives,
             scored=scored,

@@ -39,11 +39,12 @@ class StartStates:
             states: states by name, each of one sequence.
 
         Raises:
-            TypeError: `states` is not a mapping to states.
+            TypeError: `states` is not a mapping of names to states.
             ValueError: a state belongs to another model, or upscaled states cannot share a batch.
         """
         check_instance(states, Mapping, "`states`")
-        for state in states.values():
+        for name, state in states.items():
+            check_instance(name, str, "each name in `states`")
             check_state(state, 1, config)
         self._config = config
         self._keys = itertools.count()
@@ -69,7 +70,8 @@ class StartStates:
 
     def names(self) -> tuple[str, ...]:
         """Returns all names, without None."""
-        return tuple(name for name in self._starts if name is not None)
+        # Copied at once: another thread may add a name, which would break a loop over the names.
+        return tuple(name for name in self._starts.copy() if name is not None)
 
     def put(self, name: str, state: RWKV7State) -> None:
         """Adds a state, or replaces the one of the same name.

@@ -251,13 +251,22 @@ def test_without_atomic_exchange_a_folder_survives_a_kill_at_any_rename(
 def test_a_displaced_folder_is_restored_through_a_symlink(tmp_path):
     save_model(tmp_path / "m", random_params(seed=1), CONFIG)
     (tmp_path / "link").symlink_to("m")
-    (tmp_path / ".m.abc").mkdir()
-    os.replace(tmp_path / "m", tmp_path / ".m.abc" / "old")
+    (tmp_path / ".m.abcdefgh").mkdir()
+    os.replace(tmp_path / "m", tmp_path / ".m.abcdefgh" / "old")
     assert differing(load_model(tmp_path / "link")[0], random_params(seed=1)) == []
     assert sorted(os.listdir(tmp_path)) == ["link", "m"]
     # What is there is never replaced by something older.
-    (tmp_path / ".m.abc" / "old").mkdir(parents=True)
+    (tmp_path / ".m.abcdefgh" / "old").mkdir(parents=True)
     assert differing(load_model(tmp_path / "m")[0], random_params(seed=1)) == []
+
+
+def test_a_displaced_folder_is_restored_only_under_its_own_name(tmp_path):
+    (tmp_path / ".m.v2.abcdefgh" / "old").mkdir(parents=True)
+    for other in ("m", "m.v", "v2"):
+        model_folder.restore_interrupted(tmp_path / other)
+    assert os.listdir(tmp_path) == [".m.v2.abcdefgh"]
+    model_folder.restore_interrupted(tmp_path / "m.v2")
+    assert os.listdir(tmp_path) == ["m.v2"]
 
 
 def test_an_unreadable_orbax_folder_never_replaces_a_good_one(tmp_path, monkeypatch):

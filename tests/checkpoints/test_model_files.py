@@ -11,8 +11,13 @@ from random_checkpoints import CONFIG, differing, random_params
 
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.param_tree import official_tensors
-from rwkv7_jax.checkpoints.pth import write_pth
-from rwkv7_jax.checkpoints.tensor_files import read_tensors, write_safetensors
+from rwkv7_jax.checkpoints.pth import read_pth_metadata, write_pth
+from rwkv7_jax.checkpoints.tensor_files import (
+    EPSILONS,
+    read_metadata,
+    read_tensors,
+    write_safetensors,
+)
 from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -48,6 +53,26 @@ def test_a_round_trip_is_bit_exact(params, tmp_path, name):
     again, config = load_model(tmp_path / name)
     assert config == CONFIG
     assert differing(params, without_unused_value_residual(again)) == []
+
+
+@pytest.mark.parametrize("name", ["m.pth", "m.safetensors", "m.st", "folder"])
+@pytest.mark.parametrize(
+    "fields", [["norm_eps"], ["group_norm_eps"], [*EPSILONS.values()]]
+)
+def test_other_epsilons_than_the_official_ones_are_kept(params, tmp_path, name, fields):
+    odd = dataclasses.replace(CONFIG, **dict.fromkeys(fields, np.float32(0.003)))
+    save_model(tmp_path / name, params, odd)
+    assert load_model(tmp_path / name)[1] == odd
+    if name != "folder":
+        # The folder of a single file stands for the file.
+        assert load_model(tmp_path)[1] == odd
+
+
+def test_a_file_with_the_official_epsilons_has_no_entry_for_them(params, tmp_path):
+    save_model(tmp_path / "m.pth", params, CONFIG)
+    save_model(tmp_path / "m.safetensors", params, CONFIG)
+    assert read_pth_metadata(tmp_path / "m.pth") == {}
+    assert not read_metadata(tmp_path / "m.safetensors").keys() & EPSILONS.keys()
 
 
 def test_pth_to_orbax_to_pth_is_bit_exact(params, tmp_path):

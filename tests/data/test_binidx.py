@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from binidx_files import write
 
+from rwkv7_jax.data import binidx
 from rwkv7_jax.data.binidx import BinidxWriter, read_binidx
 
 
@@ -52,3 +53,20 @@ def test_an_id_out_of_range_is_rejected(tmp_path):
         BinidxWriter(tmp_path / "x.bin") as writer,
     ):
         writer.add(np.array([1, 65536]))
+
+
+def test_a_document_that_the_index_cannot_count_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(binidx, "_LONGEST_SEQUENCE", 5)
+    with BinidxWriter(tmp_path / "x.bin") as writer:
+        for _ in range(2):
+            writer.add(np.arange(3))
+            writer.add(np.arange(2))
+            writer.end()
+    assert read_binidx(tmp_path / "x.bin")[1].tolist() == [0, 5, 10]
+    with (
+        pytest.raises(ValueError, match="`ids` must be of documents of at most 5 ids"),
+        BinidxWriter(tmp_path / "x.bin") as writer,
+    ):
+        writer.add(np.arange(3))
+        writer.add(np.arange(3))
+    assert len(read_binidx(tmp_path / "x.bin")[0]) == 10

@@ -36,6 +36,16 @@ def test_a_wrong_size_is_named_in_one_sentence(unchecked, change, sentence):
     assert str(caught.value) == f"RWKV7Config: {sentence}"
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_epsilons_may_be_numpy_numbers(unchecked, kind):
+    values = {"norm_eps": kind(0.001), "group_norm_eps": kind(0.064)}
+    config = RWKV7Config(vocab_size=16, num_layers=1, width=64, **values)
+    for name, value in values.items():
+        # JSON and the metadata of files need Python's own.
+        assert type(getattr(config, name)) is float
+        assert getattr(config, name) == value
+
+
 def test_sizes_may_be_numpy_integers(unchecked):
     config = RWKV7Config(vocab_size=np.int64(16), num_layers=np.int32(1), width=64)
     assert config == RWKV7Config(vocab_size=16, num_layers=1, width=64)

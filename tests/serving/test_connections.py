@@ -15,6 +15,7 @@ from rwkv7_jax.serving import connections
 from rwkv7_jax.serving.connections import Connection, most_connections
 
 HEAD = b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"
+CHUNKED = b"POST /a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 GET = b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n"
 
 KEEP_ALIVE = 75
@@ -219,6 +220,29 @@ def test_what_is_no_request_is_told_in_the_form_of_all_errors():
         assert line.closed and not loop.waiting() == [HEAD_SECONDS]
         status, error = error_of(line)
         assert (status, error["type"]) == (400, "invalid_request_error")
+
+    run(scenario)
+
+
+def test_an_invalid_rest_of_an_answered_body_ends_the_connection():
+    async def scenario():
+        one, line, _ = connect()
+        one.data_received(CHUNKED)
+        await rest()
+        assert b"200 OK" in line.received
+        sent = line.received
+        one.data_received(b"no size\r\n")
+        assert line.closed and line.received == sent
+
+    run(scenario)
+
+
+def test_an_invalid_body_that_is_not_answered_yet_is_rejected():
+    async def scenario():
+        one, line, _ = connect()
+        one.data_received(CHUNKED + b"no size\r\n")
+        await rest()
+        assert line.closed and error_of(line)[0] == 400
 
     run(scenario)
 

@@ -27,7 +27,9 @@ from engine_cases import (
     drawn_state,
     work,
 )
+from tiny_models import lively
 
+from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.serving.engine import Engine
 from rwkv7_jax.serving.requests import Closed, Request, TooBusy, TooLong, UnknownState
@@ -220,16 +222,77 @@ def test_after_an_error_all_rows_are_reset(params, engine, monkeypatch):
     engine.close()
 
 
-def test_an_engine_that_cannot_continue_ends_all_requests(engine, monkeypatch):
-    monkeypatch.setattr(engine._slots, "decode", lambda *_, **__: 1 / 0)
+@pytest.mark.parametrize("call", ["read", "take", "free", "decode"])
+def test_an_engine_that_cannot_continue_ends_all_requests(engine, monkeypatch, call):
+    monkeypatch.setattr(engine._slots, call, lambda *_, **__: 1 / 0)
     monkeypatch.setattr(engine._slots, "reset", lambda: [][0])
-    _, answers = ask(engine, Request((65,)))
+    asked = [ask(engine, Request((65, 66), tokens=1)) for _ in range(4)]
     with pytest.raises(IndexError):
         engine._run()
-    assert [only.ended for only in answers] == ["failed"]
+    assert [[only.ended for only in answers] for _, answers in asked] == [
+        ["failed"]
+    ] * 4
     assert engine.is_closed and isinstance(engine.failure, IndexError)
     with pytest.raises(Closed):
         ask(engine, Request((65,)))
+
+
+def test_after_an_error_no_state_of_the_failed_call_is_used(engine, monkeypatch):
+    """The device reports an error late, maybe after the states of the failed call were cached."""
+    decode = engine._slots.decode
+    failing = [True, False]
+
+    def decode_or_fail(*args, **options):
+        return 1 / 0 if failing.pop(0) else decode(*args, **options)
+
+    monkeypatch.setattr(engine._slots, "decode", decode_or_fail)
+    request = Request((65, 66, 67), tokens=1, temperature=0.0)
+    ended = []
+
+    def ask_again(answer):
+        ended.append((answer.ended, answer.cached_tokens))
+        if not failing:
+            engine.close()
+            return
+        engine.submit(request, on_piece=lambda piece: None, on_end=ask_again)
+
+    engine.submit(request, on_piece=lambda piece: None, on_end=ask_again)
+    engine._run()
+    assert ended == [("failed", 0), ("length", 0)]
+
+
+def test_a_request_is_open_while_it_gets_its_row(engine, monkeypatch):
+    """A server that shuts down ends its engine once no request is open."""
+    take = engine._slots.take
+    seen = []
+
+    def note(*args, **options):
+        seen.append((engine.has_work, engine.waiting))
+        take(*args, **options)
+
+    monkeypatch.setattr(engine._slots, "take", note)
+    for _ in range(2):
+        ask(engine, Request((65,), tokens=1, temperature=0.0))
+    work(engine)
+    assert seen == [(True, 2), (True, 1)]
+
+
+@pytest.mark.parametrize("kind", [list, np.array, jnp.array])
+def test_a_prompt_may_be_any_sequence_of_ids(engine, kind):
+    expected = answer(engine, Request((65, 66, 67), tokens=4))
+    prompt = kind([65, 66, 67])
+    _, answers = ask(engine, Request(prompt, tokens=4))
+    if kind is not jnp.array:
+        # The engine has ids of its own.
+        prompt[0] = 1
+    work(engine)
+    assert [only.tokens for only in answers] == [expected.tokens]
+
+
+def test_an_answer_may_be_longer_than_an_integer_of_the_device(params):
+    engine = Engine(MODEL, params, BYTES, {}, slots=3, longest_answer=2**40)
+    request = Request((65,), tokens=2**40, stop_ids=tuple(range(257)))
+    assert answer(engine, request).ended == "stop_id"
 
 
 def test_an_engine_whose_ticks_all_fail_ends(engine, monkeypatch):
@@ -403,6 +466,18 @@ def test_calls_inside_interceptors_are_rejected(engine, params, name, call):
     ):
         call(engine, params)
     assert not engine.has_work
+
+
+def test_a_tokenizer_has_all_ids_of_the_model():
+    """A sampled id without a token would fail all requests."""
+    config = dataclasses.replace(CONFIG, vocab_size=300)
+    with pytest.raises(ValueError, match=r"^Engine: `tokenizer` .* 300 ids; got 257"):
+        Engine(RWKV7(config), lively(config), BYTES, {})
+    engine = Engine(
+        RWKV7(config), lively(config), BYTES.with_vocab_size(300), {}, slots=1
+    )
+    request = Request((299,), tokens=60, temperature=1000.0)
+    assert max(answer(engine, request).tokens) > 256
 
 
 def test_something_other_than_a_tokenizer_is_rejected(params, unchecked):

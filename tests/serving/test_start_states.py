@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import sys
+import threading
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from rwkv7_jax.checkpoints import load_state, save_state
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.serving.engine import Engine
 from rwkv7_jax.serving.requests import Request, UnknownState
+from rwkv7_jax.serving.start_states import StartStates
 from rwkv7_jax.serving.state_files import StateFiles
 from rwkv7_jax.tuning.upscaling import upscale
 
@@ -80,6 +83,33 @@ def test_a_state_that_would_change_the_compiled_programs_is_rejected(params, eng
     both.put_state("poet", STATES["poet"])
     request = Request((65, 66, 67), state="poet", tokens=6, temperature=0.0)
     assert_same(answer(both, request), alone(params, request))
+
+
+def test_names_are_listed_while_another_thread_adds_some():
+    # Many, so that listing them takes long enough to be interrupted.
+    names = set(map(str, range(200)))
+    states = StartStates(CONFIG, dict.fromkeys(names, STATES["poet"]))
+
+    def add():
+        for number in range(50):
+            states.put(f"new {number}", STATES["poet"])
+
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    other = threading.Thread(target=add)
+    other.start()
+    try:
+        while other.is_alive():
+            assert set(states.names()) >= names
+    finally:
+        other.join()
+        sys.setswitchinterval(usual)
+
+
+@pytest.mark.parametrize("name", [None, 5])
+def test_a_state_has_a_name(params, unchecked, name):
+    with pytest.raises(TypeError, match="Engine: each name in `states` must be"):
+        Engine(MODEL, params, BYTES, {name: STATES["poet"]})
 
 
 def test_states_of_another_model_are_rejected(params):

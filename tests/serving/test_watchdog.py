@@ -46,23 +46,24 @@ def test_a_time_that_never_comes_is_refused(seconds):
         Watchdog(seconds)
 
 
+@pytest.mark.parametrize("call", ["read", "take", "decode"])
 def test_a_device_that_does_not_answer_is_noticed_and_left_behind(
-    params, clock, monkeypatch
+    params, clock, monkeypatch, call
 ):
     engine = Engine(
         MODEL, params, BYTES, {}, slots=1, watchdog=Watchdog(60, clock=clock)
     )
-    decode = engine._slots.decode
+    usual = getattr(engine._slots, call)
     hangs = threading.Event()
     answers_again = threading.Event()
 
     def hang(*args, **options):
         hangs.set()
         assert answers_again.wait(60)
-        return decode(*args, **options)
+        return usual(*args, **options)
 
-    monkeypatch.setattr(engine._slots, "decode", hang)
-    _, answers = ask(engine, Request((65,), tokens=4, temperature=0.0))
+    monkeypatch.setattr(engine._slots, call, hang)
+    pieces, answers = ask(engine, Request((65, 66), tokens=4, temperature=0.0))
     clock.seconds += 1000
     assert not engine.is_stalled
     engine.start()
@@ -78,7 +79,7 @@ def test_a_device_that_does_not_answer_is_noticed_and_left_behind(
     answers_again.set()
     thread.join(60)
     assert not thread.is_alive()
-    assert len(answers) == 1 and engine.failure is None
+    assert len(answers) == 1 and not pieces and engine.failure is None
 
 
 def test_an_engine_that_works_is_not_stalled(params, clock):
