@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import runpy
 import types
 import typing
@@ -113,12 +114,25 @@ def test_every_number_has_a_range():
             assert "range" in metadata, name
 
 
-@pytest.mark.parametrize(
-    "path", sorted(str(path) for path in (ROOT / "configs").glob("*.py"))
-)
-def test_the_configs_that_come_with_the_package_are_valid(path):
-    get_config = runpy.run_path(path)["get_config"]
-    read_settings(get_config().to_dict())
+def named_configs():
+    """Returns the configs that the documents and configs name, with the word after the colon."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    found = set()
+    for page in [*pages, *(ROOT / "configs").glob("*.py")]:
+        found |= set(re.findall(r"(configs/\w+\.py)(?::(\w+))?", page.read_text()))
+    return sorted(found)
+
+
+def test_the_documents_name_every_config():
+    paths = {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    assert paths == {path for path, _ in named_configs()}
+
+
+@pytest.mark.parametrize(("path", "word"), named_configs())
+def test_the_configs_that_come_with_the_package_are_valid(path, word):
+    get_config = runpy.run_path(str(ROOT / path))["get_config"]
+    config = get_config(word) if word else get_config()
+    read_settings(config.to_dict())
 
 
 @pytest.mark.parametrize(
