@@ -11,6 +11,13 @@ generated answers end in "#### number", how many of their annotations <<sum=resu
 how many answers are correct; and bits per byte of the base's own text. All rows answer the same
 questions, so differences from the base are paired. Cells are cached.
 
+For the base of English of configs/pretrain_english.py:
+
+    rwkv7 convert runs/english/model.pth runs/english-base --vocabulary runs/english.txt
+    python -m benchmarks.gsm8k_bits --train train.jsonl --test test.jsonl \
+        --model runs/english-base --retention runs/debian.jsonl \
+        --json benchmarks/results/cpu-gsm8k-bits-english.json
+
 A larger base needs a GPU. Parallel programs share the compilation cache:
 
     for row in base prompt start upscaled small-lora lora weights; do
