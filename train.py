@@ -89,15 +89,12 @@ def train_steps(
     devices = mesh.size if mesh else 1
     with stop.interruptible():
         rates, tx = mode.optimizer()
-        with report_wait("the newest checkpoint, or a first state"):
-            state, progress = restore_or_init(mode, tx, folder, run.identity, mesh)
+        state, progress = restore_or_init(mode, tx, folder, run.identity, mesh)
         first = int(state.step)
         print_summary(mode, state, progress, identity=run.identity, mesh=mesh)
         batches = mode.batches(first, mesh)
         stop.agree_with(multihost.AnyProcess(mesh))
-    update = report_first_call(
-        mode.train_step(tx, mesh), "the compilation of the training step"
-    )
+    update = report_first_call(mode.train_step(tx, mesh), "the step's compilation")
     log = MetricsLogger(
         folder,
         mode,

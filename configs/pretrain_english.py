@@ -61,21 +61,26 @@ def get_config(machine="gpu"):
     config.evaluation = ConfigDict({"every": 500, "windows": 512, "length": 1024})
     config.sample = ConfigDict({"prompts": ("The ", "Question: "), "tokens": 200})
     if machine == "cpu":
-        config.steps = 1400
-        config.model.update({"vocab_size": 4096, "num_layers": 4, "width": 256})
-        config.data.update({"batch_size": 16, "length": 256})
-        config.data.vocabulary = "runs/english.txt"
-        # The optimizer of configs/pretrain_tiny.py, which trains a model of this kind.
-        config.optimizer.update(
-            {
-                "kind": "muon",
-                "learning_rate": 5e-3,
-                "final_learning_rate": 0.0,
-                "schedule": "wsd",
-                "warmup_steps": 20,
-                "weight_decay": 0.05,
-            }
-        )
-        config.evaluation.update({"windows": 64, "length": 512})
-        config.sample.tokens = 100
+        shrink(config)
     return config
+
+
+def shrink(config):
+    """Changes the settings to those of the smaller model."""
+    config.steps = 1400
+    config.model.update({"vocab_size": 4096, "num_layers": 4, "width": 256})
+    config.data.update({"batch_size": 16, "length": 256})
+    config.data.vocabulary = "runs/english.txt"
+    # The optimizer of configs/pretrain_tiny.py, which trains a model of this kind.
+    config.optimizer.update(
+        {
+            "kind": "muon",
+            "learning_rate": 5e-3,
+            "final_learning_rate": 0.0,
+            "schedule": "wsd",
+            "warmup_steps": 20,
+            "weight_decay": 0.05,
+        }
+    )
+    config.evaluation.update({"windows": 64, "length": 512})
+    config.sample.tokens = 100

@@ -16,9 +16,11 @@ from rwkv7_jax.runs.resume.checksums import tree_checksum
 from rwkv7_jax.runs.resume.run_identity import Identity
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.same_in_all import require_same
+from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.training.train_step import TrainState
 
 
+@report_wait("the newest checkpoint, or a first state")
 def restore_or_init(
     mode: TrainingMode,
     tx: optax.GradientTransformation,
