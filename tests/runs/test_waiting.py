@@ -52,6 +52,8 @@ def test_the_pauses_between_messages_grow_to_a_minute(monkeypatch, capsys):
         def set(self):
             pass
 
+    # Another test may have moved a bar in the last seconds.
+    monkeypatch.setattr(waiting, "a_bar_has_moved", lambda seconds: False)
     monkeypatch.setattr(waiting.threading, "Event", Event)
     # Threads have events of their own.
     monkeypatch.setattr(waiting.threading, "Thread", Inline)
