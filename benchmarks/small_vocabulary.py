@@ -19,6 +19,7 @@ import numpy as np
 
 import rwkv7_jax as rwkv
 from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.local_paths import check_target
 
 # Of so many documents one is read.
 _EVERY = 10
@@ -32,7 +33,7 @@ def read_documents(path: Path) -> Iterator[str]:
     Raises:
         ValueError: a line is no object with a "text".
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if number % _EVERY:
                 continue
@@ -82,10 +83,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096, help="ids")
     options = parser.parse_args()
     try:
+        check_target(options.target, "`target`")
+        if options.target.is_dir():
+            raise ValueError(f"`target` must be a file; {options.target} is a folder.")
         documents = list(read_documents(options.text))
         if not documents:
             raise ValueError(f"{options.text} has fewer than {_EVERY} documents.")
         tokenizer = small_vocabulary(documents, options.size)
+        options.target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(options.target) as file:
             file.write(tokenizer.file_text().encode())
     except (ValueError, OSError) as error:

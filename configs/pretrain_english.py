@@ -11,7 +11,7 @@ to the time that you have.
     python train.py --config=configs/pretrain_english.py:cpu --workdir=runs/english
 
 On a CPU: 5.6 million parameters and a vocabulary of 4,096 ids, 2.9 bytes each. The run reads 17 MB
-in about 45 minutes.
+in less than an hour.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ def get_config(machine="gpu"):
     """Returns the settings for 12 layers of width 384, or on a "cpu" for 4 layers of width 256."""
     if machine not in ("gpu", "cpu"):
         raise ValueError(
-            f"configs/pretrain_english.py: the machine must be gpu or cpu; got {machine}."
+            f"pretrain_english: the machine must be gpu or cpu; got {machine!r}."
         )
     config = ConfigDict()
     config.mode = "pretrain"

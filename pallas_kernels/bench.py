@@ -221,7 +221,7 @@ def table(rows: list[dict]) -> str:
 
 
 def _say_begin(name: str) -> None:
-    """Prints what is measured now; apart from the table, which comes at the end."""
+    """Prints to stderr what is measured now, because the table comes only at the end."""
     print(f"measuring {name}", file=sys.stderr, flush=True)
 
 

@@ -354,12 +354,19 @@ def has_digest(path: Path) -> bool:
 
 
 def read_pth_metadata(path: Path) -> dict[str, str]:
-    """Reads the metadata that `write_pth` stored in a readable file; empty if there is none."""
+    """Reads the metadata that `write_pth` stored in a readable file; empty if there is none.
+
+    Raises:
+        ValueError: the metadata is damaged.
+    """
+    metadata: Any = {}
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if name.endswith(f"/{_METADATA_ENTRY}"):
-                return parse_json(archive.read(name))
-    return {}
+                metadata = parse_json(archive.read(name))
+    if not isinstance(metadata, dict):
+        raise ValueError(f"its metadata must be an object; got {metadata!r:.40}")
+    return metadata
 
 
 def _printable(error: Exception) -> str:

@@ -280,7 +280,14 @@ def _open_safetensors(path: Path, verify: bool) -> TensorFile:
 def _epsilons(metadata: Mapping[str, str]) -> Iterator[float | None]:
     """Yields the epsilons in a file's metadata, as in `TensorFile`."""
     for key in EPSILONS:
-        yield float(metadata[key]) if key in metadata else None
+        value = metadata.get(key)
+        try:
+            number = None if value is None else float(value)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"`{key}` in the metadata must be a number; got {value!r:.40}"
+            ) from None
+        yield number
 
 
 def gguf_files() -> ModuleType:

@@ -22,7 +22,7 @@ _MOST_SECONDS = 60.0
 
 
 class _Wait(NamedTuple):
-    """What a block waits for, and when it began."""
+    """The end of the sentence for a wait, and the monotonic time of its start."""
 
     what: str
     began: float

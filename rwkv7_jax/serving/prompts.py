@@ -45,7 +45,7 @@ class Reader:
 
 
 class Prompts:
-    """The prompts in prefill, until they have a row. For each of them a row is free."""
+    """The prompts in prefill. Each stays until it gets a row; there are free rows for all."""
 
     def __init__(self, slots: Slots, cache: PrefixCache):
         """Starts with no prompt.

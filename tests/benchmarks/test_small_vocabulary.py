@@ -81,6 +81,20 @@ def test_bad_input_is_named_and_nothing_is_written(
     assert not (tmp_path / "a.txt").exists()
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(b"\x9c\xff\n" * 20)
+    with pytest.raises(SystemExit, match=r"a\.jsonl:10: must be an object"):
+        run(monkeypatch, tmp_path / "a.jsonl", tmp_path / "a.txt")
+
+
+def test_a_folder_is_no_target_and_a_missing_one_is_made(tmp_path, monkeypatch):
+    text = written(tmp_path / "a.jsonl", [TEXT] * 10)
+    with pytest.raises(SystemExit, match="`target` must be a file"):
+        run(monkeypatch, text, tmp_path)
+    run(monkeypatch, text, tmp_path / "new" / "a.txt", "--size", 300)
+    assert (tmp_path / "new" / "a.txt").exists()
+
+
 def test_a_missing_text_is_named(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"gone\.jsonl"):
         run(monkeypatch, tmp_path / "gone.jsonl", tmp_path / "a.txt")

@@ -68,6 +68,25 @@ def test_other_epsilons_than_the_official_ones_are_kept(params, tmp_path, name, 
         assert load_model(tmp_path)[1] == odd
 
 
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"rwkv7_jax.norm_eps": "x"}, "`rwkv7_jax.norm_eps` in the metadata must be a"),
+        (
+            {"rwkv7_jax.group_norm_eps": []},
+            "`rwkv7_jax.group_norm_eps` in the metadata",
+        ),
+        ({"rwkv7_jax.norm_eps": "-1"}, "`norm_eps` must lie between 0 and 1"),
+        ([1], "its metadata must be an object"),
+    ],
+)
+def test_damaged_epsilons_are_named(params, tmp_path, metadata, message):
+    write_pth(tmp_path / "m.pth", official(params).items(), metadata=metadata)
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(tmp_path / "m.pth")
+    assert "m.pth" in str(error.value)
+
+
 def test_a_file_with_the_official_epsilons_has_no_entry_for_them(params, tmp_path):
     save_model(tmp_path / "m.pth", params, CONFIG)
     save_model(tmp_path / "m.safetensors", params, CONFIG)

@@ -137,7 +137,8 @@ def progress(
 
     Args:
         label: the beginning of the line.
-        describe: returns the end of the line, from what is done and the total.
+        describe: called with the number of finished units and their total; returns the end of the
+            line.
     """
     bar: ProgressBar | None = None
     before = 0
