@@ -142,13 +142,18 @@ def unsupported_reason(
     if dtype not in (jnp.bfloat16, jnp.float32) or state.dtype != jnp.float32:
         return f"bfloat16 or float32 tokens and a float32 state; got {dtype} and {state.dtype}"
     if name == "pallas_tpu":
-        # Heads are packed into tiles of 128 lanes.
-        if any(size % 32 for size in sizes) or max(sizes) > 256:
-            return f"head sizes that are multiples of 32 up to 256; got {sizes}"
-        return None
+        return _unsupported_tpu_reason(sizes)
     if chunk not in (None, *GPU_CHUNKS):
         return f"chunks of {' or '.join(map(str, GPU_CHUNKS))} tokens; got {chunk}"
     return _unsupported_gpu_reason(name, sizes)
+
+
+def _unsupported_tpu_reason(sizes: tuple[int, int]) -> str | None:
+    """Describes which head sizes the TPU kernels support; None if they support these."""
+    # Heads are packed into tiles of 128 lanes.
+    if any(size % 32 for size in sizes) or max(sizes) > 256:
+        return f"head sizes that are multiples of 32 up to 256; got {sizes}"
+    return None
 
 
 def _unsupported_gpu_reason(name: str, sizes: tuple[int, int]) -> str | None:
@@ -225,6 +230,23 @@ def _takes_kernel(
     if inputs.r.shape[1] == 1:
         return False
     return not unsupported_reason(_BEST_KERNELS[platform], inputs, state, chunk)
+
+
+def takes_tiles(implementation: str | None, state: Array) -> bool:
+    """Tells whether a loop over single tokens should hold its states as the TPU's kernel does.
+
+    Args:
+        implementation: of the op; None picks the best.
+        state: WKV states, [... H Nv Nk].
+    """
+    if implementation not in (None, "pallas_tpu") or state.dtype != jnp.float32:
+        return False
+    # A program that is exported for several platforms has states of one shape.
+    if platforms.kernel_wrapper.get() is not None:
+        return False
+    return platforms.target_platform() == "tpu" and not _unsupported_tpu_reason(
+        state.shape[-2:]
+    )
 
 
 def packed_chunk(name: str | None, inputs: WKVInputs, state: State) -> int:

@@ -5,11 +5,16 @@ two heads are stacked, each with the other head's lanes zeroed, and the state is
 Every product is then a full tile, and the heads never mix.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
+
+from pallas_kernels.reference import State
+
+LANES = 128
 
 
 class TileLayout(NamedTuple):
@@ -55,6 +60,27 @@ class Masks(NamedTuple):
     blocks: Array
     key_head: Array
     value_head: Array
+
+
+def heads_per_tile(keys: int, values: int) -> int:
+    """Returns the smallest number of heads whose keys and values both fill whole lanes."""
+    return math.lcm(LANES // math.gcd(LANES, keys), LANES // math.gcd(LANES, values))
+
+
+def pack_states(state: State, shared: int) -> Float[Array, "B G Nv W"]:
+    """Puts the states of the heads that share a tile side by side."""
+    state = jnp.pad(state, ((0, 0), (0, -state.shape[1] % shared), (0, 0), (0, 0)))
+    batch, heads, values, keys = state.shape
+    state = state.reshape(batch, heads // shared, shared, values, keys)
+    # [B G heads Nv Nk] to [B G Nv heads*Nk].
+    return state.swapaxes(2, 3).reshape(batch, -1, values, shared * keys)
+
+
+def unpack_states(packed: Float[Array, "B G Nv W"], *, heads: int, keys: int) -> State:
+    """Inverts `pack_states` for `heads` heads with `keys` key channels each."""
+    batch, columns, values, width = packed.shape
+    state = packed.reshape(batch, columns, values, width // keys, keys).swapaxes(2, 3)
+    return state.reshape(batch, -1, values, keys)[:, :heads]
 
 
 def iota(shape: tuple[int, int], axis: int) -> Array:

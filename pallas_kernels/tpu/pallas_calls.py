@@ -5,7 +5,6 @@ bfloat16, else float32 operands.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -19,10 +18,15 @@ from pallas_kernels.packed_rows import Owners, chunk_spans
 from pallas_kernels.platforms import output_like
 from pallas_kernels.reference import State, WKVInputs
 from pallas_kernels.tpu import kernel_bodies as kernels
-from pallas_kernels.tpu.head_packing import TileLayout
+from pallas_kernels.tpu.head_packing import (
+    LANES,
+    TileLayout,
+    heads_per_tile,
+    pack_states,
+    unpack_states,
+)
 
 Interpret = bool | pltpu.InterpretParams
-LANES = 128
 # The VMEM limit of a kernel; every listed chip has at least twice as much.
 VMEM = 32 * 2**20
 # States at the start of every chunk: rows are values, columns the keys of all heads of a tile.
@@ -35,8 +39,7 @@ def choose_layout(inputs: WKVInputs, chunk: int | None) -> TileLayout:
     heads, keys = inputs.r.shape[2:]
     values = v.shape[3]
     choice = tiles.for_tpu(v.dtype)
-    # The minimum number of heads whose keys and values both fill whole lanes.
-    shared = math.lcm(LANES // math.gcd(LANES, keys), LANES // math.gcd(LANES, values))
+    shared = heads_per_tile(keys, values)
     # Tiles of all heads, rounded up.
     columns = -(-heads // shared)
     # The table's groups are for tiles of 128 lanes; wider tiles need more VMEM.
@@ -70,28 +73,6 @@ def _split_heads(
     """Inverts `_flatten_heads` for an array of the shape of `like`."""
     _, tokens, heads, size = like.shape
     return x.reshape(*x.shape[:2], -1, size)[:, :tokens, :heads]
-
-
-def _pack_state(state: State, layout: TileLayout) -> Float[Array, "B G Nv W"]:
-    """Puts the states of a tile's heads side by side."""
-    state = jnp.pad(
-        state, ((0, 0), (0, -state.shape[1] % layout.heads), (0, 0), (0, 0))
-    )
-    batch, heads, values, keys = state.shape
-    state = state.reshape(batch, heads // layout.heads, layout.heads, values, keys)
-    # [B G heads Nv Nk] to [B G Nv heads*Nk].
-    return state.swapaxes(2, 3).reshape(batch, -1, values, layout.heads * keys)
-
-
-def _unpack_state(
-    state: Float[Array, "B G Nv W"], heads: int, layout: TileLayout
-) -> State:
-    """Inverts `_pack_state`."""
-    batch, columns, values, _ = state.shape
-    state = state.reshape(batch, columns, values, layout.heads, layout.keys).swapaxes(
-        2, 3
-    )
-    return state.reshape(batch, -1, values, layout.keys)[:, :heads]
 
 
 def _call(
@@ -192,7 +173,7 @@ def _run_forward(
     layout = choose_layout(inputs, chunk)
     v = inputs.v
     tokens = WKVInputs(*(_flatten_heads(x, layout) for x in inputs))
-    packed = _pack_state(state, layout)
+    packed = pack_states(state, layout.heads)
     outputs = [
         output_like(tokens.v.shape, v.dtype, v, state),
         output_like(packed.shape, jnp.float32, v, state),
@@ -215,8 +196,8 @@ def _run_forward(
         name="wkv7_forward_kernel",
         interpret=interpret,
     )
-    end = _keep_unvisited(_unpack_state(end, v.shape[2], layout), state, owners)
-    return _split_heads(y, v), end, *starts
+    end = unpack_states(end, heads=v.shape[2], keys=layout.keys)
+    return _split_heads(y, v), _keep_unvisited(end, state, owners), *starts
 
 
 def forward(
@@ -259,7 +240,7 @@ def backward(
     layout = choose_layout(inputs, chunk)
     tokens = WKVInputs(*(_flatten_heads(x, layout) for x in inputs))
     flat_dy = _flatten_heads(dy, layout)
-    packed = _pack_state(dend, layout)
+    packed = pack_states(dend, layout.heads)
     outputs = []
     for flat, x in zip(tokens, inputs, strict=True):
         outputs.append(output_like(flat.shape, x.dtype, x, dy))
@@ -277,5 +258,5 @@ def backward(
         interpret=interpret,
     )
     grads = jax.tree.map(_split_heads, WKVInputs(*flat_grads), inputs)
-    dstate = _unpack_state(dstate, dy.shape[2], layout)
+    dstate = unpack_states(dstate, heads=dy.shape[2], keys=layout.keys)
     return grads, _keep_unvisited(dstate, dend, owners)

@@ -280,7 +280,7 @@ def decode(
     # Known tokens use the same loop body as sampled ones, so that it is compiled only once.
     first = jnp.where(jnp.any(known.live), -1, 0)
     nothing = Decoded(
-        run=run._replace(state=split_state(run.state)),
+        run=run._replace(state=split_state(run.state, model.config.implementation)),
         tokens=jnp.zeros((batch, capacity), jnp.int32),
         logps=jnp.zeros((batch, capacity), jnp.float32),
         lengths=jnp.zeros(batch, jnp.int32),

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.export
@@ -22,6 +22,9 @@ _MOST_ROWS = 64
 # Up to this many columns, XLA for GPUs computes a single row's product in one kernel; beyond, in
 # two.
 _MOST_COLUMNS = 96
+
+# Rows to which a single row is padded for a TPU: those of a tile.
+_TPU_ROWS = 8
 
 
 def linear(
@@ -44,13 +47,13 @@ def project(
         # XLA fits two halves into one kernel, but not three parts.
         halves = jnp.array_split(weight, 2, axis=-1)
         return jnp.concatenate([project(x, half) for half in halves], axis=-1)
-    product = jnp.matmul(
-        x,
-        weight.astype(x.dtype),
+    product = functools.partial(
+        jnp.matmul,
         precision=precision(x.dtype),
         preferred_element_type=_sum_dtype(x),
     )
-    return name_product(product.astype(x.dtype))
+    result = _multiply_rows(x, lambda rows: product(rows, weight.astype(x.dtype)))
+    return name_product(result.astype(x.dtype))
 
 
 def head_logits(
@@ -99,7 +102,22 @@ def _product(
         # Otherwise XLA undoes the transposition and copies all weights to another layout.
         transposed = jax.lax.optimization_barrier(transposed)
         return transposed.T.reshape(*x.shape[:-1], weight.shape[0])
-    return product("...i,oi->...o", x, weight)
+    return _multiply_rows(x, lambda rows: product("...i,oi->...o", rows, weight))
+
+
+def _multiply_rows(
+    x: Float[Array, "... I"], multiply: Callable[[Array], Array]
+) -> Float[Array, "... O"]:
+    """Multiplies x's rows by a weight; a TPU gets a tile of rows where x has a single one.
+
+    XLA for TPU computes a product with a single row on its vector units, which takes four times as
+    long as reading the weight, according to the compiler. With more rows it uses the matrix units.
+    """
+    is_single = _is_step(x) and _rows(x) == 1
+    if not is_single or platforms.target_platform() != "tpu":
+        return multiply(x)
+    others = [(0, 0)] * (x.ndim - 1)
+    return multiply(jnp.pad(x, [(0, _TPU_ROWS - 1), *others]))[:1]
 
 
 def _rows(x: Array) -> int:

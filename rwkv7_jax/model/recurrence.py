@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 import pallas_kernels
 from pallas_kernels import WKVInputs
+from pallas_kernels.tpu import token_step
 from rwkv7_jax.array_types import Heads, Lengths, SegmentIds
 from rwkv7_jax.model.segments import Segments
 from rwkv7_jax.model.time_shards import wkv7_along_time
@@ -20,6 +21,9 @@ from rwkv7_jax.sharding import TENSOR, mesh_sizes, on_each, row_axes, time_axis
 
 # One layer's arrays from `RWKV7.trace`, by name.
 LayerTrace = Mapping[str, Array]
+
+# One layer's WKV state.
+LayerWkv = Float[Array, "S H Nv Nk"] | token_step.TiledState
 
 
 def wkv_inputs_of(trace: LayerTrace) -> WKVInputs:
@@ -72,19 +76,20 @@ def wkv7_sharded(
 def recurrence(
     inputs: WKVInputs,
     icl_rate: Heads,
-    wkv: Float[Array, "S H Nv Nk"],
+    wkv: LayerWkv,
     upscaled: Upscaled | None,
     *,
     implementation: str | None,
     lengths: Lengths | None,
     segments: Segments | None = None,
-) -> tuple[Heads, Float[Array, "S H Nv Nk"], Float[Array, "..."] | None]:
+) -> tuple[Heads, LayerWkv, Float[Array, "..."] | None]:
     """Reads and updates one layer's memories at every token.
 
     Args:
         inputs: the layer's inputs of the WKV op.
         icl_rate: the in-context learning rate.
-        wkv: the WKV state before the first token.
+        wkv: the WKV state before the first token. A single token's may be tiled (see
+            `model.unrolled`).
         upscaled: the layer's upscaled memory, without the axis L, or None.
         implementation: the implementation of the WKV op; None picks the best.
         lengths: the number of real tokens of each row.
@@ -103,14 +108,18 @@ def recurrence(
     axis = time_axis()
     if axis is not None:
         op = functools.partial(wkv7_along_time, op, axis=axis)
+    of_wkv = op
+    if isinstance(wkv, token_step.TiledState):
+        live = None if lengths is None else lengths > 0
+        of_wkv = functools.partial(token_step.step, live=live)
     if upscaled is None:
-        return *op(inputs, wkv), None
+        return *of_wkv(inputs, wkv), None
     form = upscaled.form
     if form.replaces_wkv:
         read, memory = form.read(upscaled, inputs, icl_rate, op)
         # The WKV state is returned unread: the paper's memory replaces it.
         return read.astype(inputs.r.dtype), wkv, memory
-    y, wkv = op(inputs, wkv)
+    y, wkv = of_wkv(inputs, wkv)
     read, memory = form.read(upscaled, inputs, icl_rate, op)
     # Summed in y's dtype, so an empty memory does not change y.
     return y + read.astype(y.dtype), wkv, memory

@@ -7,7 +7,7 @@ from rwkv7_jax.array_types import Activations, Lengths
 from rwkv7_jax.model import segments as segments_of_rows
 from rwkv7_jax.model import time_shards
 from rwkv7_jax.model.casts import per_channel
-from rwkv7_jax.model.products import is_one_token_on_gpu, share_buffer_of_one_token
+from rwkv7_jax.model.products import share_buffer_of_one_token
 from rwkv7_jax.model.segments import Segments
 from rwkv7_jax.sharding import time_axis
 
@@ -50,8 +50,8 @@ def last_token(
     if segments is not None:
         return segments_of_rows.last_tokens(x, before, segments)
     axis = time_axis()
-    if axis is None and lengths is not None and is_one_token_on_gpu(x):
-        # A pointwise select lets XLA update the state in place.
+    if axis is None and lengths is not None and x.shape[1] == 1:
+        # A pointwise select lets XLA update the state in place; a gather copies both tokens.
         return jnp.where(lengths[:, None] > 0, x[:, 0], before.astype(x.dtype))
     # With `before` in front, position n holds the last of n tokens, including n = 0.
     both = jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)

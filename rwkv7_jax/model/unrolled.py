@@ -13,6 +13,8 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import dispatch
+from pallas_kernels.tpu import token_step
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import is_traced
 from rwkv7_jax.model.block import Block, Norm
@@ -20,6 +22,7 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.layer_states import state_after
 from rwkv7_jax.model.rwkv7 import Embedding, Head
 from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.sharding import mesh_sizes
 
 # One entry per layer, without the axis L.
 LayerStates = tuple[RWKV7State, ...]
@@ -71,17 +74,32 @@ def _copy_layer(stack: Params, index: Int[Array, ""]) -> Params:
     )
 
 
-def split_state(state: RWKV7State) -> LayerStates:
-    """Splits a state into one entry per layer."""
+def split_state(state: RWKV7State, implementation: str | None = None) -> LayerStates:
+    """Splits a state into one entry per layer.
+
+    Args:
+        state: of all layers.
+        implementation: of the WKV op. For a TPU, the WKV states are tiled if it may be the kernel
+            for single tokens.
+    """
+    takes_tiles = not mesh_sizes() and dispatch.takes_tiles(implementation, state.wkv)
     layers = []
     for index in range(state.wkv.shape[0]):
-        layers.append(jax.tree.map(lambda leaf, at=index: leaf[at], state))
+        layer = jax.tree.map(lambda leaf, at=index: leaf[at], state)
+        if takes_tiles:
+            layer = layer.replace(wkv=token_step.tile(layer.wkv))
+        layers.append(layer)
     return tuple(layers)
 
 
 def join_states(layers: LayerStates) -> RWKV7State:
     """Inverts `split_state`."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    plain = []
+    for layer in layers:
+        if isinstance(layer.wkv, token_step.TiledState):
+            layer = layer.replace(wkv=token_step.untile(layer.wkv))
+        plain.append(layer)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *plain)
 
 
 def read_token(
