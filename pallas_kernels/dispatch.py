@@ -224,9 +224,10 @@ def _takes_kernel(
     """Tells whether a call without `implementation` runs this platform's kernel."""
     if platform not in _BEST_KERNELS:
         return False
-    # XLA computes single tokens, as in decoding. On GPUs a kernel for them can be named. It reads
-    # the state once where XLA reads it three times, but no measurement says yet from which batch
-    # size on it is faster.
+    # XLA computes single tokens. On TPUs a decoding loop runs a kernel instead, on states that it
+    # keeps in the kernel's layout (`takes_tiles`). On GPUs a kernel can be named. It reads the
+    # state once where XLA reads it three times, but no measurement says yet from which batch size
+    # on it is faster.
     if inputs.r.shape[1] == 1:
         return False
     return not unsupported_reason(_BEST_KERNELS[platform], inputs, state, chunk)

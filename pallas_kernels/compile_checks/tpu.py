@@ -19,7 +19,8 @@ import jax
 from jax.experimental import topologies
 
 from pallas_kernels.cases import Case, describe, describe_inputs
-from pallas_kernels.tpu import pallas_calls
+from pallas_kernels.reference import WKVInputs
+from pallas_kernels.tpu import pallas_calls, token_step
 from pallas_kernels.tpu.head_packing import TileLayout
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -31,8 +32,10 @@ SIZES = (
     (256, 64, "bfloat16"),
     (64, 64, "float32"),
 )
+# The kernel for single tokens, as in decoding.
+TOKEN = "token"
 # The last two are for packed rows. They cost little more, so they are compiled for one chip only.
-KERNELS = ("forward", "backward", "packed forward", "packed backward")
+KERNELS = ("forward", "backward", TOKEN, "packed forward", "packed backward")
 BATCH = 8
 TOKENS = 4096
 CHANNELS = 2048
@@ -54,7 +57,7 @@ def cases(chip: str) -> Iterator[tuple[str, tuple[int, int, str]]]:
     """Yields the kernels and sizes that are compiled for a chip."""
     for size in SIZES:
         with_packed = chip == PACKED_CHIP and size == SIZES[0]
-        for kernel in KERNELS if with_packed else KERNELS[:2]:
+        for kernel in KERNELS if with_packed else KERNELS[:3]:
             yield kernel, size
 
 
@@ -81,6 +84,8 @@ def _make_program(
     """
     inputs, state = describe_inputs(_case(keys, values), dtype, sharding)
     heads = inputs.r.shape[2]
+    if kernel == TOKEN:
+        return token_step.run_kernel, _token_arguments(keys, values, dtype, sharding)
     owners = None
     if kernel.startswith("packed"):
         states = (SEQUENCES * BATCH, *state.shape[1:])
@@ -111,6 +116,25 @@ def _make_program(
         return forward, (tokens, state, owners)
     starts = describe(jax.eval_shape(forward, tokens, state, owners)[2], sharding)
     return backward, (tokens, starts, tokens.v, state, owners)
+
+
+def _token_arguments(
+    keys: int, values: int, dtype: str, sharding
+) -> tuple[WKVInputs, token_step.TiledState]:
+    """Describes the arguments of the kernel for single tokens."""
+    case = Case(BATCH, 1, CHANNELS // keys, keys, values)
+    inputs, state = describe_inputs(case, dtype, sharding)
+    return inputs, describe(jax.eval_shape(token_step.tile, state), sharding)
+
+
+def _tokens_per_step(kernel: str, size: tuple[int, int, str]) -> int:
+    """Returns the tokens of a grid step, summed over heads."""
+    if kernel == TOKEN:
+        _, state = _token_arguments(*size, sharding=None)
+        rows, groups = token_step.block(state)
+        return rows * groups * state.tiles.shape[3] // state.keys
+    layout = _choose_layout(*size)
+    return layout.chunk * layout.heads * layout.groups
 
 
 def _choose_layout(keys: int, values: int, dtype: str) -> TileLayout:
@@ -153,12 +177,10 @@ def _measure(
     if memory is None:
         raise RuntimeError("libtpu does not report the program's memory.")
     bundles, spills = _read_schedule(folder)
-    layout = _choose_layout(*size)
     keys, values, dtype = size
     return {
         "case": f"{chip} {kernel} {keys}x{values} {dtype}",
-        # A grid step computes a chunk for all heads of its tiles.
-        "bundles": round(bundles / (layout.chunk * layout.heads * layout.groups), 2),
+        "bundles": round(bundles / _tokens_per_step(kernel, size), 2),
         "spills": round(100 * spills, 2),
         "temporary": memory.temp_size_in_bytes,
         "seconds": round(seconds, 1),

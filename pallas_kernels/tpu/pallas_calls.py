@@ -1,5 +1,7 @@
 """WKV-7 on TPU: calls of the Pallas kernels, in which a grid step computes a chunk of tokens.
 
+A single token, as in decoding, has a kernel of its own: see `token_step`.
+
 Tokens are bfloat16 or float32, states float32. Matrix products take bfloat16 operands if v is
 bfloat16, else float32 operands.
 """
@@ -18,6 +20,7 @@ from pallas_kernels.packed_rows import Owners, chunk_spans
 from pallas_kernels.platforms import output_like
 from pallas_kernels.reference import State, WKVInputs
 from pallas_kernels.tpu import kernel_bodies as kernels
+from pallas_kernels.tpu import token_step
 from pallas_kernels.tpu.head_packing import (
     LANES,
     TileLayout,
@@ -209,6 +212,10 @@ def forward(
     interpret: Interpret = False,
 ) -> tuple[Float[Array, "B T H Nv"], State]:
     """Computes y and the state after the last token."""
+    if inputs.r.shape[1] == 1 and owners is None:
+        tiled = token_step.tile(state)
+        y, tiled = token_step.run_kernel(inputs, tiled, interpret=interpret)
+        return y, token_step.untile(tiled)
     y, end = _run_forward(inputs, state, owners, chunk, False, interpret)
     return y, end
 

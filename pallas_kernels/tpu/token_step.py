@@ -94,8 +94,7 @@ def run_kernel(
     tiles = state.tiles
     batch, columns, values, width = tiles.shape
     shared = width // state.keys
-    rows = min(batch, _ROWS)
-    groups = _groups_per_step(columns, rows, 4 * values * width)
+    rows, groups = block(state)
 
     # Decays instead of their logarithms: computed here, once for all values.
     inputs = inputs._replace(log_w=jnp.exp(inputs.log_w.astype(jnp.float32)))
@@ -129,12 +128,14 @@ def run_kernel(
     return y.astype(inputs.v.dtype), dataclasses.replace(state, tiles=end)
 
 
-def _groups_per_step(columns: int, rows: int, tile_bytes: int) -> int:
-    """Returns how many of a row's tiles a grid step computes, a divisor of all of them."""
-    most = min(_TILES, _BLOCK_BYTES // tile_bytes) // rows
-    return max(
-        n for n in range(1, columns + 1) if columns % n == 0 and n <= max(most, 1)
-    )
+def block(state: TiledState) -> tuple[int, int]:
+    """Returns how many rows, and how many tiles of each, a grid step computes."""
+    batch, columns, values, width = state.tiles.shape
+    rows = min(batch, _ROWS)
+    most = max(1, min(_TILES, _BLOCK_BYTES // (4 * values * width)) // rows)
+    # The grid has no remainder.
+    groups = max(n for n in range(1, columns + 1) if columns % n == 0 and n <= most)
+    return rows, groups
 
 
 def _token_kernel(*refs, shared: int, keys: int) -> None:

@@ -24,8 +24,7 @@ def view_heads(x: HeadView, head_size: int) -> HeadView:
     """Reshapes x to the axes in which this device sums heads."""
     width = math.prod(x.shape[2:])
     shape = (width // head_size, head_size)
-    # Single tokens, as in decoding, need no copies.
-    if platforms.target_platform() == "tpu" and x.shape[1] != 1:
+    if platforms.target_platform() == "tpu":
         shape = (width,)
     return x.reshape(*x.shape[:2], *shape)
 

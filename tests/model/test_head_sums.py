@@ -118,8 +118,9 @@ def test_the_tpu_path_computes_the_same_values_and_gradients(target):
     assert_trees_close(gradients, expected_gradients, SAME["op"])
 
 
-def test_no_activation_is_summed_over_heads_on_tpu(on_tpu):
-    run, values = chain(heads=2, size=64)
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+def test_no_activation_is_summed_over_heads_on_tpu(on_tpu, tokens):
+    run, values = chain(heads=2, size=64, tokens=tokens)
 
     def loss(x):
         return jax.vjp(run, x)[1](run(x))
@@ -128,12 +129,6 @@ def test_no_activation_is_summed_over_heads_on_tpu(on_tpu):
         if equation.primitive.name == "reduce_sum":
             # Of vectors' gradients alone, over rows and tokens.
             assert 0 in equation.params["axes"]
-
-
-def test_a_single_token_is_summed_as_on_other_platforms(on_tpu):
-    names = {one.primitive.name for one in equations(*chain(2, 64, tokens=1))}
-    assert "reduce_sum" in names
-    assert "dot_general" not in names
 
 
 @pytest.mark.parametrize(

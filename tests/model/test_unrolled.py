@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from importlib.metadata import version
 
+import abstract_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +13,13 @@ import tiny_models
 import upscaled_states
 from tolerances import SAME, assert_close
 
-from pallas_kernels import platforms
+from pallas_kernels import dispatch, platforms
+from pallas_kernels.multi_platform_export import kernels_of_all_platforms
+from pallas_kernels.tpu.token_step import TiledState
 from rwkv7_jax.model import products
 from rwkv7_jax.model.int8_weights import quantize
 from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import repeat
 from rwkv7_jax.model.unrolled import join_states, read_token, split_params, split_state
 from rwkv7_jax.model.upscaled_memory import DYNAMICS
 
@@ -124,6 +128,56 @@ def test_upscaled_memories_are_read_and_written(params_of_two, dynamics):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("dynamics", [None, "static", "delta"])
+def test_states_in_tiles_give_the_same(params_of_two, monkeypatch, dynamics):
+    """Elsewhere than on a TPU, "scan" reads the tiles."""
+    state = tiny_models.random_state(TWO_LAYERS, batch=3)
+    if dynamics:
+        empty = upscaled_states.empty_state(TWO_LAYERS, dynamics)
+        state = repeat(upscaled_states.filled(empty), 3)
+    live = np.array([True, False, True])
+    expected = scanned(TWO_LAYERS, params_of_two, state, TOKENS, live)
+    monkeypatch.setattr(dispatch, "takes_tiles", lambda *_: True)
+    assert isinstance(split_state(state)[0].wkv, TiledState)
+    # A function of its own: the program of plain states is kept.
+    on_tiles = jax.jit(functools.partial(layer_by_layer, TWO_LAYERS))
+    found = on_tiles(split_params(params_of_two), state, TOKENS, live)
+    assert_same((found[0][live], found[1]), (expected[0][live], expected[1]))
+    np.testing.assert_array_equal(found[1].wkv[:, 1], state.wkv[:, 1])
+
+
+def is_tiled(state, *implementation):
+    return isinstance(split_state(state, *implementation)[0].wkv, TiledState)
+
+
+def test_states_are_tiled_only_for_the_kernel_of_a_tpu():
+    state = tiny_models.random_state(CONFIG)
+    assert not is_tiled(state)
+    with jax.sharding.use_abstract_mesh(abstract_devices.mesh("tpu")):
+        assert is_tiled(state)
+        assert is_tiled(state, "pallas_tpu")
+        assert not is_tiled(state, "scan")
+        assert not is_tiled(state, "chunked")
+        # Heads of 16 have no kernel.
+        assert not is_tiled(tiny_models.random_state(tiny_models.TINIEST))
+        with kernels_of_all_platforms():
+            assert not is_tiled(state)
+
+
+def test_every_layer_runs_the_kernel_of_a_tpu(params):
+    config = dataclasses.replace(CONFIG, implementation=None)
+    state = tiny_models.random_state(config)
+    with jax.sharding.use_abstract_mesh(abstract_devices.mesh("tpu")):
+        step = jax.jit(functools.partial(layer_by_layer, config))
+        traced = step.trace(split_params(params), state, *rows(1))
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("wkv7_token_kernel") == config.num_layers
+    # A product of a single row would not run on the matrix units.
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    rows_of = [line.split("tensor<")[1].split("x")[0] for line in products]
+    assert rows_of.count("8") > 10 * config.num_layers
+
+
 def test_split_weights_outlive_the_donated_originals(params):
     stack = jax.tree.map(lambda leaf: leaf + 0, params["layers"])
     split = split_params({"layers": stack})
@@ -158,9 +212,13 @@ def test_tokens_and_prompts_accumulate_16_bit_products_in_float32(params):
             assert line.rstrip().endswith("xf32>"), line
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("count", [1, 2, 8, 64, 65])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_products_of_few_rows_and_their_gradients_match_numpy(count, dtype):
+def test_products_of_few_rows_and_their_gradients_match_numpy(
+    count, dtype, platform, monkeypatch
+):
+    monkeypatch.setattr(platforms, "target_platform", lambda: platform)
     random = np.random.default_rng(count)
     # Small integers are exact in 16 bits, and so are their sums in float32.
     x = random.integers(-3, 4, (count, 1, 24)).astype(np.float32)
