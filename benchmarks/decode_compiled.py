@@ -267,17 +267,24 @@ def trace_form(name: str, batch: int, place: Place, params: Any, run: DecodeStat
         run: that of the state.
     """
     implementation = FORMS[name].implementation
-    model = RWKV7(dataclasses.replace(CONFIG, implementation=implementation))
+    config = dataclasses.replace(CONFIG, implementation=implementation)
     if name == "scan":
-        step = functools.partial(generate_by_scan, model)
+        step = functools.partial(generate_by_scan, RWKV7(config))
         limit = place(np.zeros((), np.int32))
         return jax.jit(step).trace(params, run, limit=limit)
+    return trace_loop(config, batch, place, params, run)
+
+
+def trace_loop(
+    config: RWKV7Config, batch: int, place: Place, params: Any, run: DecodeState
+):
+    """Traces the decode loop of a model with this config; see `trace_form`."""
     split = jax.tree.map(place, jax.eval_shape(split_params, params))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    options = sampling.make_options(CONFIG.vocab_size)
+    options = sampling.make_options(config.vocab_size)
     known = KnownTokens(np.zeros(batch, np.int32), np.zeros(batch, bool))
     return decode.trace(
-        model,
+        RWKV7(config),
         split,
         run,
         known=jax.tree.map(place, known),

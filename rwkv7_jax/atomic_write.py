@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from rwkv7_jax.local_paths import is_special
 
@@ -35,9 +35,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     # In the same folder, because `os.replace` is atomic only within a file system.
     partial = path.parent / f".{path.name[:_SHOWN]}.{secrets.token_hex(4)}"
     try:
-        # Closing flushes everything before the replacement.
         with _create(partial, path) as file:
             yield file
+            flush_to_disk(file)
         if path.exists():
             # Keep the permissions of the existing file, unless its file system has none.
             with contextlib.suppress(OSError):
@@ -54,6 +54,23 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise OSError(number, error.strerror or str(error), str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def flush_to_disk(file: IO) -> None:
+    """Waits until the disk has everything written to a file, as a power failure requires.
+
+    Without it, a file may have its new name before its content.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        # Some network file systems have no such call.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def append_line(path: Path, line: str) -> None:

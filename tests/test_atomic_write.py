@@ -146,3 +146,35 @@ def test_an_interrupt_before_opening_a_file_leaves_none(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "file"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    order = []
+
+    def fsync(handle):
+        order.append(("flush", os.fstat(handle).st_size))
+
+    def replace(partial, path):
+        order.append(("replace", path.name))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    write(tmp_path / "x", b"12345")
+    assert order == [("flush", 5), ("replace", "x")]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_only_a_disk_that_fails_keeps_the_old_file(tmp_path, monkeypatch, number):
+    def fsync(handle):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "x").write_bytes(b"old")
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="x"):
+            write(tmp_path / "x")
+        assert (tmp_path / "x").read_bytes() == b"old"
+    else:
+        write(tmp_path / "x")
+        assert (tmp_path / "x").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["x"]

@@ -43,6 +43,12 @@ def versions(platform: str) -> dict[str, str]:
         ) from error
 
 
+def table_cases(platform: str) -> dict[str, dict]:
+    """Reads the committed numbers of "tpu" or "gpu" by case, for the installed jaxlib."""
+    path = table_path(platform, version("jaxlib"))
+    return json.loads(path.read_text())["cases"]
+
+
 def compare(row: dict, before: dict | None) -> list[str]:
     """Describes the numbers that are worse than before.
 

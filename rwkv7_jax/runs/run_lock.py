@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rwkv7_jax.atomic_write import flush_to_disk
 from rwkv7_jax.json_files import parse_json
 from rwkv7_jax.runs.exit_codes import InUse
 
@@ -84,9 +85,8 @@ class RunLock:
     def _write(self, text: str) -> None:
         self._file.truncate(0)
         self._file.write(text)
-        self._file.flush()
         # Other machines must see it at once, even on a network file system.
-        os.fsync(self._file.fileno())
+        flush_to_disk(self._file)
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):

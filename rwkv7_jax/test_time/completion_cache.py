@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rwkv7_jax.atomic_write import flush_to_disk
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.jsonl import read_jsonl
 from rwkv7_jax.data.records.fields import check_object
@@ -90,6 +91,5 @@ class CompletionCache:
         with self.path.open("ab") as file:
             file.write(json.dumps(entry).encode() + b"\n")
             # Completions of a large teacher are expensive, so they must survive a power failure.
-            file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(file)
         self._completions[key] = list(completions)

@@ -3,6 +3,7 @@
 import gc
 import warnings
 
+import abstract_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -435,3 +436,31 @@ def test_weights_that_give_nan_are_reported(params):
         ValueError, match=r"generate: .* finite logits; row 0 got non-finite ones after"
     ):
         run(broken, PROMPTS[0], key=jax.random.key(0))
+
+
+@pytest.mark.parametrize(("implementation", "calls"), [(None, 1), ("scan", 0)])
+def test_decoding_on_a_tpu_runs_the_kernel_unless_another_is_named(
+    implementation, calls
+):
+    config = RWKV7Config(
+        vocab_size=257,
+        num_layers=1,
+        width=32,
+        head_size=32,
+        implementation=implementation,
+    )
+    run = decoding.DecodeState.create(init_state(config), jnp.zeros((1, 257)))
+    with jax.sharding.use_abstract_mesh(abstract_devices.mesh("tpu")):
+        traced = decoding.decode.trace(
+            RWKV7(config),
+            random_params(config),
+            run,
+            known=decoding.KnownTokens(np.zeros(1, np.int32), np.zeros(1, bool)),
+            keys=jax.random.split(jax.random.key(0), 1),
+            options=sampling.make_options(257),
+            limits=np.full(1, 8),
+            capacity=8,
+        )
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    # The loop has one body for known and sampled tokens.
+    assert text.count("wkv7_token_kernel") == calls
