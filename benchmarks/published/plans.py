@@ -125,20 +125,24 @@ def kernels() -> list[list[str]]:
         for name, passes in {
             "forward": ("forward",),
             "backward": ("state", "gradients"),
+            "token": ("token",),
         }.items():
             is_first = not rows
             cycles = (
                 tpu[f"{chip} {name} {size}"]["bundles"]
                 for chip in ("v5e", "v5p", "v6e", "tpu7x")
             )
+            # Decoding has no Triton kernel.
+            is_token = name == "token"
+            triton = "" if is_token else instructions("triton", passes, size)
             rows.append(
                 [
                     str(number) if name == "forward" else "",
-                    name,
+                    "one token" if is_token else name,
                     *(f"{one:.1f}" for one in cycles),
                     "cycles; warp instructions:" if is_first else "",
                     instructions("pallas", passes, size),
-                    instructions("triton", passes, size),
+                    triton,
                 ]
             )
     return rows

@@ -228,6 +228,28 @@ def generated_token() -> list[list[str]]:
     return rows
 
 
+def token_on_tpu() -> list[list[str]]:
+    """Makes the rows of a generated token on a TPU, by the compiler."""
+    found = read("tpu-decode")["rows"]
+    rows = []
+    for chip in ("v5e", "v6e"):
+        for batch in (1, 8, 32, 256):
+            kernel = found[f"{chip}, kernel, batch {batch}"]
+            scan = found[f"{chip}, scan, batch {batch}"]
+            cells = [chip, str(batch)]
+            for row in (kernel, scan):
+                cells += [_millions(row["cycles"]), _millions(row["of the recurrence"])]
+            cells.append(_millions(kernel["least cycles"]))
+            memory = [f"{row['temporary bytes'] / 2**20:.0f}" for row in (kernel, scan)]
+            cells.append(" / ".join(memory))
+            rows.append(cells)
+    return rows
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.2f}"
+
+
 def eight_bits_time() -> list[list[str]]:
     """Makes the rows of CPU time relative to float32 weights."""
     return [
@@ -266,6 +288,12 @@ TABLES = (
         PAGE,
         '| batch | | default | `"pallas_gpu"` | products in one part | scan |',
         generated_token,
+    ),
+    Table(
+        PAGE,
+        "| chip | batch | default | its recurrence | `\"scan\"` | its recurrence | least | "
+        "temporary memory, default / `\"scan\"`, MiB |",
+        token_on_tpu,
     ),
     Table(
         PAGE,

@@ -3,11 +3,12 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import platforms
 from rwkv7_jax.array_types import Activations, Lengths
 from rwkv7_jax.model import segments as segments_of_rows
 from rwkv7_jax.model import time_shards
 from rwkv7_jax.model.casts import per_channel
-from rwkv7_jax.model.products import share_buffer_of_one_token
+from rwkv7_jax.model.products import is_one_token_on_gpu, share_buffer_of_one_token
 from rwkv7_jax.model.segments import Segments
 from rwkv7_jax.sharding import time_axis
 
@@ -50,8 +51,7 @@ def last_token(
     if segments is not None:
         return segments_of_rows.last_tokens(x, before, segments)
     axis = time_axis()
-    if axis is None and lengths is not None and x.shape[1] == 1:
-        # A pointwise select lets XLA update the state in place; a gather copies both tokens.
+    if axis is None and lengths is not None and _takes_select(x):
         return jnp.where(lengths[:, None] > 0, x[:, 0], before.astype(x.dtype))
     # With `before` in front, position n holds the last of n tokens, including n = 0.
     both = jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)
@@ -62,6 +62,17 @@ def last_token(
     if axis is None:
         return last
     return time_shards.from_last_token(last, lengths, x.shape[1], axis)
+
+
+def _takes_select(x: Activations) -> bool:
+    """Tells whether a pointwise select is the best way to the last token.
+
+    Of a single token it lets XLA update the state in place. For several rows on a GPU, XLA makes
+    more kernels of it than of a gather.
+    """
+    if is_one_token_on_gpu(x):
+        return True
+    return x.shape[1] == 1 and platforms.target_platform() == "tpu"
 
 
 def _lerp(
