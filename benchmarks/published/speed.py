@@ -291,8 +291,8 @@ TABLES = (
     ),
     Table(
         PAGE,
-        "| chip | batch | default | its recurrence | `\"scan\"` | its recurrence | least | "
-        "temporary memory, default / `\"scan\"`, MiB |",
+        '| chip | batch | default | its recurrence | `"scan"` | its recurrence | least | '
+        'temporary memory, default / `"scan"`, MiB |',
         token_on_tpu,
     ),
     Table(

@@ -2,7 +2,8 @@
 
 The model scans over stacked weights, which keeps programs small. In decoding this is slow: XLA
 copies each layer's weights out of the stack before a product (always on CPUs; on GPUs if the
-product is a library call), and stacks the layers' states again at every token.
+product is a library call), and stacks the layers' states again at every token. For a TPU the WKV
+states also take the layout of its kernel for single tokens (`pallas_kernels.tpu.token_step`).
 """
 
 from typing import Any
