@@ -245,9 +245,9 @@ def takes_tiles(implementation: str | None, state: Array) -> bool:
     # A program that is exported for several platforms has states of one shape.
     if platforms.kernel_wrapper.get() is not None:
         return False
-    return platforms.target_platform() == "tpu" and not _unsupported_tpu_reason(
-        state.shape[-2:]
-    )
+    *_, values, keys = state.shape
+    is_tpu = platforms.target_platform() == "tpu"
+    return is_tpu and not _unsupported_tpu_reason((keys, values))
 
 
 def packed_chunk(name: str | None, inputs: WKVInputs, state: State) -> int:

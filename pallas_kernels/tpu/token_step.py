@@ -179,19 +179,21 @@ def _update_tile(
     """Computes y and the new states of a tile's heads; the decay is in place of `log_w`."""
     r, decay, k, v, a, b = token
     key_head = _head_of_lanes((values, shared * keys), keys)
-    value_head = _head_of_lanes((values, shared * values), values)
+    value_lanes = (values, shared * values)
+    value_head = _head_of_lanes(value_lanes, values)
     # Values are in the rows of a state, but in the lanes of v and y.
-    is_own = (
-        iota(value_head.shape, 1) == iota(value_head.shape, 0) + value_head * values
-    )
+    row = iota(value_lanes, 0)
+    is_own = iota(value_lanes, 1) == row + value_head * values
 
+    # Each head's column in all of its lanes.
     def spread(columns: list[Array], head: Array) -> Array:
         wide = jnp.broadcast_to(columns[0], head.shape)
         for index in range(1, shared):
             wide = jnp.where(head == index, columns[index], wide)
         return wide
 
-    def sum_keys(x: Array, head: Array) -> list[Array]:
+    # A column for each head. The masks keep NaN of one head out of the others.
+    def sum_lanes(x: Array, head: Array) -> list[Array]:
         columns = []
         for index in range(shared):
             own = x if shared == 1 else jnp.where(head == index, x, 0.0)
@@ -199,10 +201,10 @@ def _update_tile(
         return columns
 
     # S <- S (diag(w) + a b^T) + v k^T, then y = S r
-    removed = spread(sum_keys(state * a, key_head), key_head)
-    written = spread(sum_keys(jnp.where(is_own, v, 0.0), value_head), key_head)
+    removed = spread(sum_lanes(state * a, key_head), key_head)
+    written = spread(sum_lanes(jnp.where(is_own, v, 0.0), value_head), key_head)
     state = state * decay + removed * b + written * k
-    y = spread(sum_keys(state * r, key_head), value_head)
+    y = spread(sum_lanes(state * r, key_head), value_head)
     return jnp.sum(jnp.where(is_own, y, 0.0), axis=0, keepdims=True), state
 
 

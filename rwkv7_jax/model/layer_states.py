@@ -1,6 +1,6 @@
 """The layers' parts of a state after the last token: one layer's arrays, or all layers stacked."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
@@ -12,13 +12,13 @@ class LayerMemories(NamedTuple):
 
     Attributes:
         att_shift: the last token's input of the time mix, [B D].
-        wkv: the WKV state, [B H Nv Nk].
+        wkv: the WKV state, [B H Nv Nk]; a TPU's decoding loop has tiles of it.
         ffn_shift: the last token's input of the channel mix, [B D].
         memory: the upscaled memory; None if it is absent or never changes.
     """
 
     att_shift: Array
-    wkv: Array
+    wkv: Any
     ffn_shift: Array
     memory: Array | None
 

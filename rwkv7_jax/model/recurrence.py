@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -108,18 +109,21 @@ def recurrence(
     axis = time_axis()
     if axis is not None:
         op = functools.partial(wkv7_along_time, op, axis=axis)
-    of_wkv = op
-    if isinstance(wkv, token_step.TiledState):
-        live = None if lengths is None else lengths > 0
-        of_wkv = functools.partial(token_step.step, live=live)
+
+    def read_wkv(wkv: LayerWkv) -> tuple[Heads, LayerWkv]:
+        if isinstance(wkv, token_step.TiledState):
+            live = None if lengths is None else jnp.asarray(lengths) > 0
+            return token_step.step(inputs, wkv, live)
+        return op(inputs, wkv)
+
     if upscaled is None:
-        return *of_wkv(inputs, wkv), None
+        return *read_wkv(wkv), None
     form = upscaled.form
     if form.replaces_wkv:
         read, memory = form.read(upscaled, inputs, icl_rate, op)
         # The WKV state is returned unread: the paper's memory replaces it.
         return read.astype(inputs.r.dtype), wkv, memory
-    y, wkv = of_wkv(inputs, wkv)
+    y, wkv = read_wkv(wkv)
     read, memory = form.read(upscaled, inputs, icl_rate, op)
     # Summed in y's dtype, so an empty memory does not change y.
     return y + read.astype(y.dtype), wkv, memory

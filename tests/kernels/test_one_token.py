@@ -94,6 +94,15 @@ def test_a_padding_token_keeps_the_state(name):
     assert not np.array_equal(end[0], state[0])
 
 
+def test_a_head_that_is_not_finite_spoils_no_other_in_its_tile():
+    inputs, state = make_inputs(Case(1, 1, 2, 64, 64))
+    expected, end = read_one(inputs, state, name="pallas_tpu")
+    y, end_beside = read_one(inputs, state.at[0, 0].set(jnp.nan), name="pallas_tpu")
+    assert np.isnan(y[0, 0, 0]).all()
+    np.testing.assert_array_equal(y[0, 0, 1], expected[0, 0, 1])
+    np.testing.assert_array_equal(end_beside[0, 1], end[0, 1])
+
+
 def test_tiling_states_loses_nothing():
     _, state = make_inputs(Case(2, 1, 5, 32, 64))
     tiled = token_step.tile(state)

@@ -9,7 +9,9 @@ from jax.experimental.pallas import tpu as pltpu
 from tolerances import WKV, assert_close
 
 from pallas_kernels.cases import Case, make_inputs
+from pallas_kernels.reference import wkv7_reference
 from pallas_kernels.tpu import pallas_calls as tpu
+from pallas_kernels.tpu import token_step
 
 pytestmark = pytest.mark.slow
 DETECTING = pltpu.InterpretParams(detect_races=True)
@@ -55,4 +57,15 @@ def test_the_kernels_do_not_race(capfd, dtype):
     assert_close(end, true_end, WKV[dtype]["state"], "end")
     for left, right in zip((*grads, dstate), true_grads, strict=True):
         assert_close(left, right, WKV[dtype]["gradient"])
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+def test_the_kernel_for_single_tokens_does_not_race(capfd):
+    """Runs two steps of rows, the second one mostly empty, and two of tiles."""
+    inputs, state = make_inputs(Case(9, 1, 8))
+    tiled = token_step.tile(state)
+    y, tiled = token_step.run_kernel(inputs, tiled, interpret=DETECTING)
+    true_y, true_end = wkv7_reference(inputs, state)
+    assert_close(y, true_y, WKV["float32"]["y"], "y")
+    assert_close(token_step.untile(tiled), true_end, WKV["float32"]["state"], "end")
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
