@@ -105,9 +105,19 @@ def read_out(
     return (normed + bonus).reshape(gate.shape) * gate
 
 
+@jax.custom_jvp
 def squared_relu(x: Float[Array, "... F"]) -> Float[Array, "... F"]:
     """Computes relu(x)^2."""
     return jnp.square(jax.nn.relu(x))
+
+
+@squared_relu.defjvp
+def _squared_relu_jvp(primals, tangents):
+    (x,) = primals
+    (change,) = tangents
+    positive = jax.nn.relu(x)
+    # By the rule of relu, XLA for TPU would also compute and store where x is positive.
+    return jnp.square(positive), 2 * positive * change
 
 
 def _with_bias(raw: Activations, bias: Vector) -> Float[Array, "B T D"]:
