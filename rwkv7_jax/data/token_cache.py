@@ -126,8 +126,14 @@ def write_cache(
         The card, and statistics of what was skipped and why.
 
     Raises:
+        TypeError: `sources` is a single path.
         ValueError: there is nothing to read, a line is bad, or the folder does not exist.
     """
+    # The characters of a path are paths, too: "/" would read the whole disk.
+    if isinstance(sources, str | Path):
+        raise TypeError(
+            f"write_cache: `sources` must be a list of paths; got {type(sources).__name__}."
+        )
     path = local_path(path, "write_cache: `path`", target=True)
     stats = ReadStats()
     total = sum(size_of(source) for source in sources)
@@ -161,7 +167,8 @@ def write_cache(
         text = json.dumps(dataclasses.asdict(card), indent=1)
         writer.sibling(".card.json").write(text.encode())
     if not has_mask:
-        path.with_suffix(".mask").unlink()
+        # Another process that writes the same cache may have removed it.
+        path.with_suffix(".mask").unlink(missing_ok=True)
     return card, stats
 
 
