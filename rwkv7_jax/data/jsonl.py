@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,6 +121,16 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Builds an object; Python's own parser would keep only the last value of a repeated key."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        repeated, _ = counts.most_common(1)[0]
+        raise ValueError(f'"{repeated[:40]}" twice in one object')
+    return fields
+
+
 def decode_json(line: bytes, *, allow_nan: bool) -> Any:
     """Decodes a line, or raises ValueError with only the reason."""
     if b"\0" in line[:4]:
@@ -131,10 +142,16 @@ def decode_json(line: bytes, *, allow_nan: bool) -> Any:
     if text.startswith("\ufeff"):
         raise ValueError("begins with a byte order mark")
     try:
-        return json.loads(text, parse_constant=None if allow_nan else _refuse_constant)
+        return json.loads(
+            text,
+            parse_constant=None if allow_nan else _refuse_constant,
+            object_pairs_hook=_refuse_repeats,
+        )
     except json.JSONDecodeError as error:
+        # Some messages already end in "at".
+        reason = error.msg.removesuffix(" at")
         raise ValueError(
-            f"not one JSON object: {error.msg} at column {error.colno}"
+            f"not one JSON object: {reason} at column {error.colno}"
         ) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
