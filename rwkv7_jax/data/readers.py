@@ -65,10 +65,18 @@ def _is_clutter(relative: Path) -> bool:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Lists all files below a folder, sorted by path; follows links to folders."""
+    """Lists all files below a folder, sorted by path; follows links to folders.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     files = []
     visited = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in visited:
             # A link to a parent folder, or a second link to the same folder.
