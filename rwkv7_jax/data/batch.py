@@ -92,6 +92,11 @@ class Batch(Mapping[str, Any]):
                 raise TypeError(
                     f"`{name}` must be a Batch or a mapping; got {type(batch).__name__}."
                 )
+            # None means an absent field, as in a `Batch`.
+            if not isinstance(batch, Batch):
+                batch = {
+                    key: value for key, value in batch.items() if value is not None
+                }
             for field in ("tokens", *needed):
                 if field not in batch:
                     fields = ", ".join(map(str, batch))

@@ -41,7 +41,8 @@ def host_rows(batch_size: int, host: int, hosts: int) -> slice:
     Raises:
         ValueError: `hosts` does not divide the batch, or `host` is out of range.
     """
-    if batch_size % hosts or not 0 <= host < hosts:
+    # The second condition also excludes 0 hosts, by which nothing can be divided.
+    if not 0 <= host < hosts or batch_size % hosts:
         raise ValueError(
             f"host_rows: `hosts` must divide the batch of {batch_size} rows and `host` be one of "
             f"them; got {hosts} and {host}."
@@ -185,10 +186,11 @@ def batch_at(
         rows: rows of the global batch to build; see `host_rows`.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: the order or packing is unknown, or the stream is too short.
     """
-    stream = as_stream(stream)
     with prefix_errors("batch_at"):
+        stream = as_stream(stream, "`stream`")
         check_choices(order, packing)
         check_count(step, 0, "`step`")
         check_batch_sizes(batch_size, length, seed, rows)
@@ -301,7 +303,9 @@ def left_out(stream: IdsOrStream, length: int) -> tuple[int, int]:
 
     Does not apply to packing "stream", which reads all tokens.
     """
-    sizes = np.diff(as_stream(stream).starts)
+    with prefix_errors("left_out"):
+        stream = as_stream(stream, "`stream`")
+    sizes = np.diff(stream.starts)
     excess = sizes - (length + 1)
     too_long = excess > 0
     return int(too_long.sum()), int(excess[too_long].sum())
@@ -323,10 +327,11 @@ def windows(
         packing: as in `batch_at`, but "packed" is the same as "documents", one document per row.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: the stream is shorter than one window, or the packing is unknown.
     """
-    stream = as_stream(stream)
     with prefix_errors("windows"):
+        stream = as_stream(stream, "`stream`")
         check_choice(packing, PACKINGS, "`packing`")
         check_count(length, 1, "`length`")
         check_count(count, 1, "`count`")

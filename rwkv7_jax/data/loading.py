@@ -39,7 +39,12 @@ from rwkv7_jax.data.token_cache import (
     open_cache,
     split_by_position,
 )
-from rwkv7_jax.data.token_streams import TokenArray, TokenStream, data_hash
+from rwkv7_jax.data.token_streams import (
+    TokenArray,
+    TokenStream,
+    check_flat_ids,
+    data_hash,
+)
 from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -135,10 +140,7 @@ def _check_source(source: Any, tokenizer: Any, held_out: Any) -> None:
     check_tokenizer(tokenizer, "encode", "vocab_size")
     check_number(held_out, 0, 1, "`held_out`")
     if isinstance(source, np.ndarray):
-        if not np.issubdtype(source.dtype, np.integer):
-            raise TypeError(f"`source` must hold integers; got {source.dtype}.")
-        if source.ndim != 1:
-            raise ValueError(f"`source` must be flat; got shape {source.shape}.")
+        check_flat_ids(source, "`source`")
         check_vocabulary(source, tokenizer.vocab_size, "source")
     if isinstance(source, str | Path | np.ndarray | TokenStream):
         return
