@@ -286,11 +286,18 @@ def ranks(memory: Float[Array, "L 1 H Nv M"]) -> Float[np.ndarray, "L H"]:
 
     Raises:
         TypeError: `memory` is not an array of numbers.
-        ValueError: `memory` does not hold the matrices of one sequence.
+        ValueError: `memory` does not hold the matrices of one sequence, or is not finite.
     """
     with prefix_errors("ranks"):
         memory = check_memory(memory)
     return _rank(np.square(singular_values(memory)))
+
+
+def check_finite(state: RWKV7State) -> None:
+    """Raises unless all numbers of a state are finite."""
+    for leaf in jax.tree.leaves(state):
+        if not np.all(np.isfinite(np.asarray(leaf, np.float64))):
+            raise ValueError("`state` must be finite; it holds NaN or infinity.")
 
 
 def diagnose(
@@ -312,11 +319,12 @@ def diagnose(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the weights or the state do not fit the model, an id is out of range, or no
-            target of a batch counts.
+        ValueError: the weights or the state do not fit the model, the state is not finite, an id is
+            out of range, or no target of a batch counts.
     """
     with prefix_errors("diagnose"):
         check_start(model, params, state)
+        check_finite(state)
         batch = check_masked_batch(batch, model.config.vocab_size)
         if generic is not None:
             generic = check_masked_batch(generic, model.config.vocab_size, "generic")

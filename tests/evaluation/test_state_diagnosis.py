@@ -7,6 +7,7 @@ from tiny_models import SCANNED as CONFIG
 from tiny_models import lively, random_state, restated, tokens
 from upscaled_states import empty_state, filled
 
+from rwkv7_jax.evaluation.head_statistics import head_statistics
 from rwkv7_jax.evaluation.scoring import score_answers
 from rwkv7_jax.evaluation.state_diagnosis import diagnose, ranks, retention
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -212,3 +213,15 @@ def test_a_diagnosis_can_be_plotted(found, tmp_path):
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     pictures.diagnosis(tmp_path / "state.png", found[1])
     assert (tmp_path / "state.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_state_that_is_not_finite_is_rejected(model, params, number):
+    state = init_state(CONFIG)
+    state = state.replace(wkv=state.wkv.at[1, 0, 0, 0, 0].set(number))
+    with pytest.raises(ValueError, match=r"^diagnose: `state` must be finite"):
+        diagnose(model, params, state, text())
+    with pytest.raises(ValueError, match=r"^head_statistics: `state` must be finite"):
+        head_statistics(state)
+    with pytest.raises(ValueError, match=r"^ranks: `memory` must be finite"):
+        ranks(state.wkv)
