@@ -312,7 +312,9 @@ def without_thoughts(prompt: str, completion: str) -> str:
     """
     _, speaker, opening = prompt.rpartition(turn_start("assistant"))
     answer = opening + completion
-    if not speaker or not answer.lstrip().startswith(THOUGHT_BEGIN):
+    # Another turn, or an example of another form, may follow the last answer of a prompt.
+    is_answer = speaker and TURN_END not in opening
+    if not is_answer or not answer.lstrip().startswith(THOUGHT_BEGIN):
         return completion
     _, _, words = answer.partition(THOUGHT_END.strip())
     return words

@@ -195,8 +195,16 @@ class Tokenizer:
         ids, _ = self._encode_until(data, len(data))
         return ids
 
-    def _encode_until(self, data: bytes, limit: int) -> tuple[list[int], int]:
-        """Encodes the tokens that begin before `limit`; returns them and where they end."""
+    def _encode_until(
+        self, data: bytes, limit: int, *, before: int = 0
+    ) -> tuple[list[int], int]:
+        """Encodes the tokens that begin before `limit`; returns them and where they end.
+
+        Args:
+            data: bytes of the text.
+            limit: position in the bytes.
+            before: size of the text before these bytes, for the error message.
+        """
         if self._first_byte is not None:
             # Widened before the addition: byte 255 would wrap around to 0, the end of text.
             numbers = np.frombuffer(data[:limit], np.uint8).astype(np.int64)
@@ -221,7 +229,7 @@ class Tokenizer:
             if token is None:
                 raise ValueError(
                     f"Tokenizer.encode: `text` must consist of entries of {self.name}; none "
-                    f"begins at byte {position}, {data[position : position + 16]!r}."
+                    f"begins at byte {before + position}, {data[position : position + 16]!r}."
                 )
         return ids, position
 
@@ -256,15 +264,18 @@ class Tokenizer:
         bytes wait for the next chunk.
         """
         pending = b""
+        before = 0
         for chunk in joined_chunks(chunks, _WORLD_BLOCK if self._is_world else 0):
             pending += chunk
             certain = len(pending) - self._longest_entry + 1
-            ids, end = self._encode_until(pending, max(certain, 0))
+            ids, end = self._encode_until(pending, max(certain, 0), before=before)
             if ids:
                 yield np.asarray(ids, self.dtype)
             pending = pending[end:]
+            before += end
         if pending:
-            yield np.asarray(self.encode(pending), self.dtype)
+            ids, _ = self._encode_until(pending, len(pending), before=before)
+            yield np.asarray(ids, self.dtype)
 
     def token_bytes(self, token: int) -> bytes:
         """Returns the bytes of one id; empty if the id has no entry.
