@@ -15,6 +15,10 @@ from rwkv7_jax.local_paths import name_in_errors
 # Bytes of a Zstandard file that are decompressed at once; four of them can expand to 128 KiB.
 _PIECE = 1 << 10
 
+# The largest window of a Zstandard frame is 2^31 bytes, as `zstd --long=31` uses for large texts. By
+# default both modules reject more than 2^27. Memory grows with the content, not with the window.
+_ZSTD_WINDOW_LOG = 31
+
 # A compressed file that expands beyond both this size and this ratio is a decompression bomb. Text
 # compresses about 10 times, repetitive logs 100 times.
 _MAX_EXPANDED_BYTES = 1 << 28
@@ -115,9 +119,13 @@ def _zstd_decompressor(path: Path) -> Any:
     """
     # Both are optional: the first comes with Python 3.14, the second with the extra `zstd`.
     with contextlib.suppress(ImportError):
-        return importlib.import_module("compression.zstd").ZstdDecompressor()
+        module = importlib.import_module("compression.zstd")
+        limit = module.DecompressionParameter.window_log_max
+        return module.ZstdDecompressor(options={limit: _ZSTD_WINDOW_LOG})
     with contextlib.suppress(ImportError):
-        return importlib.import_module("zstandard").ZstdDecompressor().decompressobj()
+        module = importlib.import_module("zstandard")
+        decompressor = module.ZstdDecompressor(max_window_size=1 << _ZSTD_WINDOW_LOG)
+        return decompressor.decompressobj()
     raise ValueError(
         f"documents: `{path}` is compressed with Zstandard, which this Python cannot read: install "
         "the extra `zstd` or the zstandard package, or run `unzstd` first."

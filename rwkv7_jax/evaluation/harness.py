@@ -56,6 +56,12 @@ class _Sampling(NamedTuple):
     top_k: int
 
 
+def split_pair(context: str, continuation: str) -> tuple[str, str]:
+    """Moves whitespace from the end of a context to the beginning of its continuation."""
+    stripped = context.rstrip()
+    return stripped, context[len(stripped) :] + continuation
+
+
 class StateLM(TemplateLM):
     """A model of lm-evaluation-harness that starts every context from the same state.
 
@@ -198,10 +204,9 @@ class StateLM(TemplateLM):
 
         Unlike the harness's method, it keeps a token that spans the border whole.
         """
-        stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        before = self.tok_encode(stripped)
-        both = self.tok_encode(stripped + continuation)
+        context, continuation = split_pair(context, continuation)
+        before = self.tok_encode(context)
+        both = self.tok_encode(context + continuation)
         if both[: len(before)] == before:
             return before, both[len(before) :]
         self.split_pairs += 1

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rwkv7_jax.evaluation.harness import StateLM
+from rwkv7_jax.evaluation.harness import StateLM, split_pair
 from rwkv7_jax.evaluation.task_scores import BITS_PER_BYTE, QuestionScores, pooled
 from rwkv7_jax.json_files import parse_json
 
@@ -342,9 +342,14 @@ def _scored_answer(task: Any, sample: Mapping[str, Any]) -> _Answer | None:
         if not isinstance(gold, int) or not 0 <= gold < len(choices):
             return None
         index = gold
-    _, text = sample["arguments"][index]
     value, _ = sample["resps"][index][0]
-    return _Answer(value, len(text.encode()))
+    return _Answer(value, _size_of(*sample["arguments"][index]))
+
+
+def _size_of(context: str, continuation: str) -> int:
+    """Counts the bytes that the score of a continuation covers."""
+    _, scored = split_pair(context, continuation)
+    return len(scored.encode())
 
 
 def _generated_references(
@@ -359,6 +364,6 @@ def _generated_references(
         context = sample["arguments"][0][0]
         pairs.append((context, task.config.target_delimiter + target))
     answers = []
-    for (_, text), (value, _) in zip(pairs, lm.score_pairs(pairs), strict=True):
-        answers.append(_Answer(value, len(text.encode())))
+    for pair, (value, _) in zip(pairs, lm.score_pairs(pairs), strict=True):
+        answers.append(_Answer(value, _size_of(*pair)))
     return answers
