@@ -15,8 +15,8 @@ from rwkv7_jax.local_paths import name_in_errors
 # Bytes of a Zstandard file that are decompressed at once; four of them can expand to 128 KiB.
 _PIECE = 1 << 10
 
-# The largest window of a Zstandard frame is 2^31 bytes, as `zstd --long=31` uses for large texts. By
-# default both modules reject more than 2^27. Memory grows with the content, not with the window.
+# Logarithm of the largest window of a Zstandard frame, which `zstd --long=31` uses for large texts.
+# By default both modules reject more than 27. Memory grows with the content, not with the window.
 _ZSTD_WINDOW_LOG = 31
 
 # A compressed file that expands beyond both this size and this ratio is a decompression bomb. Text

@@ -113,6 +113,9 @@ def write_cache(
 ) -> tuple[CacheMetadata, ReadStats]:
     """Writes all documents of the sources to a cache; memory use does not depend on their size.
 
+    The cache knows only documents. A source with a single document holds out its end, but a cache
+    of several such sources holds out whole documents.
+
     Args:
         sources: sources for `readers.documents`, read in order.
         path: path of the `.bin` file.
