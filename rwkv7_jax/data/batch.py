@@ -92,11 +92,8 @@ class Batch(Mapping[str, Any]):
                 raise TypeError(
                     f"`{name}` must be a Batch or a mapping; got {type(batch).__name__}."
                 )
-            # None means an absent field, as in a `Batch`.
             if not isinstance(batch, Batch):
-                batch = {
-                    key: value for key, value in batch.items() if value is not None
-                }
+                batch = _without_absent(batch)
             for field in ("tokens", *needed):
                 if field not in batch:
                     fields = ", ".join(map(str, batch))
@@ -185,6 +182,16 @@ class Batch(Mapping[str, Any]):
 BatchLike = Batch | Mapping[str, Any]
 
 _FIELDS = tuple(Batch.__dataclass_fields__)
+
+
+def _without_absent(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a mapping without the fields that are None, which means absent as in a `Batch`."""
+    present = {}
+    for field, value in batch.items():
+        # Unknown fields stay, so that they are reported.
+        if value is not None or field not in _FIELDS:
+            present[field] = value
+    return present
 
 
 def _check_field(field: Any, name: str) -> None:

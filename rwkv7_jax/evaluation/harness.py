@@ -202,7 +202,8 @@ class StateLM(TemplateLM):
     ) -> tuple[list[int], list[int]]:
         """Encodes both parts.
 
-        Unlike the harness's method, it keeps a token that spans the border whole.
+        If a token would span the border, each part is encoded by itself. The harness's method would
+        lose the bytes of the continuation in that token.
         """
         context, continuation = split_pair(context, continuation)
         before = self.tok_encode(context)

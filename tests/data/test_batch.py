@@ -108,3 +108,5 @@ def test_a_field_of_none_is_absent():
     assert "mask" not in converted | {"mask": None}
     with pytest.raises(ValueError, match=r"must hold 'mask'; it has tokens\."):
         Batch.of({"tokens": TOKENS, "mask": None}, "mask")
+    with pytest.raises(ValueError, match="no field 'maks'; the nearest is 'mask'"):
+        Batch.of({"tokens": TOKENS, "maks": None})

@@ -23,6 +23,15 @@ _PARQUET = ".parquet"
 
 _PARQUET_MAGIC = b"PAR1"
 
+_PARQUET_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    OSError,
+    NotImplementedError,
+)
+
 # Suffixes of tables.
 TABLES = (*_SEPARATORS, _PARQUET)
 
@@ -195,10 +204,9 @@ def _parquet_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    # `ArrowInvalid` is a ValueError. A damaged page raises OSError, a date that Python cannot
-    # represent OverflowError, an unknown time zone KeyError, and a nested column that is too large
-    # NotImplementedError.
-    except (ValueError, OSError, OverflowError, KeyError, NotImplementedError) as error:
+    # `ArrowInvalid` is a ValueError, and pyarrow's other errors are of these types, too. A date that
+    # Python cannot represent raises OverflowError, and an unknown time zone a LookupError.
+    except _PARQUET_ERRORS as error:
         reason = " ".join(str(error).split()).rstrip(".")[:160]
         raise ValueError(
             f"documents: `{path}` is not a Parquet table, or is damaged or truncated: {reason}."
