@@ -79,7 +79,7 @@ def read_jsonl(
         if not line.strip():
             continue
         try:
-            record = decode_json(line, allow_nan=allow_nan)
+            record = decode_json(line, allow_nan=allow_nan, on_repeat=_refuse_repeat)
         except ValueError as error:
             breaks_off = not line.endswith(b"\n")
             if drop_torn_end and breaks_off:
@@ -121,18 +121,26 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Builds an object; Python's own parser would keep only the last value of a repeated key."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        repeated, _ = counts.most_common(1)[0]
-        raise ValueError(f'"{repeated[:40]}" twice in one object')
-    return fields
+def _refuse_repeat(key: str) -> None:
+    raise ValueError(f'"{key[:40]}" twice in one object')
 
 
-def decode_json(line: bytes, *, allow_nan: bool) -> Any:
-    """Decodes a line, or raises ValueError with only the reason."""
+def decode_json(
+    line: bytes,
+    *,
+    allow_nan: bool,
+    on_repeat: Callable[[str], Any] | None = None,
+) -> Any:
+    """Decodes a line.
+
+    Args:
+        line: the line.
+        allow_nan: accept NaN and infinities as numbers.
+        on_repeat: called with a key that an object has twice, of which only the last value is kept.
+
+    Raises:
+        ValueError: the line is not JSON in UTF-8; the message is only the reason.
+    """
     if b"\0" in line[:4]:
         raise ValueError(f"begins with zero bytes, as UTF-16 does; {_ENCODINGS}")
     try:
@@ -145,7 +153,7 @@ def decode_json(line: bytes, *, allow_nan: bool) -> Any:
         return json.loads(
             text,
             parse_constant=None if allow_nan else _refuse_constant,
-            object_pairs_hook=_refuse_repeats,
+            object_pairs_hook=_object_builder(on_repeat),
         )
     except json.JSONDecodeError as error:
         # Some messages already end in "at".
@@ -155,3 +163,24 @@ def decode_json(line: bytes, *, allow_nan: bool) -> Any:
         ) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _object_builder(
+    on_repeat: Callable[[str], Any] | None,
+) -> Callable[[list[tuple[str, Any]]], dict[str, Any]] | None:
+    """Returns a function that builds an object from its pairs.
+
+    None stands for the one of Python, which is faster.
+    """
+    if on_repeat is None:
+        return None
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            ((repeated, _),) = counts.most_common(1)
+            on_repeat(repeated)
+        return fields
+
+    return build

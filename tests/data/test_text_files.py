@@ -218,6 +218,15 @@ def test_a_damaged_compressed_file_is_rejected(tmp_path, monkeypatch, suffix):
     # Several compressed files, one after the other, are one file.
     path.write_bytes(packed + packed)
     assert len(list(documents(path))) == 198
+    # Zeros may fill the last block of a tape.
+    path.write_bytes(packed + bytes(8) + packed + bytes(8))
+    assert len(list(documents(path))) == 198
+    for junk in (b"junk", b"\xff" + packed[1:]):
+        path.write_bytes(packed + junk)
+        with pytest.raises(
+            ValueError, match=r"x\.jsonl\..*` is (damaged|an incomplete)"
+        ):
+            list(documents(path))
     for end in range(12, len(packed), 31):
         path.write_bytes(packed[:end])
         with pytest.raises(

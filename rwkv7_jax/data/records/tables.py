@@ -204,8 +204,8 @@ def _parquet_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    # `ArrowInvalid` is a ValueError, and pyarrow's other errors are of these types, too. A date that
-    # Python cannot represent raises OverflowError, and an unknown time zone a LookupError.
+    # The errors of pyarrow are of these types, too. A date that Python cannot represent raises
+    # OverflowError, and an unknown time zone a LookupError.
     except _PARQUET_ERRORS as error:
         reason = " ".join(str(error).split()).rstrip(".")[:160]
         raise ValueError(
