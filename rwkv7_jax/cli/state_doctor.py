@@ -210,7 +210,10 @@ def _positions(diagnosis: Diagnosis) -> str:
             total = np.where(count > 0, nats[part], 0.0) @ count
             row.append(f"{total / count.sum():.4f}" if count.any() else "-")
         for memory in diagnosis.memories.values():
-            row.append(f"{memory.fading[part].mean():.1%}")
+            # All rows may end before a position.
+            fading = memory.fading[part]
+            fading = fading[np.isfinite(fading)]
+            row.append(f"{fading.mean():.1%}" if len(fading) else "-")
         rows.append(row)
     lines = [format_table(head, rows)]
     for name, memory in diagnosis.memories.items():

@@ -73,6 +73,19 @@ def _fill_rows(
     return Batch(tokens=tokens, mask=mask)
 
 
+def row_sizes(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Counts the tokens of each row without its padding: the zeros at its end outside the loss.
+
+    Args:
+        tokens: [B T+1] ids.
+        mask: [B T] loss weights of the targets.
+    """
+    is_content = tokens != 0
+    is_content[:, 1:] |= mask > 0
+    padding = np.argmax(is_content[:, ::-1], axis=1)
+    return np.where(is_content.any(axis=1), tokens.shape[1] - padding, 0)
+
+
 def _document_spans(
     stream: TokenStream, documents: Sequence[int] | np.ndarray, length: int
 ) -> list[Span]:

@@ -95,8 +95,8 @@ def _chunks(path: Path, compression: str, size: int) -> Iterator[bytes]:
 def _stream_chunks(path: Path, compression: str, size: int) -> Iterator[bytes]:
     """Reads the content of a file of one or more streams; those of Zstandard are called frames.
 
-    The modules' own `open` is avoided. That of `bz2` and `lzma` takes a damaged stream after the
-    first for the end of the file, and that of `zstandard` (0.25) a truncated file for a shorter one.
+    The modules' own `open` is avoided. In `bz2` and `lzma` it ends without an error at a damaged
+    stream after the first, and in `zstandard` (0.25) it takes a truncated file for a shorter one.
 
     Raises:
         EOFError: the file ends inside a stream.
