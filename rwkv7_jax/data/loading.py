@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from rwkv7_jax.checks import (
@@ -135,6 +136,11 @@ def _holds_document(path: str | Path, read: _Read) -> bool:
     return next(read(path, stats=ReadStats()), None) is not None
 
 
+def _on_host(source: Any) -> Any:
+    """Copies an array of JAX to the host; returns any other source unchanged."""
+    return np.asarray(source) if isinstance(source, jax.Array) else source
+
+
 def _check_source(source: Any, tokenizer: Any, held_out: Any) -> None:
     """Raises unless a source, a tokenizer and a held-out share are valid."""
     check_tokenizer(tokenizer, "encode", "vocab_size")
@@ -191,6 +197,7 @@ def token_stream(
         ValueError: the split is unknown, there is nothing to read, a file is not text, a line is
             bad, or an id is outside the vocabulary.
     """
+    source = _on_host(source)
     with prefix_errors("token_stream"):
         _check_source(source, tokenizer, held_out)
         check_choice(split, SPLITS, "`split`")
@@ -263,6 +270,7 @@ def packed(
     """
     if tokenizer is None:
         tokenizer = Tokenizer.world()
+    source = _on_host(source)
     with prefix_errors("packed"):
         # Checked before reading, which may take long.
         _check_source(source, tokenizer, held_out)
