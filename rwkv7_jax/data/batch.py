@@ -163,12 +163,19 @@ class Batch(Mapping[str, Any]):
 
         Args:
             count: number of sequences (K), at least as many as the rows have.
+
+        Raises:
+            ValueError: the rows have more sequences.
         """
         rows = self.tokens.shape[0]
         length = self.tokens.shape[1] - 1
         begins = self.segments
         if begins is None:
             begins = np.zeros((rows, 1), np.int32)
+        if count < begins.shape[1]:
+            raise ValueError(
+                f"Batch.with_sequences: `count` must be at least {begins.shape[1]}; got {count}."
+            )
         empty = np.full((rows, count - begins.shape[1]), length, np.int32)
         return self.replace(segments=np.concatenate([begins, empty], axis=1))
 

@@ -39,10 +39,14 @@ def host_rows(batch_size: int, host: int, hosts: int) -> slice:
         hosts: number of hosts; must divide the batch.
 
     Raises:
+        TypeError: a number is not an integer.
         ValueError: `hosts` does not divide the batch, or `host` is out of range.
     """
-    # The second condition also excludes 0 hosts, by which nothing can be divided.
-    if not 0 <= host < hosts or batch_size % hosts:
+    with prefix_errors("host_rows"):
+        check_count(batch_size, 1, "`batch_size`")
+        check_count(host, 0, "`host`")
+        check_count(hosts, 1, "`hosts`")
+    if batch_size % hosts or host >= hosts:
         raise ValueError(
             f"host_rows: `hosts` must divide the batch of {batch_size} rows and `host` be one of "
             f"them; got {hosts} and {host}."
@@ -318,6 +322,7 @@ def left_out(stream: IdsOrStream, length: int) -> tuple[int, int]:
     """
     with prefix_errors("left_out"):
         stream = as_stream(stream, "`stream`")
+        check_count(length, 1, "`length`")
     sizes = np.diff(stream.starts)
     excess = sizes - (length + 1)
     too_long = excess > 0

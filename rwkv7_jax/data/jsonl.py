@@ -12,6 +12,7 @@ from rwkv7_jax.checks import check_choice, prefix_errors
 from rwkv7_jax.data.choices import ON_BAD
 from rwkv7_jax.data.records.fields import check_object
 from rwkv7_jax.data.text_files import TextFile
+from rwkv7_jax.local_paths import local_path
 
 _ENCODINGS = "`encoding` reads other texts, such as latin-1 or utf-16"
 
@@ -68,13 +69,15 @@ def read_jsonl(
         encoding: encoding of the text; None for UTF-8.
 
     Raises:
+        TypeError: `path` is not a path.
         ValueError: a line is bad; the message is `file:line: reason`.
     """
     with prefix_errors("read_jsonl"):
+        path = local_path(path, "`path`")
         check_choice(on_bad, ON_BAD, "`on_bad`")
     stats = stats or ReadStats()
     # Lines are split as bytes, so a separator such as U+2028 inside a string does not end a line.
-    for number, line in enumerate(TextFile(Path(path), encoding).lines(), 1):
+    for number, line in enumerate(TextFile(path, encoding).lines(), 1):
         stats.bytes += len(line)
         if not line.strip():
             continue
@@ -98,13 +101,13 @@ def read_jsonl(
         yield parsed
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: str | Path) -> list[dict[str, Any]]:
     """Reads the objects of an append-only log; empty if the file is missing.
 
     A killed process may leave an incomplete line, which the next one is appended to, so lines that
     are not objects are skipped.
     """
-    return list(iterate_log(path))
+    return list(iterate_log(local_path(path, "read_log: `path`")))
 
 
 def iterate_log(path: Path) -> Iterator[dict[str, Any]]:

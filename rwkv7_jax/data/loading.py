@@ -29,7 +29,7 @@ from rwkv7_jax.data.batching import (
     left_out,
     windows,
 )
-from rwkv7_jax.data.builtin_corpora import BUILT_IN
+from rwkv7_jax.data.builtin_corpora import is_built_in
 from rwkv7_jax.data.choices import ON_BAD, SPLITS, Split
 from rwkv7_jax.data.documents import Document, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
@@ -95,7 +95,7 @@ def _open(
 ) -> TokenStream:
     """Maps a cache, or reads the documents of any other source."""
     # `Path("")` is the current folder and would read everything below it.
-    if isinstance(path, str) and path not in BUILT_IN:
+    if isinstance(path, str) and not is_built_in(path):
         path = local_path(path, "token_stream: `source`")
     cache = cache_file(path)
     if cache is not None:

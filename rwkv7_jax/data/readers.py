@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv7_jax.checks import check_choice, prefix_errors
-from rwkv7_jax.data.builtin_corpora import BUILT_IN
+from rwkv7_jax.data.builtin_corpora import BUILT_IN, is_built_in
 from rwkv7_jax.data.choices import ON_BAD
 from rwkv7_jax.data.documents import Document, Segment
 from rwkv7_jax.data.jsonl import ReadStats, read_jsonl
@@ -128,7 +128,7 @@ def size_of(source: str | Path) -> int:
     Raises:
         ValueError: the path does not exist.
     """
-    if source in BUILT_IN:
+    if is_built_in(source):
         return 0
     total = 0
     for file in _files(source)[0]:
@@ -170,7 +170,7 @@ def documents(
     with prefix_errors("documents"):
         check_choice(on_bad, ON_BAD, "`on_bad`")
         check_encoding(encoding, "`encoding`")
-    if source in BUILT_IN:
+    if is_built_in(source):
         for text in BUILT_IN[str(source)]():
             yield Document((Segment(text),))
         return

@@ -118,6 +118,10 @@ class TokenStream:
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """Returns the ids of a slice without a step."""
+        if not isinstance(part, slice):
+            raise TypeError(
+                f"TokenStream: an index must be a slice; got {type(part).__name__}."
+            )
         first, end, step = part.indices(len(self))
         if step != 1:
             raise ValueError(f"TokenStream: a slice must have no step; got {step}.")
