@@ -118,7 +118,7 @@ def write_cache(
 
     Args:
         sources: sources for `readers.documents`, read in order.
-        path: path of the `.bin` file.
+        path: path of the `.bin` file; the suffix may be missing.
         tokenizer: encodes documents.
         on_bad: "error" or "skip", for bad lines of .jsonl files.
         as_bytes: read the bytes of files that are not text or not UTF-8.
@@ -131,7 +131,7 @@ def write_cache(
     Raises:
         TypeError: an argument has the wrong type, or `sources` is a single path.
         ValueError: there is nothing to read, a line is bad, the folder does not exist, or the path
-            does not end in `.bin`.
+            has another suffix.
     """
     # The characters of a path are paths, too: "/" would read the whole disk.
     if isinstance(sources, str | Path):
@@ -144,7 +144,7 @@ def write_cache(
         )
     path = local_path(path, "write_cache: `path`", target=True)
     # The other files are named by replacing the suffix, and "v1.5" would become "v1.bin".
-    if path.suffix != ".bin":
+    if path.suffix not in ("", ".bin", ".idx"):
         raise ValueError(f"write_cache: `path` must end in .bin; got {str(path)!r}.")
     with prefix_errors("write_cache"):
         check_tokenizer(tokenizer, "encode_chunks", "identity", "dtype")

@@ -468,6 +468,11 @@ def test_enable_thinking_selects_free_or_fast():
         in_jinja([{"role": "bot", "content": ""}], None, True)
 
 
+def test_an_unknown_role_is_named():
+    with pytest.raises(ValueError, match=r"a role must be one of system, .* got 'bot'"):
+        write_conversation([Message("bot", "a")])
+
+
 def test_only_the_thoughts_of_the_last_turn_are_removed():
     thought = "User: a\n\nAssistant: <think"
     assert without_thoughts(thought, ">\nhm\n</think>\nb") == "\nb"
