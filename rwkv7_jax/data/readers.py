@@ -77,16 +77,33 @@ def _files_below(folder: Path) -> list[Path]:
     files = []
     visited = set()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in visited:
+        identity = _identity(Path(place))
+        if identity in visited:
             # A link to a parent folder, or a second link to the same folder.
             folders.clear()
             continue
-        visited.add((status.st_dev, status.st_ino))
+        visited.add(identity)
         # Sorted, so that the first of two links is followed regardless of the file system's order.
         folders.sort()
         files += [Path(place) / name for name in names]
     return sorted(files)
+
+
+def _without_second_links(files: list[Path]) -> list[Path]:
+    """Removes links to other files of a list, which would be read twice."""
+    links = {file for file in files if file.is_symlink()}
+    if not links:
+        return files
+    targets = {_identity(file) for file in files if file not in links}
+    return [
+        file for file in files if file not in links or _identity(file) not in targets
+    ]
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    """Returns device and inode of a file or folder."""
+    status = file.stat()
+    return status.st_dev, status.st_ino
 
 
 def _files(source: str | Path) -> tuple[list[Path], int]:
@@ -105,6 +122,7 @@ def _files(source: str | Path) -> tuple[list[Path], int]:
                 continue
             if not _is_card(file):
                 files.append(file)
+        files = _without_second_links(files)
         return files, len(everything) - len(files)
     if not path.exists():
         refuse_hub_name(source, "documents: `source`", kind="dataset")
@@ -152,8 +170,8 @@ def documents(
 
     * a `.jsonl` file, a `.json` file or a table of records (see `records.record`)
     * any other text file, which is one document
-    * a folder: every file below it, by path, except hidden files, pictures, editor leftovers
-      and Hugging Face's data cards
+    * a folder: every file below it, by path, except hidden files, pictures, editor leftovers,
+      Hugging Face's data cards, and links that are broken or lead to other files of the folder
     * a name in `BUILT_IN`
 
     Args:
@@ -303,6 +321,6 @@ def warn_of_skipped(
     if stats.passed_over:
         warnings.warn(
             f"{stats.passed_over} files below {source} were ignored: hidden files, pictures, "
-            "editor leftovers, data cards or broken links",
+            "editor leftovers, data cards, broken links or links to other files of the folder",
             stacklevel=stacklevel,
         )

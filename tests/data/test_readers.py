@@ -59,3 +59,17 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", scan_open)
     with pytest.raises(PermissionError, match="closed"):
         texts(tmp_path)
+
+
+def test_a_link_to_another_file_of_the_folder_is_not_read(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (tmp_path / "blob").write_text("c")
+    (folder / "b.txt").write_text("b")
+    (folder / "a-latest.txt").symlink_to("b.txt")
+    # Equal files may be links to one store.
+    (folder / "c.txt").symlink_to(tmp_path / "blob")
+    (folder / "d.txt").symlink_to(tmp_path / "blob")
+    stats = ReadStats()
+    assert texts(folder, stats=stats) == [b"b", b"c", b"c"]
+    assert stats.passed_over == 1
