@@ -193,8 +193,8 @@ def documents(
             yield Document((Segment(text),))
         return
     counted = stats if stats is not None else ReadStats()
-    files, counted_out = _files(source)
-    counted.passed_over += counted_out
+    files, ignored = _files(source)
+    counted.passed_over += ignored
     # Empty files are normal in a code folder; an empty file named directly is a failed download.
     is_folder = local_path(source, "documents: `source`").is_dir()
     for file in files:
