@@ -186,7 +186,7 @@ def _describe_cache(
     if stats.passed_over:
         lines.append(
             f"files skipped: {stats.passed_over:,} (hidden files, pictures, editor backups, data "
-            "cards, broken links)"
+            "cards, broken or second links)"
         )
     return "\n".join(lines)
 

@@ -142,7 +142,9 @@ def _batch(options: argparse.Namespace, option: str, tokenizer: Tokenizer) -> Ba
         )
     else:
         stream = token_stream(source.paths, tokenizer)
-    return windows(stream, options.length, options.windows)
+    # A start state stands where a question begins, so no row may begin within one.
+    packing = "documents" if stream.masked else "stream"
+    return windows(stream, options.length, options.windows, packing=packing)
 
 
 def _report(options: argparse.Namespace, diagnosis: Diagnosis) -> str:
@@ -204,11 +206,14 @@ def _positions(diagnosis: Diagnosis) -> str:
         count = diagnosis.counts[part]
         row = [str(start) if stop == start + 1 else f"{start}-{stop - 1}"]
         for nats in (diagnosis.base_nats, diagnosis.tuned_nats):
-            # The loss is NaN at a position where no target counts.
-            total = np.nan_to_num(nats[part]) @ count
+            # The loss is NaN at a position where no target counts; elsewhere NaN is the loss.
+            total = np.where(count > 0, nats[part], 0.0) @ count
             row.append(f"{total / count.sum():.4f}" if count.any() else "-")
         for memory in diagnosis.memories.values():
-            row.append(f"{memory.fading[part].mean():.1%}")
+            # All rows may end before a position.
+            fading = memory.fading[part]
+            fading = fading[np.isfinite(fading)]
+            row.append(f"{fading.mean():.1%}" if len(fading) else "-")
         rows.append(row)
     lines = [format_table(head, rows)]
     for name, memory in diagnosis.memories.items():

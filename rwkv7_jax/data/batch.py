@@ -92,6 +92,8 @@ class Batch(Mapping[str, Any]):
                 raise TypeError(
                     f"`{name}` must be a Batch or a mapping; got {type(batch).__name__}."
                 )
+            if not isinstance(batch, Batch):
+                batch = _without_absent(batch)
             for field in ("tokens", *needed):
                 if field not in batch:
                     fields = ", ".join(map(str, batch))
@@ -161,12 +163,19 @@ class Batch(Mapping[str, Any]):
 
         Args:
             count: number of sequences (K), at least as many as the rows have.
+
+        Raises:
+            ValueError: the rows have more sequences.
         """
         rows = self.tokens.shape[0]
         length = self.tokens.shape[1] - 1
         begins = self.segments
         if begins is None:
             begins = np.zeros((rows, 1), np.int32)
+        if count < begins.shape[1]:
+            raise ValueError(
+                f"Batch.with_sequences: `count` must be at least {begins.shape[1]}; got {count}."
+            )
         empty = np.full((rows, count - begins.shape[1]), length, np.int32)
         return self.replace(segments=np.concatenate([begins, empty], axis=1))
 
@@ -180,6 +189,16 @@ class Batch(Mapping[str, Any]):
 BatchLike = Batch | Mapping[str, Any]
 
 _FIELDS = tuple(Batch.__dataclass_fields__)
+
+
+def _without_absent(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a mapping without the fields that are None, which means absent as in a `Batch`."""
+    present = {}
+    for field, value in batch.items():
+        # Unknown fields stay, so that they are reported.
+        if value is not None or field not in _FIELDS:
+            present[field] = value
+    return present
 
 
 def _check_field(field: Any, name: str) -> None:

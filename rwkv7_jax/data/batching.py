@@ -39,9 +39,14 @@ def host_rows(batch_size: int, host: int, hosts: int) -> slice:
         hosts: number of hosts; must divide the batch.
 
     Raises:
+        TypeError: a number is not an integer.
         ValueError: `hosts` does not divide the batch, or `host` is out of range.
     """
-    if batch_size % hosts or not 0 <= host < hosts:
+    with prefix_errors("host_rows"):
+        check_count(batch_size, 1, "`batch_size`")
+        check_count(host, 0, "`host`")
+        check_count(hosts, 1, "`hosts`")
+    if batch_size % hosts or host >= hosts:
         raise ValueError(
             f"host_rows: `hosts` must divide the batch of {batch_size} rows and `host` be one of "
             f"them; got {hosts} and {host}."
@@ -70,6 +75,19 @@ def _fill_rows(
         # Fills views of the batch in place, so no row is copied.
         stream.fill(first, tokens[row, :size], mask[row, : size - 1])
     return Batch(tokens=tokens, mask=mask)
+
+
+def row_sizes(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Counts the tokens of each row without its padding: the zeros at its end outside the loss.
+
+    Args:
+        tokens: [B T+1] ids.
+        mask: [B T] loss weights of the targets.
+    """
+    is_content = tokens != 0
+    is_content[:, 1:] |= mask > 0
+    padding = np.argmax(is_content[:, ::-1], axis=1)
+    return np.where(is_content.any(axis=1), tokens.shape[1] - padding, 0)
 
 
 def _document_spans(
@@ -185,10 +203,11 @@ def batch_at(
         rows: rows of the global batch to build; see `host_rows`.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: the order or packing is unknown, or the stream is too short.
     """
-    stream = as_stream(stream)
     with prefix_errors("batch_at"):
+        stream = as_stream(stream, "`stream`")
         check_choices(order, packing)
         check_count(step, 0, "`step`")
         check_batch_sizes(batch_size, length, seed, rows)
@@ -301,7 +320,10 @@ def left_out(stream: IdsOrStream, length: int) -> tuple[int, int]:
 
     Does not apply to packing "stream", which reads all tokens.
     """
-    sizes = np.diff(as_stream(stream).starts)
+    with prefix_errors("left_out"):
+        stream = as_stream(stream, "`stream`")
+        check_count(length, 1, "`length`")
+    sizes = np.diff(stream.starts)
     excess = sizes - (length + 1)
     too_long = excess > 0
     return int(too_long.sum()), int(excess[too_long].sum())
@@ -323,10 +345,11 @@ def windows(
         packing: as in `batch_at`, but "packed" is the same as "documents", one document per row.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: the stream is shorter than one window, or the packing is unknown.
     """
-    stream = as_stream(stream)
     with prefix_errors("windows"):
+        stream = as_stream(stream, "`stream`")
         check_choice(packing, PACKINGS, "`packing`")
         check_count(length, 1, "`length`")
         check_count(count, 1, "`count`")

@@ -6,6 +6,7 @@ Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/binidx.py (the format).
 import array
 import contextlib
 import hashlib
+import os
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -13,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.local_paths import name_in_errors
 
 # The first bytes of every `.idx` file.
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -52,19 +54,31 @@ def block_digest(block: bytes | bytearray) -> str:
 class DigestedFile:
     """A file for writing that computes the digest of each block as it is written."""
 
-    def __init__(self, file: BinaryIO):
-        """Wraps an empty file."""
+    def __init__(self, file: BinaryIO, path: Path):
+        """Wraps an empty file.
+
+        Args:
+            file: the file.
+            path: the name of the file in error messages.
+        """
         self._file = file
+        self._path = path
         self._block = bytearray()
         self._digests: list[str] = []
 
     def write(self, data: bytes) -> None:
         """Appends bytes."""
-        self._file.write(data)
+        with name_in_errors(self._path):
+            self._file.write(data)
         self._block += data
         while len(self._block) >= DIGEST_BLOCK:
             self._digests.append(block_digest(self._block[:DIGEST_BLOCK]))
             del self._block[:DIGEST_BLOCK]
+
+    def flush(self) -> None:
+        """Writes what is buffered."""
+        with name_in_errors(self._path):
+            self._file.flush()
 
     def digests(self) -> list[str]:
         """Returns the digests of all blocks so far; the last block may be shorter."""
@@ -199,15 +213,26 @@ class BinidxWriter:
     def __exit__(self, *error) -> None:
         """Replaces the files, or after an error leaves the previous ones in place."""
         if error[0] is None:
-            self.finish()
-            # A reader between the two replacements finds no index instead of a wrong one.
-            self._path.with_suffix(".idx").unlink(missing_ok=True)
+            # Runs before the files are replaced, and an error in it removes them.
+            self._stack.callback(self._complete)
         self._stack.__exit__(*error)
+
+    def _complete(self) -> None:
+        """Writes everything to the temporary files, and removes the old index."""
+        self.finish()
+        # A disk that is full must be noticed before the first file is replaced.
+        for file in self._files.values():
+            file.flush()
+        # A reader between the two replacements finds no index instead of a wrong one. Of a link,
+        # the target is removed, which is what `atomic_write` replaces.
+        index = os.path.realpath(self._path.with_suffix(".idx"))
+        Path(index).unlink(missing_ok=True)
 
     def sibling(self, suffix: str) -> DigestedFile:
         """Opens another file with the same stem, which is replaced together with the others."""
-        file = self._stack.enter_context(atomic_write(self._path.with_suffix(suffix)))
-        self._files[suffix] = DigestedFile(file)
+        path = self._path.with_suffix(suffix)
+        file = self._stack.enter_context(atomic_write(path))
+        self._files[suffix] = DigestedFile(file, path)
         return self._files[suffix]
 
     def finish(self) -> dict[str, list[str]]:

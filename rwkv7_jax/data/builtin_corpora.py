@@ -4,6 +4,7 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Installed packages, tests (which contain unusual encodings) and generated tables.
 _SKIPPED_FOLDERS = frozenset(
@@ -66,6 +67,7 @@ def _headers() -> Iterator[bytes]:
         yield path.read_bytes()
 
 
+# The corpora by name; see `is_built_in`.
 BUILT_IN: dict[str, Callable[[], Iterator[bytes]]] = {
     "stdlib": _stdlib,
     "pydoc-topics": _topics,
@@ -73,3 +75,8 @@ BUILT_IN: dict[str, Callable[[], Iterator[bytes]]] = {
     "charmaps": _charmaps,
     "c-headers": _headers,
 }
+
+
+def is_built_in(source: Any) -> bool:
+    """Tells whether a source is the name of a built-in corpus."""
+    return isinstance(source, str) and source in BUILT_IN

@@ -6,14 +6,18 @@ import gzip
 import importlib
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.local_paths import name_in_errors
 
-# Bytes of a Zstandard file that are decompressed at once; four of them can expand to 128 KiB.
+# Bytes of a file that are decompressed at once; four of a Zstandard file can expand to 128 KiB.
 _PIECE = 1 << 10
+
+# Logarithm of the largest window of a Zstandard frame, which `zstd --long=31` uses for large texts.
+# By default both modules reject more than 27. Memory grows with the content, not with the window.
+_ZSTD_WINDOW_LOG = 31
 
 # A compressed file that expands beyond both this size and this ratio is a decompression bomb. Text
 # compresses about 10 times, repetitive logs 100 times.
@@ -27,13 +31,6 @@ _BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")
 _XZ = b"\xfd7zXZ\x00"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
-
-# Functions that open a file, by compression, except Zstandard, which is optional.
-_OPENERS: dict[str, Callable[..., Any]] = {
-    "gzip": gzip.open,
-    "bzip2": bz2.open,
-    "xz": lzma.open,
-}
 
 # The errors for damaged or truncated files; Zstandard's modules define their own.
 _DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)
@@ -86,13 +83,58 @@ def unfolded(path: Path, compression: str, size: int) -> Iterator[bytes]:
 
 def _chunks(path: Path, compression: str, size: int) -> Iterator[bytes]:
     """Reads the content of a compressed file without a limit."""
-    if compression == "zstd":
-        # The last bytes of a frame may decompress to nothing.
-        yield from filter(None, _zstd_chunks(path, size))
+    if compression != "gzip":
+        # The last bytes of a stream may decompress to nothing.
+        yield from filter(None, _stream_chunks(path, compression, size))
         return
-    with name_in_errors(path), _OPENERS[compression](path, "rb") as file:
+    with name_in_errors(path), gzip.open(path, "rb") as file:
         while chunk := file.read(size):
             yield chunk
+
+
+def _stream_chunks(path: Path, compression: str, size: int) -> Iterator[bytes]:
+    """Reads the content of a file of one or more streams; those of Zstandard are called frames.
+
+    The modules' own `open` is avoided. In `bz2` and `lzma` it ends without an error at a damaged
+    stream after the first, and in `zstandard` (0.25) it takes a truncated file for a shorter one.
+
+    Raises:
+        EOFError: the file ends inside a stream.
+    """
+    with name_in_errors(path), path.open("rb") as file:
+        decompressor = _decompressor(path, compression)
+        while chunk := file.read(min(size, _PIECE)):
+            while chunk:
+                if decompressor.eof:
+                    # Streams may be padded with zeros.
+                    chunk = chunk.lstrip(b"\0")
+                    if not chunk:
+                        break
+                    decompressor = _decompressor(path, compression)
+                yield from _decompressed(decompressor, chunk, size)
+                chunk = decompressor.unused_data
+        if not decompressor.eof:
+            raise EOFError
+
+
+def _decompressed(decompressor: Any, chunk: bytes, size: int) -> Iterator[bytes]:
+    """Yields what a chunk decompresses to, `size` bytes at once if the module has a limit."""
+    if not hasattr(decompressor, "needs_input"):
+        # The package zstandard has none.
+        yield decompressor.decompress(chunk)
+        return
+    yield decompressor.decompress(chunk, size)
+    while not (decompressor.eof or decompressor.needs_input):
+        yield decompressor.decompress(b"", size)
+
+
+def _decompressor(path: Path, compression: str) -> Any:
+    """Builds a decompressor for one stream."""
+    if compression == "bzip2":
+        return bz2.BZ2Decompressor()
+    if compression == "xz":
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    return _zstd_decompressor(path)
 
 
 def _damaged(path: Path, compression: str, error: Exception) -> ValueError:
@@ -115,30 +157,14 @@ def _zstd_decompressor(path: Path) -> Any:
     """
     # Both are optional: the first comes with Python 3.14, the second with the extra `zstd`.
     with contextlib.suppress(ImportError):
-        return importlib.import_module("compression.zstd").ZstdDecompressor()
+        module = importlib.import_module("compression.zstd")
+        limit = module.DecompressionParameter.window_log_max
+        return module.ZstdDecompressor(options={limit: _ZSTD_WINDOW_LOG})
     with contextlib.suppress(ImportError):
-        return importlib.import_module("zstandard").ZstdDecompressor().decompressobj()
+        module = importlib.import_module("zstandard")
+        decompressor = module.ZstdDecompressor(max_window_size=1 << _ZSTD_WINDOW_LOG)
+        return decompressor.decompressobj()
     raise ValueError(
         f"documents: `{path}` is compressed with Zstandard, which this Python cannot read: install "
         "the extra `zstd` or the zstandard package, or run `unzstd` first."
     )
-
-
-def _zstd_chunks(path: Path, size: int) -> Iterator[bytes]:
-    """Reads the content of a Zstandard file with one or more frames.
-
-    `zstandard.open` (0.25) is avoided, because it accepts a truncated file as a shorter one.
-
-    Raises:
-        EOFError: the file ends inside a frame.
-    """
-    with name_in_errors(path), path.open("rb") as file:
-        decompressor = _zstd_decompressor(path)
-        while chunk := file.read(min(size, _PIECE)):
-            while chunk:
-                if decompressor.eof:
-                    decompressor = _zstd_decompressor(path)
-                yield decompressor.decompress(chunk)
-                chunk = decompressor.unused_data
-        if not decompressor.eof:
-            raise EOFError

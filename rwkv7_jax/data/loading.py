@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from rwkv7_jax.checks import (
@@ -28,7 +29,7 @@ from rwkv7_jax.data.batching import (
     left_out,
     windows,
 )
-from rwkv7_jax.data.builtin_corpora import BUILT_IN
+from rwkv7_jax.data.builtin_corpora import is_built_in
 from rwkv7_jax.data.choices import ON_BAD, SPLITS, Split
 from rwkv7_jax.data.documents import Document, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
@@ -39,7 +40,12 @@ from rwkv7_jax.data.token_cache import (
     open_cache,
     split_by_position,
 )
-from rwkv7_jax.data.token_streams import TokenArray, TokenStream, data_hash
+from rwkv7_jax.data.token_streams import (
+    TokenArray,
+    TokenStream,
+    check_flat_ids,
+    data_hash,
+)
 from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -89,7 +95,7 @@ def _open(
 ) -> TokenStream:
     """Maps a cache, or reads the documents of any other source."""
     # `Path("")` is the current folder and would read everything below it.
-    if isinstance(path, str) and path not in BUILT_IN:
+    if isinstance(path, str) and not is_built_in(path):
         path = local_path(path, "token_stream: `source`")
     cache = cache_file(path)
     if cache is not None:
@@ -130,15 +136,17 @@ def _holds_document(path: str | Path, read: _Read) -> bool:
     return next(read(path, stats=ReadStats()), None) is not None
 
 
+def _on_host(source: Any) -> Any:
+    """Copies an array of JAX to the host; returns any other source unchanged."""
+    return np.asarray(source) if isinstance(source, jax.Array) else source
+
+
 def _check_source(source: Any, tokenizer: Any, held_out: Any) -> None:
     """Raises unless a source, a tokenizer and a held-out share are valid."""
     check_tokenizer(tokenizer, "encode", "vocab_size")
     check_number(held_out, 0, 1, "`held_out`")
     if isinstance(source, np.ndarray):
-        if not np.issubdtype(source.dtype, np.integer):
-            raise TypeError(f"`source` must hold integers; got {source.dtype}.")
-        if source.ndim != 1:
-            raise ValueError(f"`source` must be flat; got shape {source.shape}.")
+        check_flat_ids(source, "`source`")
         check_vocabulary(source, tokenizer.vocab_size, "source")
     if isinstance(source, str | Path | np.ndarray | TokenStream):
         return
@@ -189,6 +197,7 @@ def token_stream(
         ValueError: the split is unknown, there is nothing to read, a file is not text, a line is
             bad, or an id is outside the vocabulary.
     """
+    source = _on_host(source)
     with prefix_errors("token_stream"):
         _check_source(source, tokenizer, held_out)
         check_choice(split, SPLITS, "`split`")
@@ -261,6 +270,7 @@ def packed(
     """
     if tokenizer is None:
         tokenizer = Tokenizer.world()
+    source = _on_host(source)
     with prefix_errors("packed"):
         # Checked before reading, which may take long.
         _check_source(source, tokenizer, held_out)

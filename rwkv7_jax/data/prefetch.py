@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from rwkv7_jax.checks import check_count, prefix_errors
+from rwkv7_jax.checks import check_count, check_instance, prefix_errors
 
 
 class Prefetch:
@@ -19,10 +19,13 @@ class Prefetch:
         """Starts the thread.
 
         Raises:
+            TypeError: `items` is not an iterator.
             ValueError: `ahead` is below 1.
         """
         with prefix_errors("Prefetch"):
+            check_instance(items, Iterator, "`items`")
             check_count(ahead, 1, "`ahead`")
+        self._is_closed = False
         self._items = items
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._ready: collections.deque[Future[Any]] = collections.deque()
@@ -37,7 +40,13 @@ class Prefetch:
         return self
 
     def __next__(self) -> Any:
-        """Returns the next item, as soon as it is ready."""
+        """Returns the next item, as soon as it is ready.
+
+        Raises:
+            ValueError: the iterator is closed.
+        """
+        if self._is_closed:
+            raise ValueError("Prefetch: it must not be read after `close`.")
         # An error stays in the queue, so that later calls raise it again.
         item = self._ready[0].result()
         self._ready.popleft()
@@ -46,4 +55,5 @@ class Prefetch:
 
     def close(self) -> None:
         """Stops the thread and waits until it has ended."""
+        self._is_closed = True
         self._thread.shutdown(cancel_futures=True)

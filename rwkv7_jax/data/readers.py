@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv7_jax.checks import check_choice, prefix_errors
-from rwkv7_jax.data.builtin_corpora import BUILT_IN
+from rwkv7_jax.data.builtin_corpora import BUILT_IN, is_built_in
 from rwkv7_jax.data.choices import ON_BAD
 from rwkv7_jax.data.documents import Document, Segment
 from rwkv7_jax.data.jsonl import ReadStats, read_jsonl
@@ -65,20 +65,45 @@ def _is_clutter(relative: Path) -> bool:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Lists all files below a folder, sorted by path; follows links to folders."""
+    """Lists all files below a folder, sorted by path; follows links to folders.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     files = []
     visited = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in visited:
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        identity = _identity(Path(place))
+        if identity in visited:
             # A link to a parent folder, or a second link to the same folder.
             folders.clear()
             continue
-        visited.add((status.st_dev, status.st_ino))
+        visited.add(identity)
         # Sorted, so that the first of two links is followed regardless of the file system's order.
         folders.sort()
         files += [Path(place) / name for name in names]
     return sorted(files)
+
+
+def _without_second_links(files: list[Path]) -> list[Path]:
+    """Removes links to other files of a list, which would be read twice."""
+    links = {file for file in files if file.is_symlink()}
+    if not links:
+        return files
+    targets = {_identity(file) for file in files if file not in links}
+    return [
+        file for file in files if file not in links or _identity(file) not in targets
+    ]
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    """Returns device and inode of a file or folder."""
+    status = file.stat()
+    return status.st_dev, status.st_ino
 
 
 def _files(source: str | Path) -> tuple[list[Path], int]:
@@ -97,6 +122,7 @@ def _files(source: str | Path) -> tuple[list[Path], int]:
                 continue
             if not _is_card(file):
                 files.append(file)
+        files = _without_second_links(files)
         return files, len(everything) - len(files)
     if not path.exists():
         refuse_hub_name(source, "documents: `source`", kind="dataset")
@@ -120,7 +146,7 @@ def size_of(source: str | Path) -> int:
     Raises:
         ValueError: the path does not exist.
     """
-    if source in BUILT_IN:
+    if is_built_in(source):
         return 0
     total = 0
     for file in _files(source)[0]:
@@ -144,8 +170,8 @@ def documents(
 
     * a `.jsonl` file, a `.json` file or a table of records (see `records.record`)
     * any other text file, which is one document
-    * a folder: every file below it, by path, except hidden files, pictures, editor leftovers
-      and Hugging Face's data cards
+    * a folder: every file below it, by path, except hidden files, pictures, editor leftovers,
+      Hugging Face's data cards, and links that are broken or lead to other files of the folder
     * a name in `BUILT_IN`
 
     Args:
@@ -162,13 +188,13 @@ def documents(
     with prefix_errors("documents"):
         check_choice(on_bad, ON_BAD, "`on_bad`")
         check_encoding(encoding, "`encoding`")
-    if source in BUILT_IN:
+    if is_built_in(source):
         for text in BUILT_IN[str(source)]():
             yield Document((Segment(text),))
         return
     counted = stats if stats is not None else ReadStats()
-    files, counted_out = _files(source)
-    counted.passed_over += counted_out
+    files, ignored = _files(source)
+    counted.passed_over += ignored
     # Empty files are normal in a code folder; an empty file named directly is a failed download.
     is_folder = local_path(source, "documents: `source`").is_dir()
     for file in files:
@@ -295,6 +321,6 @@ def warn_of_skipped(
     if stats.passed_over:
         warnings.warn(
             f"{stats.passed_over} files below {source} were ignored: hidden files, pictures, "
-            "editor leftovers, data cards or broken links",
+            "editor leftovers, data cards, broken links or links to other files of the folder",
             stacklevel=stacklevel,
         )

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from rwkv7_jax.data.batching import row_sizes
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 
@@ -18,9 +19,10 @@ def preview_row(
         tokenizer: decodes the ids; an id without bytes is shown as `<id>`.
     """
     in_loss = np.concatenate([[False], mask > 0])
-    is_content = (tokens != 0) | in_loss
-    padding = int(np.argmax(is_content[::-1]))
-    length = len(tokens) - padding
+    length = int(row_sizes(tokens[None], mask[None])[0])
+    padding = len(tokens) - length
+    if not length:
+        return "", padding
     # Positions at which the text enters or leaves the loss.
     edges = np.flatnonzero(np.diff(in_loss[:length])) + 1
     text = ""

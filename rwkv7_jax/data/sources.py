@@ -6,6 +6,7 @@ corpora separated by commas.
 
 import dataclasses
 
+from rwkv7_jax.checks import check_instance
 from rwkv7_jax.local_paths import split_paths
 
 TASK_PREFIX = "task:"
@@ -52,8 +53,10 @@ def parse_source(path: str, argument: str = "`path`") -> Source:
         argument: the setting or option in backticks, for error messages.
 
     Raises:
+        TypeError: `path` is not a string.
         ValueError: a name between commas is empty.
     """
+    check_instance(path, str, argument)
     if path.startswith(TASK_PREFIX):
         return TaskSource(path.removeprefix(TASK_PREFIX))
     return TextSource(split_paths(path, argument))
@@ -72,8 +75,10 @@ def parse_sources(
         The tasks in order, and all texts as one source.
 
     Raises:
+        TypeError: `path` is not a string.
         ValueError: a name between commas is empty.
     """
+    check_instance(path, str, argument)
     tasks = []
     texts: list[str] = []
     for part in split_paths(path, argument):

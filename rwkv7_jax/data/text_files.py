@@ -29,6 +29,8 @@ _CONVERT = "convert it to lines of JSON first"
 # The pandas call that writes them; `lines` requires `orient`.
 _TO_LINES = 'to_json("x.jsonl", orient="records", lines=True)'
 
+_CONVERT_ARROW = f"{_CONVERT}: pandas.read_feather(...).{_TO_LINES}"
+
 # First bytes of formats that are not text, their names, and what to do about them.
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (
@@ -39,7 +41,7 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (
         b"ARROW1",
         "an Arrow table",
-        f"{_CONVERT}: pandas.read_feather(...).{_TO_LINES}",
+        _CONVERT_ARROW,
     ),
     (
         b"\xff\xff\xff\xff",
@@ -85,7 +87,7 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 
 # Suffixes of files that are not text although their first bytes do not show it.
 _FOREIGN_SUFFIXES = (
-    ((".arrow", ".feather"), "an Arrow table", _FOREIGN[1][2]),
+    ((".arrow", ".feather"), "an Arrow table", _CONVERT_ARROW),
     (
         (".xlsx", ".xls"),
         "a spreadsheet",

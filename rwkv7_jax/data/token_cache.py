@@ -19,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.checks import check_tokenizer, prefix_errors
 from rwkv7_jax.data.binidx import (
     DIGEST_BLOCK,
     BinidxWriter,
     block_digest,
     read_binidx,
 )
-from rwkv7_jax.data.builtin_corpora import BUILT_IN
+from rwkv7_jax.data.builtin_corpora import is_built_in
 from rwkv7_jax.data.choices import Split
 from rwkv7_jax.data.documents import Document, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
@@ -87,7 +87,7 @@ def cache_file(source: str | Path) -> Path | None:
 
     As in RWKV-LM, the suffix may be omitted if nothing else has that name.
     """
-    if source in BUILT_IN:
+    if is_built_in(source):
         return None
     path = local_path(source, "cache_file: `source`")
     if path.suffix.lower() in (".bin", ".idx"):
@@ -113,9 +113,12 @@ def write_cache(
 ) -> tuple[CacheMetadata, ReadStats]:
     """Writes all documents of the sources to a cache; memory use does not depend on their size.
 
+    The cache knows only documents. A source with a single document holds out its end, but a cache
+    of several such sources holds out whole documents.
+
     Args:
         sources: sources for `readers.documents`, read in order.
-        path: path of the `.bin` file.
+        path: path of the `.bin` file; the suffix may be missing.
         tokenizer: encodes documents.
         on_bad: "error" or "skip", for bad lines of .jsonl files.
         as_bytes: read the bytes of files that are not text or not UTF-8.
@@ -126,9 +129,25 @@ def write_cache(
         The card, and statistics of what was skipped and why.
 
     Raises:
-        ValueError: there is nothing to read, a line is bad, or the folder does not exist.
+        TypeError: an argument has the wrong type, or `sources` is a single path.
+        ValueError: there is nothing to read, a line is bad, the folder does not exist, or the path
+            has another suffix.
     """
+    # The characters of a path are paths, too: "/" would read the whole disk.
+    if isinstance(sources, str | Path):
+        raise TypeError(
+            f"write_cache: `sources` must be a list of paths; got {type(sources).__name__}."
+        )
+    if not sources:
+        raise ValueError(
+            "write_cache: `sources` must name something to read; got an empty list."
+        )
     path = local_path(path, "write_cache: `path`", target=True)
+    # The other files are named by replacing the suffix, and "v1.5" would become "v1.bin".
+    if path.suffix not in ("", ".bin", ".idx"):
+        raise ValueError(f"write_cache: `path` must end in .bin; got {str(path)!r}.")
+    with prefix_errors("write_cache"):
+        check_tokenizer(tokenizer, "encode_chunks", "identity", "dtype")
     stats = ReadStats()
     total = sum(size_of(source) for source in sources)
 
@@ -161,7 +180,8 @@ def write_cache(
         text = json.dumps(dataclasses.asdict(card), indent=1)
         writer.sibling(".card.json").write(text.encode())
     if not has_mask:
-        path.with_suffix(".mask").unlink()
+        # Another process that writes the same cache may have removed it.
+        path.with_suffix(".mask").unlink(missing_ok=True)
     return card, stats
 
 
@@ -194,7 +214,7 @@ def read_card(path: str | Path) -> CacheMetadata | None:
     Raises:
         ValueError: the card has another format or is damaged.
     """
-    file = Path(path).with_suffix(".card.json")
+    file = local_path(path, "read_card: `path`").with_suffix(".card.json")
     if is_special(file):
         raise ValueError(f"read_card: `{file}` must be a file.")
     if not file.exists():

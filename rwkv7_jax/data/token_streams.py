@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from rwkv7_jax.checks import as_array, prefix_errors
+
 # Number of ids that are processed at once.
 _CHUNK = 1 << 20
 
@@ -116,6 +118,10 @@ class TokenStream:
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """Returns the ids of a slice without a step."""
+        if not isinstance(part, slice):
+            raise TypeError(
+                f"TokenStream: an index must be a slice; got {type(part).__name__}."
+            )
         first, end, step = part.indices(len(self))
         if step != 1:
             raise ValueError(f"TokenStream: a slice must have no step; got {step}.")
@@ -208,11 +214,41 @@ class TokenStream:
         return np.flatnonzero(np.diff(self.starts) > 1)
 
 
-def as_stream(ids: np.ndarray | TokenStream) -> TokenStream:
-    """Wraps an array of ids in a stream; returns a stream unchanged."""
+def as_stream(ids: np.ndarray | TokenStream, argument: str = "`ids`") -> TokenStream:
+    """Wraps an array of ids in a stream; returns a stream unchanged.
+
+    Args:
+        ids: the ids.
+        argument: the argument in backticks, for error messages.
+
+    Raises:
+        TypeError: not an array of integers.
+        ValueError: the array is not flat.
+    """
     if isinstance(ids, TokenStream):
         return ids
-    return TokenStream.of_array(TokenArray(ids))
+    with prefix_errors("as_stream"):
+        # Float ids would be rounded without notice.
+        array = np.asarray(as_array(ids, argument))
+        check_flat_ids(array, argument)
+    return TokenStream.of_array(TokenArray(array))
+
+
+def check_flat_ids(ids: np.ndarray, argument: str) -> None:
+    """Checks that ids are flat and integers.
+
+    Args:
+        ids: the ids.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        TypeError: the ids are not integers.
+        ValueError: the array is not flat.
+    """
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"{argument} must hold integers; got {ids.dtype}.")
+    if ids.ndim != 1:
+        raise ValueError(f"{argument} must be flat; got shape {ids.shape}.")
 
 
 def _hashed_blocks(size: int) -> Sequence[int]:
@@ -230,7 +266,8 @@ def data_hash(stream: np.ndarray | TokenStream) -> str:
     their number and 512 evenly spread blocks of 2**20 ids with their masks and borders, including
     the first and the last ids; a change elsewhere is not detected.
     """
-    stream = as_stream(stream)
+    with prefix_errors("data_hash"):
+        stream = as_stream(stream, "`stream`")
     starts = stream.starts
     digest = hashlib.blake2b(digest_size=16)
     # Little-endian and fixed-width throughout, so that all machines agree.

@@ -49,7 +49,8 @@ class MemoryStatistics:
             memory that the base model does not have.
         rank: effective rank, (sum s^2)^2 / sum s^4 of the singular values.
         read_rank: effective rank of E[psi psi^T] of the read vectors psi.
-        reads: mean |psi|^2 per head at each position: how much of the memory is still read.
+        reads: mean |psi|^2 per head at each position: how much of the memory is still read; NaN
+            where all rows are padding.
         channels: number of columns that are read: N channels, or M features.
     """
 
@@ -201,7 +202,8 @@ def _fades_early(diagnosis: Diagnosis) -> str:
     lasting = other is not None and other.constant and not other.empty
     if wkv is None or wkv.empty or lasting or wkv.faded is None:
         return ""
-    length = wkv.reads.shape[1]
+    # Beyond the longest row there is only padding.
+    length = np.count_nonzero(np.isfinite(wkv.fading))
     if wkv.faded >= EARLY * length:
         return ""
     return (

@@ -56,6 +56,12 @@ class _Sampling(NamedTuple):
     top_k: int
 
 
+def split_pair(context: str, continuation: str) -> tuple[str, str]:
+    """Moves whitespace from the end of a context to the beginning of its continuation."""
+    stripped = context.rstrip()
+    return stripped, context[len(stripped) :] + continuation
+
+
 class StateLM(TemplateLM):
     """A model of lm-evaluation-harness that starts every context from the same state.
 
@@ -196,12 +202,12 @@ class StateLM(TemplateLM):
     ) -> tuple[list[int], list[int]]:
         """Encodes both parts.
 
-        Unlike the harness's method, it keeps a token that spans the border whole.
+        If a token would span the border, each part is encoded by itself. The harness's method would
+        lose the bytes of the continuation in that token.
         """
-        stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        before = self.tok_encode(stripped)
-        both = self.tok_encode(stripped + continuation)
+        context, continuation = split_pair(context, continuation)
+        before = self.tok_encode(context)
+        both = self.tok_encode(context + continuation)
         if both[: len(before)] == before:
             return before, both[len(before) :]
         self.split_pairs += 1

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rwkv7_jax.evaluation.harness import StateLM
+from rwkv7_jax.evaluation.harness import StateLM, split_pair
 from rwkv7_jax.evaluation.task_scores import BITS_PER_BYTE, QuestionScores, pooled
 from rwkv7_jax.json_files import parse_json
 
@@ -80,7 +80,7 @@ def load_tasks(
     for name in names:
         spec = name
         if name in data:
-            spec = _local_task(folder, name, data[name], manager)
+            spec = _local_spec(folder, name, data[name], manager)
         loaded = _load(manager, spec, name)
         groups = loaded.get("groups", {})
         items += [groups[name]] if name in groups else list(loaded["tasks"].values())
@@ -102,8 +102,8 @@ def _load(manager: Any, spec: Any, name: str) -> Any:
         ) from error
 
 
-def _local_task(folder: Path, name: str, files: Sequence[str], manager: Any) -> Any:
-    """Describes the harness's task, or group of tasks, with local data in place of its own.
+def _local_spec(folder: Path, name: str, files: Sequence[str], manager: Any) -> Any:
+    """Describes a task or a group of the harness with local data in place of its own.
 
     Raises:
         ValueError: the group contains groups, or a file does not exist.
@@ -111,33 +111,13 @@ def _local_task(folder: Path, name: str, files: Sequence[str], manager: Any) -> 
     argument = f"`config.task_data.{name}`"
     entry = manager.task_index[name]
     if name in manager.all_groups:
-        if len(files) != 1 or not Path(files[0]).expanduser().is_dir():
-            raise ValueError(
-                f"{argument} must be the folder with the files of the group {name}; got "
-                f"{','.join(files)!r}."
-            )
-        parts = []
-        for part in entry.cfg["task"]:
-            file = _file_of_part(part, Path(files[0]).expanduser(), manager, argument)
-            settings = _local_settings(folder, [file])
-            parts.append({"task": part, **settings})
-        # The group's aggregation is left out: `measure` pools all questions.
-        return {"group": name, "task": parts}
+        return _local_group(folder, name, files, manager, argument)
     if name not in manager.all_subtasks or entry.yaml_path is None:
         raise ValueError(
             f"{argument} must belong to a task with a YAML description, or to a group of such "
             f"tasks; got {name}."
         )
-    paths = []
-    for file in files:
-        path = Path(file).expanduser()
-        if not path.is_file():
-            raise ValueError(f"{argument} must name existing files; got {file!r}.")
-        paths.append(path.resolve())
-    if not 1 <= len(paths) <= 2:
-        raise ValueError(
-            f"{argument} must be train.jsonl,test.jsonl or test.jsonl; got {len(paths)} files."
-        )
+    paths = _local_files(files, argument)
     settings = {
         "include": str(Path(entry.yaml_path).resolve()),
         "task": name,
@@ -148,6 +128,39 @@ def _local_task(folder: Path, name: str, files: Sequence[str], manager: Any) -> 
     # The harness reads YAML, of which JSON is a subset.
     path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     return str(path)
+
+
+def _local_group(
+    folder: Path, name: str, files: Sequence[str], manager: Any, argument: str
+) -> dict[str, Any]:
+    """Describes a group whose tasks' questions are in one local folder."""
+    source = Path(files[0]).expanduser()
+    if len(files) != 1 or not source.is_dir():
+        raise ValueError(
+            f"{argument} must be the folder with the files of the group {name}; got "
+            f"{','.join(files)!r}."
+        )
+    parts = []
+    for part in manager.task_index[name].cfg["task"]:
+        file = _file_of_part(part, source, manager, argument)
+        parts.append({"task": part, **_local_settings(folder, [file])})
+    # The group's aggregation is left out: `measure` pools all questions.
+    return {"group": name, "task": parts}
+
+
+def _local_files(files: Sequence[str], argument: str) -> list[Path]:
+    """Returns the paths of the training and test questions of a task, or of the test questions."""
+    paths = []
+    for file in files:
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise ValueError(f"{argument} must name existing files; got {file!r}.")
+        paths.append(path.resolve())
+    if not 1 <= len(paths) <= 2:
+        raise ValueError(
+            f"{argument} must be train.jsonl,test.jsonl or test.jsonl; got {len(paths)} files."
+        )
+    return paths
 
 
 def _file_of_part(part: Any, folder: Path, manager: Any, argument: str) -> Path:
@@ -342,9 +355,14 @@ def _scored_answer(task: Any, sample: Mapping[str, Any]) -> _Answer | None:
         if not isinstance(gold, int) or not 0 <= gold < len(choices):
             return None
         index = gold
-    _, text = sample["arguments"][index]
     value, _ = sample["resps"][index][0]
-    return _Answer(value, len(text.encode()))
+    return _Answer(value, _size_of(*sample["arguments"][index]))
+
+
+def _size_of(context: str, continuation: str) -> int:
+    """Counts the bytes that the score of a continuation covers."""
+    _, scored = split_pair(context, continuation)
+    return len(scored.encode())
 
 
 def _generated_references(
@@ -359,6 +377,6 @@ def _generated_references(
         context = sample["arguments"][0][0]
         pairs.append((context, task.config.target_delimiter + target))
     answers = []
-    for (_, text), (value, _) in zip(pairs, lm.score_pairs(pairs), strict=True):
-        answers.append(_Answer(value, len(text.encode())))
+    for pair, (value, _) in zip(pairs, lm.score_pairs(pairs), strict=True):
+        answers.append(_Answer(value, _size_of(*pair)))
     return answers

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rwkv7_jax.checks import prefix_errors
-from rwkv7_jax.evaluation.state_diagnosis import ranks
+from rwkv7_jax.evaluation.state_diagnosis import check_finite, ranks
 from rwkv7_jax.model.state import RWKV7State, check_whole_state
 
 
@@ -17,12 +17,13 @@ def head_statistics(state: RWKV7State) -> dict[str, Float[np.ndarray, "L H"]]:
 
     Raises:
         TypeError: `state` is not an `RWKV7State`.
-        ValueError: `state` holds more than one sequence.
+        ValueError: `state` holds more than one sequence, or is not finite.
     """
     with prefix_errors("head_statistics"):
         check_whole_state(state, "`state`")
         if state.batch != 1:
             raise ValueError(f"`state` must hold one sequence; got {state.batch}.")
+        check_finite(state)
     matrices = {"": state.wkv}
     if state.upscaled is not None:
         matrices["upscaled "] = state.upscaled.memory

@@ -100,8 +100,8 @@ def difference_as_json(row: Any, base: Any) -> dict[str, float | None]:
 
 
 def known(value: float) -> float | None:
-    """Returns a number for JSON: NaN becomes None."""
-    return None if math.isnan(value) else value
+    """Returns a number for JSON: NaN and infinities, which JSON lacks, become None."""
+    return value if math.isfinite(value) else None
 
 
 def _with_error(value: str, error: float) -> str:

@@ -29,7 +29,7 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.head_loss import TokenStatistics, token_statistics
 from rwkv7_jax.training.losses import check_masked_batch
 
-# Borders of the position ranges that are reported separately.
+# Borders of the position ranges that are reported separately; the last range has no end.
 POSITIONS = (0, 32, 128, 512, 2048, 8192)
 
 
@@ -152,7 +152,7 @@ def token_nats(
     with prefix_errors("token_nats"):
         check_start(model, params, state)
         tokens = np.asarray(as_array(tokens, "`tokens`"))
-        if tokens.ndim != 2 or tokens.shape[1] < 2:
+        if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2:
             raise ValueError(
                 f"`tokens` must be rows of at least two ids; got shape {tokens.shape}."
             )
@@ -167,19 +167,20 @@ def check_start(model: RWKV7, params: Params, state: RWKV7State) -> None:
     check_state(state, 1, model.config)
 
 
-# A World vocabulary has 65,536 entries, and a run evaluates many times.
-@functools.lru_cache(maxsize=4)
-def _token_sizes(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
-    """Returns the number of bytes of each id."""
-    return np.array(
-        [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
-    )
+# A World vocabulary has 65,536 entries, and a run evaluates many times. Cached by id, because a
+# vocabulary may have billions of ids.
+@functools.lru_cache(maxsize=2**17)
+def _token_size(tokenizer: Tokenizer, token: int) -> int:
+    """Returns the number of bytes of an id."""
+    return len(tokenizer.token_bytes(token))
 
 
 def target_bytes(batch: Batch, tokenizer: Tokenizer) -> Float[np.ndarray, "B T"]:
     """Returns the number of bytes of each target, times the batch's mask."""
     targets = np.asarray(batch.targets)
-    return _token_sizes(tokenizer)[targets] * np.asarray(batch.mask)
+    kinds, places = np.unique(targets, return_inverse=True)
+    sizes = np.array([_token_size(tokenizer, kind) for kind in kinds.tolist()])
+    return sizes[places].reshape(targets.shape) * np.asarray(batch.mask)
 
 
 def frequency_nats(batch: Batch) -> float:
@@ -234,11 +235,10 @@ def score(
     sizes = target_bytes(batch, tokenizer)
     length = bits.shape[1]
     by_position = []
-    for first, end in itertools.pairwise(POSITIONS):
-        if first < length:
-            end = min(end, length)
-            found = _by_window(bits[:, first:end], sizes[:, first:end])
-            by_position.append((first, end, found.value))
+    borders = [border for border in POSITIONS if border < length]
+    for first, end in itertools.pairwise([*borders, length]):
+        found = _by_window(bits[:, first:end], sizes[:, first:end])
+        by_position.append((first, end, found.value))
     # A window in which nothing counts is not an observation.
     counts = mask.any(1)
     by_window = _by_window(bits[counts], sizes[counts])

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rwkv7_jax.array_types import Params
+from rwkv7_jax.array_types import Lengths, Params
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.batch import Batch, BatchLike
+from rwkv7_jax.data.batching import row_sizes
 from rwkv7_jax.evaluation.advice import (
     Diagnosis,
     MemoryStatistics,
@@ -42,18 +43,19 @@ class _Part(NamedTuple):
     Attributes:
         tokens: tokens of the rows.
         mask: mask of their targets, float32; 0 in padding rows.
-        present: 1 for rows of the batch, 0 for padding rows.
+        lengths: number of inputs of each row before its padding; 0 for padding rows.
     """
 
     tokens: Int[np.ndarray, "B T1"]
     mask: Float[np.ndarray, "B T"]
-    present: Float[np.ndarray, " B"]
+    lengths: Lengths
 
 
 def _parts(batch: Batch) -> Iterator[_Part]:
     """Splits a batch into parts of one shape, so that one program serves all of them."""
     tokens = np.asarray(batch.tokens)
     mask = np.asarray(batch.mask, np.float32)
+    lengths = _input_lengths(batch)
     for first in range(0, len(tokens), ROWS):
         rows = slice(first, first + ROWS)
         count = len(tokens[rows])
@@ -61,8 +63,15 @@ def _parts(batch: Batch) -> Iterator[_Part]:
         yield _Part(
             tokens=np.pad(tokens[rows], padding),
             mask=np.pad(mask[rows], padding),
-            present=(np.arange(ROWS) < count).astype(np.float32),
+            lengths=np.pad(lengths[rows], padding[0]),
         )
+
+
+def _input_lengths(batch: Batch) -> Int[np.ndarray, " B"]:
+    """Counts the inputs of each row before its padding, which would be read as ends of text."""
+    sizes = row_sizes(np.asarray(batch.tokens), np.asarray(batch.mask))
+    # The last token is only a target.
+    return np.maximum(sizes - 1, 0).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -160,7 +169,7 @@ def _reads(
     state: RWKV7State,
     tokens: Array,
     weights: Array,
-    present: Array,
+    lengths: Array,
 ) -> dict[str, dict[str, Array]]:
     """Computes statistics of the read vectors of each memory.
 
@@ -168,17 +177,18 @@ def _reads(
 
     Returns:
         For each memory "moments", E[psi psi^T] [L H M M] over weighted targets, and "reads", the
-        mean |psi|^2 [L T] over the rows of the batch.
+        sum [L T] over the rows without their padding of the mean |psi|^2 of the heads.
     """
     start = repeat(state, tokens.shape[0])
     *_, trace = model.apply({"params": params}, tokens[:, :-1], start, method="trace")
     implementation = model.config.implementation
+    positions = jnp.arange(tokens.shape[1] - 1)
+    is_read = positions[None, :] < lengths[:, None]
 
     def summarize(psi: Float[Array, "B T H M"]) -> dict[str, Array]:
         heads = psi.shape[2]
-        # [T]; padding rows have weight 0.
-        squares = jnp.einsum("bthm,bthm,b->t", psi, psi, present, precision="highest")
-        reads = squares / (jnp.sum(present) * heads)
+        squares = jnp.einsum("bthm,bthm->bt", psi, psi, precision="highest")
+        reads = jnp.sum(jnp.where(is_read, squares, 0.0), axis=0) / heads
         return {"moments": second_moment(psi, weights)[0], "reads": reads}
 
     def read_wkv(layer: Any) -> dict[str, Array]:
@@ -202,19 +212,18 @@ def _reads(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _mean_square_norms(
-    model: RWKV7, params: Params, start: RWKV7State, tokens: Array, present: Array
+def _square_norms(
+    model: RWKV7, params: Params, start: RWKV7State, tokens: Array, lengths: Array
 ) -> Float[Array, "L H"]:
-    """Computes the mean squared Frobenius norms of the WKV states after the tokens."""
+    """Sums the squared Frobenius norms of the WKV states after the rows without their padding."""
     start = repeat(start, tokens.shape[0])
     outputs: Any = model.apply(
-        {"params": params}, tokens[:, :-1], start, method="hidden"
+        {"params": params}, tokens[:, :-1], start, lengths, method="hidden"
     )
     _, end = outputs
     squares = jnp.sum(jnp.square(end.wkv), axis=(-2, -1))
     # The caller averages the squares over all parts before it takes the root.
-    total = jnp.einsum("lbh,b->lh", squares, present, precision="highest")
-    return total / jnp.sum(present)
+    return jnp.sum(jnp.where(lengths[:, None] > 0, squares, 0.0), axis=1)
 
 
 def _reference_norm(
@@ -224,19 +233,20 @@ def _reference_norm(
     start = init_state(model.config)
     total: Any = 0.0
     for part in _parts(batch):
-        norms = _mean_square_norms(model, params, start, part.tokens, part.present)
-        total += part.present.sum() * np.asarray(norms, np.float64)
-    return np.sqrt(total / len(batch.tokens))
+        squares = _square_norms(model, params, start, part.tokens, part.lengths)
+        total += np.asarray(squares, np.float64)
+    return np.sqrt(total / np.count_nonzero(_input_lengths(batch)))
 
 
 def _read_statistics(
     model: RWKV7, params: Params, state: RWKV7State, batch: Batch
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Averages `_reads` over the batch, weighting each part by its targets or by its rows."""
+    """Averages `_reads` over the targets of the batch, and over the rows at each position."""
     totals: dict[str, dict[str, Any]] = {}
     for part in _parts(batch):
-        weights = {"moments": part.mask.sum(), "reads": part.present.sum()}
-        reads = _reads(model, params, state, part.tokens, part.mask, part.present)
+        # The moments of a part are means, and the reads are sums.
+        weights = {"moments": part.mask.sum(), "reads": 1.0}
+        reads = _reads(model, params, state, part.tokens, part.mask, part.lengths)
         for name, statistics in reads.items():
             total = totals.setdefault(name, dict.fromkeys(statistics, 0.0))
             for key, value in statistics.items():
@@ -245,9 +255,11 @@ def _read_statistics(
                     value, np.float64
                 )
     targets = float(np.asarray(batch.mask, np.float64).sum())
+    positions = np.arange(batch.tokens.shape[1] - 1)
+    rows = np.count_nonzero(positions < _input_lengths(batch)[:, None], axis=0)
     for total in totals.values():
         total["moments"] = total["moments"] / targets
-        total["reads"] = total["reads"] / len(batch.tokens)
+        total["reads"] = total["reads"] / np.where(rows, rows, np.nan)
     return totals
 
 
@@ -286,11 +298,18 @@ def ranks(memory: Float[Array, "L 1 H Nv M"]) -> Float[np.ndarray, "L H"]:
 
     Raises:
         TypeError: `memory` is not an array of numbers.
-        ValueError: `memory` does not hold the matrices of one sequence.
+        ValueError: `memory` does not hold the matrices of one sequence, or is not finite.
     """
     with prefix_errors("ranks"):
         memory = check_memory(memory)
     return _rank(np.square(singular_values(memory)))
+
+
+def check_finite(state: RWKV7State) -> None:
+    """Raises unless all numbers of a state are finite."""
+    for leaf in jax.tree.leaves(state):
+        if not np.all(np.isfinite(np.asarray(leaf, np.float64))):
+            raise ValueError("`state` must be finite; it holds NaN or infinity.")
 
 
 def diagnose(
@@ -312,11 +331,12 @@ def diagnose(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the weights or the state do not fit the model, an id is out of range, or no
-            target of a batch counts.
+        ValueError: the weights or the state do not fit the model, the state is not finite, an id is
+            out of range, or no target of a batch counts.
     """
     with prefix_errors("diagnose"):
         check_start(model, params, state)
+        check_finite(state)
         batch = check_masked_batch(batch, model.config.vocab_size)
         if generic is not None:
             generic = check_masked_batch(generic, model.config.vocab_size, "generic")

@@ -65,7 +65,8 @@ def pooled(scores: Sequence[QuestionScores]) -> QuestionScores:
 def score_table(task: str, rows: Mapping[str, TaskScores]) -> str:
     """Formats the scores of one task: one line per start state, two columns per metric.
 
-    A value and its difference from the base have separate standard errors.
+    A value and its difference from the base have separate standard errors. Only metrics that all
+    rows have are shown.
 
     Args:
         task: name of the task.
@@ -75,18 +76,32 @@ def score_table(task: str, rows: Mapping[str, TaskScores]) -> str:
     count = max(len(score.questions) for score in base.values())
     width = max(_NAME_WIDTH, *(len(name) for name in rows))
     lines = [f"{f'{task} ({count:,})':<{width}}"]
-    for metric in base:
+    metrics = _common_metrics(task, rows)
+    for metric in metrics:
         lines[0] += estimate_head(metric)
     for name, scores in rows.items():
         line = f"{name:<{width}}"
-        for metric, score in scores[task].items():
+        for metric in metrics:
+            score = scores[task][metric]
             line += estimate_columns(score.value, score, base[metric])
         lines.append(line.rstrip())
     return "\n".join(lines)
 
 
+def _common_metrics(task: str, rows: Mapping[str, TaskScores]) -> list[str]:
+    """Lists the metrics of a task that all rows have, in the order of the first row.
+
+    Rows may differ: whether a metric of the harness is a mean over questions is known from its
+    values.
+    """
+    tables = [scores[task] for scores in rows.values()]
+    return [metric for metric in tables[0] if all(metric in table for table in tables)]
+
+
 def scores_as_json(rows: Mapping[str, TaskScores]) -> dict[str, Any]:
-    """Converts scores for JSON, by task, row and metric; NaN becomes None.
+    """Converts scores for JSON, by task, row and metric; NaN and infinities become None.
+
+    Only metrics that all rows have are converted.
 
     Args:
         rows: scores by the names of the rows; the first row is the base of the differences.
@@ -94,11 +109,12 @@ def scores_as_json(rows: Mapping[str, TaskScores]) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
     base = next(iter(rows.values()))
     for task, base_metrics in base.items():
+        metrics = _common_metrics(task, rows)
         tasks[task] = {}
         for name, scores in rows.items():
             tasks[task][name] = {
-                metric: _score_as_json(score, base_metrics[metric])
-                for metric, score in scores[task].items()
+                metric: _score_as_json(scores[task][metric], base_metrics[metric])
+                for metric in metrics
             }
     return tasks
 

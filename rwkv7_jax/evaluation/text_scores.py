@@ -83,7 +83,7 @@ def _footnote(parts: Ratio, name: str) -> str:
 
 
 def rows_as_json(rows: Mapping[str, Score | Answers]) -> dict[str, dict[str, Any]]:
-    """Converts a table for JSON, by row and field; NaN becomes None.
+    """Converts a table for JSON, by row and field; NaN and infinities become None.
 
     Every row but the first has its difference from the first, in bits per byte or accuracy, and the
     standard error of the difference over pairs.
@@ -91,18 +91,18 @@ def rows_as_json(rows: Mapping[str, Score | Answers]) -> dict[str, dict[str, Any
     base = next(iter(rows.values()))
     table = {}
     for name, row in rows.items():
-        table[name] = _without_nan(dataclasses.asdict(row))
+        table[name] = _finite(dataclasses.asdict(row))
         table[name]["standard_error"] = known(row.standard_error)
         table[name] |= difference_as_json(row, base)
     return table
 
 
-def _without_nan(value: Any) -> Any:
-    """Replaces NaN by None at any depth, and arrays by lists."""
+def _finite(value: Any) -> Any:
+    """Replaces NaN and infinities by None at any depth, and arrays by lists."""
     if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
+        return [_finite(item) for item in value]
+    return known(value) if isinstance(value, float) else value

@@ -7,7 +7,7 @@ answer and the answers are equal.
 
 import re
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from decimal import Context, Decimal, InvalidOperation
 
 Verifier = Callable[[str], str | None]
 
@@ -56,8 +56,10 @@ def _plain_number(text: str) -> str | None:
         number = Decimal(text.replace(",", ""))
     except InvalidOperation:
         return None
+    # By default numbers are rounded to 28 digits, and longer ones would be equal.
+    number = number.normalize(Context(prec=len(text)))
     # `normalize` writes 1200 as 1.2E+3 and keeps the sign of a zero.
-    return format(number.normalize() + 0, "f")
+    return format(number or abs(number), "f")
 
 
 VERIFIERS: dict[str, Verifier] = {

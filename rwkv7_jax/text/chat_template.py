@@ -99,7 +99,13 @@ class Part(NamedTuple):
 
 
 def turn_start(role: str) -> str:
-    """Returns the beginning of a turn; its words follow after a space."""
+    """Returns the beginning of a turn; its words follow after a space.
+
+    Raises:
+        ValueError: the role is unknown.
+    """
+    if role not in SPEAKERS:
+        raise ValueError(f"a role must be one of {', '.join(SPEAKERS)}; got {role!r}")
     return f"{SPEAKERS[role]}:"
 
 
@@ -264,7 +270,7 @@ def write_conversation(
         ask: whether to end with the beginning of another answer, for the model to continue.
 
     Raises:
-        ValueError: the think mode is unknown.
+        ValueError: the think mode or a role is unknown.
     """
     mode = think_mode(think)
     turns = _with_tools(messages, tools)
@@ -312,7 +318,9 @@ def without_thoughts(prompt: str, completion: str) -> str:
     """
     _, speaker, opening = prompt.rpartition(turn_start("assistant"))
     answer = opening + completion
-    if not speaker or not answer.lstrip().startswith(THOUGHT_BEGIN):
+    # Another turn, or an example of another form, may follow the last answer of a prompt.
+    is_answer = speaker and TURN_END not in opening
+    if not is_answer or not answer.lstrip().startswith(THOUGHT_BEGIN):
         return completion
     _, _, words = answer.partition(THOUGHT_END.strip())
     return words

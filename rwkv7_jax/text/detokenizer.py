@@ -120,8 +120,8 @@ def whole_tokens(
 
 def spell(text: str | bytes, vocabulary: Vocabulary) -> list[int]:
     """Returns the ids that decode to exactly a text; empty if the vocabulary cannot encode it."""
-    data = text.encode() if isinstance(text, str) else text
     try:
+        data = text.encode() if isinstance(text, str) else text
         ids = vocabulary.encode(text)
     except ValueError:
         return []

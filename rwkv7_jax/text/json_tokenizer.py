@@ -107,7 +107,7 @@ class JsonTokenizer(Tokenizer):
                 'pip install "rwkv7_jax[tokenizers]".'
             ) from None
         with _package_errors(f"`{name}` must be a tokenizer.json"):
-            backend = tokenizers.Tokenizer.from_str(content.decode())
+            backend = tokenizers.Tokenizer.from_str(content.decode("utf-8-sig"))
         return cls(backend, name=name, end_of_text=end_of_text)
 
     @functools.cached_property

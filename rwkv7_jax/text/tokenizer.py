@@ -74,13 +74,25 @@ class Tokenizer:
             kind: kind of the vocabulary; None for a built-in one, whose kind is its name.
 
         Raises:
-            ValueError: an id is larger than any model's.
+            TypeError: an entry is not bytes.
+            ValueError: an id is outside the vocabulary, or larger than any model's.
         """
         largest = max(entries, default=0)
         if largest >= _MOST_IDS:
             raise ValueError(
                 f"`{name}` must have ids below {_MOST_IDS:,}; got {largest:,}."
             )
+        if largest >= vocab_size or min(entries, default=0) < 0:
+            raise ValueError(
+                f"`{name}` must have ids from 0 and below its size of {vocab_size:,}; got "
+                f"{min(entries, default=0):,} to {largest:,}."
+            )
+        for number, entry in entries.items():
+            if not isinstance(entry, bytes):
+                raise TypeError(
+                    f"`{name}` must have entries of bytes; got {type(entry).__name__} for "
+                    f"{number:,}."
+                )
         self.name = name
         self.kind = kind or name
         self._is_built_in = kind is None
@@ -173,7 +185,16 @@ class Tokenizer:
         return max(self._entries, default=0)
 
     def with_vocab_size(self, vocab_size: int) -> "Tokenizer":
-        """Returns the same vocabulary with another number of ids; the additional ids are unused."""
+        """Returns the same vocabulary with another number of ids; the additional ids are unused.
+
+        Raises:
+            ValueError: an entry would be outside the vocabulary.
+        """
+        if vocab_size <= self.largest_id:
+            raise ValueError(
+                f"Tokenizer.with_vocab_size: `vocab_size` must be above the largest id, "
+                f"{self.largest_id:,}; got {vocab_size:,}."
+            )
         other = copy.copy(self)
         other.vocab_size = vocab_size
         return other
@@ -195,8 +216,16 @@ class Tokenizer:
         ids, _ = self._encode_until(data, len(data))
         return ids
 
-    def _encode_until(self, data: bytes, limit: int) -> tuple[list[int], int]:
-        """Encodes the tokens that begin before `limit`; returns them and where they end."""
+    def _encode_until(
+        self, data: bytes, limit: int, *, before: int = 0
+    ) -> tuple[list[int], int]:
+        """Encodes the tokens that begin before `limit`; returns them and where they end.
+
+        Args:
+            data: bytes of the text.
+            limit: position in the bytes.
+            before: size of the text before these bytes, for the error message.
+        """
         if self._first_byte is not None:
             # Widened before the addition: byte 255 would wrap around to 0, the end of text.
             numbers = np.frombuffer(data[:limit], np.uint8).astype(np.int64)
@@ -221,7 +250,7 @@ class Tokenizer:
             if token is None:
                 raise ValueError(
                     f"Tokenizer.encode: `text` must consist of entries of {self.name}; none "
-                    f"begins at byte {position}, {data[position : position + 16]!r}."
+                    f"begins at byte {before + position}, {data[position : position + 16]!r}."
                 )
         return ids, position
 
@@ -254,17 +283,29 @@ class Tokenizer:
         Holds one chunk in memory, or for World about a megabyte (see `_text_encoder`). A token is
         certain once the bytes of the longest entry are known from its first byte on. The remaining
         bytes wait for the next chunk.
+
+        Raises:
+            TypeError: `chunks` is a single text.
+            ValueError: no entry covers some bytes; see `encode`.
         """
+        if isinstance(chunks, str | bytes):
+            raise TypeError(
+                "Tokenizer.encode_chunks: `chunks` must be pieces of a text; got "
+                f"{type(chunks).__name__}."
+            )
         pending = b""
+        before = 0
         for chunk in joined_chunks(chunks, _WORLD_BLOCK if self._is_world else 0):
             pending += chunk
             certain = len(pending) - self._longest_entry + 1
-            ids, end = self._encode_until(pending, max(certain, 0))
+            ids, end = self._encode_until(pending, max(certain, 0), before=before)
             if ids:
                 yield np.asarray(ids, self.dtype)
             pending = pending[end:]
+            before += end
         if pending:
-            yield np.asarray(self.encode(pending), self.dtype)
+            ids, _ = self._encode_until(pending, len(pending), before=before)
+            yield np.asarray(ids, self.dtype)
 
     def token_bytes(self, token: int) -> bytes:
         """Returns the bytes of one id; empty if the id has no entry.

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from rwkv7_jax.checks import check_count, prefix_errors
 from rwkv7_jax.text.fast_tokenizer_reader import longest_entries
 from rwkv7_jax.text.id_tokenizer import IdTokenizer
 from rwkv7_jax.text.json_tokenizer import JsonTokenizer, end_token_beside
@@ -48,9 +49,17 @@ def load_vocabulary(
         argument: the argument that names the vocabulary, in backticks; messages begin with it.
 
     Raises:
+        TypeError: the name or the size has the wrong type.
         ValueError: the vocabulary does not exist, is damaged, or has ids beyond the model's.
         ImportError: a `tokenizer.json` needs the extra `tokenizers`.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(
+            f"{argument} must be a name or a path; got {type(name).__name__}."
+        )
+    if vocab_size is not None:
+        with prefix_errors("load_vocabulary"):
+            check_count(vocab_size, 1, "`vocab_size`")
     text = os.fspath(name)
     if text == "ids":
         return IdTokenizer() if vocab_size is None else IdTokenizer(vocab_size)

@@ -222,12 +222,15 @@ def check_memory(memory: Any) -> Any:
 
     Raises:
         TypeError: not an array of numbers.
-        ValueError: another shape than [L 1 H Nv M].
+        ValueError: another shape than [L 1 H Nv M], or a number is NaN or infinite.
     """
     memory = as_array(memory, "`memory`")
     shape = tuple(memory.shape)
     if len(shape) != 5 or shape[1] != 1:
         raise ValueError(f"`memory` must have shape [L 1 H Nv M]; got {shape}.")
+    # The singular value decomposition would fail, or give NaN for all heads.
+    if not np.all(np.isfinite(np.asarray(memory, np.float64))):
+        raise ValueError("`memory` must be finite; it holds NaN or infinity.")
     return memory
 
 
@@ -241,7 +244,7 @@ def singular_values(
 
     Raises:
         TypeError: not an array of numbers.
-        ValueError: not the matrices of one sequence.
+        ValueError: not the matrices of one sequence, or not finite.
     """
     with prefix_errors("singular_values"):
         memory = check_memory(memory)

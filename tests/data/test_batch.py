@@ -100,3 +100,13 @@ def test_rows_are_selected_from_every_field():
     part = BATCH.select_rows(slice(1, 3))
     np.testing.assert_array_equal(part.tokens, TOKENS[1:3])
     assert part.mask.shape == (2, 3)
+
+
+def test_a_field_of_none_is_absent():
+    converted = Batch.of({"tokens": TOKENS, "mask": MASK, "segments": None})
+    assert "segments" not in converted
+    assert "mask" not in converted | {"mask": None}
+    with pytest.raises(ValueError, match=r"must hold 'mask'; it has tokens\."):
+        Batch.of({"tokens": TOKENS, "mask": None}, "mask")
+    with pytest.raises(ValueError, match="no field 'maks'; the nearest is 'mask'"):
+        Batch.of({"tokens": TOKENS, "maks": None})

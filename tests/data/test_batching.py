@@ -135,6 +135,9 @@ def test_invalid_choices_and_sizes_are_rejected(stream):
             batch_at(stream, 0, **{"batch_size": 1, "length": 6} | choices)
     with pytest.raises(ValueError, match="a document of at least 2 tokens; got none"):
         batch_at(np.zeros(9, np.uint16), 0, batch_size=1, length=2, packing="documents")
-    for host, hosts in ((0, 4), (2, 2), (-1, 2)):
+    for host, hosts in ((0, 4), (2, 2)):
         with pytest.raises(ValueError, match="`hosts` must divide the batch of 6 rows"):
+            host_rows(6, host, hosts)
+    for host, hosts in ((-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=r"^host_rows: `hosts?` must be at least"):
             host_rows(6, host, hosts)

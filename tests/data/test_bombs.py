@@ -58,3 +58,15 @@ def test_zstandard_is_decompressed_in_bounded_chunks(tmp_path):
     chunks = list(map(len, TextFile(path).stored_chunks()))
     assert sum(chunks) == 150_000_000
     assert max(chunks) <= 2**25
+
+
+@pytest.mark.parametrize("window_log", [27, 31])
+def test_zstandard_is_read_with_windows_of_any_size(tmp_path, window_log):
+    """`zstd --long=31` writes such frames; this one holds a block without compression."""
+    pytest.importorskip("zstandard", reason="the extra zstd")
+    window = bytes([(window_log - 10) << 3])
+    block = (len(b"abc") << 3 | 1).to_bytes(3, "little")
+    (tmp_path / "x.txt.zst").write_bytes(
+        b"\x28\xb5\x2f\xfd\x00" + window + block + b"abc"
+    )
+    assert b"".join(TextFile(tmp_path / "x.txt.zst").chunks()) == b"abc"

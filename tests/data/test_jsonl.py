@@ -80,6 +80,19 @@ def test_non_finite_numbers_are_valid_in_logs_but_not_in_data(tmp_path):
         list(read_jsonl(path, check_object))
 
 
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('{"text": "a", "text": "b"}', "text"),
+        ('{"messages": [{"role": "user", "content": "a", "role": "tool"}]}', "role"),
+    ],
+)
+def test_a_repeated_key_is_rejected(tmp_path, line, key):
+    (tmp_path / "x.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=f'x.jsonl:1: "{key}" twice in one object'):
+        list(read_jsonl(tmp_path / "x.jsonl", check_object))
+
+
 def test_only_an_incomplete_last_line_is_dropped(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"a"')

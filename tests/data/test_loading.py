@@ -3,6 +3,7 @@
 import itertools
 
 import binidx_files
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,6 +26,8 @@ def test_a_batch_depends_only_on_seed_and_step():
     )
     jumped = next(packed(STREAM, tokenizer=BYTES, seed=5, start_step=57, **SIZES))
     np.testing.assert_array_equal(walked[57].tokens, jumped.tokens)
+    on_device = packed(jnp.asarray(STREAM), tokenizer=BYTES, seed=5, **SIZES)
+    np.testing.assert_array_equal(walked[0].tokens, next(on_device).tokens)
     np.testing.assert_array_equal(walked[57].tokens, rows([57], seed=5)[0])
     assert (rows([0], seed=5)[0] != rows([0], seed=6)[0]).any()
 
@@ -94,7 +97,7 @@ def test_documents_are_split_by_content_and_end_with_token_0(folder):
 
 def test_arrays_and_token_files_are_split_by_position(tmp_path):
     path = binidx_files.write(tmp_path, [STREAM])
-    for source in (STREAM, path):
+    for source in (STREAM, jnp.asarray(STREAM), path):
         parts = [
             token_stream(source, BYTES, split=s, held_out=0.1)
             for s in ("train", "held_out")

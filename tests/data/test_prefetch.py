@@ -43,3 +43,14 @@ def test_a_prefetched_iterator_ends_where_the_other_one_does():
 def test_prefetching_needs_at_least_one_item_ahead():
     with pytest.raises(ValueError, match="Prefetch: `ahead` must be at least 1; got 0"):
         Prefetch(iter([1]), ahead=0)
+
+
+def test_only_an_iterator_is_read_and_not_after_it_is_closed():
+    with pytest.raises(TypeError, match="Prefetch: `items` must be"):
+        Prefetch([1, 2])
+    ahead = Prefetch(iter(range(5)))
+    assert next(ahead) == 0
+    ahead.close()
+    for _ in range(3):
+        with pytest.raises(ValueError, match="must not be read after `close`"):
+            next(ahead)

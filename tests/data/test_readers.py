@@ -1,5 +1,8 @@
 """Documents from files, folders and built-in corpora."""
 
+import errno
+import os
+
 import pytest
 
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
@@ -39,3 +42,34 @@ def test_built_in_corpora_have_a_fixed_order(name):
         pytest.skip(str(error))
     assert len(first) > 20 and all(first)
     assert first == texts(name)
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    """Root may read every folder, so the error is a made one."""
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "a.txt").write_bytes(b"a")
+    (tmp_path / "b.txt").write_bytes(b"b")
+    scan = os.scandir
+
+    def scan_open(path):
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan_open)
+    with pytest.raises(PermissionError, match="closed"):
+        texts(tmp_path)
+
+
+def test_a_link_to_another_file_of_the_folder_is_not_read(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (tmp_path / "blob").write_text("c")
+    (folder / "b.txt").write_text("b")
+    (folder / "a-latest.txt").symlink_to("b.txt")
+    # Equal files may be links to one store.
+    (folder / "c.txt").symlink_to(tmp_path / "blob")
+    (folder / "d.txt").symlink_to(tmp_path / "blob")
+    stats = ReadStats()
+    assert texts(folder, stats=stats) == [b"b", b"c", b"c"]
+    assert stats.passed_over == 1

@@ -16,3 +16,8 @@ def test_a_full_row_has_no_padding():
     tokens = np.array([0, 98, 99, 100])
     mask = np.array([0, 1, 1])
     assert preview_row(tokens, mask, Tokenizer.bytes()) == ("[[<0>a]]bc", 0)
+
+
+def test_a_row_of_padding_has_no_text():
+    padding = preview_row(np.zeros(4, int), np.zeros(3), Tokenizer.bytes())
+    assert padding == ("", 4)

@@ -215,9 +215,16 @@ def test_a_damaged_compressed_file_is_rejected(tmp_path, monkeypatch, suffix):
     path = tmp_path / f"x.jsonl{suffix}"
     path.write_bytes(packed)
     assert len(list(documents(path))) == 99
-    # Several compressed files, one after the other, are one file.
-    path.write_bytes(packed + packed)
-    assert len(list(documents(path))) == 198
+    # Several compressed files are one file; zeros may fill the last block of a tape.
+    for padding in (b"", bytes(8)):
+        path.write_bytes(packed + padding + packed + padding)
+        assert len(list(documents(path))) == 198
+    for junk in (b"junk", b"\xff" + packed[1:]):
+        path.write_bytes(packed + junk)
+        with pytest.raises(
+            ValueError, match=r"x\.jsonl\..*` is (damaged|an incomplete)"
+        ):
+            list(documents(path))
     for end in range(12, len(packed), 31):
         path.write_bytes(packed[:end])
         with pytest.raises(

@@ -1,10 +1,13 @@
 """The cache of a source has the same batches and hash, in files that other tools read."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import subprocess
 import sys
+import types
 
 import binidx_files
 import numpy as np
@@ -151,6 +154,52 @@ def test_a_failed_write_keeps_the_old_cache(tmp_path, source):
         write_cache([tmp_path / "empty.jsonl"], tmp_path / "x.bin", BYTES)
     (tmp_path / "empty.jsonl").unlink()
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_disk_that_fills_up_last_keeps_the_old_cache(tmp_path, monkeypatch):
+    """What is buffered is written before the first file is replaced."""
+    (tmp_path / "a.txt").write_bytes(b"abc")
+    write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    write = binidx.atomic_write
+
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    @contextlib.contextmanager
+    def write_to_full_disk(path):
+        with write(path) as file:
+            flush = fail if path.suffix == ".bin" else file.flush
+            yield types.SimpleNamespace(write=file.write, flush=flush)
+
+    monkeypatch.setattr(binidx, "atomic_write", write_to_full_disk)
+    with pytest.raises(OSError, match=r"No space left on device: .*x\.bin'"):
+        write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_links_to_the_files_of_a_cache_are_kept(tmp_path):
+    (tmp_path / "store").mkdir()
+    for suffix in token_cache.SUFFIXES:
+        (tmp_path / f"x{suffix}").symlink_to(tmp_path / "store" / f"y{suffix}")
+    for text in (b"abc", b"de"):
+        (tmp_path / "a.txt").write_bytes(text)
+        write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
+        assert BYTES.decode_bytes(token_stream(tmp_path / "x.bin", BYTES)[:]) == text
+    assert (tmp_path / "x.idx").is_symlink()
+
+
+def test_another_writer_may_remove_the_mask_first(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"abc")
+    finish = binidx.BinidxWriter.__exit__
+
+    def finish_as_the_second(self, *error):
+        finish(self, *error)
+        (tmp_path / "x.mask").unlink()
+
+    monkeypatch.setattr(binidx.BinidxWriter, "__exit__", finish_as_the_second)
+    card, _ = write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
+    assert card == read_card(tmp_path / "x.bin")
 
 
 MEMORY = """
@@ -308,3 +357,8 @@ def test_an_existing_file_or_corpus_takes_precedence_over_a_cache(
     monkeypatch.chdir(tmp_path)
     assert cache_file("stdlib") is None
     assert cache_file("x.idx").name == "x.idx"
+
+
+def test_a_single_path_is_not_a_list_of_sources(tmp_path):
+    with pytest.raises(TypeError, match="`sources` must be a list of paths; got str"):
+        write_cache("stdlib", tmp_path / "x.bin", BYTES)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rwkv7_jax.data import token_streams
+from rwkv7_jax.data.batching import batch_at, left_out, windows
 from rwkv7_jax.data.token_streams import TokenArray, TokenStream, as_stream, data_hash
 
 IDS = np.arange(1, 41, dtype=np.uint16)
@@ -52,6 +53,27 @@ def test_document_starts_are_inferred_from_token_0(monkeypatch):
     ids = np.array([5, 0, 0, 7, 8, 9, 0, 3])
     assert as_stream(ids).starts.tolist() == [0, 2, 3, 7, 8]
     assert as_stream(ids[:-1]).starts.tolist() == [0, 2, 3, 7]
+
+
+def test_only_flat_integers_are_ids():
+    assert as_stream([5, 0]).starts.tolist() == [0, 2]
+    for ids, error, reason in (
+        (np.array([0.5, 1.5]), TypeError, "`stream` must hold integers; got float64"),
+        (
+            np.zeros((2, 3), int),
+            ValueError,
+            r"`stream` must be flat; got shape \(2, 3\)",
+        ),
+        ("abc", TypeError, "`stream` must be an array; got str"),
+    ):
+        for function, choices in (
+            (batch_at, {"step": 0, "batch_size": 1, "length": 1}),
+            (windows, {"length": 1, "count": 1}),
+            (left_out, {"length": 1}),
+            (data_hash, {}),
+        ):
+            with pytest.raises(error, match=f"^{function.__name__}: {reason}"):
+                function(ids, **choices)
 
 
 def test_fill_writes_the_mask_of_the_tokens():

@@ -36,6 +36,10 @@ FADING = dataclasses.replace(
 LATE = dataclasses.replace(
     WELL, reads=np.where(np.arange(20) < 10, 1.0, 0.09) * np.ones((3, 1))
 )
+# The same in rows of half the length with padding after them.
+PADDED = dataclasses.replace(
+    WELL, reads=np.pad(FADING.reads[:, 4:14], ((0, 0), (0, 10)), constant_values=np.nan)
+)
 NARROW = dataclasses.replace(WELL, read_rank=np.full(HEADS, 7.9))
 LASTING = dataclasses.replace(WELL, dynamics="static", reference_norm=None)
 
@@ -76,6 +80,7 @@ def one_head(value):
             ["at position 9 of 20 .* static upscaled memory"],
         ),
         (changed(memories={"wkv": LATE}), []),
+        (changed(memories={"wkv": PADDED}), []),
         (changed(memories={"wkv": FADING, "memory": LASTING}), []),
         (
             changed(

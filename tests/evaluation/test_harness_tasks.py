@@ -152,6 +152,9 @@ def test_a_text_is_measured_by_its_bytes_and_an_answer_outside_the_choices_is_no
     )
     question = {"doc": {}, "arguments": [("Q", "a")] * 3, "resps": [[(-1.0, True)]] * 3}
     assert _scored_answer(choice, {**question, "target": 1}) == (-1.0, 1)
+    # Whitespace at the end of a context is scored with the answer.
+    padded = {**question, "target": 1, "arguments": [("Q: \n", "a")] * 3}
+    assert _scored_answer(choice, padded) == (-1.0, 3)
     for outside in (-1, 2):
         assert _scored_answer(choice, {**question, "target": outside}) is None
 

@@ -72,6 +72,17 @@ def test_losses_by_position_add_up_to_the_total(result):
     assert total == pytest.approx(result.bits_per_byte * 249, rel=1e-5)
 
 
+def test_the_last_range_of_positions_has_no_end(params, batch, result, monkeypatch):
+    monkeypatch.setattr(scoring, "POSITIONS", (0, 16, 32))
+    whole = score(MODEL, params, init_state(CONFIG), batch, Tokenizer.bytes())
+    assert [(first, end) for first, end, _ in whole.by_position] == [
+        (0, 16),
+        (16, 32),
+        (32, 50),
+    ]
+    assert whole.by_position[-1] == result.by_position[-1]
+
+
 def test_a_range_of_positions_may_end_with_the_window(params, batch, monkeypatch):
     monkeypatch.setattr(scoring, "POSITIONS", (0, 50, 100))
     whole = score(MODEL, params, init_state(CONFIG), batch, Tokenizer.bytes())
@@ -270,3 +281,16 @@ def test_frequency_nats_is_the_entropy_of_the_targets():
     expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     found = frequency_nats(Batch(tokens=tokens, mask=mask))
     assert found == pytest.approx(expected)
+
+
+def test_a_vocabulary_of_billions_of_ids_has_byte_counts():
+    batch = Batch(tokens=np.array([[7, 30, 2]]), mask=np.array([[1.0, 0.5]]))
+    sizes = scoring.target_bytes(batch, load_vocabulary("ids"))
+    assert sizes.tolist() == [[3.0, 1.0]]
+
+
+def test_no_rows_have_no_losses(params):
+    with pytest.raises(
+        ValueError, match=r"rows of at least two ids; got shape \(0, 5\)"
+    ):
+        token_nats(MODEL, params, init_state(CONFIG), np.zeros((0, 5), np.int32))

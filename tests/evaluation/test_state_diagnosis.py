@@ -7,6 +7,7 @@ from tiny_models import SCANNED as CONFIG
 from tiny_models import lively, random_state, restated, tokens
 from upscaled_states import empty_state, filled
 
+from rwkv7_jax.evaluation.head_statistics import head_statistics
 from rwkv7_jax.evaluation.scoring import score_answers
 from rwkv7_jax.evaluation.state_diagnosis import diagnose, ranks, retention
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -37,7 +38,9 @@ def empty():
 def text(seed=0, scored=T):
     mask = np.zeros((B, T), np.float32)
     mask[:, :scored] = 1
-    return {"tokens": np.asarray(tokens(B, T + 1, seed=seed)), "mask": mask}
+    # Zeros at the end of a row outside the loss would be padding.
+    ids = np.maximum(np.asarray(tokens(B, T + 1, seed=seed)), 1)
+    return {"tokens": ids, "mask": mask}
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +215,35 @@ def test_a_diagnosis_can_be_plotted(found, tmp_path):
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     pictures.diagnosis(tmp_path / "state.png", found[1])
     assert (tmp_path / "state.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_state_that_is_not_finite_is_rejected(model, params, number):
+    state = init_state(CONFIG)
+    state = state.replace(wkv=state.wkv.at[1, 0, 0, 0, 0].set(number))
+    with pytest.raises(ValueError, match=r"^diagnose: `state` must be finite"):
+        diagnose(model, params, state, text())
+    with pytest.raises(ValueError, match=r"^head_statistics: `state` must be finite"):
+        head_statistics(state)
+    with pytest.raises(ValueError, match=r"^ranks: `memory` must be finite"):
+        ranks(state.wkv)
+
+
+def test_padding_is_not_read(model, params, bare):
+    """Rows of 7 tokens have the same measurements with and without padding."""
+    short = {"tokens": text()["tokens"][:, :8].copy(), "mask": np.ones((B, 7))}
+    # The last row has 6 tokens.
+    short["tokens"][:, -1] = 5
+    short["tokens"][-1, 6:] = 0, 0
+    short["mask"][-1, 5:] = 0
+    padded = {name: np.pad(x, ((0, 0), (0, T - 7))) for name, x in short.items()}
+    one, two = (diagnose(model, params, bare[0], rows) for rows in (short, padded))
+    memories = [found.memories["wkv"] for found in (one, two)]
+    for name in ("reference_norm", "read_rank"):
+        np.testing.assert_allclose(*(getattr(one, name) for one in memories), rtol=1e-4)
+    np.testing.assert_allclose(
+        memories[0].reads, memories[1].reads[:, :7], rtol=1e-4, equal_nan=False
+    )
+    assert np.isnan(memories[1].reads[:, 7:]).all()
+    assert one.advice == two.advice
+    assert memories[0].faded == memories[1].faded

@@ -89,3 +89,14 @@ def test_a_table_shows_differences_from_the_first_row():
     assert base.split() == ["base", "0.2500", "+-0.2500"]
     assert tuned.split()[2:] == ["0.5000", "+-0.2887", "+0.2500", "+-0.2500"]
     assert tuned.index("0.5000") == base.index("0.2500")
+
+
+@pytest.mark.parametrize("longer", ["base", "state"])
+def test_only_metrics_that_all_rows_have_are_shown(longer):
+    rows = {name: {"sums": {"acc": scores([1, 0])}} for name in ("base", "state")}
+    rows[longer]["sums"] = {"median": scores([1, 1]), **rows[longer]["sums"]}
+    head, *lines = score_table("sums", rows).splitlines()
+    assert head.split() == ["sums", "(2)", "acc", "difference"]
+    assert [line.split()[1] for line in lines] == ["0.5000", "0.5000"]
+    cells = scores_as_json(rows)["sums"]
+    assert cells["base"].keys() == cells["state"].keys() == {"acc"}

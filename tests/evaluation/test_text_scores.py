@@ -99,8 +99,10 @@ def test_the_answer_table_has_a_line_per_start_state():
 
 def test_unmeasured_values_are_null_in_json():
     answers = dataclasses.replace(answered([1, 2]), nats=math.nan)
-    rows = rows_as_json({"base": BASE}) | rows_as_json({"task": answers})
+    base = dataclasses.replace(BASE, perplexity=math.inf, standard_error=-math.inf)
+    rows = rows_as_json({"base": base}) | rows_as_json({"task": answers})
     found = json.loads(json.dumps(rows, allow_nan=False))
     assert found["base"]["by_position"] == [[0, 32, 2.5], [32, 64, None]]
+    assert found["base"]["perplexity"] is found["base"]["standard_error"] is None
     assert found["task"]["nats"] is None
     assert found["task"]["by_position"] == [None, 1.0]

@@ -47,6 +47,9 @@ ANSWERED = (
         ]
     },
     {"data": ["6 + 6", "#### 12"]},
+    {"prompt": "6 + 6", "messages": [{"role": "user", "content": "6 + 6"}, ASSISTANT]},
+    {"prompt": [*EARLIER, USER], "completion": [ASSISTANT]},
+    {"prompt": [USER], "completion": [EARLIER[1], USER, ASSISTANT]},
 )
 
 
@@ -106,6 +109,10 @@ def test_a_raw_prompt_is_kept_verbatim(tmp_path):
         record = {"prompt": "a\n\nb ", "answer": 7, "completion": "x", **other}
         assert read(tmp_path / "q.jsonl", record) == (BYTES.encode("a\n\nb "), "7")
     assert read(tmp_path / "q.jsonl", {"prompt": "a", "answer": None})[1] == ""
+    for name in ("completion", "response", "output"):
+        for other in ({}, {"answer": None}):
+            record = {"prompt": "a", name: "x", **other}
+            assert read(tmp_path / "q.jsonl", record) == (BYTES.encode("a"), "x")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +127,7 @@ def test_a_raw_prompt_is_kept_verbatim(tmp_path):
             '"messages" must end with a question',
         ),
         ({"question": "a", "query": "b"}, '"question" and "query" in one object'),
+        ({"prompt": "a", "response": "b", "output": "c"}, '"response" and "output" in'),
         (
             {"question": "a", "output": "b", "answer": "c"},
             '"output" and "answer" in one',

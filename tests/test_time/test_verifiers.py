@@ -36,6 +36,8 @@ from rwkv7_jax.text.tokenizer import Tokenizer
         ("last_number", "it costs 1,234,567.50.", "1234567.5"),
         ("last_number", "in 2,3 or 4", "4"),
         ("last_number", "none", None),
+        ("last_number", "-0.0", "0"),
+        ("last_number", f"{10**40 + 1} or {10**40 + 2}", str(10**40 + 2)),
         ("letter", "The answer is (B).", "B"),
         ("letter", "B", "B"),
         ("letter", "C) because A is wrong", "C"),

@@ -16,6 +16,7 @@ from rwkv7_jax.text.chat_template import (
     clean_message,
     read_tools,
     tool_text,
+    without_thoughts,
     write_conversation,
 )
 from rwkv7_jax.text.jinja_template import chat_template_jinja
@@ -465,6 +466,19 @@ def test_enable_thinking_selects_free_or_fast():
         Exception, match="role must be system, user, assistant, tool; got"
     ):
         in_jinja([{"role": "bot", "content": ""}], None, True)
+
+
+def test_an_unknown_role_is_named():
+    with pytest.raises(ValueError, match=r"a role must be one of system, .* got 'bot'"):
+        write_conversation([Message("bot", "a")])
+
+
+def test_only_the_thoughts_of_the_last_turn_are_removed():
+    thought = "User: a\n\nAssistant: <think"
+    assert without_thoughts(thought, ">\nhm\n</think>\nb") == "\nb"
+    # A verbatim prompt may go on in another form after an answer with thoughts.
+    prompt = f"{thought}>\nhm\n</think>\nb\n\nQ: c\nA:"
+    assert without_thoughts(prompt, " d") == " d"
 
 
 @pytest.mark.parametrize("think", THINK_MODES)

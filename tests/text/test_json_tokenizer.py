@@ -136,6 +136,9 @@ def test_identity_does_not_depend_on_json_formatting(bpe, tmp_path):
     (tmp_path / "t.json").write_text(json.dumps(content, indent=7))
     one = load_vocabulary(bpe)
     assert load_vocabulary(tmp_path / "t.json").identity == one.identity
+    # Editors of Windows begin files with a byte order mark.
+    (tmp_path / "t.json").write_text(json.dumps(content), encoding="utf-8-sig")
+    assert load_vocabulary(tmp_path / "t.json").identity == one.identity
     content["model"]["merges"].pop()
     (tmp_path / "t.json").write_text(json.dumps(content))
     assert load_vocabulary(tmp_path / "t.json").identity != one.identity

@@ -230,3 +230,40 @@ def test_entries_are_text_or_bytes_with_any_line_ending():
         1: "ä b".encode(),
         2: b"\xff",
     }
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (
+            lambda: Tokenizer({5: b"a"}, vocab_size=3, name="x"),
+            ValueError,
+            "`x` must have ids from 0 and below its size of 3; got 5 to 5",
+        ),
+        (
+            lambda: Tokenizer({-1: b"a"}, vocab_size=3, name="x"),
+            ValueError,
+            "`x` must have ids from 0 and below its size of 3; got -1 to -1",
+        ),
+        (
+            lambda: Tokenizer({1: "a"}, vocab_size=3, name="x"),
+            TypeError,
+            "`x` must have entries of bytes; got str for 1",
+        ),
+        (
+            lambda: Tokenizer.bytes().with_vocab_size(256),
+            ValueError,
+            "`vocab_size` must be above the largest id, 256; got 256",
+        ),
+        (
+            lambda: list(Tokenizer.bytes().encode_chunks(b"ab")),
+            TypeError,
+            "`chunks` must be pieces of a text; got bytes",
+        ),
+    ],
+)
+def test_entries_outside_the_vocabulary_and_single_texts_are_rejected(
+    unchecked, call, error, sentence
+):
+    with pytest.raises(error, match=sentence):
+        call()

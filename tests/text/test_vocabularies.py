@@ -249,3 +249,14 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"^`--vocabulary`: a tokenizer.json needs"):
         load_vocabulary(file, argument="`--vocabulary`")
+
+
+def test_text_with_a_lone_surrogate_has_no_ids():
+    assert spell("\udc80", Tokenizer.bytes()) == []
+
+
+def test_bytes_without_an_entry_are_reported_by_their_position_in_the_text(folder):
+    digits = load_vocabulary(folder / "digits.txt")
+    for chunks in ([b"0" * 30 + b"x"], [b"0" * 20, b"0" * 10, b"x0"]):
+        with pytest.raises(ValueError, match="none begins at byte 30, b'x"):
+            list(digits.encode_chunks(chunks))

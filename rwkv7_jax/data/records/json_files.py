@@ -1,6 +1,6 @@
 """JSON files, with or without the records of a data set."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -30,18 +30,36 @@ def json_records(
         The records; None if the file is to be read as text, because it is not JSON or other JSON.
 
     Raises:
-        ValueError: the JSON is damaged although it must hold records, or there are records under
-            two names.
+        ValueError: the JSON is damaged although it must hold records, there are records under two
+            names, or an object of a file of records has a key twice.
     """
     lines = list(TextFile(path, encoding).lines())
-    data = b"".join(lines)
     # The first character rules out most other files without parsing them.
-    if not data.lstrip().startswith((b"[", b"{")):
+    first = next((line for line in lines if line.strip()), b"")
+    if not first.lstrip().startswith((b"[", b"{")):
         return None
+    repeated: list[str] = []
+    records = _records_of(lines, path, must_hold=must_hold, on_repeat=repeated.append)
+    # Files without records are read as text, whatever their keys are.
+    if records is not None and repeated:
+        raise ValueError(
+            f'documents: `{path}` has "{repeated[0][:40]}" twice in one object; {AS_BYTES}.'
+        )
+    return records
+
+
+def _records_of(
+    lines: list[bytes],
+    path: Path,
+    *,
+    must_hold: bool,
+    on_repeat: Callable[[str], Any],
+) -> list[Any] | None:
+    """Returns the records of the lines of a file; see `json_records` and `decode_json`."""
     try:
-        content = decode_json(data, allow_nan=False)
+        content = decode_json(b"".join(lines), allow_nan=False, on_repeat=on_repeat)
     except ValueError as error:
-        content = _of_lines(lines)
+        content = _of_lines(lines, on_repeat)
         if content is None and must_hold:
             raise ValueError(
                 f"documents: `{path}` is damaged or truncated JSON: {error}; {AS_BYTES}."
@@ -57,12 +75,17 @@ def json_records(
     return content if holds_records else None
 
 
-def _of_lines(lines: list[bytes]) -> list[Any] | None:
+def _of_lines(lines: list[bytes], on_repeat: Callable[[str], Any]) -> list[Any] | None:
     """Decodes one value per line; returns None if a line is not JSON."""
-    try:
-        return [decode_json(line, allow_nan=False) for line in lines if line.strip()]
-    except ValueError:
-        return None
+    values = []
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            values.append(decode_json(line, allow_nan=False, on_repeat=on_repeat))
+        except ValueError:
+            return None
+    return values
 
 
 def is_record(value: Any) -> bool:

@@ -139,8 +139,8 @@ class AskedQuestion(NamedTuple):
 def parse_question(record: Any) -> AskedQuestion:
     """Parses the question of a record: a verbatim "prompt", or a chat up to its last answer.
 
-    The reference answer is the value of "answer", or else the answer that `parse_record` would put
-    into the loss; thoughts are removed from a chat's answer.
+    The reference answer is the value of "answer", or else the last answer that `parse_record` would
+    put into the loss; thoughts are removed from a chat's answer.
 
     Raises:
         ValueError: the record has no question; the message is only the reason.
@@ -149,13 +149,18 @@ def parse_question(record: Any) -> AskedQuestion:
         record = {"messages": record}
     whole = check_object(record)
     record = without_nulls(whole)
+    if "messages" in record and "prompt" in record and _is_first_message(record):
+        del record["prompt"]
     if "prompt" in record and not isinstance(record["prompt"], list):
-        prompt = text_field(record, "prompt").decode()
-        return AskedQuestion((prompt,), str(record.get("answer", "")))
+        return _asked_prompt(record)
     answer_name = None
     name = only_name(record, ("prompt", "messages", *_CONVERSATIONS))
     if name:
         messages = _messages(record, name)
+        completion = record.get("completion")
+        # The second part of a chat in TRL's form.
+        if name == "prompt" and isinstance(completion, list):
+            messages = [*messages, *completion]
     else:
         name = "messages"
         question, answer_name = question_and_answer(record)
@@ -167,6 +172,15 @@ def parse_question(record: Any) -> AskedQuestion:
     parts, answer = asked_conversation(messages, name, **_template_choices(record))
     known = record.get("answer", record.get(answer_name, answer))
     return AskedQuestion(parts, without_thoughts(turn_start("assistant"), str(known)))
+
+
+def _asked_prompt(record: Mapping[str, Any]) -> AskedQuestion:
+    """Parses a verbatim prompt and its answer, which may be a number."""
+    prompt = text_field(record, "prompt").decode()
+    name = "answer"
+    if name not in record:
+        name = only_name(record, _ANSWERS_AS_THEY_STAND) or name
+    return AskedQuestion((prompt,), str(record.get(name, "")))
 
 
 def _is_first_message(record: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """Tables whose rows are records: .csv, .tsv and .parquet."""
 
+import contextlib
 import csv
 import importlib
 from collections import Counter
@@ -10,7 +11,7 @@ from typing import Any
 from rwkv7_jax.data.documents import Document
 from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.records.fields import without_nulls
-from rwkv7_jax.data.records.record import parse_record
+from rwkv7_jax.data.records.record import names_record, parse_record
 from rwkv7_jax.data.text_files import TextFile, check_content, check_is_text, head_of
 
 # The separator by suffix, and the alternatives if the first line does not contain it: spreadsheets
@@ -21,6 +22,15 @@ _OTHER_SEPARATORS = ("\t", ";", "|", ",")
 _PARQUET = ".parquet"
 
 _PARQUET_MAGIC = b"PAR1"
+
+_PARQUET_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    OSError,
+    NotImplementedError,
+)
 
 # Suffixes of tables.
 TABLES = (*_SEPARATORS, _PARQUET)
@@ -76,6 +86,10 @@ def table_documents(
     for place, row in rows:
         # An empty cell counts as a missing key.
         record = {key: cell for key, cell in row.items() if cell not in (None, "")}
+        # In Parquet, a missing text is null, so an empty one is a document, as in lines of JSON.
+        is_text = suffix == _PARQUET and row.get("text") == ""
+        if is_text and not names_record(record):
+            record["text"] = ""
         try:
             document = parse_record(record)
         except ValueError as error:
@@ -169,16 +183,30 @@ def _parquet_rows(path: Path) -> Iterator[_Row]:
             f"documents: `{path}` is a Parquet table, which pyarrow reads: "
             "`pip install 'rwkv7_jax[parquet]'`."
         ) from None
+    with _parquet_errors(path):
+        names = parquet.read_schema(path).names
+    # A row would hold only the last of two columns of one name.
+    _column_names(names, str(path))
     number = 0
+    with _parquet_errors(path), parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}: row {number}", _without_fillers(row)
+
+
+@contextlib.contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    """Turns the errors of pyarrow into one sentence.
+
+    Raises:
+        ValueError: the block raised such an error.
+    """
     try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", _without_fillers(row)
-    # `ArrowInvalid` is a ValueError. A damaged page raises OSError, and a date that Python cannot
-    # represent raises OverflowError.
-    except (ValueError, OSError, OverflowError) as error:
+        yield
+    # The errors of pyarrow are of these types, too. A date that Python cannot represent raises
+    # OverflowError, and an unknown time zone a LookupError.
+    except _PARQUET_ERRORS as error:
         reason = " ".join(str(error).split()).rstrip(".")[:160]
         raise ValueError(
             f"documents: `{path}` is not a Parquet table, or is damaged or truncated: {reason}."

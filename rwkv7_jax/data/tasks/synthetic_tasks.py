@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.random import Generator
 
+from rwkv7_jax.checks import check_count, check_instance, prefix_errors
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.tasks import toy_tasks as toy
 
@@ -190,8 +191,11 @@ def find_task(name: str, *, seed: int = 0) -> Task:
     """Returns the task with that name; `seed` determines the facts of "facts-F".
 
     Raises:
+        TypeError: the name is not a string.
         ValueError: the name is unknown, or its number is out of range.
     """
+    with prefix_errors("find_task"):
+        check_instance(name, str, "`name`")
     if name in _FORMER_NAMES:
         warnings.warn(
             f"find_task: {name} is now called {_FORMER_NAMES[name]}; its rows are the same.",
@@ -208,7 +212,20 @@ def find_task(name: str, *, seed: int = 0) -> Task:
         # Python cannot parse numbers with thousands of digits.
         if is_plain and len(number) <= len(str(high)) and low <= int(number) <= high:
             return make(int(number), seed)
-    raise ValueError(f"find_task: {_unknown_name(name)}")
+    with prefix_errors("find_task"):
+        raise ValueError(_unknown_name(name))
+
+
+def _check_numbers(step: int, batch_size: int, seed: int) -> None:
+    """Checks the numbers that select a batch.
+
+    Raises:
+        TypeError: a number is not an integer.
+        ValueError: the step or the seed is negative, or the batch has no row.
+    """
+    check_count(step, 0, "`step`")
+    check_count(batch_size, 1, "`batch_size`")
+    check_count(seed, 0, "`seed`")
 
 
 def task_batch(
@@ -233,9 +250,14 @@ def task_batch(
         held_out: draw from a separate stream of examples; facts are the same.
 
     Raises:
-        ValueError: the task is unknown, or rows are too short for one example.
+        TypeError: an argument has the wrong type.
+        ValueError: the task is unknown, a number is out of range, or rows are too short for one
+            example.
     """
-    task = find_task(name, seed=seed)
+    with prefix_errors("task_batch"):
+        _check_numbers(step, batch_size, seed)
+        check_count(length, 1, "`length`")
+        task = find_task(name, seed=seed)
     if length < task.shortest:
         raise ValueError(
             f"task_batch: `length` must be at least {task.shortest} for {name}; got {length}."
@@ -273,9 +295,15 @@ def question_batch(
         held_out: draw from a separate stream of questions.
 
     Raises:
-        ValueError: the task is unknown, or its answers depend on earlier examples.
+        TypeError: an argument has the wrong type.
+        ValueError: the task is unknown, a number is out of range, or its answers depend on earlier
+            examples.
     """
-    task = find_task(name, seed=seed)
+    with prefix_errors("question_batch"):
+        _check_numbers(step, batch_size, seed)
+        if length is not None:
+            check_count(length, 1, "`length`")
+        task = find_task(name, seed=seed)
     if not task.exact:
         raise ValueError(
             "question_batch: `name` must be a task whose questions have one right answer; got "

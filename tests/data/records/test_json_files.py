@@ -216,3 +216,26 @@ def test_records_in_a_text_file_are_rejected(tmp_path, name):
     ):
         path.write_text(prose)
         assert texts(path) == [prose.encode()]
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+@pytest.mark.parametrize(
+    "content", ['[{"text": "a", "text": "b"}]', '{"text": "a", "text": "b"}\n' * 2]
+)
+def test_a_repeated_key_of_a_record_is_rejected(tmp_path, in_folder, content):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r'x\.json` has "text" twice in one object'):
+        texts(tmp_path if in_folder else path)
+
+
+def test_repeated_keys_do_not_hide_the_kind_of_a_file(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": 1, "a": 2}')
+    assert texts(tmp_path / "x.json") == [b'{"a": 1, "a": 2}']
+    turn = '[{"role": "user", "content": "a", "role": "user"}]'
+    (tmp_path / "x.jsonl").write_text(f"{turn}\n{turn}\n")
+    with pytest.raises(ValueError, match=r'x\.jsonl:1: "role" twice in one object'):
+        texts(tmp_path / "x.jsonl")
+    (tmp_path / "x.txt").write_text('{"text": "a", "text": "b"}\n')
+    with pytest.raises(ValueError, match=r"rename it to x\.jsonl"):
+        texts(tmp_path / "x.txt")

@@ -175,3 +175,29 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"pip install 'rwkv7_jax\[parquet\]'"):
         texts(tmp_path / "x.parquet")
+
+
+def test_an_empty_text_in_parquet_is_a_document_as_in_json(tmp_path):
+    write_parquet(tmp_path / "x.parquet", {"text": ["a", "", "b"], "n": [1, 2, 3]})
+    assert texts(tmp_path / "x.parquet") == [b"a", b"", b"b"]
+    columns = {"text": ["", ""], "prompt": ["a", "b"], "answer": ["c", "d"]}
+    write_parquet(tmp_path / "x.parquet", columns)
+    assert texts(tmp_path / "x.parquet") == [b"ac", b"bd"]
+
+
+def test_two_parquet_columns_of_one_name_are_rejected(tmp_path):
+    arrow = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    from pyarrow import parquet
+
+    table = arrow.Table.from_arrays([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r'x\.parquet: names two columns "text"'):
+        texts(tmp_path / "x.parquet")
+
+
+def test_an_unknown_time_zone_is_named(tmp_path):
+    arrow = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    times = arrow.array([1], arrow.timestamp("ns", "Mars/Base"))
+    write_parquet(tmp_path / "x.parquet", {"text": ["a"], "time": times})
+    with pytest.raises(ValueError, match=r"x\.parquet` .*Mars/Base"):
+        texts(tmp_path / "x.parquet")
