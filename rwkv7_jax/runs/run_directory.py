@@ -244,13 +244,15 @@ class OwnedRunDirectory(RunDirectory):
         for fewer checkpoints from now on has not asked to delete older ones.
         """
         path = self.path / _PROTECTED
-        remembered = read_json(path)
-        protected: set[int] = set()
-        if isinstance(remembered, list):
-            protected = {step for step in remembered if isinstance(step, int)}
-        protected &= set(present)
-        if before is None or _retention(before) != _retention(now):
-            protected = set(present)
+        remembered = read_json(path) if path.exists() else []
+        is_damaged = not isinstance(remembered, list)
+        protected = set(present)
+        if (
+            before is not None
+            and not is_damaged
+            and _retention(before) == _retention(now)
+        ):
+            protected &= {step for step in remembered if isinstance(step, int)}
         if protected or path.exists():
             write_json(path, sorted(protected), indent=None)
         return protected
@@ -291,6 +293,8 @@ class OwnedRunDirectory(RunDirectory):
         if self._backup is None:
             return
         try:
+            # The last copy of an earlier process may have failed.
+            self._backup.copy_newer_steps()
             self._backup.copy_files()
         except DiskError as error:
             if not failed:

@@ -6,11 +6,13 @@ import threading
 import time
 
 import pytest
-from saved_steps import IDENTITY, PROGRESS, new_state, train_state
+from saved_steps import IDENTITY, PROGRESS, files_of, new_state, train_state
 
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.resume import backup
+from rwkv7_jax.runs.resume.backup import Backup
 from rwkv7_jax.runs.resume.object_store import ObjectStore
+from rwkv7_jax.runs.resume.step_directories import StepDirectories
 from rwkv7_jax.runs.run_directory import OwnedRunDirectory
 from rwkv7_jax.runs.run_lock import LOCK
 from rwkv7_jax.runs.settings import DataSettings, Settings, read_settings
@@ -103,6 +105,50 @@ def test_a_machine_with_newer_steps_keeps_them(tmp_path):
         folder.checkpoints.save(train_state(5), PROGRESS, IDENTITY)
         folder.checkpoints.close()
     assert _restored(tmp_path / "one", tmp_path / "bucket")[0] == 5
+
+
+@pytest.mark.parametrize("steps", [[1], [2], [3]])
+def test_the_backup_of_another_run_is_neither_fetched_nor_deleted(
+    tmp_path, monkeypatch, steps
+):
+    bucket = tmp_path / "bucket"
+    monkeypatch.setitem(IDENTITY, "inputs", {"data": "this text"})
+    _train(tmp_path / "one", bucket, [2])
+    kept = {path: path.read_bytes() for path in files_of(bucket)}
+    other = {"settings": {"seed": "0"}, "inputs": {"data": "another text"}}
+    workdir = tmp_path / "two"
+    with OwnedRunDirectory(workdir, Settings(keep=2)) as folder:
+        for step in steps:
+            folder.checkpoints.save(train_state(step), PROGRESS, other)
+        folder.checkpoints.close()
+    sentence = (
+        r"must be the copy of the run in .*two; .* `data` is this text; got another"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        OwnedRunDirectory(workdir, _settings(bucket))
+    for path, content in kept.items():
+        assert path.name == LOCK or path.read_bytes() == content
+    assert StepDirectories(workdir / "checkpoints").complete() == steps
+
+
+def test_a_step_whose_copy_failed_is_copied_at_the_end_of_the_next_start(
+    tmp_path, monkeypatch
+):
+    bucket = tmp_path / "bucket"
+    _train(tmp_path / "one", bucket, [1])
+    upload = Backup._upload_step
+
+    def failing(self, step):
+        raise DiskError("UNAVAILABLE: the connection was lost")
+
+    monkeypatch.setattr(Backup, "_upload_step", failing)
+    with pytest.raises(DiskError, match="the connection was lost"):
+        _train(tmp_path / "one", bucket, [2])
+    assert _restored(tmp_path / "two", bucket)[0] == 1
+    monkeypatch.setattr(Backup, "_upload_step", upload)
+    # The run has ended, so this start saves no step.
+    assert _restored(tmp_path / "one", bucket)[0] == 2
+    assert _restored(tmp_path / "three", bucket) == (2, [1, 2])
 
 
 class _FailingStore:
