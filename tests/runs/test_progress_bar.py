@@ -1,6 +1,8 @@
 """Progress on a terminal, and as plain lines elsewhere."""
 
 import io
+import os
+import termios
 
 import pytest
 
@@ -39,6 +41,21 @@ def test_a_terminal_gets_one_redrawn_line(clock):
     assert drawn.startswith(
         "\r[######..................] train  25%  0:03 left  loss 1"
     )
+
+
+@pytest.mark.parametrize(("columns", "length"), [(40, 39), (0, 234)])
+def test_a_line_is_cut_at_the_width_of_the_terminal(clock, columns, length):
+    reader, writer = os.openpty()
+    # Some terminals do not know their width, which is then 0.
+    termios.tcsetwinsize(writer, (24, columns))
+    with open(writer, "w", encoding="utf-8") as terminal:
+        bar = ProgressBar(2, "train", file=terminal)
+        clock[0] = 1.0
+        bar.update(1, "x" * 184)
+        drawn = os.read(reader, 4096).decode()
+    os.close(reader)
+    assert drawn.startswith("\r[############............] train  50%")
+    assert len(drawn.removeprefix("\r").removesuffix("\x1b[K")) == length
 
 
 def test_the_line_ends_with_the_newest_numbers_and_the_next_begins_another(clock):

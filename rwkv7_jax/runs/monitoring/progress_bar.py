@@ -1,6 +1,7 @@
 """Progress bars for long tasks."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -84,8 +85,12 @@ class ProgressBar:
         due = now - self._drawn > _REDRAW_SECONDS
         filled = round(_BAR_CHARACTERS * share)
         bar = "#" * filled + "." * (_BAR_CHARACTERS - filled)
+        shown = f"[{bar}] {line}"
+        # A line that wraps could not be redrawn in place.
+        if columns := _columns(self._file):
+            shown = shown[: columns - 1]
         # A carriage return before the line, and "erase to the end of the line" after it.
-        self._newest = f"\r[{bar}] {line}\x1b[K"
+        self._newest = f"\r{shown}\x1b[K"
         if self._line_is_open and not due and share < 1.0:
             return
         self._write(self._newest)
@@ -188,6 +193,15 @@ def count_progress(
         return f"{done:,} of {total:,} {unit}"
 
     return progress(label, describe)
+
+
+def _columns(terminal: Any) -> int:
+    """Returns the width of a terminal in characters; 0 if it is unknown."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns
+    # ValueError: the stream is closed.
+    except (OSError, ValueError):
+        return 0
 
 
 def _clock(seconds: float) -> str:
