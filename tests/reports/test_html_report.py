@@ -242,6 +242,15 @@ def test_the_command_writes_the_report_and_prints_its_path(run, capsys):
     assert capsys.readouterr().out.strip() == str(run / "report.html")
 
 
+def test_a_page_shows_the_newest_of_many_samples(tmp_path):
+    rows = [{"step": step, "prompt": "", "text": f"<{step}>"} for step in range(1000)]
+    write_lines(tmp_path / "samples.jsonl", rows)
+    page = Page(report_page(tmp_path))
+    assert page.tags.count("pre") == 200
+    assert "<999>" in page.texts and "<799>" not in page.texts
+    assert "800 earlier samples hidden." in page.texts
+
+
 def points_of(svg, shape):
     """Return the coordinates of the shapes' points."""
     found = re.findall(rf'<{shape} points="([^"]+)"', svg)
