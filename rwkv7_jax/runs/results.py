@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rwkv7_jax.checks import first_line
 from rwkv7_jax.evaluation.metric import logged_metric
 from rwkv7_jax.runs.early_stopping import Progress, StateProgress
 from rwkv7_jax.runs.exit_codes import (
@@ -230,5 +231,6 @@ def _write_result(
     print(f"saved {result}")
     try:
         draw(folder, mode, params)
-    except OSError as error:
-        folder.warn(f"the plot of the state cannot be written: {error}")
+    # Any exception: the result is saved, whatever matplotlib or memory lacks.
+    except Exception as error:
+        folder.warn(f"the state cannot be plotted: {first_line(error)}")
