@@ -144,6 +144,7 @@ MISUSE = [
     # data
     ("data", "arguments are required: SOURCE"),
     ("data t.txt", "`OUT` must be given, or `--show`"),
+    ("data t.txt out --show 1", "`OUT` must be left out with `--show`"),
     ("data none.txt out", "`none.txt` must be a file"),
     ("data _ out", "`SOURCE` must name a text; got none"),
     ("data t.txt _", "`OUT` must name a file or a folder"),
