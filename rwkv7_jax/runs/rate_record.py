@@ -6,20 +6,26 @@ the run's other files, and applies from then on.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.checks import check_number
-from rwkv7_jax.json_files import parse_json, write_json
+from rwkv7_jax.json_files import parse_json, read_object, write_json
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.rate_stack import BASE, RateStackMode, subjects_of
+from rwkv7_jax.runs.modes.rate_stack import (
+    BASE,
+    SEARCH_FOLDER,
+    RateStackMode,
+    subjects_of,
+)
 from rwkv7_jax.runs.modes.stack import if_named
 from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
 from rwkv7_jax.runs.run_directory import RunDirectory
-from rwkv7_jax.tuning.rate_search import choose_rate
+from rwkv7_jax.tuning.rate_search import SearchPlan, choose_rate
 
 # The file name of the record in the run directory.
 RECORD = "rate_search.json"
@@ -51,6 +57,8 @@ def find_rates(
     if record is None:
         stack = RateStackMode(mode)
         _announce(stack)
+        place = folder.path / SEARCH_FOLDER
+        group.from_process_0(lambda: _discard_other_plan(place, stack.plan))
         params = search(stack)
         if not stack.results:
             # An earlier process evaluated the last step; this one lacks the results.
@@ -62,6 +70,28 @@ def find_rates(
         }
         record = group.from_process_0(lambda: _write_record(path, found))
     return _use(mode, record["states"])
+
+
+def _discard_other_plan(place: Path, plan: SearchPlan) -> None:
+    """Deletes an interrupted search of another size, because it cannot be resumed.
+
+    The size follows from settings of the run, such as its steps, which may have changed since.
+
+    Args:
+        place: the folder of the search.
+        plan: of the search that begins or resumes.
+    """
+    settings = read_object(place / "settings.json") or {}
+    data = settings.get("data")
+    rows = data.get("batch_size") if isinstance(data, Mapping) else None
+    steps = settings.get("steps")
+    if None in (rows, steps) or (steps, rows) == (plan.steps, plan.rows):
+        return
+    print(
+        f"rate      the search begins anew, because it was interrupted with {steps} steps of "
+        f"{rows} rows each"
+    )
+    shutil.rmtree(place)
 
 
 def _read_record(
