@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -168,22 +169,7 @@ class OwnedRunDirectory(RunDirectory):
         """
         self.path = Path(path).absolute()
         self.workdir = self.path
-        require_unicode(self.path, "`--workdir`")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            # Not `os.access`: only an attempt shows whether a file can be created here.
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-            self._lock = RunLock(self.path / LOCK)
-        except OSError as error:
-            raise DiskError(
-                f"`--workdir` {self.path} cannot be written: {error}."
-            ) from None
-        if self._lock.stale:
-            warn(
-                f"{self._lock.stale} ended without releasing {self.path} (killed, out of memory or "
-                "power failure); the run resumes from its newest checkpoint"
-            )
+        self._lock = _lock_folder(self.path)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._lock.release)
             self._steps = StepDirectories(self.path / STEPS)
@@ -405,6 +391,33 @@ class OwnedRunDirectory(RunDirectory):
     def rows(self, steps: Collection[int] | None = None) -> list[dict]:
         """Returns the metrics so far; see `RunDirectory.rows`."""
         return self._metrics.rows(steps)
+
+
+def _lock_folder(path: Path) -> RunLock:
+    """Creates a run directory if it is missing, and takes its lock.
+
+    Raises:
+        ValueError: the path is not UTF-8 or not a folder, or another process uses it.
+        DiskError: the folder cannot be written.
+    """
+    require_unicode(path, "`--workdir`")
+    # Also a link to nowhere, in whose place no folder can be created.
+    if os.path.lexists(path) and not path.is_dir():
+        raise ValueError(f"`--workdir` must be a folder; `{path}` is not one.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # Not `os.access`: only an attempt shows whether a file can be created here.
+        with tempfile.TemporaryFile(dir=path):
+            pass
+        lock = RunLock(path / LOCK)
+    except OSError as error:
+        raise DiskError(f"`--workdir` {path} cannot be written: {error}.") from None
+    if lock.stale:
+        warn(
+            f"{lock.stale} ended without releasing {path} (killed, out of memory or power "
+            "failure); the run resumes from its newest checkpoint"
+        )
+    return lock
 
 
 class NullRunDirectory(RunDirectory):

@@ -45,6 +45,19 @@ def test_a_directory_that_cannot_be_created_is_a_disk_error(tmp_path):
         OwnedRunDirectory(tmp_path / "file" / "run", Settings())
 
 
+@pytest.mark.parametrize("kind", ["file", "link to nowhere", "link to itself"])
+def test_something_else_in_place_of_the_directory_is_named(tmp_path, kind):
+    place = tmp_path / "run"
+    if kind == "file":
+        place.write_text("")
+    else:
+        place.symlink_to(place if kind == "link to itself" else tmp_path / "none")
+    with pytest.raises(
+        ValueError, match=r"`--workdir` must be a folder; .*run` is not"
+    ):
+        OwnedRunDirectory(place, Settings())
+
+
 class _LostService:
     """A tracker whose service is unreachable."""
 
