@@ -1,6 +1,7 @@
 """The copy of a run in an object store: a folder behind `file://` stands in for the bucket."""
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -8,6 +9,7 @@ import time
 import pytest
 from saved_steps import IDENTITY, PROGRESS, files_of, new_state, train_state
 
+from rwkv7_jax.json_files import write_json
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.resume import backup
 from rwkv7_jax.runs.resume.backup import Backup
@@ -184,6 +186,19 @@ def test_files_of_a_failed_copy_are_copied_with_the_next_one(tmp_path):
     copy.release()
     for name in ("settings.json", "rate_search.json", "state.pth"):
         assert (tmp_path / "bucket" / name).read_text() == name
+
+
+def test_a_file_replaced_within_the_same_moment_is_copied_again(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    copy = backup.Backup(ObjectStore(f"file://{tmp_path / 'bucket'}"), workdir)
+    for text in ("[1]", "[2]"):
+        write_json(workdir / "protected_steps.json", json.loads(text), indent=None)
+        os.utime(workdir / "protected_steps.json", ns=(0, 0))
+        copy.copy_files()
+        stored = tmp_path / "bucket" / "protected_steps.json"
+        assert stored.read_text() == f"{text}\n"
+    copy.release()
 
 
 def test_files_that_could_not_be_fetched_are_fetched_at_the_next_start(

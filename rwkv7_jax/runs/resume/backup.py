@@ -77,8 +77,8 @@ class Backup:
         _require_outside(store, workdir)
         self.steps = StoredSteps(store, STEPS, self._require_lock)
         self._logs = StoredLogs(store, self._require_lock)
-        # Size and modification time of each file when it was last copied.
-        self._copied: dict[str, tuple[int, int]] = {}
+        # What changes with each file, as it was when the file was last copied.
+        self._copied: dict[str, tuple[int, int, int]] = {}
         self._released = threading.Event()
         self._displaced = False
         # Distinguishes this holder from all others, including one in the same process.
@@ -243,7 +243,8 @@ class Backup:
                 logs[key] = path
                 continue
             status = path.stat()
-            version = (status.st_size, status.st_mtime_ns)
+            # Clocks of disks may be coarse, but a file that was replaced has another inode.
+            version = (status.st_ino, status.st_size, status.st_mtime_ns)
             if self._copied.get(key) != version:
                 changed[key] = path
                 versions[key] = version
