@@ -27,6 +27,9 @@ from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.tuning.rate_search import SearchPlan, choose_rate
 
+# Errors from a record whose entries do not have the expected types.
+_DAMAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
+
 # The file name of the record in the run directory.
 RECORD = "rate_search.json"
 
@@ -103,15 +106,23 @@ def _read_record(
     try:
         record = parse_json(path.read_bytes())
         was = {group: dict(fields) for group, fields in record["identity"].items()}
+    except _DAMAGE:
+        raise _damaged(path) from None
+    # First: with other texts, a run may have states that the record lacks.
+    require_same_identity(path.parent, was, identity)
+    try:
         for name in names:
             _check_found(record["states"][name])
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
-        raise ValueError(
-            f"`{path}` must be the record of a learning-rate search; it is damaged. Delete it to "
-            "search again."
-        ) from None
-    require_same_identity(path.parent, was, identity)
+    except _DAMAGE:
+        raise _damaged(path) from None
     return record
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(
+        f"`{path}` must be the record of a learning-rate search; it is damaged. Delete it to "
+        "search again."
+    )
 
 
 def _check_found(found: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from rwkv7_jax.runs.exit_codes import Stopped
 from rwkv7_jax.runs.modes.rate_stack import RateStackMode
 from rwkv7_jax.runs.modes.registry import make_mesh_of, make_mode
 from rwkv7_jax.runs.modes.state_tuning import StateTuningMode
-from rwkv7_jax.runs.rate_record import RECORD, _discard_other_plan
+from rwkv7_jax.runs.rate_record import RECORD, _discard_other_plan, _read_record
 from rwkv7_jax.runs.settings import DataSettings, Settings, as_config
 from rwkv7_jax.tuning.rate_search import SearchPlan
 
@@ -116,6 +116,14 @@ def test_an_interrupted_search_is_kept_if_its_size_is_the_same(
     (place / "settings.json").write_text(json.dumps(values))
     _discard_other_plan(place, SearchPlan(steps, rows, 0.1))
     assert place.exists() == is_kept
+
+
+def test_a_record_of_other_texts_is_not_called_damaged(tmp_path):
+    record = {"identity": {"inputs": {"data poet": "1"}}, "states": {"poet": {}}}
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    now = {"inputs": {"data poet": "2", "data cook": "3"}}
+    with pytest.raises(ValueError, match="whose `data poet` is 1; got 2"):
+        _read_record(tmp_path / RECORD, ["poet", "cook"], now)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"steps": 3, "data": 1}'])
