@@ -266,6 +266,16 @@ def test_a_curve_keeps_its_order_and_stays_inside_the_picture():
     assert all(0 < x < WIDTH and 0 < y < HEIGHT for x, y in line)
 
 
+def test_a_legend_never_covers_the_title_and_every_line_is_named():
+    names = [f"state {index}/loss" for index in range(40)]
+    curves = {name: Curve([(0, 1.0), (1, 2.0)]) for name in names}
+    svg = line_chart("loss (nats per token)", curves)
+    shown = re.findall(r'<text x="(\d+)" y="16" text-anchor="end"[^>]*>([^<]+)<', svg)
+    assert 1 < len(shown) < 6
+    assert all(int(x) - 7 * len(name) > 62 + 7 * 21 for x, name in shown)
+    assert re.findall("<title>([^<]+)</title>", svg) == names
+
+
 def test_a_long_curve_is_downsampled_to_means():
     svg = line_chart("t", {"a": Curve((x, x % 2) for x in range(10 * PIECES))})
     (line,) = points_of(svg, "polyline")
