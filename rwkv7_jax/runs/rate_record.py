@@ -23,6 +23,7 @@ from rwkv7_jax.runs.modes.rate_stack import (
 )
 from rwkv7_jax.runs.modes.stack import if_named
 from rwkv7_jax.runs.process_group import group_of_run
+from rwkv7_jax.runs.resume.backup import STEPS
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.tuning.rate_search import SearchPlan, choose_rate
@@ -94,6 +95,8 @@ def _discard_other_plan(place: Path, plan: SearchPlan) -> None:
         f"rate      the search begins anew, because it was interrupted with {steps} steps of "
         f"{rows} rows each"
     )
+    # First the checkpoints: if this is killed, the settings still tell that the rest must go.
+    shutil.rmtree(place / STEPS, ignore_errors=True)
     shutil.rmtree(place)
 
 
