@@ -53,7 +53,9 @@ from rwkv7_jax.runs import compilation_cache, config_flags, process
 from rwkv7_jax.runs.comparison import Comparison, load_comparison, read_held_out
 from rwkv7_jax.runs.datasets import training_stream
 from rwkv7_jax.runs.devices import check_devices
+from rwkv7_jax.runs.exit_codes import warn
 from rwkv7_jax.runs.monitoring.progress_bar import count_progress
+from rwkv7_jax.runs.monitoring.run_plots import warn_if_not_drawn
 from rwkv7_jax.runs.question_answers import AskedQuestions
 from rwkv7_jax.runs.settings import Settings, read_settings
 from rwkv7_jax.runs.settings.readers import refuse_settings_without_effect
@@ -226,7 +228,8 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
         by_position = {
             name: row.by_position for name, row in report["new text"].items()
         }
-        plots.by_position(folder / "by_position.png", by_position)
+        with warn_if_not_drawn("the loss by position", warn):
+            plots.by_position(folder / "by_position.png", by_position)
 
 
 def main(arguments: list[str]) -> None:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rwkv7_jax.checks import first_line
 from rwkv7_jax.evaluation.metric import logged_metric
 from rwkv7_jax.runs.early_stopping import Progress, StateProgress
 from rwkv7_jax.runs.exit_codes import (
@@ -15,7 +14,7 @@ from rwkv7_jax.runs.exit_codes import (
 )
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.stack import if_named
-from rwkv7_jax.runs.monitoring.run_plots import draw
+from rwkv7_jax.runs.monitoring.run_plots import draw, warn_if_not_drawn
 from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.process_group import group_of_mesh
 from rwkv7_jax.runs.resume.run_identity import Identity
@@ -229,8 +228,5 @@ def _write_result(
 
     result = group_of_mesh(mode.mesh).run_in_all(save)
     print(f"saved {result}")
-    try:
+    with warn_if_not_drawn("the state", folder.warn):
         draw(folder, mode, params)
-    # Any exception: the result is saved, whatever matplotlib or memory lacks.
-    except Exception as error:
-        folder.warn(f"the state cannot be plotted: {first_line(error)}")

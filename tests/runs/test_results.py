@@ -50,4 +50,4 @@ def test_a_plot_that_fails_does_not_fail_the_run_whose_result_is_saved(
     results._write_result(mode, {}, folder, [])
     assert capsys.readouterr().out == f"saved {tmp_path / 'model.pth'}\n"
     (said,) = warnings
-    assert said.endswith("cannot be plotted: numpy.core.multiarray failed to import")
+    assert said == "the state cannot be drawn: numpy.core.multiarray failed to import"
