@@ -45,6 +45,24 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def check_format(path: str | Path, argument: str) -> None:
+    """Checks that matplotlib can write the format of a picture; it imports matplotlib.
+
+    Args:
+        path: path of the picture; without a suffix it is a PNG file.
+        argument: the option in backticks; the message begins with it.
+
+    Raises:
+        ValueError: the suffix is no format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = sorted(FigureCanvasAgg.get_supported_filetypes())
+    suffix = Path(path).suffix[1:]
+    if suffix and suffix.lower() not in known:
+        raise ValueError(f"{argument} must end in .{', .'.join(known)}; got {path}.")
+
+
 def _figure(
     columns: int, *, height: float = 3.4, width: float = 4.6
 ) -> tuple[Any, Any]:

@@ -394,6 +394,7 @@ MISUSE = [
     ),
     (f"{DOCTOR} --generic t.txt,./t.txt", "`--generic` must name each file once"),
     (f"{DOCTOR} --picture gs:b/p.png", "`--picture` must be on this machine"),
+    (f"{DOCTOR} --picture p.txt", "`--picture` must end in "),
     (
         f"{DOCTOR} --picture folder",
         "`--picture` must name a file; 'folder' is a folder",

@@ -20,6 +20,19 @@ def test_points_are_drawn_with_and_without_a_front(tmp_path):
         assert (tmp_path / name).stat().st_size > 5000
 
 
+@pytest.mark.parametrize("name", ["a", "a.png", "a.PNG", "a.svg", ".hidden"])
+def test_a_format_that_can_be_drawn_is_accepted(name):
+    pytest.importorskip("matplotlib")
+    plots.check_format(name, "`--picture`")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.pn", "a.png.gz"])
+def test_a_format_that_cannot_be_drawn_is_rejected(name):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match=rf"`--picture` must end in .*\.png, .*{name}"):
+        plots.check_format(name, "`--picture`")
+
+
 @pytest.mark.parametrize("count", [1, 10, 23])
 def test_every_line_and_every_group_is_drawn(tmp_path, monkeypatch, count):
     pytest.importorskip("matplotlib")
