@@ -15,6 +15,7 @@ from rwkv7_jax.local_paths import local_path, split_list, split_paths
 from rwkv7_jax.optim.decorrelation import Method as DecorrelationMethod
 from rwkv7_jax.optim.optimizer import KINDS as OPTIMIZERS
 from rwkv7_jax.optim.optimizer import SCHEDULES
+from rwkv7_jax.reports.metric_writers import TRACKERS
 from rwkv7_jax.runs.settings.conversion import check_model_sizes, from_mapping
 from rwkv7_jax.runs.settings.data import DataSettings
 from rwkv7_jax.runs.settings.fields import (
@@ -22,6 +23,7 @@ from rwkv7_jax.runs.settings.fields import (
     MOST_RATE,
     MOST_WEIGHT,
     choice,
+    choose,
     number,
     optional,
     place,
@@ -264,10 +266,8 @@ class Settings:
             raise ValueError(
                 "`config.evaluation.prompt_tokens` must be at least 1, or -1 for all; got 0."
             )
-        if not all(tracker.strip() for tracker in self.trackers):
-            raise ValueError(
-                f"`config.trackers` must hold only names of trackers; got {self.trackers!r}."
-            )
+        for tracker in self.trackers:
+            choose("config.trackers", TRACKERS, tracker)
         self._check_tasks()
         if self.tuning.states is not None and self.data.path:
             raise ValueError(
