@@ -43,19 +43,27 @@ def test_a_terminal_gets_one_redrawn_line(clock):
     )
 
 
-@pytest.mark.parametrize(("columns", "length"), [(40, 39), (0, 234)])
-def test_a_line_is_cut_at_the_width_of_the_terminal(clock, columns, length):
+@pytest.mark.parametrize(
+    ("columns", "text", "drawn"),
+    [
+        (60, "loss 1", f"[{'#' * 12}{'.' * 12}] train  50%  0:01 left  loss 1"),
+        (40, "loss 1", "[####...] train  50%  0:01 left  loss 1"),
+        (43, "loss 1", "[#####.....] train  50%  0:01 left  loss 1"),
+        (20, "loss 1", "[##..] train  50%  "),
+        # Some terminals do not know their width.
+        (0, "x" * 99, f"[{'#' * 12}{'.' * 12}] train  50%  0:01 left  {'x' * 99}"),
+    ],
+)
+def test_a_line_fits_into_the_width_of_the_terminal(clock, columns, text, drawn):
     reader, writer = os.openpty()
-    # Some terminals do not know their width, which is then 0.
     termios.tcsetwinsize(writer, (24, columns))
     with open(writer, "w", encoding="utf-8") as terminal:
         bar = ProgressBar(2, "train", file=terminal)
         clock[0] = 1.0
-        bar.update(1, "x" * 184)
-        drawn = os.read(reader, 4096).decode()
+        bar.update(1, text)
+        shown = os.read(reader, 4096).decode()
     os.close(reader)
-    assert drawn.startswith("\r[############............] train  50%")
-    assert len(drawn.removeprefix("\r").removesuffix("\x1b[K")) == length
+    assert shown == f"\r{drawn}\x1b[K"
 
 
 def test_the_line_ends_with_the_newest_numbers_and_the_next_begins_another(clock):

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# Length of a bar, and of one on a terminal that is too narrow.
 _BAR_CHARACTERS = 24
+_LEAST_CHARACTERS = 4
 
 # Seconds between two drawings on a terminal, and at least between two lines elsewhere.
 _REDRAW_SECONDS = 0.1
@@ -83,12 +85,7 @@ class ProgressBar:
     def _redraw(self, share: float, line: str) -> None:
         now = time.monotonic()
         due = now - self._drawn > _REDRAW_SECONDS
-        filled = round(_BAR_CHARACTERS * share)
-        bar = "#" * filled + "." * (_BAR_CHARACTERS - filled)
-        shown = f"[{bar}] {line}"
-        # A line that wraps could not be redrawn in place.
-        if columns := _columns(self._file):
-            shown = shown[: columns - 1]
+        shown = _with_bar(share, line, _columns(self._file))
         # A carriage return before the line, and "erase to the end of the line" after it.
         self._newest = f"\r{shown}\x1b[K"
         if self._line_is_open and not due and share < 1.0:
@@ -193,6 +190,24 @@ def count_progress(
         return f"{done:,} of {total:,} {unit}"
 
     return progress(label, describe)
+
+
+def _with_bar(share: float, line: str, columns: int) -> str:
+    """Puts a bar before a line; the result does not wrap, and so can be redrawn in place.
+
+    Args:
+        share: the share of the bar that is filled.
+        line: the line.
+        columns: the width of the terminal; 0 if it is unknown.
+    """
+    width = _BAR_CHARACTERS
+    if columns:
+        # Without the brackets, the space, and the last column, after which terminals wrap.
+        room = columns - len(line) - 4
+        width = min(max(room, _LEAST_CHARACTERS), _BAR_CHARACTERS)
+    filled = round(width * share)
+    shown = f"[{'#' * filled}{'.' * (width - filled)}] {line}"
+    return shown[: columns - 1] if columns else shown
 
 
 def _columns(terminal: Any) -> int:
