@@ -186,14 +186,14 @@ class _Metrics:
 
 
 def _event_marks(events: Sequence[Mapping[str, Any]]) -> list[Mark]:
-    """Makes marks for the events that explain a change in a curve."""
+    """Makes marks for the newest events that explain a change in a curve."""
     marks = []
     for event in events:
         kind = event.get("event")
         if kind in _MARKED:
             text = f"{kind} at step {event['step']} {event.get('detail') or ''}"
             marks.append(Mark(event["step"], kind, text))
-    return marks[:_EVENTS_SHOWN]
+    return marks[-_EVENTS_SHOWN:]
 
 
 def _event_table(events: Sequence[Mapping[str, Any]]) -> str:

@@ -251,6 +251,17 @@ def test_a_page_shows_the_newest_of_many_samples(tmp_path):
     assert "800 earlier samples hidden." in page.texts
 
 
+def test_a_page_marks_the_newest_of_many_events(run):
+    rows = [{"step": step, "event": "skipped"} for step in range(1, 301)]
+    write_lines(run / "events.jsonl", rows)
+    text = report_page(run)
+    # The curves end at step 20, so none of these is in a chart.
+    assert 'class="mark skipped"' not in text
+    assert "100 earlier events hidden." in text
+    write_lines(run / "events.jsonl", [*rows, {"step": 9, "event": "resume"}])
+    assert report_page(run).count('class="mark resume"') == 3
+
+
 def points_of(svg, shape):
     """Return the coordinates of the shapes' points."""
     found = re.findall(rf'<{shape} points="([^"]+)"', svg)
