@@ -6,8 +6,16 @@ import shutil
 import threading
 import time
 
+import numpy as np
 import pytest
-from saved_steps import IDENTITY, PROGRESS, files_of, new_state, train_state
+from saved_steps import (
+    IDENTITY,
+    PROGRESS,
+    damage,
+    files_of,
+    new_state,
+    train_state,
+)
 
 from rwkv7_jax.json_files import write_json
 from rwkv7_jax.runs.exit_codes import DiskError
@@ -98,6 +106,33 @@ def test_a_fetched_step_replaces_what_is_in_its_way(tmp_path, capfd, name):
         (step / name).write_text("of another program")
     assert _restored(tmp_path / "one", bucket) == (2, [1, 2])
     assert f"{step} was in the way; it is now in" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("left", [[], [1]])
+def test_a_step_that_is_damaged_here_is_fetched_from_the_store(tmp_path, capfd, left):
+    bucket = tmp_path / "bucket"
+    _train(tmp_path / "one", bucket, [1, 2])
+    steps = tmp_path / "one" / "checkpoints"
+    for number in {1, 2} - {*left}:
+        damage(steps / str(number) / "record" / "metadata", "truncate")
+    assert _restored(tmp_path / "one", bucket) == (2, [1, 2])
+    said = capfd.readouterr()
+    assert "step 2 is damaged" in said.err
+    assert said.out.count("was copied from") == 1
+
+
+def test_a_step_that_has_nan_in_the_store_too_is_fetched_once(tmp_path, capfd):
+    bucket = tmp_path / "bucket"
+    bad = train_state(2)
+    bad.params["matrix"] = bad.params["matrix"].at[0, 0].set(np.nan)
+    with OwnedRunDirectory(tmp_path / "one", _settings(bucket)) as folder:
+        for train in (train_state(1), bad):
+            folder.checkpoints.save(train, PROGRESS, IDENTITY)
+            folder.checkpoints.close()
+    assert _restored(tmp_path / "one", bucket)[0] == 1
+    said = capfd.readouterr()
+    assert said.err.count("step 2 is damaged: it has NaN or Inf") == 2
+    assert said.out.count("was copied from") == 1
 
 
 def test_a_machine_with_newer_steps_keeps_them(tmp_path):

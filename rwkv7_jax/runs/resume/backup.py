@@ -79,6 +79,8 @@ class Backup:
         self._logs = StoredLogs(store, self._require_lock)
         # What changes with each file, as it was when the file was last copied.
         self._copied: dict[str, tuple[int, int, int]] = {}
+        # The steps that this process has downloaded.
+        self._tried: set[int] = set()
         self._released = threading.Event()
         self._displaced = False
         # Distinguishes this holder from all others, including one in the same process.
@@ -176,10 +178,15 @@ class Backup:
     def fetch_step(self) -> None:
         """Downloads the newest intact step if it is newer than all local steps.
 
+        It tries no step twice: the caller may have found that one does not fit or has NaN.
+
         Raises:
             DiskError: the store cannot be read, or the run directory cannot be written.
         """
         for step in self.newer_steps():
+            if step in self._tried:
+                continue
+            self._tried.add(step)
             place = self._local_steps.unfinished(step)
             shutil.rmtree(place, ignore_errors=True)
             files = self.steps.files(step) | {MANIFEST: self.steps.key(step, MANIFEST)}

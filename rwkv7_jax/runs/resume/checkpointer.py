@@ -110,7 +110,8 @@ class Checkpointer(CheckpointStore):
             settings: the settings of the run.
             protected: steps that retention never deletes, because they were saved under other
                 retention settings.
-            fetch: downloads newer steps from elsewhere; called before a restore.
+            fetch: downloads newer steps from elsewhere, each at most once; called before a
+                restore.
             copy: copies the run to its backup; called after every save.
             group: the processes that save and restore together; None for this process alone.
 
@@ -314,10 +315,7 @@ class Checkpointer(CheckpointStore):
     ) -> tuple[TrainState, Progress]:
         """Sets damaged steps aside until one is intact; see `CheckpointStore.restore`."""
         from_process_0 = self._group.from_process_0
-        from_process_0(self._fetch)
-        for number in from_process_0(self.steps.numbers):
-            if from_process_0(functools.partial(self.steps.drop_if_empty, number)):
-                continue
+        while (number := from_process_0(self._newest_step)) is not None:
             try:
                 restored = self._load(number, abstract, identity)
             except _Damaged as error:
@@ -332,6 +330,15 @@ class Checkpointer(CheckpointStore):
         train = init()
         leaf_checksums(train)
         return train, Progress()
+
+    def _newest_step(self) -> int | None:
+        """Returns the newest step here or, if it is newer, elsewhere; None if there is none."""
+        # Again after each damaged step, of which there may be an intact copy.
+        self._fetch()
+        for number in self.steps.numbers():
+            if not self.steps.drop_if_empty(number):
+                return number
+        return None
 
     def _set_aside(self, number: int, reason: str) -> None:
         moved = self.steps.set_aside(number)
