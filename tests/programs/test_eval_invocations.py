@@ -55,6 +55,7 @@ ADDED = [
     (["--config.data.path=short.txt"], "`short.txt` has no document"),
     (["--config.data.path=./t.txt,t.txt"], "must name each file once"),
     (["--config.state=./a.pth, a.pth"], "must name each file once"),
+    (["--config.state=a.pth,b.pth,a.pth"], "must name each file once"),
     (["--config.init=o/m"], "hf download o/m"),
     (["--config.init=t.txt"], "t.txt"),
     (["--config.init=lfs.pth"], "Git LFS pointer"),
