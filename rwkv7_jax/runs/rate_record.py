@@ -25,7 +25,7 @@ from rwkv7_jax.runs.modes.stack import if_named
 from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.backup import STEPS
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
-from rwkv7_jax.runs.run_directory import RunDirectory
+from rwkv7_jax.runs.run_directory import SETTINGS, RunDirectory
 from rwkv7_jax.tuning.rate_search import SearchPlan, choose_rate
 
 # Errors from a record whose entries do not have the expected types.
@@ -85,7 +85,7 @@ def _discard_other_plan(place: Path, plan: SearchPlan) -> None:
         place: the folder of the search.
         plan: of the search that begins or resumes.
     """
-    settings = read_object(place / "settings.json") or {}
+    settings = read_object(place / SETTINGS) or {}
     data = settings.get("data")
     rows = data.get("batch_size") if isinstance(data, Mapping) else None
     steps = settings.get("steps")

@@ -38,6 +38,8 @@ from rwkv7_jax.runs.settled_settings import settle
 from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.training.train_step import TrainState
 
+SETTINGS = "settings.json"
+
 _BAD_BATCHES = "bad_batches.jsonl"
 
 _SAMPLES = "samples.jsonl"
@@ -192,7 +194,7 @@ class OwnedRunDirectory(RunDirectory):
                 self._require_same_settings(self.began)
             values = as_config(self.settings)
             self._protected = self._protect_steps(present, before, values)
-            write_json(self.path / "settings.json", values)
+            write_json(self.path / SETTINGS, values)
             self._metrics = MetricFiles(self.path, also=settings.trackers)
             self.checkpoints = self._own_checkpoints(ProcessGroup())
             # Nothing failed: keep the lock until `__exit__`.
@@ -202,7 +204,7 @@ class OwnedRunDirectory(RunDirectory):
 
     def _read_settings(self) -> dict[str, Any] | None:
         """Returns the settings that the directory was last used with; None if unknown."""
-        path = self.path / "settings.json"
+        path = self.path / SETTINGS
         if not path.exists():
             return None
         values = read_object(path)

@@ -31,7 +31,7 @@ from rwkv7_jax.runs.settings.fields import (
     store,
 )
 from rwkv7_jax.runs.settings.names import check_names, setting_types
-from rwkv7_jax.runs.settings.readers import refuse_unread_settings
+from rwkv7_jax.runs.settings.readers import TEXT_STATES, refuse_unread_settings
 from rwkv7_jax.runs.settings.test_time import TestTimeSettings
 from rwkv7_jax.runs.settings.tuning import (
     DecorrelationSettings,
@@ -41,9 +41,6 @@ from rwkv7_jax.runs.settings.tuning import (
 from rwkv7_jax.sharding import AUTO, TENSOR, parse_sizes
 
 Mode = Literal["pretrain", "state", "upscaled_state", "observer", "test_time"]
-
-# The modes that tune a state on text.
-_TEXT_STATES = ("state", "upscaled_state")
 
 # First and last step of a profile. `int` rejects numbers with thousands of digits.
 _STEPS = re.compile(r"([0-9]{1,10}):([0-9]{1,10})")
@@ -312,7 +309,7 @@ class Settings:
     @property
     def finds_rate(self) -> bool:
         """Whether the run searches for its learning rate: it tunes states on text, without one."""
-        return self.mode in _TEXT_STATES and self.optimizer.learning_rate is None
+        return self.mode in TEXT_STATES and self.optimizer.learning_rate is None
 
     @property
     def packing_of_answers(self) -> Packing:
@@ -321,7 +318,7 @@ class Settings:
         A tuned state is used at the beginning of a question, so its training rows must begin there,
         too, not inside a question.
         """
-        if self.mode not in _TEXT_STATES:
+        if self.mode not in TEXT_STATES:
             return "stream"
         has_sequences = self.mode == "state" or self.upscaling.dynamics == "static"
         # The Triton kernel supports only one sequence per row.
@@ -341,7 +338,7 @@ class Settings:
         if packing != "packed":
             return
         # Their losses start each document of a row from the start state.
-        modes = ("pretrain", *_TEXT_STATES)
+        modes = ("pretrain", *TEXT_STATES)
         if self.mode not in modes:
             raise ValueError(
                 '`config.data.packing` must be "stream" or "documents" outside modes '
