@@ -125,7 +125,7 @@ class Checkpointer(CheckpointStore):
         self._protected = frozenset(protected)
         self._fetch = fetch or _do_nothing
         self._copy = copy or _do_nothing
-        self._newest: int | None = None
+        self._saved: int | None = None
         self._job: SaveJob | None = None
         self._orbax: Any = None
         self._failures = 0
@@ -167,7 +167,7 @@ class Checkpointer(CheckpointStore):
         self.wait()
         step = int(train.step)
         # Already saved: the run resumed at its last step, or ends right after a save.
-        if step == self._newest:
+        if step == self._saved:
             return
         if self._acts_for_others():
             # Orbax would save a `jax.Array` together with all processes of the run.
@@ -245,7 +245,7 @@ class Checkpointer(CheckpointStore):
         if reason := self._first_reason(job):
             self._give_up(job, reason)
             return
-        self._newest = job.step
+        self._saved = job.step
         # Only process 0 copies.
         self.failure = self._group.from_process_0(lambda: job.not_copied)
         if self.failure:
@@ -322,7 +322,7 @@ class Checkpointer(CheckpointStore):
                 from_process_0(functools.partial(self._set_aside, number, str(error)))
                 continue
             # A run that ends without an update need not save this step again.
-            self._newest = number
+            self._saved = number
             return restored
         from_process_0(self._require_no_damaged_steps)
         # Import and compile now: there is no time for it between a signal and the final save.
