@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.atomic_write import append_line, atomic_write
+from rwkv7_jax.checks import first_line
 from rwkv7_jax.data.jsonl import iterate_log
 from rwkv7_jax.json_files import number_of
 
@@ -113,8 +114,8 @@ class MetricFiles:
             self._openers.pop(name)
             self._trackers.pop(name, None)
             warnings.warn(
-                f"the tracker {name} failed: {error}; it receives no more metrics, which "
-                f"{self._jsonl} holds",
+                f"the tracker {name} failed: {first_line(error)}; it receives no more metrics, "
+                f"which {self._jsonl} holds",
                 stacklevel=2,
             )
 

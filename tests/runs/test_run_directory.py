@@ -65,7 +65,7 @@ class _LostService:
         pass
 
     def write(self, step, numbers):
-        raise RuntimeError("no reply")
+        raise RuntimeError("no reply\nin 90 seconds")
 
     def close(self):
         raise RuntimeError("no reply")
@@ -78,7 +78,7 @@ def test_a_tracker_that_fails_costs_neither_the_run_nor_its_files(
     bucket = tmp_path / "bucket"
     settings = Settings(trackers=("wandb",), backup=f"file://{bucket}")
     with (
-        pytest.warns(UserWarning, match="tracker wandb failed: no reply") as warned,
+        pytest.warns(UserWarning, match="tracker wandb failed: no reply; it") as warned,
         OwnedRunDirectory(tmp_path / "run", settings) as folder,
     ):
         for step in (1, 2):

@@ -51,7 +51,7 @@ class ProgressBar:
         self._tenth = 0
         self._line_is_open = False
         # What the terminal does not show yet.
-        self._newest = ""
+        self._undrawn = ""
         self._is_lost = False
 
     def update(self, done: int, text: str = "") -> None:
@@ -87,11 +87,11 @@ class ProgressBar:
         due = now - self._drawn > _REDRAW_SECONDS
         shown = _with_bar(share, line, _columns(self._file))
         # A carriage return before the line, and "erase to the end of the line" after it.
-        self._newest = f"\r{shown}\x1b[K"
+        self._undrawn = f"\r{shown}\x1b[K"
         if self._line_is_open and not due and share < 1.0:
             return
-        self._write(self._newest)
-        self._newest = ""
+        self._write(self._undrawn)
+        self._undrawn = ""
         self._drawn = now
         self._line_is_open = True
 
@@ -108,8 +108,8 @@ class ProgressBar:
     def close(self) -> None:
         """Ends the line, with the newest numbers."""
         if self._line_is_open:
-            self._write(f"{self._newest}\n")
-            self._newest = ""
+            self._write(f"{self._undrawn}\n")
+            self._undrawn = ""
             self._line_is_open = False
 
 
