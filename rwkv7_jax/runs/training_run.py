@@ -1,19 +1,24 @@
 """The parts of a run of train.py that do not change between steps."""
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from rwkv7_jax import sharding
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.registry import make_mesh_of, make_mode
+from rwkv7_jax.runs.modes.registry import make_mesh_of, make_mode, mode_class
 from rwkv7_jax.runs.process_group import ProcessGroup, group_of_run
 from rwkv7_jax.runs.resume.run_identity import (
     Identity,
+    all_settings,
     content_digests,
     flat_settings,
     identity_of,
+    path_settings,
+    places_of,
 )
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.same_in_all import require_same_inputs
@@ -55,8 +60,8 @@ def set_up(folder: RunDirectory) -> TrainingRun:
         folder: of the run, with its settings.
 
     Raises:
-        ValueError: a setting does not fit the model, the data or the devices, or the processes
-            read different models or data.
+        ValueError: a setting does not fit the model, the data or the devices, the result would
+            replace an input, or the processes read different models or data.
         EndedElsewhere: another process failed to load them.
     """
     # Create the mesh first. If the rows do not divide among the devices, all processes then fail at
@@ -65,6 +70,7 @@ def set_up(folder: RunDirectory) -> TrainingRun:
     mesh = make_mesh_of(settings)
     own = sharding.local_mesh(mesh)
     group = group_of_run()
+    group.from_process_0(lambda: refuse_replaced_inputs(folder.path, settings))
 
     def load() -> tuple[TrainingMode, Identity]:
         with sharding.use_mesh(own):
@@ -77,6 +83,28 @@ def set_up(folder: RunDirectory) -> TrainingRun:
         mode, identity = loading.run_in_all(load)
     require_same_inputs(group, identity)
     return TrainingRun(mode=mode, identity=identity, mesh=mesh)
+
+
+def refuse_replaced_inputs(folder: Path, settings: Settings) -> None:
+    """Checks that the result of a run will not replace what the run reads.
+
+    Args:
+        folder: the run directory.
+        settings: of the run.
+
+    Raises:
+        ValueError: a setting names the place of the result, or something inside it.
+    """
+    names = mode_class(settings).result_names
+    results = [Path(os.path.realpath(folder / name)) for name in names]
+    for name, text in path_settings(all_settings(settings)).items():
+        for place in filter(None, places_of(text)):
+            source = Path(os.path.realpath(place))
+            if not {source, *source.parents}.isdisjoint(results):
+                raise ValueError(
+                    f"`config.{name}` must not be `{place}`, which the run's result replaces; use "
+                    "another --workdir."
+                )
 
 
 def _identity_of(mode: TrainingMode) -> Identity:
