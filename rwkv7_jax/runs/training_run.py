@@ -70,7 +70,7 @@ def set_up(folder: RunDirectory) -> TrainingRun:
     mesh = make_mesh_of(settings)
     own = sharding.local_mesh(mesh)
     group = group_of_run()
-    group.from_process_0(lambda: refuse_replaced_inputs(folder.path, settings))
+    group.run_in_all(lambda: refuse_replaced_inputs(folder.path, settings))
 
     def load() -> tuple[TrainingMode, Identity]:
         with sharding.use_mesh(own):
