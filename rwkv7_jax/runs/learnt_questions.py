@@ -15,7 +15,7 @@ from rwkv7_jax.data.records.record import parse_record
 from rwkv7_jax.data.sources import TextSource, parse_source
 from rwkv7_jax.json_files import number_of, read_object
 from rwkv7_jax.runs.modes.stack import state_sources
-from rwkv7_jax.runs.run_directory import SETTINGS
+from rwkv7_jax.runs.run_folder import SETTINGS
 from rwkv7_jax.runs.settings import Settings, as_config
 from rwkv7_jax.test_time.questions import Prompt, QuestionSet, read_questions
 from rwkv7_jax.text.tokenizer import Tokenizer

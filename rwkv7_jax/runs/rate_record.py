@@ -25,7 +25,8 @@ from rwkv7_jax.runs.modes.stack import if_named
 from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.backup import STEPS
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
-from rwkv7_jax.runs.run_directory import SETTINGS, RunDirectory
+from rwkv7_jax.runs.run_directory import RunDirectory
+from rwkv7_jax.runs.run_folder import SETTINGS
 from rwkv7_jax.tuning.rate_search import SearchPlan, choose_rate
 
 # Errors from a record whose entries do not have the expected types.

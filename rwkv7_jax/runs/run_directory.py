@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -13,7 +11,6 @@ import numpy as np
 
 from rwkv7_jax.atomic_write import append_line, atomic_write
 from rwkv7_jax.json_files import number_of, read_json, read_object, write_json
-from rwkv7_jax.local_paths import require_unicode
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles, iterate_steps
 from rwkv7_jax.reports.system_info import system
@@ -32,17 +29,12 @@ from rwkv7_jax.runs.resume.run_identity import (
 )
 from rwkv7_jax.runs.resume.step_directories import StepDirectories
 from rwkv7_jax.runs.resume.stored_steps import StoredSteps
-from rwkv7_jax.runs.run_lock import LOCK, RunLock
+from rwkv7_jax.runs.run_folder import BAD_BATCHES, SAMPLES, SETTINGS, lock_folder
+from rwkv7_jax.runs.run_lock import LOCK
 from rwkv7_jax.runs.settings import Settings, as_config
 from rwkv7_jax.runs.settled_settings import settle
 from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.training.train_step import TrainState
-
-SETTINGS = "settings.json"
-
-_BAD_BATCHES = "bad_batches.jsonl"
-
-_SAMPLES = "samples.jsonl"
 
 _EVENTS = "events.jsonl"
 
@@ -164,14 +156,14 @@ class OwnedRunDirectory(RunDirectory):
             settings: of the command.
 
         Raises:
-            ValueError: the directory holds a run with other settings, another process uses it, a
-                tracker is unknown, or the path is not UTF-8.
+            ValueError: the directory holds a run with other settings or files of something else,
+                another process uses it, a tracker is unknown, or the path is not UTF-8.
             ImportError: a tracker is not installed.
             DiskError: the directory or its backup cannot be written.
         """
         self.path = Path(path).absolute()
         self.workdir = self.path
-        self._lock = _lock_folder(self.path)
+        self._lock = lock_folder(self.path)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._lock.release)
             self._steps = StepDirectories(self.path / STEPS)
@@ -325,7 +317,7 @@ class OwnedRunDirectory(RunDirectory):
         # A run without a checkpoint repeats step 0 too.
         last_step = step or -1
         self._metrics.truncate_after(last_step)
-        for name in (_BAD_BATCHES, _SAMPLES):
+        for name in (BAD_BATCHES, SAMPLES):
             self._truncate_after(last_step, name)
         # The run's clock continues from where the last process left it.
         spent = 0.0
@@ -362,7 +354,7 @@ class OwnedRunDirectory(RunDirectory):
 
     def note_sample(self, step: int, prompt: str, text: str) -> None:
         """Records the text that the model generated after a prompt."""
-        self._append(_SAMPLES, {"step": step, "prompt": prompt, "text": text})
+        self._append(SAMPLES, {"step": step, "prompt": prompt, "text": text})
 
     def log_bad(
         self, step: int, numbers: Mapping[str, float], tokens: np.ndarray
@@ -371,7 +363,7 @@ class OwnedRunDirectory(RunDirectory):
         # As text, because JSON has no NaN.
         texts = {name: str(value) for name, value in numbers.items()}
         self._append(
-            _BAD_BATCHES, {"step": step, **texts, "tokens": np.asarray(tokens).tolist()}
+            BAD_BATCHES, {"step": step, **texts, "tokens": np.asarray(tokens).tolist()}
         )
         detail = ", ".join(f"{name} {text}" for name, text in texts.items())
         self.note_event(step, "skipped", detail)
@@ -393,33 +385,6 @@ class OwnedRunDirectory(RunDirectory):
     def rows(self, steps: Collection[int] | None = None) -> list[dict]:
         """Returns the metrics so far; see `RunDirectory.rows`."""
         return self._metrics.rows(steps)
-
-
-def _lock_folder(path: Path) -> RunLock:
-    """Creates a run directory if it is missing, and takes its lock.
-
-    Raises:
-        ValueError: the path is not UTF-8 or not a folder, or another process uses it.
-        DiskError: the folder cannot be written.
-    """
-    require_unicode(path, "`--workdir`")
-    # Also a link to nowhere, in whose place no folder can be created.
-    if os.path.lexists(path) and not path.is_dir():
-        raise ValueError(f"`--workdir` must be a folder; `{path}` is not one.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        # Not `os.access`: only an attempt shows whether a file can be created here.
-        with tempfile.TemporaryFile(dir=path):
-            pass
-        lock = RunLock(path / LOCK)
-    except OSError as error:
-        raise DiskError(f"`--workdir` {path} cannot be written: {error}.") from None
-    if lock.stale:
-        warn(
-            f"{lock.stale} ended without releasing {path} (killed, out of memory or power "
-            "failure); the run resumes from its newest checkpoint"
-        )
-    return lock
 
 
 class NullRunDirectory(RunDirectory):

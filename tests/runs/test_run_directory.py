@@ -58,6 +58,41 @@ def test_something_else_in_place_of_the_directory_is_named(tmp_path, kind):
         OwnedRunDirectory(place, Settings())
 
 
+OF_OTHERS = {
+    "samples.jsonl": '{"text": "a poem"}\n',
+    "metrics.jsonl": '{"loss": 1}\n',
+    "bad_batches.jsonl": "not JSON\n",
+    "metrics.csv": "name,value\n",
+    "settings.json": '{"editor.fontSize": 12}',
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_files_of_something_else_are_not_replaced(tmp_path, name):
+    (tmp_path / name).write_text(OF_OTHERS[name])
+    with pytest.raises(
+        ValueError, match=rf"`--workdir` must be a new .* has {name} of"
+    ):
+        OwnedRunDirectory(tmp_path, Settings())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == OF_OTHERS[name]
+
+
+@pytest.mark.parametrize("empties", [True, False])
+def test_the_files_of_a_run_are_known_without_its_lock(tmp_path, empties):
+    with OwnedRunDirectory(tmp_path / "one", Settings()) as folder:
+        folder.log(1, {"loss": 1.0})
+        folder.note_sample(1, "a", "b")
+        folder.log_bad(1, {"loss": 1.0}, np.ones((1, 2), int))
+    (tmp_path / "one" / "run.lock").unlink()
+    if empties:
+        # A killed process or a full disk may leave nothing in them.
+        for name in OF_OTHERS:
+            (tmp_path / "one" / name).write_text("")
+    with OwnedRunDirectory(tmp_path / "one", Settings()) as folder:
+        assert len(folder.rows()) == (not empties)
+
+
 class _LostService:
     """A tracker whose service is unreachable."""
 
