@@ -57,9 +57,13 @@ from rwkv7_jax.runs.exit_codes import warn
 from rwkv7_jax.runs.monitoring.progress_bar import count_progress
 from rwkv7_jax.runs.monitoring.run_plots import warn_if_not_drawn
 from rwkv7_jax.runs.question_answers import AskedQuestions
+from rwkv7_jax.runs.replaced_inputs import refuse_replaced_inputs
 from rwkv7_jax.runs.settings import Settings, read_settings
 from rwkv7_jax.runs.settings.readers import refuse_settings_without_effect
 from rwkv7_jax.runs.waiting import report_wait
+
+# What is written to `config.workdir`, besides the descriptions of tasks.
+_OUTPUTS = ("eval.json", "by_position.png", "questions.json", "tasks.json")
 
 # Eight windows of text, or eight contexts of tasks, are read at a time.
 _LESS_MEMORY = (
@@ -78,6 +82,8 @@ def evaluate(settings: Settings) -> None:
     if workdir is not None:
         # Fails before the work if the folder cannot be created.
         check_target(workdir / "eval.json", "`config.workdir`")
+        outputs = [workdir / name for name in _OUTPUTS]
+        refuse_replaced_inputs(outputs, settings, "`config.workdir`")
         workdir.mkdir(parents=True, exist_ok=True)
     comparison = load_comparison(settings)
     with task_folder(workdir) as folder:

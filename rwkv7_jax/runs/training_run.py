@@ -1,7 +1,6 @@
 """The parts of a run of train.py that do not change between steps."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,12 @@ from rwkv7_jax import sharding
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.registry import make_mesh_of, make_mode, mode_class
 from rwkv7_jax.runs.process_group import ProcessGroup, group_of_run
+from rwkv7_jax.runs.replaced_inputs import refuse_replaced_inputs
 from rwkv7_jax.runs.resume.run_identity import (
     Identity,
-    all_settings,
     content_digests,
     flat_settings,
     identity_of,
-    path_settings,
-    places_of,
 )
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.same_in_all import require_same_inputs
@@ -70,7 +67,7 @@ def set_up(folder: RunDirectory) -> TrainingRun:
     mesh = make_mesh_of(settings)
     own = sharding.local_mesh(mesh)
     group = group_of_run()
-    group.run_in_all(lambda: refuse_replaced_inputs(folder.path, settings))
+    group.run_in_all(lambda: refuse_own_result(folder.path, settings))
 
     def load() -> tuple[TrainingMode, Identity]:
         with sharding.use_mesh(own):
@@ -85,26 +82,18 @@ def set_up(folder: RunDirectory) -> TrainingRun:
     return TrainingRun(mode=mode, identity=identity, mesh=mesh)
 
 
-def refuse_replaced_inputs(folder: Path, settings: Settings) -> None:
-    """Checks that the result of a run will not replace what the run reads.
+def refuse_own_result(folder: Path, settings: Settings) -> None:
+    """Checks that a run will not replace what it reads by its result.
 
     Args:
         folder: the run directory.
         settings: of the run.
 
     Raises:
-        ValueError: a setting names the place of the result, or something inside it.
+        ValueError: it would.
     """
-    names = mode_class(settings).result_names
-    results = [Path(os.path.realpath(folder / name)) for name in names]
-    for name, text in path_settings(all_settings(settings)).items():
-        for place in filter(None, places_of(text)):
-            source = Path(os.path.realpath(place))
-            if not {source, *source.parents}.isdisjoint(results):
-                raise ValueError(
-                    f"`config.{name}` must not be `{place}`, which the run's result replaces; use "
-                    "another --workdir."
-                )
+    results = [folder / name for name in mode_class(settings).result_names]
+    refuse_replaced_inputs(results, settings, "`--workdir`")
 
 
 def _identity_of(mode: TrainingMode) -> Identity:

@@ -3,7 +3,7 @@
 import pytest
 
 from rwkv7_jax.runs.settings import read_settings
-from rwkv7_jax.runs.training_run import refuse_replaced_inputs
+from rwkv7_jax.runs.training_run import refuse_own_result
 
 STATE = {"mode": "state", "init": "base.pth"}
 
@@ -21,6 +21,7 @@ STATE = {"mode": "state", "init": "base.pth"}
         (STATE | {"tuning": {"states": "run/states"}}, "tuning.states"),
         (STATE | {"tuning": {"states": {"a": "run/states/a.txt"}}}, "tuning.states.a"),
         ({"data": {"path": "a.txt,run/model.pth"}}, "data.path"),
+        ({"evaluation": {"retention": "a.txt,run/model.pth"}}, "evaluation.retention"),
     ],
 )
 def test_an_input_that_the_result_would_replace_is_rejected(
@@ -30,7 +31,7 @@ def test_an_input_that_the_result_would_replace_is_rejected(
     (tmp_path / "run").mkdir()
     (tmp_path / "link.pth").symlink_to(tmp_path / "run" / "model.pth")
     with pytest.raises(ValueError, match=rf"`config\.{name}` must not be `.*run|link"):
-        refuse_replaced_inputs(tmp_path / "run", read_settings(values))
+        refuse_own_result(tmp_path / "run", read_settings(values))
 
 
 @pytest.mark.parametrize(
@@ -41,8 +42,9 @@ def test_an_input_that_the_result_would_replace_is_rejected(
         STATE | {"tuning": {"states": "run"}},
         {"mode": "pretrain", "data": {"path": "task:copy"}},
         {"mode": "observer", "init": "run/model.pth"},
+        STATE | {"tuning": {"states": {"a": 3, "b": "task:copy"}}},
     ],
 )
 def test_other_inputs_may_be_in_the_run_directory(tmp_path, monkeypatch, values):
     monkeypatch.chdir(tmp_path)
-    refuse_replaced_inputs(tmp_path / "run", read_settings(values))
+    refuse_own_result(tmp_path / "run", read_settings(values))
