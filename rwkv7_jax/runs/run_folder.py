@@ -4,9 +4,10 @@ import os
 import tempfile
 from pathlib import Path
 
+from rwkv7_jax.data.jsonl import iterate_log
 from rwkv7_jax.json_files import read_object
 from rwkv7_jax.local_paths import require_unicode
-from rwkv7_jax.reports.metric_writers import CSV, JSONL, iterate_steps
+from rwkv7_jax.reports.metric_writers import CSV, JSONL
 from rwkv7_jax.runs.exit_codes import DiskError, warn
 from rwkv7_jax.runs.run_lock import LOCK, RunLock
 
@@ -71,4 +72,5 @@ def _is_of_run(path: Path) -> bool:
     if path.name == CSV:
         with path.open("rb") as file:
             return file.read(5) in (b"step,", b"step\n")
-    return next(iterate_steps(path), None) is not None
+    # The first line tells: a file of something else may be long.
+    return "step" in next(iterate_log(path), {})
