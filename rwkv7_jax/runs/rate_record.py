@@ -24,6 +24,7 @@ from rwkv7_jax.runs.modes.rate_stack import (
 from rwkv7_jax.runs.modes.stack import if_named
 from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.backup import STEPS
+from rwkv7_jax.runs.resume.object_store import ObjectStore
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.run_folder import SETTINGS
@@ -53,7 +54,7 @@ def find_rates(
 
     Raises:
         ValueError: the record is damaged or belongs to another run.
-        DiskError: the record cannot be written.
+        DiskError: the record cannot be written, or the search's copy in a store cannot be read.
     """
     path = folder.path / RECORD
     group = group_of_run()
@@ -63,7 +64,10 @@ def find_rates(
         stack = RateStackMode(mode)
         _announce(stack)
         place = folder.path / SEARCH_FOLDER
-        group.from_process_0(lambda: _discard_other_plan(place, stack.plan))
+        store = None
+        if stack.settings.backup:
+            store = ObjectStore(stack.settings.backup)
+        group.from_process_0(lambda: _discard_other_plan(place, stack.plan, store))
         params = search(stack)
         if not stack.results:
             # An earlier process evaluated the last step; this one lacks the results.
@@ -77,7 +81,9 @@ def find_rates(
     return _use(mode, record["states"])
 
 
-def _discard_other_plan(place: Path, plan: SearchPlan) -> None:
+def _discard_other_plan(
+    place: Path, plan: SearchPlan, store: ObjectStore | None = None
+) -> None:
     """Deletes an interrupted search of another size, because it cannot be resumed.
 
     The size follows from settings of the run, such as its steps, which may have changed since.
@@ -85,8 +91,11 @@ def _discard_other_plan(place: Path, plan: SearchPlan) -> None:
     Args:
         place: the folder of the search.
         plan: of the search that begins or resumes.
+        store: the copy of the folder, if the search has one.
     """
     settings = read_object(place / SETTINGS) or {}
+    if store is not None and not settings:
+        settings = _stored_settings(store)
     data = settings.get("data")
     rows = data.get("batch_size") if isinstance(data, Mapping) else None
     steps = settings.get("steps")
@@ -98,7 +107,21 @@ def _discard_other_plan(place: Path, plan: SearchPlan) -> None:
     )
     # First the checkpoints: if this is killed, the settings still tell that the rest must go.
     shutil.rmtree(place / STEPS, ignore_errors=True)
-    shutil.rmtree(place)
+    if store is not None:
+        store.delete_folder(f"{STEPS}/")
+        store.delete_folder("")
+    if place.exists():
+        shutil.rmtree(place)
+
+
+def _stored_settings(store: ObjectStore) -> dict[str, Any]:
+    """Returns the settings of the search in a store; empty if there is none."""
+    content, _ = store.read(SETTINGS)
+    try:
+        settings = parse_json(content)
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _read_record(

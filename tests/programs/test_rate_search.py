@@ -14,6 +14,7 @@ from rwkv7_jax.runs.modes.rate_stack import RateStackMode
 from rwkv7_jax.runs.modes.registry import make_mesh_of, make_mode
 from rwkv7_jax.runs.modes.state_tuning import StateTuningMode
 from rwkv7_jax.runs.rate_record import RECORD, _discard_other_plan, _read_record
+from rwkv7_jax.runs.resume.object_store import ObjectStore
 from rwkv7_jax.runs.settings import DataSettings, Settings, as_config
 from rwkv7_jax.tuning.rate_search import SearchPlan
 
@@ -124,6 +125,19 @@ def test_a_record_of_other_texts_is_not_called_damaged(tmp_path):
     now = {"inputs": {"data poet": "2", "data cook": "3"}}
     with pytest.raises(ValueError, match="whose `data poet` is 1; got 2"):
         _read_record(tmp_path / RECORD, ["poet", "cook"], now)
+
+
+@pytest.mark.parametrize("steps", [12, 13])
+def test_the_copy_of_a_search_of_another_size_is_discarded_too(tmp_path, steps):
+    bucket = tmp_path / "bucket"
+    values = as_config(Settings(steps=12, data=DataSettings(batch_size=2)))
+    for name in ("checkpoints/3/files.json", "metrics.jsonl", "settings.json"):
+        (bucket / name).parent.mkdir(parents=True, exist_ok=True)
+        (bucket / name).write_text(json.dumps(values))
+    store = ObjectStore(f"file://{bucket}")
+    # Another machine, which has no folder of the search.
+    _discard_other_plan(tmp_path / "none", SearchPlan(steps, 2, 0.1), store)
+    assert bool(store.list()) == (steps == 12)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"steps": 3, "data": 1}'])
