@@ -15,7 +15,7 @@ from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles, iterate_steps
 from rwkv7_jax.reports.system_info import system
 from rwkv7_jax.runs.early_stopping import Progress
-from rwkv7_jax.runs.exit_codes import DiskError, warn
+from rwkv7_jax.runs.exit_codes import DiskError, InUse, warn
 from rwkv7_jax.runs.process_group import AllProcesses, ProcessGroup
 from rwkv7_jax.runs.resume.backup import STEPS, Backup
 from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore
@@ -112,8 +112,19 @@ class RunDirectory:
             step: the restored step; 0 starts anew.
         """
 
+    def require_lock(self) -> None:
+        """Checks that the directory still belongs to this process.
+
+        Raises:
+            InUse: it was deleted, and another process works in a new one.
+        """
+
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """Writes the numbers of a step to the metrics files."""
+        """Writes the numbers of a step to the metrics files.
+
+        Raises:
+            InUse: as `require_lock`.
+        """
 
     def log_bad(
         self, step: int, numbers: Mapping[str, float], tokens: np.ndarray
@@ -250,8 +261,10 @@ class OwnedRunDirectory(RunDirectory):
             # First, because the report and the copy must follow the last save.
             self.checkpoints.leave()
             self._metrics.close()
-            self._write_report()
-            self._copy_results(failed=failure[0] is not None)
+            # The directory may belong to another process now.
+            if not isinstance(failure[1], InUse):
+                self._write_report()
+                self._copy_results(failed=failure[0] is not None)
 
     def _write_report(self) -> None:
         """Writes the report of a run that has metrics; warns if it cannot."""
@@ -337,8 +350,13 @@ class OwnedRunDirectory(RunDirectory):
                 if row["step"] <= last_step:
                     file.write(f"{json.dumps(row)}\n".encode())
 
+    def require_lock(self) -> None:
+        """Checks the lock; see `RunDirectory.require_lock`."""
+        self._lock.require()
+
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """Writes the numbers of a step to the metrics files."""
+        """Writes the numbers of a step; see `RunDirectory.log`."""
+        self.require_lock()
         seconds = round(time.monotonic() - self._began, 3)
         row = {"seconds": seconds, **numbers}
         self._try(JSONL, lambda: self._metrics.write(step, row))

@@ -1,11 +1,14 @@
 """The run directory: which lines a resume drops, and which directories are rejected."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 
 from rwkv7_jax.data.jsonl import read_log
 from rwkv7_jax.reports import metric_writers
-from rwkv7_jax.runs.exit_codes import DiskError
+from rwkv7_jax.runs.exit_codes import DiskError, InUse
 from rwkv7_jax.runs.run_directory import NullRunDirectory, OwnedRunDirectory
 from rwkv7_jax.runs.settings import OptimizerSettings, Settings
 
@@ -56,6 +59,27 @@ def test_something_else_in_place_of_the_directory_is_named(tmp_path, kind):
         ValueError, match=r"`--workdir` must be a folder; .*run` is not"
     ):
         OwnedRunDirectory(place, Settings())
+
+
+def test_a_run_whose_directory_was_replaced_leaves_the_new_one_alone(tmp_path):
+    place = tmp_path / "run"
+    with pytest.raises(
+        InUse, match=rf"run` was taken over by process {os.getpid()} on"
+    ):
+        with OwnedRunDirectory(place, Settings()) as old:
+            old.log(1, {"loss": 1.0})
+            shutil.rmtree(place)
+            # Nobody else has begun.
+            place.mkdir()
+            old.log(2, {"loss": 1.0})
+            old.require_lock()
+            shutil.rmtree(place)
+            new = OwnedRunDirectory(place, Settings())
+            new.log(1, {"loss": 2.0})
+            before = {path: path.read_bytes() for path in place.glob("*.*")}
+            old.log(3, {"loss": 1.0})
+    assert before == {path: path.read_bytes() for path in place.glob("*.*")}
+    new._lock.release()
 
 
 OF_OTHERS = {
