@@ -106,8 +106,8 @@ class RunLock:
         """
         if other := self._other_holder():
             raise InUse(
-                f"`{self._path.parent}` was taken over by {describe_holder(other)}: it was deleted, "
-                "or this process was away for too long."
+                f"`{self._path.parent}` was taken over by {describe_holder(other)}: it was "
+                "deleted, or this process was away for too long."
             )
 
     def _other_holder(self) -> dict[str, Any]:
