@@ -33,13 +33,8 @@ def lock_folder(path: Path) -> RunLock:
     # Also a link to nowhere, in whose place no folder can be created.
     if os.path.lexists(path) and not path.is_dir():
         raise ValueError(f"`--workdir` must be a folder; `{path}` is not one.")
-    # The lock stays in the folder of a run, whose other files may be damaged.
-    if not (path / LOCK).exists() and (names := _files_of_others(path)):
-        raise ValueError(
-            f"`--workdir` must be a new folder or that of a run; `{path}` has {', '.join(names)} "
-            "of something else, which the run would replace."
-        )
     try:
+        _refuse_files_of_others(path)
         path.mkdir(parents=True, exist_ok=True)
         # Not `os.access`: only an attempt shows whether a file can be created here.
         with tempfile.TemporaryFile(dir=path):
@@ -55,14 +50,26 @@ def lock_folder(path: Path) -> RunLock:
     return lock
 
 
-def _files_of_others(folder: Path) -> list[str]:
-    """Returns the names of files that a run would replace and that no run has written."""
+def _refuse_files_of_others(folder: Path) -> None:
+    """Raises if a run would replace files that no run has written.
+
+    Raises:
+        ValueError: there are such files.
+        OSError: the folder or a file cannot be read.
+    """
+    # The lock stays in the folder of a run, whose other files may be damaged.
+    if (folder / LOCK).exists():
+        return
     found = []
     for name in (SETTINGS, CSV, *_LOGS):
         path = folder / name
         if path.is_file() and path.stat().st_size and not _is_of_run(path):
             found.append(name)
-    return found
+    if found:
+        raise ValueError(
+            f"`--workdir` must be a new folder or that of a run; `{folder}` has "
+            f"{', '.join(found)} of something else, which the run would replace."
+        )
 
 
 def _is_of_run(path: Path) -> bool:

@@ -8,6 +8,7 @@ import pytest
 
 from rwkv7_jax.data.jsonl import read_log
 from rwkv7_jax.reports import metric_writers
+from rwkv7_jax.runs import run_folder
 from rwkv7_jax.runs.exit_codes import DiskError, InUse
 from rwkv7_jax.runs.run_directory import NullRunDirectory, OwnedRunDirectory
 from rwkv7_jax.runs.settings import OptimizerSettings, Settings
@@ -115,6 +116,16 @@ def test_the_files_of_a_run_are_known_without_its_lock(tmp_path, empties):
             (tmp_path / "one" / name).write_text("")
     with OwnedRunDirectory(tmp_path / "one", Settings()) as folder:
         assert len(folder.rows()) == (not empties)
+
+
+def test_a_directory_that_cannot_be_read_is_a_disk_error(tmp_path, monkeypatch):
+    def fail(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(run_folder, "read_object", fail)
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(DiskError, match=r"`--workdir` .* cannot be written: .*denied"):
+        OwnedRunDirectory(tmp_path, Settings())
 
 
 class _LostService:
