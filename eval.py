@@ -53,11 +53,17 @@ from rwkv7_jax.runs import compilation_cache, config_flags, process
 from rwkv7_jax.runs.comparison import Comparison, load_comparison, read_held_out
 from rwkv7_jax.runs.datasets import training_stream
 from rwkv7_jax.runs.devices import check_devices
+from rwkv7_jax.runs.exit_codes import warn
 from rwkv7_jax.runs.monitoring.progress_bar import count_progress
+from rwkv7_jax.runs.monitoring.run_plots import warn_if_not_drawn
 from rwkv7_jax.runs.question_answers import AskedQuestions
+from rwkv7_jax.runs.replaced_inputs import refuse_replaced_inputs
 from rwkv7_jax.runs.settings import Settings, read_settings
 from rwkv7_jax.runs.settings.readers import refuse_settings_without_effect
 from rwkv7_jax.runs.waiting import report_wait
+
+# What is written to `config.workdir`, besides the descriptions of tasks.
+_OUTPUTS = ("eval.json", "by_position.png", "questions.json", "tasks.json")
 
 # Eight windows of text, or eight contexts of tasks, are read at a time.
 _LESS_MEMORY = (
@@ -76,6 +82,8 @@ def evaluate(settings: Settings) -> None:
     if workdir is not None:
         # Fails before the work if the folder cannot be created.
         check_target(workdir / "eval.json", "`config.workdir`")
+        outputs = [workdir / name for name in _OUTPUTS]
+        refuse_replaced_inputs(outputs, settings, "`config.workdir`")
         workdir.mkdir(parents=True, exist_ok=True)
     comparison = load_comparison(settings)
     with task_folder(workdir) as folder:
@@ -226,7 +234,8 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
         by_position = {
             name: row.by_position for name, row in report["new text"].items()
         }
-        plots.by_position(folder / "by_position.png", by_position)
+        with warn_if_not_drawn("the loss by position", warn):
+            plots.by_position(folder / "by_position.png", by_position)
 
 
 def main(arguments: list[str]) -> None:

@@ -23,7 +23,7 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.model import inputs, products
 from rwkv7_jax.model.casts import per_channel, wide_dtype
-from rwkv7_jax.model.weights import get_weight
+from rwkv7_jax.model.weights import Draw, get_weight
 
 # float32 under x64 too.
 _EMBEDDING = nn.initializers.normal(0.02, jnp.float32)
@@ -39,6 +39,11 @@ def _square_root_of_inputs(key: Array, shape: tuple[int, int]) -> Array:
 def _taps(key: Array, shape: tuple[int, int]) -> Array:
     limit = 1 / math.sqrt(shape[0])
     return jax.random.uniform(key, shape, jnp.float32, minval=-limit, maxval=limit)
+
+
+def _weight(module: nn.Module, name: str, draw: Draw, shape: tuple[int, ...]) -> Array:
+    """Returns a module's weight as a JAX array; the caller may have passed a NumPy one."""
+    return jnp.asarray(get_weight(module, name, draw, shape))
 
 
 class Based(nn.Module):
@@ -86,7 +91,7 @@ class Based(nn.Module):
                 lengths = inputs.safe_lengths(lengths, tokens.shape)
 
         table = (config.vocab_size, config.width)
-        emb = jnp.asarray(get_weight(self, "emb", _EMBEDDING, table))
+        emb = _weight(self, "emb", _EMBEDDING, table)
         x = inputs.embed(tokens, emb).astype(config.dtype)
         memories = []
         for index, memory in enumerate(state.layers):
@@ -94,7 +99,7 @@ class Based(nn.Module):
             x, memory = layer(x, memory, lengths)
             memories.append(memory)
         x = _Norm(config, name="norm")(x)
-        head = jnp.asarray(get_weight(self, "head", _square_root_of_inputs, table))
+        head = _weight(self, "head", _square_root_of_inputs, table)
         logits = jnp.einsum(
             "btd,vd->btv",
             x,
@@ -113,7 +118,7 @@ class _Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
         """Applies the norm."""
-        weight = jnp.asarray(get_weight(self, "weight", _ONES, (self.config.width,)))
+        weight = _weight(self, "weight", _ONES, (self.config.width,))
         return mixers.root_mean_square_norm(x, weight, self.config.norm_eps)
 
 
@@ -148,7 +153,7 @@ class _Mixer(nn.Module):
     ) -> Float[Array, "B T O"]:
         """Computes x W^T with a new matrix."""
         shape = (width, x.shape[-1])
-        weight = jnp.asarray(get_weight(self, name, _square_root_of_inputs, shape))
+        weight = _weight(self, name, _square_root_of_inputs, shape)
         return products.linear(x, weight)
 
     def heads(self, x: Activations, name: str, size: int) -> Heads:
@@ -170,11 +175,9 @@ class _Convolution(_Mixer):
     def __call__(self, x, memory, lengths):
         """Computes the contribution to the residual stream, and the new memory."""
         width = self.config.width
-        taps = jnp.asarray(
-            get_weight(self, "taps", _taps, (self.config.kernel_size, width))
-        )
-        shift = jnp.asarray(get_weight(self, "shift", _ZEROS, (width,)))
-        bias = jnp.asarray(get_weight(self, "gate_bias", _ZEROS, (width,)))
+        taps = _weight(self, "taps", _taps, (self.config.kernel_size, width))
+        shift = _weight(self, "shift", _ZEROS, (width,))
+        bias = _weight(self, "gate_bias", _ZEROS, (width,))
         mixed, memory = mixers.short_convolution(x, taps, shift, memory, lengths)
         gate = self.project(x, "gate", width) + per_channel(bias, x)
         return mixed * gate + x, memory
@@ -226,5 +229,5 @@ class _MLP(_Mixer):
         hidden = jnp.square(jax.nn.relu(self.project(x, "up", config.mlp_width)))
         # Starts from zeros: the MLP of a new layer adds nothing.
         shape = (config.width, config.mlp_width)
-        down = jnp.asarray(get_weight(self, "down", _ZEROS, shape))
+        down = _weight(self, "down", _ZEROS, shape)
         return products.linear(hidden, down)

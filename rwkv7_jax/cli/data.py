@@ -101,11 +101,16 @@ def run_data(options: argparse.Namespace) -> str:
         sources.append(entry)
     if not sources:
         raise ValueError("data: `SOURCE` must name a text; got none.")
+    if options.show is None and options.target is None:
+        raise ValueError("data: `OUT` must be given, or `--show`; got neither.")
+    if options.show is not None and options.target is not None:
+        raise ValueError(
+            "data: `OUT` must be left out with `--show`, which writes nothing; got "
+            f"{options.target}."
+        )
     tokenizer = _tokenizer(options.vocabulary, sources)
     if options.show is not None:
         return _rows(options, sources, tokenizer)
-    if options.target is None:
-        raise ValueError("data: `OUT` must be given, or `--show`; got neither.")
     return _write(options, sources, tokenizer)
 
 

@@ -99,6 +99,8 @@ def _doctor(options: argparse.Namespace) -> str:
         if not isinstance(source, TaskSource):
             inputs[f"--{option}"] = source.paths
     refuse_inputs("state doctor: `--picture`", options.picture, inputs)
+    if options.picture:
+        plots.check_format(options.picture, "state doctor: `--picture`")
     model = read_model(options.model)
     state = model.load_state(options.state, any_base=options.any_base)
     tokenizer = model.tokenizer(options.vocabulary)

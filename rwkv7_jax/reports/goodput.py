@@ -18,6 +18,10 @@ PAUSES = "paused_seconds"
 COMPILING = "compile_seconds"
 
 
+# By what share of the wall time its parts may exceed it, because times are rounded.
+_TOLERANCE = 0.01
+
+
 class TimeSpent:
     """The time that the processes of a run spent on steps, pauses and compiling."""
 
@@ -64,7 +68,11 @@ class TimeSpent:
             "compiling": self._compiling,
             "evaluating and saving": self._pauses,
         }
-        rest = max(wall - sum(spent.values()), 0.0)
+        rest = wall - sum(spent.values())
+        if rest < -_TOLERANCE * wall:
+            # The clock was set back, or the events are of another run.
+            return ""
+        rest = max(rest, 0.0)
         spent["starts, restarts and repeated steps"] = rest
         parts = [f"{seconds / wall:.1%} {name}" for name, seconds in spent.items()]
         restarts = sum(event.get("event") == "resume" for event in events)

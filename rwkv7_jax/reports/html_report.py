@@ -6,6 +6,7 @@ prompt and its text per line), `events.jsonl` (start, resume, skipped, stopped, 
 """
 
 import base64
+import collections
 import html
 import json
 import math
@@ -43,8 +44,9 @@ _MARKED = ("resume", "skipped", "stopped")
 
 _KEY = "Vertical lines: dashed where the run resumed, red where updates were skipped."
 
-# Many resumptions must not make the page too large for a browser.
+# Many resumptions or samples must not make the page too large for a browser.
 _EVENTS_SHOWN = 200
+_SAMPLES_SHOWN = 200
 
 # Errors from a record whose entries do not have the expected types.
 _DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
@@ -184,14 +186,14 @@ class _Metrics:
 
 
 def _event_marks(events: Sequence[Mapping[str, Any]]) -> list[Mark]:
-    """Makes marks for the events that explain a change in a curve."""
+    """Makes marks for the newest events that explain a change in a curve."""
     marks = []
     for event in events:
         kind = event.get("event")
         if kind in _MARKED:
             text = f"{kind} at step {event['step']} {event.get('detail') or ''}"
             marks.append(Mark(event["step"], kind, text))
-    return marks[:_EVENTS_SHOWN]
+    return marks[-_EVENTS_SHOWN:]
 
 
 def _event_table(events: Sequence[Mapping[str, Any]]) -> str:
@@ -203,10 +205,16 @@ def _event_table(events: Sequence[Mapping[str, Any]]) -> str:
     return note + _table(rows, head=("step", "event", "detail"))
 
 
-def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lists the samples by step, the newest first and expanded."""
-    by_step: dict[int, list[str]] = {}
+def _samples(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Lists the newest samples by step, the newest step first and expanded."""
+    newest_rows: collections.deque[Mapping[str, Any]]
+    newest_rows = collections.deque(maxlen=_SAMPLES_SHOWN)
+    count = 0
     for row in rows:
+        newest_rows.append(row)
+        count += 1
+    by_step: dict[int, list[str]] = {}
+    for row in newest_rows:
         prompt = _text(row.get("prompt", ""))
         text = _text(row.get("text", ""))
         block = f'<pre class="sample"><b>{prompt}</b>{text}</pre>'
@@ -219,6 +227,8 @@ def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
         parts.append(
             f"<details{opened}><summary>step {step}</summary>{blocks}</details>"
         )
+    if hidden := count - len(newest_rows):
+        parts.append(f'<p class="note">{hidden:,} earlier samples hidden.</p>')
     return "\n".join(parts)
 
 
@@ -350,7 +360,7 @@ def report_page(folder: str | Path) -> str:
     start = str((settings or {}).get("start") or "")
     metrics = _Metrics(iterate_steps(folder / JSONL))
     events = list(iterate_steps(folder / "events.jsonl"))
-    samples = list(iterate_steps(folder / "samples.jsonl"))
+    samples = iterate_steps(folder / "samples.jsonl")
     title = _text(folder.resolve().name)
     subtitle = _subtitle(settings, metrics.last_step, events)
     body = "".join(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.atomic_write import append_line, atomic_write
+from rwkv7_jax.checks import first_line
 from rwkv7_jax.data.jsonl import iterate_log
 from rwkv7_jax.json_files import number_of
 
@@ -59,6 +60,8 @@ class MetricFiles:
         self._folder.mkdir(parents=True, exist_ok=True)
         # Columns of the CSV file; empty until the first write.
         self._columns: list[str] = []
+        # Whether the CSV file has every row, under a header of all columns.
+        self._csv_is_whole = False
         self._openers = {name: _tracker_opener(name) for name in also}
         self._trackers: dict[str, Tracker] = {}
 
@@ -73,15 +76,17 @@ class MetricFiles:
             # Without an unfinished last line of an earlier process.
             self._rewrite(self.iterate())
         append_line(self._jsonl, json.dumps(row))
-        new_columns = [name for name in row if name not in self._columns]
-        if new_columns:
-            # A new column changes the header, so the whole file is rewritten.
-            columns = [*self._columns, *new_columns]
-            self._write_csv(columns)
-            # Only after the write: later rows must match the header on disk.
-            self._columns = columns
+        columns = list(dict.fromkeys([*self._columns, *row]))
+        # A new column changes the header, so the whole file is rewritten.
+        is_whole = self._csv_is_whole and columns == self._columns
+        self._columns = columns
+        # If the write fails, the next one rewrites the file with this row.
+        self._csv_is_whole = False
+        if is_whole:
+            append_line(self._folder / CSV, _csv_text(columns, row))
         else:
-            append_line(self._folder / CSV, _csv_text(self._columns, row))
+            self._write_csv(columns)
+        self._csv_is_whole = True
         self._track(step, numbers)
 
     def _track(self, step: int, numbers: Mapping[str, Any]) -> None:
@@ -109,8 +114,8 @@ class MetricFiles:
             self._openers.pop(name)
             self._trackers.pop(name, None)
             warnings.warn(
-                f"the tracker {name} failed: {error}; it receives no more metrics, which "
-                f"{self._jsonl} holds",
+                f"the tracker {name} failed: {first_line(error)}; it receives no more metrics, "
+                f"which {self._jsonl} holds",
                 stacklevel=2,
             )
 
@@ -149,8 +154,10 @@ class MetricFiles:
             for row in rows:
                 names |= dict.fromkeys(row)
                 file.write(json.dumps(row).encode() + b"\n")
-        self._write_csv(list(names))
         self._columns = list(names)
+        self._csv_is_whole = False
+        self._write_csv(self._columns)
+        self._csv_is_whole = True
 
     def _write_csv(self, columns: Sequence[str]) -> None:
         with atomic_write(self._folder / CSV) as file:
@@ -191,8 +198,9 @@ class _TensorBoard:
     def __init__(self, package: Any, folder: Path, first_step: int):
         self._where = str(folder / "tensorboard")
         self._package = package
-        # The purge hides the later steps that a resumed run wrote before.
-        self._writer = self._open(purge_step=first_step or None)
+        # The purge hides the later steps that a resumed run wrote before; a run that was killed
+        # before its first checkpoint repeats step 0 too.
+        self._writer = self._open(purge_step=first_step)
         self._writes = 0
 
     def _open(self, purge_step: int | None) -> Any:

@@ -1,9 +1,10 @@
 """Plots of runs and states, as PNG files. Needs matplotlib (extra `plot`)."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -27,6 +28,8 @@ _COLOURS = (
 # The points of each line, by name.
 Lines = Mapping[str, Sequence[tuple[float, float]]]
 
+_Part = TypeVar("_Part")
+
 # Lines with more points are thin and have no markers.
 _MARKERS = 40
 
@@ -40,6 +43,24 @@ _TINY = 1e-9
 def available() -> bool:
     """Returns whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def check_format(path: str | Path, argument: str) -> None:
+    """Checks that matplotlib can write the format of a picture; it imports matplotlib.
+
+    Args:
+        path: path of the picture; without a suffix it is a PNG file.
+        argument: the option in backticks; the message begins with it.
+
+    Raises:
+        ValueError: the suffix is no format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = sorted(FigureCanvasAgg.get_supported_filetypes())
+    suffix = Path(path).suffix[1:]
+    if suffix and suffix.lower() not in known:
+        raise ValueError(f"{argument} must end in .{', .'.join(known)}; got {path}.")
 
 
 def _figure(
@@ -66,6 +87,11 @@ def _save(figure: Any, path: str | Path, *, legend: bool = False) -> None:
         figure.savefig(file, dpi=130, format=Path(path).suffix[1:] or None)
 
 
+def _coloured(parts: Mapping[str, _Part]) -> Iterator[tuple[str, tuple[str, _Part]]]:
+    """Yields each named part of a picture with its colour; after the last, colours repeat."""
+    return zip(itertools.cycle(_COLOURS), parts.items(), strict=False)
+
+
 def curves(path: str | Path, lines: Lines, *, x: str, y: str) -> None:
     """Draws named lines as a PNG file.
 
@@ -76,7 +102,7 @@ def curves(path: str | Path, lines: Lines, *, x: str, y: str) -> None:
         y: label of the y axis.
     """
     figure, (axis,) = _figure(1)
-    for colour, (name, points) in zip(_COLOURS, lines.items(), strict=False):
+    for colour, (name, points) in _coloured(lines):
         points = np.asarray(points, dtype=float).reshape(-1, 2)
         long = len(points) > _MARKERS
         axis.plot(
@@ -123,7 +149,7 @@ def scatter(
         front: whether to draw the Pareto front, too.
     """
     figure, (axis,) = _figure(1, height=4.2, width=6.4)
-    for colour, (group, points) in zip(_COLOURS, groups.items(), strict=False):
+    for colour, (group, points) in _coloured(groups):
         axis.scatter(
             [point[0] for point in points],
             [point[1] for point in points],
@@ -164,7 +190,7 @@ def _label(axis: Any, groups: Points) -> None:
         Bbox.from_extents(across - 4, up - 4, across + 4, up + 4)
         for across, up in axis.transData.transform(middles)
     ]
-    for colour, points in zip(_COLOURS, groups.values(), strict=False):
+    for colour, (_, points) in _coloured(groups):
         for across, up, name in points:
             text = axis.annotate(
                 name,

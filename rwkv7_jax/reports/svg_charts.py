@@ -250,18 +250,22 @@ def _marks(frame: _Frame, marks: Sequence[Mark]) -> str:
     return "".join(parts)
 
 
-def _legend(names: Sequence[str]) -> str:
-    """Writes the names at the right end of the title's line, from right to left."""
+def _legend(names: Sequence[str], title: str) -> str:
+    """Writes the names at the right end of the title's line, from right to left, as many as fit."""
     right = WIDTH - _RIGHT
+    # SVG cannot measure text: allow 7 units per character, and a gap.
+    end_of_title = _LEFT + 7 * len(title) + 14
     parts = []
     for index, name in enumerate(names):
+        width = 7 * len(name)
+        if index and right - width < end_of_title:
+            break
         colour = COLOURS[index % len(COLOURS)]
         parts.append(
             f'<text x="{right}" y="16" text-anchor="end" style="fill:{colour}">'
             f"{html.escape(name)}</text>"
         )
-        # SVG cannot measure text: allow 7 units per character, and a gap.
-        right -= 7 * len(name) + 14
+        right -= width + 14
     return "".join(parts)
 
 
@@ -292,9 +296,11 @@ def line_chart(
         every_y = [math.log10(y) for y in every_y]
     frame = _Frame(_padded_range(every_x), _padded_range(every_y), log)
     lines = []
-    for index, pieces in enumerate(shown.values()):
-        lines.append(_line(frame, pieces, COLOURS[index % len(COLOURS)]))
-    legend = _legend(list(shown)) if len(shown) > 1 else ""
+    for index, (name, pieces) in enumerate(shown.items()):
+        line = _line(frame, pieces, COLOURS[index % len(COLOURS)])
+        # The tooltip names lines that the legend has no room for.
+        lines.append(f"<g><title>{html.escape(name)}</title>{line}</g>")
+    legend = _legend(list(shown), title) if len(shown) > 1 else ""
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
         f'<text class="title" x="{_LEFT}" y="16">{html.escape(title)}</text>'

@@ -36,6 +36,9 @@ def evaluate_and_save(
         folder: receives the checkpoint and the results.
         log: receives the metrics, and holds the progress.
         stop: the stop request.
+
+    Raises:
+        InUse: the run directory was deleted, and another process works in a new one.
     """
     settings = run.settings
     # Not "==": a resumed run may already have taken more steps than its settings now ask for.
@@ -52,6 +55,7 @@ def evaluate_and_save(
     is_best = step in log.progress.best_steps(settings.kept_best)
     save_due = settings.save_every and step % settings.save_every == 0
     if stop.has_unsaved_updates and (ends or is_best or save_due):
+        folder.require_lock()
         with log.paused(), jax.profiler.TraceAnnotation("save_checkpoint"):
             local = sharding.local_view(run.mesh, state)
             folder.checkpoints.save(local, log.progress, run.identity)

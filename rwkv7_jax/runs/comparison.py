@@ -78,11 +78,17 @@ def _tuned_states(
 ) -> dict[str, RWKV7State]:
     """Loads the tuned states, by the label of their row."""
     starts: dict[str, RWKV7State] = {}
-    if not settings.state_paths:
+    paths = settings.state_paths
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(
+                f"`config.state` must name each file once; got {path!r} more than once."
+            )
+    if not paths:
         return starts
     # With the hash `load_state` rejects states that were tuned on other weights.
     base_model = model_hash(params, model.config)
-    for path in settings.state_paths:
+    for path in paths:
         state = load_state(
             path,
             config=model.config,

@@ -154,7 +154,12 @@ def _sort_words(
             continue
         negated, name, text = match.groups()
         if negated:
-            changes.append((name or "", False))
+            if name is None or text is not None:
+                raise ValueError(
+                    f"`{word}` must be a setting without a value, such as "
+                    "--noconfig.allow_nan."
+                )
+            changes.append((name, False))
             continue
         if text is None and _TYPES.get(f"config.{name}") is bool:
             # The value of a boolean setting is optional.
@@ -263,7 +268,8 @@ def _load_config(file: str) -> dict[str, Any]:
     name, _, argument = file.partition(":")
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ValueError(f"`--config` must name a file; {name!r} does not exist.")
+        problem = "is not one" if path.exists() else "does not exist"
+        raise ValueError(f"`--config` must name a file; {name!r} {problem}.")
     arguments = [argument] if argument else []
     try:
         get_config = runpy.run_path(str(path)).get("get_config")

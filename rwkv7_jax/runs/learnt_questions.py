@@ -15,11 +15,10 @@ from rwkv7_jax.data.records.record import parse_record
 from rwkv7_jax.data.sources import TextSource, parse_source
 from rwkv7_jax.json_files import number_of, read_object
 from rwkv7_jax.runs.modes.stack import state_sources
+from rwkv7_jax.runs.run_folder import SETTINGS
 from rwkv7_jax.runs.settings import Settings, as_config
 from rwkv7_jax.test_time.questions import Prompt, QuestionSet, read_questions
 from rwkv7_jax.text.tokenizer import Tokenizer
-
-_SETTINGS = "settings.json"
 
 
 class TuningRecord(NamedTuple):
@@ -122,7 +121,7 @@ def _record_of_state(path: Path) -> TuningRecord | None:
     """Reads the settings of the run that wrote a state; None outside a run directory."""
     # A run that tunes several states saves them in a folder inside the run directory.
     for folder in (path.parent, path.parent.parent):
-        values = _read_settings(folder / _SETTINGS)
+        values = _read_settings(folder / SETTINGS)
         if values is not None:
             return TuningRecord(f"`{folder}`", path.stem, values)
     return None

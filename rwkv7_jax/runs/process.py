@@ -462,9 +462,11 @@ def hold_interrupt() -> Iterator[Callable[[], bool]]:
 
 def _exit_at_once(code: int, reason: str) -> None:
     """Ends the process from a thread, without clean-up."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(*_LOST_STREAM):
         _flush(sys.stdout)
     # Not through sys.stderr: the main thread may hold its lock.
     line = f"\n{os.path.basename(sys.argv[0])}: {reason}\n"
-    os.write(2, line.encode())
+    # The terminal may be gone: after SIGHUP it usually is.
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode())
     os._exit(code)

@@ -6,20 +6,32 @@ the run's other files, and applies from then on.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.checks import check_number
-from rwkv7_jax.json_files import parse_json, write_json
+from rwkv7_jax.json_files import parse_json, read_object, write_json
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.rate_stack import BASE, RateStackMode, subjects_of
+from rwkv7_jax.runs.modes.rate_stack import (
+    BASE,
+    SEARCH_FOLDER,
+    RateStackMode,
+    subjects_of,
+)
 from rwkv7_jax.runs.modes.stack import if_named
 from rwkv7_jax.runs.process_group import group_of_run
+from rwkv7_jax.runs.resume.backup import STEPS
+from rwkv7_jax.runs.resume.object_store import ObjectStore
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
 from rwkv7_jax.runs.run_directory import RunDirectory
-from rwkv7_jax.tuning.rate_search import choose_rate
+from rwkv7_jax.runs.run_folder import SETTINGS
+from rwkv7_jax.tuning.rate_search import SearchPlan, choose_rate
+
+# Errors from a record whose entries do not have the expected types.
+_DAMAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
 
 # The file name of the record in the run directory.
 RECORD = "rate_search.json"
@@ -42,7 +54,7 @@ def find_rates(
 
     Raises:
         ValueError: the record is damaged or belongs to another run.
-        DiskError: the record cannot be written.
+        DiskError: the record cannot be written, or the search's copy in a store cannot be read.
     """
     path = folder.path / RECORD
     group = group_of_run()
@@ -51,6 +63,11 @@ def find_rates(
     if record is None:
         stack = RateStackMode(mode)
         _announce(stack)
+        place = folder.path / SEARCH_FOLDER
+        store = None
+        if stack.settings.backup:
+            store = ObjectStore(stack.settings.backup)
+        group.from_process_0(lambda: _discard_other_plan(place, stack.plan, store))
         params = search(stack)
         if not stack.results:
             # An earlier process evaluated the last step; this one lacks the results.
@@ -64,6 +81,49 @@ def find_rates(
     return _use(mode, record["states"])
 
 
+def _discard_other_plan(
+    place: Path, plan: SearchPlan, store: ObjectStore | None = None
+) -> None:
+    """Deletes an interrupted search of another size, because it cannot be resumed.
+
+    The size follows from settings of the run, such as its steps, which may have changed since.
+
+    Args:
+        place: the folder of the search.
+        plan: of the search that begins or resumes.
+        store: the copy of the folder, if the search has one.
+    """
+    settings = read_object(place / SETTINGS) or {}
+    if store is not None and not settings:
+        settings = _stored_settings(store)
+    data = settings.get("data")
+    rows = data.get("batch_size") if isinstance(data, Mapping) else None
+    steps = settings.get("steps")
+    if None in (rows, steps) or (steps, rows) == (plan.steps, plan.rows):
+        return
+    print(
+        f"rate      the search begins anew, because it was interrupted with {steps} steps of "
+        f"{rows} rows each"
+    )
+    # First the checkpoints: if this is killed, the settings still tell that the rest must go.
+    shutil.rmtree(place / STEPS, ignore_errors=True)
+    if store is not None:
+        store.delete_folder(f"{STEPS}/")
+        store.delete_folder("")
+    if place.exists():
+        shutil.rmtree(place)
+
+
+def _stored_settings(store: ObjectStore) -> dict[str, Any]:
+    """Returns the settings of the search in a store; empty if there is none."""
+    content, _ = store.read(SETTINGS)
+    try:
+        settings = parse_json(content)
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
 def _read_record(
     path: Path, names: Collection[str], identity: Identity
 ) -> dict[str, Any] | None:
@@ -73,15 +133,23 @@ def _read_record(
     try:
         record = parse_json(path.read_bytes())
         was = {group: dict(fields) for group, fields in record["identity"].items()}
+    except _DAMAGE:
+        raise _damaged(path) from None
+    # First: with other texts, a run may have states that the record lacks.
+    require_same_identity(path.parent, was, identity)
+    try:
         for name in names:
             _check_found(record["states"][name])
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
-        raise ValueError(
-            f"`{path}` must be the record of a learning-rate search; it is damaged. Delete it to "
-            "search again."
-        ) from None
-    require_same_identity(path.parent, was, identity)
+    except _DAMAGE:
+        raise _damaged(path) from None
     return record
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(
+        f"`{path}` must be the record of a learning-rate search; it is damaged. Delete it to "
+        "search again."
+    )
 
 
 def _check_found(found: Mapping[str, Any]) -> None:

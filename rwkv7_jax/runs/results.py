@@ -14,7 +14,7 @@ from rwkv7_jax.runs.exit_codes import (
 )
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.stack import if_named
-from rwkv7_jax.runs.monitoring.run_plots import draw
+from rwkv7_jax.runs.monitoring.run_plots import draw, warn_if_not_drawn
 from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.process_group import group_of_mesh
 from rwkv7_jax.runs.resume.run_identity import Identity
@@ -228,7 +228,5 @@ def _write_result(
 
     result = group_of_mesh(mode.mesh).run_in_all(save)
     print(f"saved {result}")
-    try:
+    with warn_if_not_drawn("the state", folder.warn):
         draw(folder, mode, params)
-    except OSError as error:
-        folder.warn(f"the plot of the state cannot be written: {error}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -12,12 +11,11 @@ import numpy as np
 
 from rwkv7_jax.atomic_write import append_line, atomic_write
 from rwkv7_jax.json_files import number_of, read_json, read_object, write_json
-from rwkv7_jax.local_paths import require_unicode
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles, iterate_steps
 from rwkv7_jax.reports.system_info import system
 from rwkv7_jax.runs.early_stopping import Progress
-from rwkv7_jax.runs.exit_codes import DiskError, warn
+from rwkv7_jax.runs.exit_codes import DiskError, InUse, warn
 from rwkv7_jax.runs.process_group import AllProcesses, ProcessGroup
 from rwkv7_jax.runs.resume.backup import STEPS, Backup
 from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore
@@ -31,15 +29,12 @@ from rwkv7_jax.runs.resume.run_identity import (
 )
 from rwkv7_jax.runs.resume.step_directories import StepDirectories
 from rwkv7_jax.runs.resume.stored_steps import StoredSteps
-from rwkv7_jax.runs.run_lock import LOCK, RunLock
+from rwkv7_jax.runs.run_folder import BAD_BATCHES, SAMPLES, SETTINGS, lock_folder
+from rwkv7_jax.runs.run_lock import LOCK
 from rwkv7_jax.runs.settings import Settings, as_config
 from rwkv7_jax.runs.settled_settings import settle
 from rwkv7_jax.runs.waiting import report_wait
 from rwkv7_jax.training.train_step import TrainState
-
-_BAD_BATCHES = "bad_batches.jsonl"
-
-_SAMPLES = "samples.jsonl"
 
 _EVENTS = "events.jsonl"
 
@@ -117,8 +112,19 @@ class RunDirectory:
             step: the restored step; 0 starts anew.
         """
 
+    def require_lock(self) -> None:
+        """Checks that the directory still belongs to this process.
+
+        Raises:
+            InUse: it was deleted, and another process works in a new one.
+        """
+
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """Writes the numbers of a step to the metrics files."""
+        """Writes the numbers of a step to the metrics files.
+
+        Raises:
+            InUse: as `require_lock`.
+        """
 
     def log_bad(
         self, step: int, numbers: Mapping[str, float], tokens: np.ndarray
@@ -161,29 +167,14 @@ class OwnedRunDirectory(RunDirectory):
             settings: of the command.
 
         Raises:
-            ValueError: the directory holds a run with other settings, another process uses it, a
-                tracker is unknown, or the path is not UTF-8.
+            ValueError: the directory holds a run with other settings or files of something else,
+                another process uses it, a tracker is unknown, or the path is not UTF-8.
             ImportError: a tracker is not installed.
             DiskError: the directory or its backup cannot be written.
         """
         self.path = Path(path).absolute()
         self.workdir = self.path
-        require_unicode(self.path, "`--workdir`")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            # Not `os.access`: only an attempt shows whether a file can be created here.
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-            self._lock = RunLock(self.path / LOCK)
-        except OSError as error:
-            raise DiskError(
-                f"`--workdir` {self.path} cannot be written: {error}."
-            ) from None
-        if self._lock.stale:
-            warn(
-                f"{self._lock.stale} ended without releasing {self.path} (killed, out of memory or "
-                "power failure); the run resumes from its newest checkpoint"
-            )
+        self._lock = lock_folder(self.path)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._lock.release)
             self._steps = StepDirectories(self.path / STEPS)
@@ -206,7 +197,7 @@ class OwnedRunDirectory(RunDirectory):
                 self._require_same_settings(self.began)
             values = as_config(self.settings)
             self._protected = self._protect_steps(present, before, values)
-            write_json(self.path / "settings.json", values)
+            write_json(self.path / SETTINGS, values)
             self._metrics = MetricFiles(self.path, also=settings.trackers)
             self.checkpoints = self._own_checkpoints(ProcessGroup())
             # Nothing failed: keep the lock until `__exit__`.
@@ -216,7 +207,7 @@ class OwnedRunDirectory(RunDirectory):
 
     def _read_settings(self) -> dict[str, Any] | None:
         """Returns the settings that the directory was last used with; None if unknown."""
-        path = self.path / "settings.json"
+        path = self.path / SETTINGS
         if not path.exists():
             return None
         values = read_object(path)
@@ -244,13 +235,15 @@ class OwnedRunDirectory(RunDirectory):
         for fewer checkpoints from now on has not asked to delete older ones.
         """
         path = self.path / _PROTECTED
-        remembered = read_json(path)
-        protected: set[int] = set()
-        if isinstance(remembered, list):
-            protected = {step for step in remembered if isinstance(step, int)}
-        protected &= set(present)
-        if before is None or _retention(before) != _retention(now):
-            protected = set(present)
+        remembered = read_json(path) if path.exists() else []
+        is_damaged = not isinstance(remembered, list)
+        protected = set(present)
+        if (
+            before is not None
+            and not is_damaged
+            and _retention(before) == _retention(now)
+        ):
+            protected &= {step for step in remembered if isinstance(step, int)}
         if protected or path.exists():
             write_json(path, sorted(protected), indent=None)
         return protected
@@ -268,8 +261,10 @@ class OwnedRunDirectory(RunDirectory):
             # First, because the report and the copy must follow the last save.
             self.checkpoints.leave()
             self._metrics.close()
-            self._write_report()
-            self._copy_results(failed=failure[0] is not None)
+            # The directory may belong to another process now.
+            if not isinstance(failure[1], InUse):
+                self._write_report()
+                self._copy_results(failed=failure[0] is not None)
 
     def _write_report(self) -> None:
         """Writes the report of a run that has metrics; warns if it cannot."""
@@ -291,6 +286,8 @@ class OwnedRunDirectory(RunDirectory):
         if self._backup is None:
             return
         try:
+            # The last copy of an earlier process may have failed.
+            self._backup.copy_newer_steps()
             self._backup.copy_files()
         except DiskError as error:
             if not failed:
@@ -333,7 +330,7 @@ class OwnedRunDirectory(RunDirectory):
         # A run without a checkpoint repeats step 0 too.
         last_step = step or -1
         self._metrics.truncate_after(last_step)
-        for name in (_BAD_BATCHES, _SAMPLES):
+        for name in (BAD_BATCHES, SAMPLES):
             self._truncate_after(last_step, name)
         # The run's clock continues from where the last process left it.
         spent = 0.0
@@ -353,8 +350,13 @@ class OwnedRunDirectory(RunDirectory):
                 if row["step"] <= last_step:
                     file.write(f"{json.dumps(row)}\n".encode())
 
+    def require_lock(self) -> None:
+        """Checks the lock; see `RunDirectory.require_lock`."""
+        self._lock.require()
+
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """Writes the numbers of a step to the metrics files."""
+        """Writes the numbers of a step; see `RunDirectory.log`."""
+        self.require_lock()
         seconds = round(time.monotonic() - self._began, 3)
         row = {"seconds": seconds, **numbers}
         self._try(JSONL, lambda: self._metrics.write(step, row))
@@ -370,7 +372,7 @@ class OwnedRunDirectory(RunDirectory):
 
     def note_sample(self, step: int, prompt: str, text: str) -> None:
         """Records the text that the model generated after a prompt."""
-        self._append(_SAMPLES, {"step": step, "prompt": prompt, "text": text})
+        self._append(SAMPLES, {"step": step, "prompt": prompt, "text": text})
 
     def log_bad(
         self, step: int, numbers: Mapping[str, float], tokens: np.ndarray
@@ -379,7 +381,7 @@ class OwnedRunDirectory(RunDirectory):
         # As text, because JSON has no NaN.
         texts = {name: str(value) for name, value in numbers.items()}
         self._append(
-            _BAD_BATCHES, {"step": step, **texts, "tokens": np.asarray(tokens).tolist()}
+            BAD_BATCHES, {"step": step, **texts, "tokens": np.asarray(tokens).tolist()}
         )
         detail = ", ".join(f"{name} {text}" for name, text in texts.items())
         self.note_event(step, "skipped", detail)

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -68,7 +69,9 @@ class RunLock:
             )
         if text:
             self.stale = who
-        self._write(json.dumps(own_name()) + "\n")
+        # Distinguishes this holder from all others, including one in the same process.
+        self._token = secrets.token_hex(8)
+        self._write(json.dumps({**own_name(), "token": self._token}) + "\n")
         self._released = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -94,11 +97,34 @@ class RunLock:
             with contextlib.suppress(OSError):
                 os.utime(self._path)
 
+    def require(self) -> None:
+        """Checks that no other process has taken the folder over.
+
+        Raises:
+            InUse: another one has: somebody deleted the folder, or this process did not touch the
+                lock for too long.
+        """
+        if other := self._other_holder():
+            raise InUse(
+                f"`{self._path.parent}` was taken over by {describe_holder(other)}: it was "
+                "deleted, or this process was away for too long."
+            )
+
+    def _other_holder(self) -> dict[str, Any]:
+        """Returns the process that the file names, if it is not this one; else an empty one."""
+        try:
+            holder = parse_holder(self._path.read_bytes())
+        except OSError:
+            # Deleted, but not replaced; or a network file system is unavailable for a moment.
+            return {}
+        return {} if holder.get("token") == self._token else holder
+
     def release(self) -> None:
         """Releases the lock."""
         self._released.set()
         with contextlib.suppress(OSError):
-            self._write("")
+            if not self._other_holder():
+                self._write("")
         self._file.close()
 
 

@@ -16,6 +16,7 @@ from rwkv7_jax.runs.resume.run_identity import (
     all_settings,
     content_digests,
     path_settings,
+    places_of,
     without_paths,
 )
 from rwkv7_jax.runs.settings import Settings
@@ -111,9 +112,9 @@ def require_same(group: ProcessGroup, described: Mapping[str, str]) -> None:
 def _presence(paths: str) -> str:
     """Tells which paths of a setting exist; names of tasks and built-in texts do not."""
     found = []
-    for path in paths.split(","):
+    for path in places_of(paths):
         # Not `Path.exists`: it raises for a text that is too long for a path.
-        exists = os.path.exists(os.path.expanduser(path))
+        exists = os.path.exists(path)
         found.append("present" if exists else _ABSENT)
     return ", ".join(found)
 

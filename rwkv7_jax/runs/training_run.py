@@ -1,14 +1,16 @@
 """The parts of a run of train.py that do not change between steps."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from rwkv7_jax import sharding
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.registry import make_mesh_of, make_mode
+from rwkv7_jax.runs.modes.registry import make_mesh_of, make_mode, mode_class
 from rwkv7_jax.runs.process_group import ProcessGroup, group_of_run
+from rwkv7_jax.runs.replaced_inputs import refuse_replaced_inputs
 from rwkv7_jax.runs.resume.run_identity import (
     Identity,
     content_digests,
@@ -55,8 +57,8 @@ def set_up(folder: RunDirectory) -> TrainingRun:
         folder: of the run, with its settings.
 
     Raises:
-        ValueError: a setting does not fit the model, the data or the devices, or the processes
-            read different models or data.
+        ValueError: a setting does not fit the model, the data or the devices, the result would
+            replace an input, or the processes read different models or data.
         EndedElsewhere: another process failed to load them.
     """
     # Create the mesh first. If the rows do not divide among the devices, all processes then fail at
@@ -65,6 +67,7 @@ def set_up(folder: RunDirectory) -> TrainingRun:
     mesh = make_mesh_of(settings)
     own = sharding.local_mesh(mesh)
     group = group_of_run()
+    group.run_in_all(lambda: refuse_own_result(folder.path, settings))
 
     def load() -> tuple[TrainingMode, Identity]:
         with sharding.use_mesh(own):
@@ -77,6 +80,20 @@ def set_up(folder: RunDirectory) -> TrainingRun:
         mode, identity = loading.run_in_all(load)
     require_same_inputs(group, identity)
     return TrainingRun(mode=mode, identity=identity, mesh=mesh)
+
+
+def refuse_own_result(folder: Path, settings: Settings) -> None:
+    """Checks that a run will not replace what it reads by its result.
+
+    Args:
+        folder: the run directory.
+        settings: of the run.
+
+    Raises:
+        ValueError: it would.
+    """
+    results = [folder / name for name in mode_class(settings).result_names]
+    refuse_replaced_inputs(results, settings, "`--workdir`")
 
 
 def _identity_of(mode: TrainingMode) -> Identity:

@@ -144,6 +144,7 @@ MISUSE = [
     # data
     ("data", "arguments are required: SOURCE"),
     ("data t.txt", "`OUT` must be given, or `--show`"),
+    ("data t.txt out --show 1", "`OUT` must be left out with `--show`"),
     ("data none.txt out", "`none.txt` must be a file"),
     ("data _ out", "`SOURCE` must name a text; got none"),
     ("data t.txt _", "`OUT` must name a file or a folder"),
@@ -393,6 +394,7 @@ MISUSE = [
     ),
     (f"{DOCTOR} --generic t.txt,./t.txt", "`--generic` must name each file once"),
     (f"{DOCTOR} --picture gs:b/p.png", "`--picture` must be on this machine"),
+    (f"{DOCTOR} --picture p.txt", "`--picture` must end in "),
     (
         f"{DOCTOR} --picture folder",
         "`--picture` must name a file; 'folder' is a folder",

@@ -32,6 +32,7 @@ FILES = {
     "short.txt": "sea",
     "x.jsonl": '{"text": "one"}\n' * 60,
     "qa.jsonl": '{"prompt": "1+1=", "answer": "2"}\n',
+    "questions.json": '{"prompt": "1+1=", "answer": "2"}\n',
     "bad.jsonl": '{"txt": "one"}\n',
     "t.csv": "a,b\n1,2\n",
     "empty.txt": "",
@@ -50,11 +51,20 @@ ADDED = [
     (["--config.data.path"], "`--config.data.path` must have a value"),
     (["--config.state", "--config.seed=3"], "must have a value"),
     # Models
+    (
+        ["--config.questions=./questions.json", "--config.workdir=."],
+        "`config.questions` must not be `questions.json`, which the result would replace",
+    ),
+    (
+        ["--config.evaluation.retention=t.txt,eval.json", "--config.workdir=folder/.."],
+        "`config.evaluation.retention` must not be `eval.json`",
+    ),
     (["--config.init=none.pth"], "`none.pth` does not exist"),
     (["--config.init="], "`config.init` must name a checkpoint"),
     (["--config.data.path=short.txt"], "`short.txt` has no document"),
     (["--config.data.path=./t.txt,t.txt"], "must name each file once"),
     (["--config.state=./a.pth, a.pth"], "must name each file once"),
+    (["--config.state=a.pth,b.pth,a.pth"], "must name each file once"),
     (["--config.init=o/m"], "hf download o/m"),
     (["--config.init=t.txt"], "t.txt"),
     (["--config.init=lfs.pth"], "Git LFS pointer"),

@@ -13,7 +13,10 @@ from rwkv7_jax.runs.exit_codes import Stopped
 from rwkv7_jax.runs.modes.rate_stack import RateStackMode
 from rwkv7_jax.runs.modes.registry import make_mesh_of, make_mode
 from rwkv7_jax.runs.modes.state_tuning import StateTuningMode
-from rwkv7_jax.runs.rate_record import RECORD
+from rwkv7_jax.runs.rate_record import RECORD, _discard_other_plan, _read_record
+from rwkv7_jax.runs.resume.object_store import ObjectStore
+from rwkv7_jax.runs.settings import DataSettings, Settings, as_config
+from rwkv7_jax.tuning.rate_search import SearchPlan
 
 # Without the checks of array shapes, as users run it.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -84,6 +87,65 @@ def test_a_search_stopped_by_a_signal_resumes_bit_exactly(tmp_path, base_model, 
     places = "rate_search/checkpoints/5/record/metadata"
     records = [json.loads((tmp_path / k / places).read_text()) for k in ("one", "two")]
     assert records[0]["leaves"] == records[1]["leaves"]
+
+
+@pytest.mark.slow
+def test_a_search_stopped_and_given_other_steps_begins_anew(
+    tmp_path, base_model, capsys
+):
+    # A tenth of these steps is more than the least steps of a search.
+    longer = {"steps": 60, "tuning__search_share": 1.0}
+    with stopping_at(3), pytest.raises(Stopped):
+        train_here(searched(base_model), tmp_path / "two")
+    train_here(searched(base_model, **longer), tmp_path / "two")
+    assert (
+        "the search begins anew, because it was interrupted" in capsys.readouterr().out
+    )
+    train_here(searched(base_model, **longer), tmp_path / "one")
+    assert found(tmp_path / "one") == found(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("steps", "rows", "is_kept"), [(12, 2, True), (13, 2, False), (12, 1, False)]
+)
+def test_an_interrupted_search_is_kept_if_its_size_is_the_same(
+    tmp_path, steps, rows, is_kept
+):
+    place = tmp_path / "rate_search"
+    place.mkdir()
+    values = as_config(Settings(steps=12, data=DataSettings(batch_size=2)))
+    (place / "settings.json").write_text(json.dumps(values))
+    _discard_other_plan(place, SearchPlan(steps, rows, 0.1))
+    assert place.exists() == is_kept
+
+
+def test_a_record_of_other_texts_is_not_called_damaged(tmp_path):
+    record = {"identity": {"inputs": {"data poet": "1"}}, "states": {"poet": {}}}
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    now = {"inputs": {"data poet": "2", "data cook": "3"}}
+    with pytest.raises(ValueError, match="whose `data poet` is 1; got 2"):
+        _read_record(tmp_path / RECORD, ["poet", "cook"], now)
+
+
+@pytest.mark.parametrize("steps", [12, 13])
+def test_the_copy_of_a_search_of_another_size_is_discarded_too(tmp_path, steps):
+    bucket = tmp_path / "bucket"
+    values = as_config(Settings(steps=12, data=DataSettings(batch_size=2)))
+    for name in ("checkpoints/3/files.json", "metrics.jsonl", "settings.json"):
+        (bucket / name).parent.mkdir(parents=True, exist_ok=True)
+        (bucket / name).write_text(json.dumps(values))
+    store = ObjectStore(f"file://{bucket}")
+    # Another machine, which has no folder of the search.
+    _discard_other_plan(tmp_path / "none", SearchPlan(steps, 2, 0.1), store)
+    assert bool(store.list()) == (steps == 12)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"steps": 3, "data": 1}'])
+def test_a_search_without_readable_settings_is_kept(tmp_path, text):
+    (tmp_path / "settings.json").write_text(text)
+    _discard_other_plan(tmp_path, SearchPlan(12, 2, 0.1))
+    _discard_other_plan(tmp_path / "none", SearchPlan(12, 2, 0.1))
+    assert tmp_path.exists()
 
 
 @pytest.mark.slow

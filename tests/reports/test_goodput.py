@@ -44,6 +44,8 @@ def test_the_parts_add_up_to_the_total_time():
         (ROWS, EVENTS[:2]),
         (ROWS, [EVENTS[0] | {"time": 200.0}, EVENTS[2]]),
         ([{"step": 1, "step_seconds": "x"}], EVENTS),
+        # The clock was set back by a minute.
+        (ROWS, [*EVENTS[:2], EVENTS[2] | {"time": 140.0}]),
     ],
 )
 def test_goodput_is_empty_if_the_files_lack_times(rows, events):

@@ -242,6 +242,26 @@ def test_the_command_writes_the_report_and_prints_its_path(run, capsys):
     assert capsys.readouterr().out.strip() == str(run / "report.html")
 
 
+def test_a_page_shows_the_newest_of_many_samples(tmp_path):
+    rows = [{"step": step, "prompt": "", "text": f"<{step}>"} for step in range(1000)]
+    write_lines(tmp_path / "samples.jsonl", rows)
+    page = Page(report_page(tmp_path))
+    assert page.tags.count("pre") == 200
+    assert "<999>" in page.texts and "<799>" not in page.texts
+    assert "800 earlier samples hidden." in page.texts
+
+
+def test_a_page_marks_the_newest_of_many_events(run):
+    rows = [{"step": step, "event": "skipped"} for step in range(1, 301)]
+    write_lines(run / "events.jsonl", rows)
+    text = report_page(run)
+    # The curves end at step 20, so none of these is in a chart.
+    assert 'class="mark skipped"' not in text
+    assert "100 earlier events hidden." in text
+    write_lines(run / "events.jsonl", [*rows, {"step": 9, "event": "resume"}])
+    assert report_page(run).count('class="mark resume"') == 3
+
+
 def points_of(svg, shape):
     """Return the coordinates of the shapes' points."""
     found = re.findall(rf'<{shape} points="([^"]+)"', svg)
@@ -255,6 +275,16 @@ def test_a_curve_keeps_its_order_and_stays_inside_the_picture():
     assert [x for x, _ in line] == sorted(x for x, _ in line)
     assert line[1][1] < line[2][1] < line[0][1]
     assert all(0 < x < WIDTH and 0 < y < HEIGHT for x, y in line)
+
+
+def test_a_legend_never_covers_the_title_and_every_line_is_named():
+    names = [f"state {index}/loss" for index in range(40)]
+    curves = {name: Curve([(0, 1.0), (1, 2.0)]) for name in names}
+    svg = line_chart("loss (nats per token)", curves)
+    shown = re.findall(r'<text x="(\d+)" y="16" text-anchor="end"[^>]*>([^<]+)<', svg)
+    assert 1 < len(shown) < 6
+    assert all(int(x) - 7 * len(name) > 62 + 7 * 21 for x, name in shown)
+    assert re.findall("<title>([^<]+)</title>", svg) == names
 
 
 def test_a_long_curve_is_downsampled_to_means():

@@ -57,6 +57,34 @@ def test_a_failed_header_is_written_with_the_next_row(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("lost", ["append_line", "atomic_write"])
+def test_a_row_that_the_table_lacks_is_written_with_the_next_one(
+    tmp_path, monkeypatch, lost
+):
+    files = MetricFiles(tmp_path)
+    files.write(1, {"loss": 2.5})
+    kept = getattr(metric_writers, lost)
+
+    def full(path, *rest):
+        if path.name == metric_writers.CSV:
+            raise OSError(28, "No space left on device")
+        return kept(path, *rest)
+
+    name = "loss" if lost == "append_line" else "accuracy"
+    with monkeypatch.context() as patched:
+        patched.setattr(metric_writers, lost, full)
+        with pytest.raises(OSError, match="No space"):
+            files.write(2, {name: 0.5})
+    files.write(3, {"loss": 0.75})
+    files.write(4, {"loss": 0.25})
+    assert table(tmp_path) == [
+        {"step": "1", "loss": "2.5"},
+        {"step": "2", name: "0.5"},
+        {"step": "3", "loss": "0.75"},
+        {"step": "4", "loss": "0.25"},
+    ]
+
+
 def test_a_step_has_one_row_with_the_last_values(tmp_path):
     files = MetricFiles(tmp_path)
     for step, numbers in [
@@ -204,12 +232,19 @@ def test_tensorboard_purges_the_steps_that_a_resumed_run_repeats(tmp_path, monke
         sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Writer)
     )
     files = MetricFiles(tmp_path, also=("tensorboard",))
+    files.write(0, {"accuracy": 0.1})
+    # Killed before its first checkpoint.
+    files.truncate_after(-1)
+    files.write(0, {"accuracy": 0.1})
+    files.close()
+    where = str(tmp_path / "tensorboard")
+    assert calls == [(where, 0), ("accuracy", 0.1, 0), "closed"] * 2
+    calls.clear()
     files.write(1, {"loss": 1.0, "rate": 0.5})
     files.write(2, {"loss": 0.9})
     files.truncate_after(1)
     files.write(2, {"loss": 0.8})
     files.close()
-    where = str(tmp_path / "tensorboard")
     assert calls == [
         (where, 1), ("loss", 1.0, 1), ("rate", 0.5, 1), ("loss", 0.9, 2), "closed",
         (where, 2), ("loss", 0.8, 2), "closed",

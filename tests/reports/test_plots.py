@@ -18,3 +18,32 @@ def test_points_are_drawn_with_and_without_a_front(tmp_path):
     for name, with_front in (("a.png", False), ("b.png", True)):
         plots.scatter(tmp_path / name, groups, x="bytes", y="share", front=with_front)
         assert (tmp_path / name).stat().st_size > 5000
+
+
+@pytest.mark.parametrize("name", ["a", "a.png", "a.PNG", "a.svg", ".hidden"])
+def test_a_format_that_can_be_drawn_is_accepted(name):
+    pytest.importorskip("matplotlib")
+    plots.check_format(name, "`--picture`")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.pn", "a.png.gz"])
+def test_a_format_that_cannot_be_drawn_is_rejected(name):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match=rf"`--picture` must end in .*\.png, .*{name}"):
+        plots.check_format(name, "`--picture`")
+
+
+@pytest.mark.parametrize("count", [1, 10, 23])
+def test_every_line_and_every_group_is_drawn(tmp_path, monkeypatch, count):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, *_, **__: figures.append(figure))
+    lines = {
+        f"line {index}": [(0.0, float(index)), (1.0, 2.0)] for index in range(count)
+    }
+    plots.curves(tmp_path / "a.png", lines, x="x", y="y")
+    assert len(figures[0].axes[0].lines) == count
+    groups = {f"group {index}": [(2.0, float(index), "a")] for index in range(count)}
+    plots.scatter(tmp_path / "b.png", groups, x="x", y="y")
+    assert len(figures[1].axes[0].collections) == count
+    assert len(figures[1].axes[0].texts) == count

@@ -1,16 +1,28 @@
 """The copy of a run in an object store: a folder behind `file://` stands in for the bucket."""
 
 import json
+import os
 import shutil
 import threading
 import time
 
+import numpy as np
 import pytest
-from saved_steps import IDENTITY, PROGRESS, new_state, train_state
+from saved_steps import (
+    IDENTITY,
+    PROGRESS,
+    damage,
+    files_of,
+    new_state,
+    train_state,
+)
 
+from rwkv7_jax.json_files import write_json
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.resume import backup
+from rwkv7_jax.runs.resume.backup import Backup
 from rwkv7_jax.runs.resume.object_store import ObjectStore
+from rwkv7_jax.runs.resume.step_directories import StepDirectories
 from rwkv7_jax.runs.run_directory import OwnedRunDirectory
 from rwkv7_jax.runs.run_lock import LOCK
 from rwkv7_jax.runs.settings import DataSettings, Settings, read_settings
@@ -96,6 +108,33 @@ def test_a_fetched_step_replaces_what_is_in_its_way(tmp_path, capfd, name):
     assert f"{step} was in the way; it is now in" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("left", [[], [1]])
+def test_a_step_that_is_damaged_here_is_fetched_from_the_store(tmp_path, capfd, left):
+    bucket = tmp_path / "bucket"
+    _train(tmp_path / "one", bucket, [1, 2])
+    steps = tmp_path / "one" / "checkpoints"
+    for number in {1, 2} - {*left}:
+        damage(steps / str(number) / "record" / "metadata", "truncate")
+    assert _restored(tmp_path / "one", bucket) == (2, [1, 2])
+    said = capfd.readouterr()
+    assert "step 2 is damaged" in said.err
+    assert said.out.count("was copied from") == 1
+
+
+def test_a_step_that_has_nan_in_the_store_too_is_fetched_once(tmp_path, capfd):
+    bucket = tmp_path / "bucket"
+    bad = train_state(2)
+    bad.params["matrix"] = bad.params["matrix"].at[0, 0].set(np.nan)
+    with OwnedRunDirectory(tmp_path / "one", _settings(bucket)) as folder:
+        for train in (train_state(1), bad):
+            folder.checkpoints.save(train, PROGRESS, IDENTITY)
+            folder.checkpoints.close()
+    assert _restored(tmp_path / "one", bucket)[0] == 1
+    said = capfd.readouterr()
+    assert said.err.count("step 2 is damaged: it has NaN or Inf") == 2
+    assert said.out.count("was copied from") == 1
+
+
 def test_a_machine_with_newer_steps_keeps_them(tmp_path):
     _train(tmp_path / "one", tmp_path / "bucket", [1])
     with OwnedRunDirectory(tmp_path / "one", Settings(keep=2)) as folder:
@@ -103,6 +142,50 @@ def test_a_machine_with_newer_steps_keeps_them(tmp_path):
         folder.checkpoints.save(train_state(5), PROGRESS, IDENTITY)
         folder.checkpoints.close()
     assert _restored(tmp_path / "one", tmp_path / "bucket")[0] == 5
+
+
+@pytest.mark.parametrize("steps", [[1], [2], [3]])
+def test_the_backup_of_another_run_is_neither_fetched_nor_deleted(
+    tmp_path, monkeypatch, steps
+):
+    bucket = tmp_path / "bucket"
+    monkeypatch.setitem(IDENTITY, "inputs", {"data": "this text"})
+    _train(tmp_path / "one", bucket, [2])
+    kept = {path: path.read_bytes() for path in files_of(bucket)}
+    other = {"settings": {"seed": "0"}, "inputs": {"data": "another text"}}
+    workdir = tmp_path / "two"
+    with OwnedRunDirectory(workdir, Settings(keep=2)) as folder:
+        for step in steps:
+            folder.checkpoints.save(train_state(step), PROGRESS, other)
+        folder.checkpoints.close()
+    sentence = (
+        r"must be the copy of the run in .*two; .* `data` is this text; got another"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        OwnedRunDirectory(workdir, _settings(bucket))
+    for path, content in kept.items():
+        assert path.name == LOCK or path.read_bytes() == content
+    assert StepDirectories(workdir / "checkpoints").complete() == steps
+
+
+def test_a_step_whose_copy_failed_is_copied_at_the_end_of_the_next_start(
+    tmp_path, monkeypatch
+):
+    bucket = tmp_path / "bucket"
+    _train(tmp_path / "one", bucket, [1])
+    upload = Backup._upload_step
+
+    def failing(self, step):
+        raise DiskError("UNAVAILABLE: the connection was lost")
+
+    monkeypatch.setattr(Backup, "_upload_step", failing)
+    with pytest.raises(DiskError, match="the connection was lost"):
+        _train(tmp_path / "one", bucket, [2])
+    assert _restored(tmp_path / "two", bucket)[0] == 1
+    monkeypatch.setattr(Backup, "_upload_step", upload)
+    # The run has ended, so this start saves no step.
+    assert _restored(tmp_path / "one", bucket)[0] == 2
+    assert _restored(tmp_path / "three", bucket) == (2, [1, 2])
 
 
 class _FailingStore:
@@ -138,6 +221,19 @@ def test_files_of_a_failed_copy_are_copied_with_the_next_one(tmp_path):
     copy.release()
     for name in ("settings.json", "rate_search.json", "state.pth"):
         assert (tmp_path / "bucket" / name).read_text() == name
+
+
+def test_a_file_replaced_within_the_same_moment_is_copied_again(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    copy = backup.Backup(ObjectStore(f"file://{tmp_path / 'bucket'}"), workdir)
+    for text in ("[1]", "[2]"):
+        write_json(workdir / "protected_steps.json", json.loads(text), indent=None)
+        os.utime(workdir / "protected_steps.json", ns=(0, 0))
+        copy.copy_files()
+        stored = tmp_path / "bucket" / "protected_steps.json"
+        assert stored.read_text() == f"{text}\n"
+    copy.release()
 
 
 def test_files_that_could_not_be_fetched_are_fetched_at_the_next_start(

@@ -97,6 +97,12 @@ def test_groups_that_the_file_does_not_mention_can_be_set(parse):
             ["--config=none.py"],
             "`--config` must name a file; 'none.py' does not exist.",
         ),
+        (["--config=configs"], "`--config` must name a file; 'configs' is not one."),
+        (
+            ["--config=FILE", "--noconfig.allow_nan=true"],
+            "`--noconfig.allow_nan=true` must be a setting without a value",
+        ),
+        (["--config=FILE", "--noconfig"], "`--noconfig` must be a setting without"),
         (["--config=EMPTY"], "empty.py must define `get_config`."),
     ],
 )

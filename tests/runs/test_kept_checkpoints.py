@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import ANY
 
 import pytest
 from run_programs import train_here
@@ -58,6 +59,15 @@ def test_retention_continues_in_a_run_resumed_with_the_same_settings(tmp_path):
     assert found == [30, 20]
     # Other settings than those of retention make no difference.
     assert save_here(tmp_path, 40, keep=2, steps=77, log_every=3) == [40, 30]
+
+
+@pytest.mark.parametrize("junk", ["", "[10, 20", "{}", "null"])
+def test_a_damaged_list_of_protected_steps_deletes_none(tmp_path, junk):
+    for step in (10, 20, 30):
+        save_here(tmp_path, step, keep=3)
+    assert save_here(tmp_path, 40, keep=1) == [40, 30, 20, 10]
+    (tmp_path / "protected_steps.json").write_text(junk)
+    assert save_here(tmp_path, 50, keep=1) == [50, 40, 30, 20, 10]
 
 
 @pytest.mark.parametrize("junk", ["", "[", "[1", "{}", "3", "[[[[", "\0", '["x"]'])
@@ -153,6 +163,18 @@ def test_paths_are_ignored_if_their_contents_are_compared(tmp_path):
     new["inputs"] |= content_digests({"data": str(there)})
     with pytest.raises(ValueError, match=r"`data\.path` is .*a\.jsonl; got"):
         require_same_identity(tmp_path, old, new)
+
+
+def test_a_comma_in_the_name_of_a_file_does_not_hide_its_content(tmp_path):
+    file = tmp_path / "a,b.pth"
+    file.write_text("one")
+    (digest,) = content_digests({"start": str(file)}).values()
+    file.write_text("other")
+    assert content_digests({"start": str(file)}) == {"start content": ANY}
+    assert content_digests({"start": str(file)})["start content"] != digest
+    old = {"settings": {"start": f"{tmp_path}/./a,b.pth"}, "inputs": {}}
+    new = {"settings": {"start": str(file)}, "inputs": {}}
+    require_same_identity(tmp_path, old, new)
 
 
 def test_records_without_digests_of_contents_compare_paths_in_any_spelling(tmp_path):

@@ -1,5 +1,6 @@
 """Signals, streams and hooks of a program, and whether each workaround is still needed."""
 
+import errno
 import gc
 import io
 import os
@@ -15,6 +16,7 @@ from run_programs import ROOT
 from saved_steps import IDENTITY, new_state, open_checkpoints, save_steps, train_state
 
 from rwkv7_jax.checkpoints.orbax_import import is_abandoned_read
+from rwkv7_jax.runs import process
 from rwkv7_jax.runs.exit_codes import NoValidCheckpoint, Stopped
 from rwkv7_jax.runs.process import StopSignals, hold_interrupt, write_lines_at_once
 
@@ -173,6 +175,20 @@ def test_a_second_interrupt_ends_a_program_that_is_busy_in_c():
         time.sleep(0.2)
     _, error = child.communicate(timeout=30)
     assert child.returncode == 130 and "exited at once" in error
+
+
+def test_a_lost_terminal_does_not_keep_a_program_from_ending(monkeypatch):
+    codes = []
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(process.os, "write", fail)
+        patched.setattr(process.os, "_exit", codes.append)
+        patched.setattr(process, "_flush", fail)
+        process._exit_at_once(129, "stopped by SIGHUP.")
+    assert codes == [129]
 
 
 @pytest.mark.parametrize(("asked", "code"), [(0, 0), (75, 75), (None, 143)])

@@ -1,6 +1,8 @@
 """Progress on a terminal, and as plain lines elsewhere."""
 
 import io
+import os
+import termios
 
 import pytest
 
@@ -39,6 +41,29 @@ def test_a_terminal_gets_one_redrawn_line(clock):
     assert drawn.startswith(
         "\r[######..................] train  25%  0:03 left  loss 1"
     )
+
+
+@pytest.mark.parametrize(
+    ("columns", "text", "drawn"),
+    [
+        (60, "loss 1", f"[{'#' * 12}{'.' * 12}] train  50%  0:01 left  loss 1"),
+        (40, "loss 1", "[####...] train  50%  0:01 left  loss 1"),
+        (43, "loss 1", "[#####.....] train  50%  0:01 left  loss 1"),
+        (20, "loss 1", "[##..] train  50%  "),
+        # Some terminals do not know their width.
+        (0, "x" * 99, f"[{'#' * 12}{'.' * 12}] train  50%  0:01 left  {'x' * 99}"),
+    ],
+)
+def test_a_line_fits_into_the_width_of_the_terminal(clock, columns, text, drawn):
+    reader, writer = os.openpty()
+    termios.tcsetwinsize(writer, (24, columns))
+    with open(writer, "w", encoding="utf-8") as terminal:
+        bar = ProgressBar(2, "train", file=terminal)
+        clock[0] = 1.0
+        bar.update(1, text)
+        shown = os.read(reader, 4096).decode()
+    os.close(reader)
+    assert shown == f"\r{drawn}\x1b[K"
 
 
 def test_the_line_ends_with_the_newest_numbers_and_the_next_begins_another(clock):

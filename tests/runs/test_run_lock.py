@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from rwkv7_jax.runs import run_lock
+from rwkv7_jax.runs.exit_codes import InUse
 from rwkv7_jax.runs.run_lock import RunLock
 
 HERE = socket.gethostname()
@@ -71,3 +72,18 @@ def test_a_holder_on_another_machine_is_watched_for_a_while(
     finally:
         done.set()
         other.join()
+
+
+def test_a_displaced_holder_notices_and_keeps_the_lock_of_the_new_one(tmp_path):
+    path = tmp_path / "run.lock"
+    lock = RunLock(path)
+    lock.require()
+    # Another machine, on a file system without locks, took this process for dead.
+    other = '{"pid": 7, "host": "far.away", "token": "a"}\n'
+    path.write_text(other)
+    with pytest.raises(
+        InUse, match=r"was taken over by process 7 on far\.away: it was"
+    ):
+        lock.require()
+    lock.release()
+    assert path.read_text() == other

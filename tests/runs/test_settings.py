@@ -47,7 +47,7 @@ def test_a_list_of_prompts_becomes_a_tuple():
         ({"steps": True}, r"`config.steps` must be int; got True"),
         (
             {"optimizer": {"clip": "no"}},
-            r"`config.optimizer.clip` must be float or NoneType",
+            r"`config.optimizer.clip` must be float or None;",
         ),
         (
             {"mode": "state", "tuning": {"rates": (0.1, 1.0, 0.10000001)}},

@@ -8,8 +8,9 @@ import pytest
 from rwkv7_jax.json_files import read_object
 from rwkv7_jax.runs import multihost
 from rwkv7_jax.runs.process_group import ProcessGroup
+from rwkv7_jax.runs.resume.run_identity import flat_settings
 from rwkv7_jax.runs.run_directory import OwnedRunDirectory
-from rwkv7_jax.runs.settings import as_config, read_settings
+from rwkv7_jax.runs.settings import Settings, as_config, read_settings
 from rwkv7_jax.runs.settled_settings import settle
 
 
@@ -77,6 +78,16 @@ def test_damaged_settings_of_a_run_are_ignored(tmp_path, text):
     began = read_object(tmp_path / "settings.json") or {}
     assert settle(settings("auto"), began) == settings("float32")
     assert settle(packing("auto"), began) == packing("auto")
+
+
+@pytest.mark.parametrize("name", list(as_config(Settings())))
+@pytest.mark.parametrize("junk", [3, None, [], "x"])
+def test_damaged_settings_are_compared_as_far_as_they_can_be(name, junk):
+    values = as_config(Settings())
+    # Such a value is a difference, or is not compared at all.
+    found = flat_settings({**values, name: junk})
+    expected = flat_settings(values)
+    assert found.keys() <= expected.keys() | {name}
 
 
 def test_a_folder_without_a_checkpoint_holds_no_run(tmp_path):

@@ -51,3 +51,19 @@ def test_an_unflushed_step_is_an_error(tmp_path, monkeypatch, is_kind, number):
     (tmp_path / "a").write_text("a")
     with pytest.raises(OSError, match=os.strerror(number)):
         step_directories.write_manifest(tmp_path)
+
+
+def test_the_name_of_a_new_step_is_flushed(tmp_path, monkeypatch):
+    steps = step_directories.StepDirectories(tmp_path)
+    written = steps.unfinished(3)
+    written.mkdir(parents=True)
+    (written / "a").write_text("a")
+    flushed = []
+
+    def fsync(path):
+        flushed.append((path, steps.path(3).exists()))
+
+    monkeypatch.setattr(step_directories, "_fsync", fsync)
+    steps.commit(3)
+    assert flushed[-1] == (tmp_path, True)
+    assert (written, False) in flushed

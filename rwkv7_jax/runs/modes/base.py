@@ -70,6 +70,9 @@ class TrainingMode(abc.ABC):
     # steps, whose FLOPs and memory are not estimated.
     gradients_of: ClassVar[Literal["weights", "state"] | None] = None
 
+    # The files or folders in the run directory that hold the result.
+    result_names: ClassVar[tuple[str, ...]]
+
     # Updates per step of the run; the learning rate schedule counts updates.
     updates_per_step: int = 1
 

@@ -28,12 +28,16 @@ from rwkv7_jax.training.costs import tree_size
 # proposal, the teacher's own state after the prompt, and zeros.
 _LOG_NAMES = {"proposed": "proposal", "wkv": "own_state", "zero": "no_state"}
 
+_RESULT = "observer"
+
 
 class ObserverMode(TrainingMode):
     """Trains a small model to propose start states for the frozen teacher in `init`.
 
     Samples come from the teacher without a start state.
     """
+
+    result_names = (_RESULT,)
 
     frozen: Params
 
@@ -172,7 +176,7 @@ class ObserverMode(TrainingMode):
         self, folder: Path, params: Params, *, without: Sequence[str] = ()
     ) -> Path:
         """Writes the observer and returns the path of its folder."""
-        path = folder / "observer"
+        path = folder / _RESULT
         info = {"base_model": model_hash(self.frozen, self.model.config)}
         save_observer(path, self._observer, params, info=info)
         return path

@@ -20,11 +20,15 @@ from rwkv7_jax.training.costs import parameter_count
 from rwkv7_jax.training.losses import pretrain_loss
 from rwkv7_jax.training.projection_statistics import weight_decorrelator
 
+_RESULT = "model.pth"
+
 
 class PretrainMode(TrainingMode):
     """Trains all weights, from new ones or from a checkpoint's."""
 
     gradients_of = "weights"
+
+    result_names = (_RESULT,)
 
     def set_up(self) -> None:
         """Loads or makes the weights and opens the data."""
@@ -58,7 +62,7 @@ class PretrainMode(TrainingMode):
         self, folder: Path, params: Params, *, without: Sequence[str] = ()
     ) -> Path:
         """Writes the model and returns the file's path."""
-        path = folder / "model.pth"
+        path = folder / _RESULT
         save_model(path, params, self.model.config, allow_nan=self.settings.allow_nan)
         return path
 

@@ -23,6 +23,11 @@ from rwkv7_jax.tuning.state_arithmetic import scaled
 from rwkv7_jax.tuning.state_tuning import LEAVES, trainable_mask
 from rwkv7_jax.tuning.upscaling import fold_feature_map
 
+_RESULT = "state.pth"
+
+# The other formats cannot hold features.
+_UPSCALED_RESULT = "state.safetensors"
+
 
 class SingleStateMode(TrainingMode):
     """A mode that tunes one start state of a frozen model.
@@ -33,6 +38,8 @@ class SingleStateMode(TrainingMode):
     """
 
     tunes_state = True
+
+    result_names = (_RESULT, _UPSCALED_RESULT)
 
     frozen: Params
     tuned_leaves: tuple[str, ...]
@@ -79,13 +86,12 @@ class SingleStateMode(TrainingMode):
         tuning = self.settings.tuning
         if is_upscaled:
             self.tuned_leaves = ("memory",)
-            # The other formats cannot hold features.
-            self.result_name = "state.safetensors"
+            self.result_name = _UPSCALED_RESULT
         else:
             tunes_all = tuning.leaves == "all"
             # The rest of `LEAVES` belongs to upscaled states.
             self.tuned_leaves = LEAVES[:3] if tunes_all else ("wkv",)
-            self.result_name = "state.pth"
+            self.result_name = _RESULT
         for name in tuning.leaf_rates:
             if name not in self.tuned_leaves:
                 raise ValueError(

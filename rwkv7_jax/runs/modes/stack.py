@@ -114,6 +114,8 @@ class StackMode(TrainingMode):
 
     gradients_of = "state"
 
+    result_names = (RESULTS,)
+
     frozen: Params
     members: dict[str, StateTuningMode]
 

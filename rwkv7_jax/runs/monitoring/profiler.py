@@ -22,10 +22,13 @@ class ProfileWindow:
         self._last_step: int | None = None
 
     def before(self, step: int) -> None:
-        """Starts the trace if this is the first step of the window."""
-        if self._steps is not None and step == self._steps[0]:
+        """Starts the trace in the first step of the window, or in a later one of a resumed run."""
+        if self._steps is None or self._last_step is not None:
+            return
+        first, last = self._steps
+        if first <= step <= last:
             jax.profiler.start_trace(str(self._folder))
-            self._last_step = self._steps[1]
+            self._last_step = last
 
     def after(self, step: int, result: Any) -> None:
         """Ends the trace if this was the last step of the window.

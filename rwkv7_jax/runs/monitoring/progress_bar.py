@@ -1,12 +1,15 @@
 """Progress bars for long tasks."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# Length of a bar, and of one on a terminal that is too narrow.
 _BAR_CHARACTERS = 24
+_LEAST_CHARACTERS = 4
 
 # Seconds between two drawings on a terminal, and at least between two lines elsewhere.
 _REDRAW_SECONDS = 0.1
@@ -48,7 +51,7 @@ class ProgressBar:
         self._tenth = 0
         self._line_is_open = False
         # What the terminal does not show yet.
-        self._newest = ""
+        self._undrawn = ""
         self._is_lost = False
 
     def update(self, done: int, text: str = "") -> None:
@@ -82,14 +85,13 @@ class ProgressBar:
     def _redraw(self, share: float, line: str) -> None:
         now = time.monotonic()
         due = now - self._drawn > _REDRAW_SECONDS
-        filled = round(_BAR_CHARACTERS * share)
-        bar = "#" * filled + "." * (_BAR_CHARACTERS - filled)
+        shown = _with_bar(share, line, _columns(self._file))
         # A carriage return before the line, and "erase to the end of the line" after it.
-        self._newest = f"\r[{bar}] {line}\x1b[K"
+        self._undrawn = f"\r{shown}\x1b[K"
         if self._line_is_open and not due and share < 1.0:
             return
-        self._write(self._newest)
-        self._newest = ""
+        self._write(self._undrawn)
+        self._undrawn = ""
         self._drawn = now
         self._line_is_open = True
 
@@ -106,8 +108,8 @@ class ProgressBar:
     def close(self) -> None:
         """Ends the line, with the newest numbers."""
         if self._line_is_open:
-            self._write(f"{self._newest}\n")
-            self._newest = ""
+            self._write(f"{self._undrawn}\n")
+            self._undrawn = ""
             self._line_is_open = False
 
 
@@ -188,6 +190,33 @@ def count_progress(
         return f"{done:,} of {total:,} {unit}"
 
     return progress(label, describe)
+
+
+def _with_bar(share: float, line: str, columns: int) -> str:
+    """Puts a bar before a line; the result does not wrap, and so can be redrawn in place.
+
+    Args:
+        share: the share of the bar that is filled.
+        line: the line.
+        columns: the width of the terminal; 0 if it is unknown.
+    """
+    width = _BAR_CHARACTERS
+    if columns:
+        # Without the brackets, the space, and the last column, after which terminals wrap.
+        room = columns - len(line) - 4
+        width = min(max(room, _LEAST_CHARACTERS), _BAR_CHARACTERS)
+    filled = round(width * share)
+    shown = f"[{'#' * filled}{'.' * (width - filled)}] {line}"
+    return shown[: columns - 1] if columns else shown
+
+
+def _columns(terminal: Any) -> int:
+    """Returns the width of a terminal in characters; 0 if it is unknown."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns
+    # ValueError: the stream is closed.
+    except (OSError, ValueError):
+        return 0
 
 
 def _clock(seconds: float) -> str:

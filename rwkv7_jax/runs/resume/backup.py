@@ -13,8 +13,10 @@ import threading
 import time
 from pathlib import Path, PurePosixPath
 
+from rwkv7_jax.json_files import parse_json
 from rwkv7_jax.runs.exit_codes import DiskError, InUse, warn
 from rwkv7_jax.runs.resume.object_store import ObjectStore, is_inside
+from rwkv7_jax.runs.resume.run_identity import Identity, identity_differences
 from rwkv7_jax.runs.resume.step_directories import (
     StepDirectories,
     verify_manifest,
@@ -34,6 +36,9 @@ from rwkv7_jax.runs.waiting import report_wait
 
 # The folder of the steps within a run directory.
 STEPS = "checkpoints"
+
+# The file of a step in which Orbax stores its record.
+RECORD = "record/metadata"
 
 # Seconds between two heartbeats of the process that holds the lock. Stores accept one write per
 # second to a key, and charge for each.
@@ -72,8 +77,10 @@ class Backup:
         _require_outside(store, workdir)
         self.steps = StoredSteps(store, STEPS, self._require_lock)
         self._logs = StoredLogs(store, self._require_lock)
-        # Size and modification time of each file when it was last copied.
-        self._copied: dict[str, tuple[int, int]] = {}
+        # What changes with each file, as it was when the file was last copied.
+        self._copied: dict[str, tuple[int, int, int]] = {}
+        # The steps that this process has downloaded.
+        self._tried: set[int] = set()
         self._released = threading.Event()
         self._displaced = False
         # Distinguishes this holder from all others, including one in the same process.
@@ -136,21 +143,50 @@ class Backup:
         """Downloads the run's files, except its steps, if the store has a newer step.
 
         Raises:
+            ValueError: the store holds another run than the run directory.
             DiskError: the store cannot be read, or the run directory cannot be written.
         """
+        self._require_same_run()
         if self.newer_steps():
             keys = filter(_is_copied, self._store.list())
             with report_wait(f"the files of the run from {self._store.url}"):
                 self._store.download({key: self._workdir / key for key in keys})
                 self._logs.download(self._workdir)
 
+    def _require_same_run(self) -> None:
+        """Checks that stored and local steps belong to one run: copies replace the older ones.
+
+        Raises:
+            ValueError: they belong to two runs.
+            DiskError: the store cannot be read.
+        """
+        stored = self.steps.complete()
+        local = self._local_steps.complete()
+        if not stored or not local:
+            return
+        there, _ = self._store.read(self.steps.key(stored[0], RECORD))
+        here = b""
+        # Without the file the step is damaged, which tells nothing.
+        with contextlib.suppress(OSError):
+            here = (self._local_steps.path(local[0]) / RECORD).read_bytes()
+        if found := identity_differences(_identity_in(there), _identity_in(here)):
+            raise ValueError(
+                f"`config.backup` {self._store.url} must be the copy of the run in "
+                f"{self._workdir}; it holds a run whose {found}. Name another URL."
+            )
+
     def fetch_step(self) -> None:
         """Downloads the newest intact step if it is newer than all local steps.
+
+        It tries no step twice: the caller may have found that one does not fit or has NaN.
 
         Raises:
             DiskError: the store cannot be read, or the run directory cannot be written.
         """
         for step in self.newer_steps():
+            if step in self._tried:
+                continue
+            self._tried.add(step)
             place = self._local_steps.unfinished(step)
             shutil.rmtree(place, ignore_errors=True)
             files = self.steps.files(step) | {MANIFEST: self.steps.key(step, MANIFEST)}
@@ -214,7 +250,8 @@ class Backup:
                 logs[key] = path
                 continue
             status = path.stat()
-            version = (status.st_size, status.st_mtime_ns)
+            # Clocks of disks may be coarse, but a file that was replaced has another inode.
+            version = (status.st_ino, status.st_size, status.st_mtime_ns)
             if self._copied.get(key) != version:
                 changed[key] = path
                 versions[key] = version
@@ -260,6 +297,15 @@ def _require_outside(store: ObjectStore, workdir: Path) -> None:
         raise ValueError(
             f"`config.backup` must be outside the run directory, which it copies; got {store.url}."
         )
+
+
+def _identity_in(record: bytes) -> Identity:
+    """Returns the identity of the run in a checkpoint's record; empty if it is damaged."""
+    try:
+        identity = parse_json(record)["identity"]
+        return {group: dict(fields) for group, fields in identity.items()}
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return {}
 
 
 def _is_copied(key: str) -> bool:

@@ -110,7 +110,8 @@ class Checkpointer(CheckpointStore):
             settings: the settings of the run.
             protected: steps that retention never deletes, because they were saved under other
                 retention settings.
-            fetch: downloads newer steps from elsewhere; called before a restore.
+            fetch: downloads newer steps from elsewhere, each at most once; called before a
+                restore.
             copy: copies the run to its backup; called after every save.
             group: the processes that save and restore together; None for this process alone.
 
@@ -124,7 +125,7 @@ class Checkpointer(CheckpointStore):
         self._protected = frozenset(protected)
         self._fetch = fetch or _do_nothing
         self._copy = copy or _do_nothing
-        self._newest: int | None = None
+        self._saved: int | None = None
         self._job: SaveJob | None = None
         self._orbax: Any = None
         self._failures = 0
@@ -166,7 +167,7 @@ class Checkpointer(CheckpointStore):
         self.wait()
         step = int(train.step)
         # Already saved: the run resumed at its last step, or ends right after a save.
-        if step == self._newest:
+        if step == self._saved:
             return
         if self._acts_for_others():
             # Orbax would save a `jax.Array` together with all processes of the run.
@@ -244,7 +245,7 @@ class Checkpointer(CheckpointStore):
         if reason := self._first_reason(job):
             self._give_up(job, reason)
             return
-        self._newest = job.step
+        self._saved = job.step
         # Only process 0 copies.
         self.failure = self._group.from_process_0(lambda: job.not_copied)
         if self.failure:
@@ -314,17 +315,14 @@ class Checkpointer(CheckpointStore):
     ) -> tuple[TrainState, Progress]:
         """Sets damaged steps aside until one is intact; see `CheckpointStore.restore`."""
         from_process_0 = self._group.from_process_0
-        from_process_0(self._fetch)
-        for number in from_process_0(self.steps.numbers):
-            if from_process_0(functools.partial(self.steps.drop_if_empty, number)):
-                continue
+        while (number := from_process_0(self._newest_step)) is not None:
             try:
                 restored = self._load(number, abstract, identity)
             except _Damaged as error:
                 from_process_0(functools.partial(self._set_aside, number, str(error)))
                 continue
             # A run that ends without an update need not save this step again.
-            self._newest = number
+            self._saved = number
             return restored
         from_process_0(self._require_no_damaged_steps)
         # Import and compile now: there is no time for it between a signal and the final save.
@@ -332,6 +330,15 @@ class Checkpointer(CheckpointStore):
         train = init()
         leaf_checksums(train)
         return train, Progress()
+
+    def _newest_step(self) -> int | None:
+        """Returns the newest step here or, if it is newer, elsewhere; None if there is none."""
+        # Again after each damaged step, of which there may be an intact copy.
+        self._fetch()
+        for number in self.steps.numbers():
+            if not self.steps.drop_if_empty(number):
+                return number
+        return None
 
     def _set_aside(self, number: int, reason: str) -> None:
         moved = self.steps.set_aside(number)

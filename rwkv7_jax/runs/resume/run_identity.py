@@ -93,7 +93,10 @@ def flat_settings(settings: Settings | Mapping[str, Any]) -> dict[str, str]:
 
     def value(name: str) -> Any:
         group, _, key = name.partition(".")
-        return {**values[group], **settings.get(group, {})}[key]
+        given = settings.get(group)
+        # The file of an earlier start may be damaged.
+        own = given if isinstance(given, Mapping) else {}
+        return {**values[group], **own}[key]
 
     unread: list[str] = []
     for names, _ in unread_by_value(mode, value):
@@ -150,6 +153,17 @@ def identity_of(
     }
 
 
+def places_of(text: str) -> list[str]:
+    """Splits a setting's comma-separated paths, and expands `~` in each.
+
+    Like the readers of paths, it takes a text that names a file for that file, even with commas.
+    """
+    whole = os.path.expanduser(text)
+    if os.path.exists(whole):
+        return [whole]
+    return [os.path.expanduser(part) for part in text.split(",")]
+
+
 def content_digests(paths: Mapping[str, str | None]) -> dict[str, str]:
     """Returns digests of the bytes of files and folders, by names that end in " content".
 
@@ -160,9 +174,9 @@ def content_digests(paths: Mapping[str, str | None]) -> dict[str, str]:
     digests = {}
     for name, path in paths.items():
         files: list[Path] = []
-        for part in (path or "").split(","):
-            # `os.path` takes no text for a path that cannot be one; `Path` raises.
-            place = Path(os.path.expanduser(part))
+        for part in places_of(path or ""):
+            place = Path(part)
+            # `os.path` takes a text that cannot be a path; `Path` raises.
             if part and os.path.isdir(place):
                 files += sorted(item for item in place.rglob("*") if item.is_file())
             elif part and os.path.isfile(place):
@@ -194,15 +208,26 @@ def path_settings(settings: Mapping[str, str]) -> dict[str, str]:
 def require_same_identity(workdir: Path, was: Identity, now: Identity) -> None:
     """Checks that two identities belong to the same run.
 
-    If a path differs but its content does not, the run is the same.
-
     Args:
         workdir: the run directory, for the message.
         was: the identity in a checkpoint.
         now: the identity from the command.
 
     Raises:
-        ValueError: they differ; the message lists all differences in the first group that differs.
+        ValueError: they differ; the message has their `identity_differences`.
+    """
+    if found := identity_differences(was, now):
+        raise _other_run(workdir, found)
+
+
+def identity_differences(was: Identity, now: Identity) -> str:
+    """Lists all differences in the first group that differs; "" if the run is the same.
+
+    If a path differs but its content does not, the run is the same.
+
+    Args:
+        was: the identity in a checkpoint.
+        now: the identity from the command, or in another checkpoint.
     """
     inputs_were = dict(was.get("inputs", {}))
     inputs_are = dict(now.get("inputs", {}))
@@ -221,7 +246,9 @@ def require_same_identity(workdir: Path, was: Identity, now: Identity) -> None:
             before = inputs_were
         if group == "settings":
             before = _without_equal_paths(before, fields, equal)
-        require_same_run(workdir, before, fields)
+        if found := _differences(before, fields):
+            return found
+    return ""
 
 
 def _without_equal_paths(
@@ -250,8 +277,7 @@ def _is_same_place(was: str | None, now: str | None) -> bool:
         return False
     places = []
     for text in (was, now):
-        parts = text.split(",")
-        places.append([os.path.realpath(os.path.expanduser(part)) for part in parts])
+        places.append([os.path.realpath(place) for place in places_of(text)])
     return places[0] == places[1]
 
 
@@ -271,13 +297,18 @@ def require_same_run(
     Raises:
         ValueError: they differ; the message lists every difference.
     """
+    if found := _differences(was, now):
+        raise _other_run(folder, found)
+
+
+def _differences(was: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Lists the names whose texts differ, without those that only one side has."""
     changed = [name for name in now if name in was and was[name] != now[name]]
-    if not changed:
-        return
-    differences = "; ".join(
-        f"`{name}` is {was[name]}; got {now[name]}" for name in changed
-    )
-    raise ValueError(
+    return "; ".join(f"`{name}` is {was[name]}; got {now[name]}" for name in changed)
+
+
+def _other_run(folder: Path, differences: str) -> ValueError:
+    return ValueError(
         f"`{folder}` holds a run whose {differences}. "
         "Use another --workdir, or the original value to resume."
     )

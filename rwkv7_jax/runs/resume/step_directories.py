@@ -114,6 +114,8 @@ class StepDirectories(Steps):
         if os.path.lexists(path):
             warn(f"{path} was in the way; it is now in {self.set_aside(number)}")
         os.rename(self.unfinished(number), path)
+        # Before older steps are deleted: after a power failure the new name must still be there.
+        _fsync(self.place)
 
     def keep_only(self, numbers: Iterable[int]) -> None:
         """Deletes the other directories, except those without a manifest."""

@@ -112,8 +112,13 @@ def _convert(where: str, kind: Any, value: Any) -> Any:
             return tuple(_convert(where, element, item) for item in value)
         if origin is not type(None) and isinstance(value, origin):
             return value
-    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    wanted = " or ".join(map(_name_of, options))
     raise ValueError(f"`{where}` must be {wanted}; got {shown(value)}.")
+
+
+def _name_of(kind: Any) -> str:
+    """Returns the name of a type as config files spell its values."""
+    return "None" if kind is type(None) else getattr(kind, "__name__", str(kind))
 
 
 def _to_float(where: str, value: int) -> float:

@@ -15,6 +15,7 @@ from rwkv7_jax.local_paths import local_path, split_list, split_paths
 from rwkv7_jax.optim.decorrelation import Method as DecorrelationMethod
 from rwkv7_jax.optim.optimizer import KINDS as OPTIMIZERS
 from rwkv7_jax.optim.optimizer import SCHEDULES
+from rwkv7_jax.reports.metric_writers import TRACKERS
 from rwkv7_jax.runs.settings.conversion import check_model_sizes, from_mapping
 from rwkv7_jax.runs.settings.data import DataSettings
 from rwkv7_jax.runs.settings.fields import (
@@ -22,6 +23,7 @@ from rwkv7_jax.runs.settings.fields import (
     MOST_RATE,
     MOST_WEIGHT,
     choice,
+    choose,
     number,
     optional,
     place,
@@ -29,7 +31,7 @@ from rwkv7_jax.runs.settings.fields import (
     store,
 )
 from rwkv7_jax.runs.settings.names import check_names, setting_types
-from rwkv7_jax.runs.settings.readers import refuse_unread_settings
+from rwkv7_jax.runs.settings.readers import TEXT_STATES, refuse_unread_settings
 from rwkv7_jax.runs.settings.test_time import TestTimeSettings
 from rwkv7_jax.runs.settings.tuning import (
     DecorrelationSettings,
@@ -39,9 +41,6 @@ from rwkv7_jax.runs.settings.tuning import (
 from rwkv7_jax.sharding import AUTO, TENSOR, parse_sizes
 
 Mode = Literal["pretrain", "state", "upscaled_state", "observer", "test_time"]
-
-# The modes that tune a state on text.
-_TEXT_STATES = ("state", "upscaled_state")
 
 # First and last step of a profile. `int` rejects numbers with thousands of digits.
 _STEPS = re.compile(r"([0-9]{1,10}):([0-9]{1,10})")
@@ -264,10 +263,8 @@ class Settings:
             raise ValueError(
                 "`config.evaluation.prompt_tokens` must be at least 1, or -1 for all; got 0."
             )
-        if not all(tracker.strip() for tracker in self.trackers):
-            raise ValueError(
-                f"`config.trackers` must hold only names of trackers; got {self.trackers!r}."
-            )
+        for tracker in self.trackers:
+            choose("config.trackers", TRACKERS, tracker)
         self._check_tasks()
         if self.tuning.states is not None and self.data.path:
             raise ValueError(
@@ -312,7 +309,7 @@ class Settings:
     @property
     def finds_rate(self) -> bool:
         """Whether the run searches for its learning rate: it tunes states on text, without one."""
-        return self.mode in _TEXT_STATES and self.optimizer.learning_rate is None
+        return self.mode in TEXT_STATES and self.optimizer.learning_rate is None
 
     @property
     def packing_of_answers(self) -> Packing:
@@ -321,7 +318,7 @@ class Settings:
         A tuned state is used at the beginning of a question, so its training rows must begin there,
         too, not inside a question.
         """
-        if self.mode not in _TEXT_STATES:
+        if self.mode not in TEXT_STATES:
             return "stream"
         has_sequences = self.mode == "state" or self.upscaling.dynamics == "static"
         # The Triton kernel supports only one sequence per row.
@@ -341,7 +338,7 @@ class Settings:
         if packing != "packed":
             return
         # Their losses start each document of a row from the start state.
-        modes = ("pretrain", *_TEXT_STATES)
+        modes = ("pretrain", *TEXT_STATES)
         if self.mode not in modes:
             raise ValueError(
                 '`config.data.packing` must be "stream" or "documents" outside modes '

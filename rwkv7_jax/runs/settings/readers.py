@@ -15,12 +15,13 @@ from rwkv7_jax.runs.settings.test_time import is_trace_file
 TEST_TIME = "test_time"
 
 _WEIGHTS = ("pretrain", "observer")
-_TEXT_STATES = ("state", "upscaled_state")
+# The modes that tune a state on text.
+TEXT_STATES = ("state", "upscaled_state")
 # The methods of mode "test_time".
 _QUESTIONS = ("grpo", "expert", "distil")
 _METHODS = (*_QUESTIONS, "context")
-_STATES = (*_TEXT_STATES, *_METHODS)
-_TEXT = (*_WEIGHTS, *_TEXT_STATES, "context")
+_STATES = (*TEXT_STATES, *_METHODS)
+_TEXT = (*_WEIGHTS, *TEXT_STATES, "context")
 
 # How a guide writes traces, and which of them are kept.
 _TRACES = (
@@ -46,15 +47,15 @@ _READERS: dict[str, tuple[str, ...]] = {
     # A state has neither weight decay nor matrices for Muon.
     "optimizer.kind": _WEIGHTS,
     "optimizer.weight_decay": _WEIGHTS,
-    "optimizer.l2wrap": ("pretrain", *_TEXT_STATES),
+    "optimizer.l2wrap": ("pretrain", *TEXT_STATES),
     "optimizer.decorrelate": ("pretrain",),
     "tuning": _STATES,
     "tuning.leaves": ("state", *_METHODS),
-    "tuning.anchor": _TEXT_STATES,
-    "tuning.anchor_path": _TEXT_STATES,
-    "tuning.rates": _TEXT_STATES,
-    "tuning.search_share": _TEXT_STATES,
-    "tuning.states": _TEXT_STATES,
+    "tuning.anchor": TEXT_STATES,
+    "tuning.anchor_path": TEXT_STATES,
+    "tuning.rates": TEXT_STATES,
+    "tuning.search_share": TEXT_STATES,
+    "tuning.states": TEXT_STATES,
     "upscaling": ("upscaled_state",),
     # The observer's initial proposal, the teacher's mean state, is measured on these rows.
     "upscaling.rows": ("upscaled_state", "observer"),
