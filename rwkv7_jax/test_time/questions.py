@@ -378,7 +378,9 @@ def find_verifier(name: str) -> RewardFunction:
     found = getattr(imported, function, None)
     if not callable(found):
         what = "no such name" if found is None else f"of type {type(found).__name__}"
-        raise ValueError(f"{must}: {function!r} is {what} in `{imported.__file__}`.")
+        # A module that is built into Python has no file.
+        place = getattr(imported, "__file__", None) or module
+        raise ValueError(f"{must}: {function!r} is {what} in `{place}`.")
     return found
 
 

@@ -56,8 +56,11 @@ def _plain_number(text: str) -> str | None:
         number = Decimal(text.replace(",", ""))
     except InvalidOperation:
         return None
-    # `normalize` writes 1200 as 1.2E+3 and keeps the sign of a zero.
-    return format(number.normalize() + 0, "f")
+    # Not `normalize`, which rounds to 28 digits: longer numbers would count as equal.
+    plain = format(number, "f")
+    if "." in plain:
+        plain = plain.rstrip("0").rstrip(".")
+    return "0" if plain == "-0" else plain
 
 
 VERIFIERS: dict[str, Verifier] = {
