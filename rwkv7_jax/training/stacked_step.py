@@ -31,8 +31,7 @@ from rwkv7_jax.sharding import (
     specs,
     use_mesh,
 )
-from rwkv7_jax.sharding.layout import path_name
-from rwkv7_jax.training.gradients import cut_rows
+from rwkv7_jax.training.gradients import check_divisible, cut_rows
 from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.shared_pass import can_share_pass
 from rwkv7_jax.training.step_checks import CheckedProgram, check_step_arguments
@@ -212,7 +211,7 @@ def make_stacked_step(
         train: TrainState,
         batch: Any,
     ):
-        _check_rows(batch, rates.size)
+        check_divisible(batch, rates.size, "make_stacked_step", "the number of `rates`")
         with use_mesh(mesh):
             sets = cut_rows(batch, rates.size)
             moved = update(loss, statistics, train, sets, rates)
@@ -248,13 +247,3 @@ def _check_no_shared_heads(mesh: Mesh | None) -> None:
             "`mesh` must have no tensor axis: each device computes all heads of its sets; "
             f"got one of {mesh.shape[TENSOR]}."
         )
-
-
-def _check_rows(batch: Any, sets: int) -> None:
-    for path, array in jax.tree_util.tree_leaves_with_path(batch):
-        if array.shape[0] % sets:
-            name = path_name(path)
-            raise ValueError(
-                "make_stacked_step: the number of `rates` must divide the "
-                f"{array.shape[0]} rows of the batch's {name}; got {sets}."
-            )

@@ -76,7 +76,11 @@ class TrainState:
         with prefix_errors("TrainState.create"):
             check_parameters(params)
             check_optimizer(tx, "`tx`")
-        params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+        # The dtype is named because a Python number has a weak one, which the first step would make
+        # strong: the second step would compile again.
+        params = jax.tree.map(
+            lambda leaf: jnp.array(leaf, jnp.result_type(leaf), copy=True), params
+        )
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
