@@ -180,6 +180,22 @@ def _mask_of(labels: list[str]) -> Callable[[Any], Any]:
     return mask
 
 
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Clips as Optax does, but with a norm that is at least float32."""
+    clip = optax.clip_by_global_norm(limit)
+
+    def widen(leaf):
+        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+    def update(updates, state, params=None):
+        # In float16, a norm above 255 would be infinite, and the clipped gradient 0.
+        clipped, state = clip.update(jax.tree.map(widen, updates), state, params)
+        narrow = jax.tree.map(lambda new, old: new.astype(old.dtype), clipped, updates)
+        return narrow, state
+
+    return optax.GradientTransformation(clip.init, update)
+
+
 def _scale_to_rms() -> optax.GradientTransformation:
     """Scales orthogonal matrices to the root mean square `_MUON_RMS`."""
 
@@ -261,7 +277,7 @@ def build_optimizer(
         check_number(eps, 0, math.inf, "`eps`")
 
     decaying = [rule.label for rule in GROUPS if rule.decays]
-    clipping = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
+    clipping = optax.identity() if clip is None else _clip_by_global_norm(clip)
     transforms = [
         clipping,
         _scale_by_moments(kind, b1, b2, eps),

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import describe_fields
 from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.model.casts import widened
 from rwkv7_jax.optim.optimizer import check_optimizer
 from rwkv7_jax.sharding import constrain_layout, place, use_mesh
 from rwkv7_jax.training.gradients import (
@@ -134,6 +135,11 @@ def _optimizer_update(
         ) from error
 
 
+def _norm(tree: Any) -> Float[Array, ""]:
+    """Computes the norm of a tree, in which squares of float16 would overflow above 255."""
+    return optax.tree.norm(jax.tree.map(widened, tree))
+
+
 def apply_update(
     loss: Partial,
     statistics: Partial | None,
@@ -171,8 +177,8 @@ def apply_update(
     if rate is not None:
         updates = jax.tree.map(lambda leaf: rate.astype(leaf.dtype) * leaf, updates)
     with jax.numpy_dtype_promotion(_OPTAX_PROMOTION):
-        norm = optax.tree.norm(found.gradients)
-        update_norm = optax.tree.norm(updates)
+        norm = _norm(found.gradients)
+        update_norm = _norm(updates)
     # A finite gradient can give a non-finite update, since the learning rate may overflow it.
     finite = jnp.isfinite(found.loss) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
     params, opt_state = jax.tree.map(

@@ -83,6 +83,23 @@ def test_many_microbatches_lose_nothing_in_parameters_of_16_bits():
         np.testing.assert_allclose(moved, rows.mean(0), rtol=0.005)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_norm_of_gradients_of_16_bits_is_as_exact_as_of_float32(dtype):
+    # Squares above 65,504 overflow in float16; in bfloat16 sums have 8 bits.
+    slopes = [jnp.full(3, 300.0 + number, dtype) for number in range(30)]
+
+    def linear(params, batch):
+        products = jax.tree.map(jnp.vdot, params, slopes)
+        return sum(product.astype(jnp.float32) for product in products)
+
+    params = [jnp.zeros(3, dtype)] * 30
+    train = TrainState.create(params, optax.sgd(1e-3))
+    train, metrics = make_train_step(linear, optax.sgd(1e-3))(train, BATCH)
+    exact = np.linalg.norm(np.concatenate([np.float64(slope) for slope in slopes]))
+    assert metrics["grad_norm"].dtype == jnp.float32 and metrics["updated"] == 1
+    np.testing.assert_allclose(metrics["grad_norm"], exact, rtol=1e-5)
+
+
 def test_accumulation_must_divide_the_batch():
     sentence = "make_train_step: `accumulate` must divide the batch of 4 rows; got 3."
     with pytest.raises(ValueError) as caught:
