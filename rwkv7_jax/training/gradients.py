@@ -15,6 +15,7 @@ from rwkv7_jax.sharding import constrain_rows
 from rwkv7_jax.sharding.layout import path_name
 from rwkv7_jax.training.head_loss import PerToken, add_term, zero_sum
 from rwkv7_jax.training.losses import Metrics, loss_weights, nan_where_all_zero
+from rwkv7_jax.training.shared_pass import reads_most_rows
 
 Scalar = Float[Array, ""]
 
@@ -71,22 +72,24 @@ def compute_gradients(
         params: the trainable parameters.
         batch: its rows.
         accumulate: microbatches of the batch.
-        share_pass: whether to read the statistics from the loss's forward pass; see
-            `can_share_pass`.
+        share_pass: whether the statistics can be read from the loss's forward pass; see
+            `can_share_pass`. It is done if they read at least half of the rows.
 
     Raises:
         ValueError: rows that `accumulate` does not divide, or a loss that divides by a microbatch's
             mask.
     """
-    if statistics is None or not share_pass:
+    if statistics is None:
         (value, metrics), grads = _gradients(loss, params, batch, accumulate)
-        stats = None if statistics is None else statistics(params, batch)
+        return Gradients(value, metrics, grads, None)
+    if share_pass and reads_most_rows(statistics, batch["tokens"].shape[0]):
+        (value, metrics), grads, trace = _gradients_with_trace(
+            loss, params, batch, statistics.func.names
+        )
+        stats = statistics.func.of_trace(*statistics.args, params, batch, trace)
         return Gradients(value, metrics, grads, stats)
-    (value, metrics), grads, trace = _gradients_with_trace(
-        loss, params, batch, statistics.func.names
-    )
-    stats = statistics.func.of_trace(*statistics.args, params, batch, trace)
-    return Gradients(value, metrics, grads, stats)
+    (value, metrics), grads = _gradients(loss, params, batch, accumulate)
+    return Gradients(value, metrics, grads, statistics(params, batch))
 
 
 def cut_rows(batch: Any, accumulate: int) -> Any:

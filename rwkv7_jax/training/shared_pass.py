@@ -33,11 +33,12 @@ class LossWithTrace(Protocol):
 class StatisticsOfTrace(Protocol):
     """Statistics that can be read from the forward pass of a loss.
 
-    `names` lists the arrays of the model's trace that they read.
+    They read the arrays `names` of the model's trace, of the first `rows` rows of a batch.
     """
 
     model: RWKV7
     names: tuple[str, ...]
+    rows: int
 
     def of_trace(self, *arguments: Any) -> Any:
         """Computes the statistics; the last argument holds the arrays of the trace."""
@@ -91,3 +92,17 @@ def can_share_pass(loss: Partial, statistics: Partial | None, accumulate: int) -
     theirs = jax.tree.leaves(statistics.args)
     same = len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
     return same and loss.func.model == statistics.func.model
+
+
+def reads_most_rows(statistics: Partial, rows: int) -> bool:
+    """Tells whether statistics read at least half of the rows of a batch.
+
+    The shared pass keeps the arrays of all layers and of all rows until they are read. Of a large
+    batch they need more memory than the loss itself, while a separate pass over a few rows costs
+    little time.
+
+    Args:
+        statistics: as in `can_share_pass`, which has returned True.
+        rows: of the batch.
+    """
+    return 2 * statistics.func.rows >= rows

@@ -161,7 +161,7 @@ def apply_update(
         tx: the optimizer.
         accumulate: microbatches of the batch.
         rate: an additional factor on the update, or None.
-        share_pass: whether to read the statistics from the loss's forward pass; see
+        share_pass: whether the statistics can be read from the loss's forward pass; see
             `can_share_pass`.
     """
     check_optimizer_state(train.opt_state, statistics)
@@ -230,7 +230,8 @@ def make_train_step(
             which evaluates the loss again, is not supported.
         statistics: `(params, batch) -> stats`, computed from the full batch and passed to an
             optimizer such as `decorrelate` with every update. Those of this package use the forward
-            pass of the same model's loss if `accumulate` is 1.
+            pass of the same model's loss if `accumulate` is 1 and they read at least half of the
+            rows.
         accumulate: microbatches for gradient accumulation; any number gives the gradient of the
             full batch.
         mesh: the devices over which the rows of `batch` are sharded. `train` and the arrays of
