@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from rwkv7_jax.checks import check_choice, check_count, check_number, prefix_errors
 from rwkv7_jax.sharding.layout import path_name
@@ -55,6 +56,12 @@ def check_optimizer(tx: Any, argument: str) -> None:
         raise TypeError(
             f"{argument} must be an Optax transformation, such as optax.adam; got {kind}."
         )
+
+
+def widened(leaf: Array) -> Array:
+    """Casts to float32, also where promotion is strict; float64 stays."""
+    with jax.numpy_dtype_promotion("standard"):
+        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def group(name: str) -> Group:
@@ -184,12 +191,9 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """Clips as Optax does, but with a norm that is at least float32."""
     clip = optax.clip_by_global_norm(limit)
 
-    def widen(leaf):
-        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-
     def update(updates, state, params=None):
         # In float16, a norm above 255 would be infinite, and the clipped gradient 0.
-        clipped, state = clip.update(jax.tree.map(widen, updates), state, params)
+        clipped, state = clip.update(jax.tree.map(widened, updates), state, params)
         narrow = jax.tree.map(lambda new, old: new.astype(old.dtype), clipped, updates)
         return narrow, state
 

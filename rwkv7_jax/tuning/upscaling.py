@@ -186,13 +186,11 @@ def _read_vectors(
     # On the host: all layers' read vectors of some thousand tokens may not fit on the device.
     pieces = []
     for first in range(0, len(tokens), _ROWS):
-        parts = to_host(
-            _recurrence_inputs(model, params, tokens[first : first + _ROWS])
-        )
-        pieces.append(np.asarray(parts["r"], np.float32))
+        parts = _recurrence_inputs(model, params, tokens[first : first + _ROWS])
+        pieces.append(np.asarray(to_host(parts["r"]), np.float32))
         if with_keys:
             # The op's `a` is the negative of the removal key.
-            pieces.append(-np.asarray(parts["a"], np.float32))
+            pieces.append(-np.asarray(to_host(parts["a"]), np.float32))
     # [L B T H N] to [L B*T H N].
     flat = [piece.reshape(len(piece), -1, *piece.shape[3:]) for piece in pieces]
     return np.concatenate(flat, axis=1)
