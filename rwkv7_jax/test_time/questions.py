@@ -318,7 +318,7 @@ class QuestionSet:
         """Returns the answer of a completion, for a vote; None if it has none."""
         ids = [token for token in completion if token not in self.stop_ids]
         if self._is_task:
-            return tuple(ids)
+            return tuple(ids) or None
         # If the prompt ends inside the thoughts, the completion has only their end.
         *_, said = self._tokenizer.decode(ids).rpartition(THOUGHT_END.strip())
         return self._verifier(said)

@@ -91,6 +91,12 @@ def test_a_vote_compares_normalized_answers(tmp_path):
     assert questions.given_answer(tokenizer.encode("none")) is None
 
 
+def test_an_empty_completion_has_no_vote():
+    questions = QuestionSet("task:mapping", Tokenizer.bytes())
+    assert questions.given_answer([0]) is None
+    assert questions.given_answer([5, 0]) == (5,)
+
+
 def write_questions(path, answers):
     lines = [json.dumps({"prompt": q, "answer": a}) for q, a in answers.items()]
     path.write_text("\n".join(lines) + "\n")
