@@ -20,7 +20,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from rwkv7_jax.checks import check_count, check_number, prefix_errors
+from rwkv7_jax.checks import check_count, check_number, is_known, prefix_errors
 from rwkv7_jax.sharding import (
     SETS,
     TENSOR,
@@ -184,7 +184,8 @@ def make_stacked_step(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: `accumulate` below 1, no rates, a rate that is negative or not finite, or a mesh
-            with a tensor axis; from the step, rows that the sets do not divide, or as in `make_train_step`.
+            with a tensor axis; from the step, rows that the sets do not divide, or as in
+            `make_train_step`.
     """
     with prefix_errors("make_stacked_step"):
         loss, statistics = check_step_arguments(loss, tx, statistics, accumulate, mesh)
@@ -237,8 +238,9 @@ def _check_rates(rates: ArrayLike) -> Array:
         raise ValueError(
             f"`rates` must hold one number per set; got shape {rates.shape}."
         )
-    for rate in np.asarray(rates):
-        check_number(rate, 0, math.inf, "`rates`")
+    if is_known(rates):
+        for rate in np.asarray(rates):
+            check_number(rate, 0, math.inf, "`rates`")
     return rates
 
 

@@ -242,8 +242,8 @@ def test_arguments_of_the_wrong_size_are_rejected_in_one_sentence():
     with pytest.raises(ValueError, match="`rates` must hold one number per set"):
         make_stacked_step(square, PLAIN, np.ones((2, 2)))
     for wrong in (-0.1, np.nan, np.inf):
-        with pytest.raises(ValueError, match="`rates` must be at least 0.*; got"):
-            make_stacked_step(square, PLAIN, [0.1, wrong])
+        with pytest.raises(ValueError, match=r"`rates` must be at least 0.*; got"):
+            make_stacked_step(square, PLAIN, np.array([0.1, wrong]))
     step = make_stacked_step(square, PLAIN, RATES)
     train = create_stack({"x": jnp.ones((SETS, 3))}, PLAIN)
     sentence = "the number of `rates` must divide the 6 rows of the batch's"
