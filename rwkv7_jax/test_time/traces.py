@@ -29,6 +29,7 @@ from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.data.jsonl import read_jsonl
 from rwkv7_jax.data.records.fields import check_object
 from rwkv7_jax.local_paths import local_path
+from rwkv7_jax.training.losses import target_weights
 
 Ids = tuple[int, ...]
 
@@ -364,11 +365,11 @@ def gradient_tokens(batch: BatchLike) -> int:
     """
     with prefix_errors("gradient_tokens"):
         batch = Batch.of(batch)
-        shares = batch.mask if batch.weights is None else batch.weights
-        if shares is None:
+        weights = target_weights(batch)
+        if weights is None:
             raise ValueError(
                 f"`batch` must hold 'mask' or 'weights'; it has {', '.join(batch)}."
             )
-    counted = np.asarray(shares) != 0
+    counted = np.asarray(weights) != 0
     last = counted.shape[1] - np.argmax(counted[:, ::-1], axis=1)
     return int(np.sum(np.where(counted.any(1), last, 0)))

@@ -212,7 +212,11 @@ def make_stacked_step(
         train: TrainState,
         batch: Any,
     ):
-        check_divisible(batch, rates.size, "make_stacked_step", "the number of `rates`")
+        # Here, where the caller's function is known: each set cuts its rows again.
+        number = "the number of `rates`"
+        if accumulate > 1:
+            number = f"{number} x `accumulate`"
+        check_divisible(batch, rates.size * accumulate, "make_stacked_step", number)
         with use_mesh(mesh):
             sets = cut_rows(batch, rates.size)
             moved = update(loss, statistics, train, sets, rates)

@@ -249,6 +249,12 @@ def test_arguments_of_the_wrong_size_are_rejected_in_one_sentence():
     sentence = "the number of `rates` must divide the 6 rows of the batch's"
     with pytest.raises(ValueError, match=sentence):
         step(train, numbers(6))
+    pieces = make_stacked_step(square, PLAIN, RATES, accumulate=3)
+    sentence = (
+        "make_stacked_step: the number of `rates` x `accumulate` must divide the 8"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        pieces(train, numbers(8))
     sentence = "make_stacked_step: the batch's scale must have rows, which the number"
     with pytest.raises(ValueError, match=sentence):
         step(train, {**numbers(8), "scale": np.float32(2)})
