@@ -73,7 +73,7 @@ def compute_gradients(
         batch: its rows.
         accumulate: microbatches of the batch.
         share_pass: whether the statistics can be read from the loss's forward pass; see
-            `can_share_pass`. It is done if they read at least half of the rows.
+            `can_share_pass`. It is done only where `reads_most_rows`.
 
     Raises:
         ValueError: rows that `accumulate` does not divide, or a loss that divides by a microbatch's

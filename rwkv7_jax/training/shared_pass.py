@@ -12,6 +12,7 @@ from rwkv7_jax.array_types import Activations, Params
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.sharding import mesh_sizes, share_of_rows
 
 
 @runtime_checkable
@@ -95,14 +96,14 @@ def can_share_pass(loss: Partial, statistics: Partial | None, accumulate: int) -
 
 
 def reads_most_rows(statistics: Partial, rows: int) -> bool:
-    """Tells whether statistics read at least half of the rows of a batch.
+    """Tells whether statistics read at least half as many rows as a device computes.
 
-    The shared pass keeps the arrays of all layers and of all rows until they are read. Of a large
-    batch they need more memory than the loss itself, while a separate pass over a few rows costs
-    little time.
+    The shared pass keeps the arrays of all layers and of all of a device's rows until they are
+    read. Of many rows they need more memory than the loss itself, while a separate pass over a few
+    of them costs little time.
 
     Args:
         statistics: as in `can_share_pass`, which has returned True.
         rows: of the batch.
     """
-    return 2 * statistics.func.rows >= rows
+    return 2 * statistics.func.rows >= share_of_rows(rows, mesh_sizes())

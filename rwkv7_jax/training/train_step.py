@@ -230,8 +230,8 @@ def make_train_step(
             which evaluates the loss again, is not supported.
         statistics: `(params, batch) -> stats`, computed from the full batch and passed to an
             optimizer such as `decorrelate` with every update. Those of this package use the forward
-            pass of the same model's loss if `accumulate` is 1 and they read at least half of the
-            rows.
+            pass of the same model's loss if `accumulate` is 1 and they read at least half as many
+            rows as a device computes.
         accumulate: microbatches for gradient accumulation; any number gives the gradient of the
             full batch.
         mesh: the devices over which the rows of `batch` are sharded. `train` and the arrays of

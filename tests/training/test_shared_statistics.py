@@ -8,11 +8,12 @@ from jax.tree_util import Partial
 from tiny_models import QUICK, lively, tokens
 from tolerances import assert_trees_close
 
+from rwkv7_jax import sharding
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.training.losses import pretrain_loss
 from rwkv7_jax.training.projection_statistics import weight_decorrelator
-from rwkv7_jax.training.shared_pass import can_share_pass
+from rwkv7_jax.training.shared_pass import can_share_pass, reads_most_rows
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 from rwkv7_jax.tuning.read_statistics import state_decorrelator, state_statistics
 from rwkv7_jax.tuning.state_tuning import state_loss
@@ -79,6 +80,13 @@ def test_few_rows_of_a_batch_are_read_in_a_separate_pass(kind):
     # Of four rows, two are worth the memory of the trace of all.
     assert products["same", 1] == products["other", 1]
     assert products["same", 2] < products["other", 2]
+
+
+def test_rows_are_those_of_a_device():
+    statistics = state_statistics(MODEL, lively(QUICK), rows=2)
+    assert reads_most_rows(statistics, 4) and not reads_most_rows(statistics, 5)
+    with sharding.use_mesh(jax.make_mesh((2,), ("data",))):
+        assert reads_most_rows(statistics, 8) and not reads_most_rows(statistics, 10)
 
 
 def test_other_weights_and_accumulation_need_a_separate_pass():
