@@ -85,7 +85,7 @@ def test_few_rows_of_a_batch_are_read_in_a_separate_pass(kind):
 def test_rows_are_those_of_a_device():
     statistics = state_statistics(MODEL, lively(QUICK), rows=2)
     assert reads_most_rows(statistics, 4) and not reads_most_rows(statistics, 5)
-    with sharding.use_mesh(jax.make_mesh((2,), ("data",))):
+    with sharding.use_mesh(sharding.make_mesh({"data": 2}, 8)):
         assert reads_most_rows(statistics, 8) and not reads_most_rows(statistics, 10)
 
 
