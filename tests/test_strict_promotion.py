@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny_models import QUICK
 
@@ -18,6 +19,8 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.observer import evaluation
 from rwkv7_jax.observer.prompt_splits import after_split, continuations
+from rwkv7_jax.optim.decorrelation import MODES, decorrelate
+from rwkv7_jax.training.head_loss import token_statistics
 
 ROWS, T = 2, 5
 IDS = np.zeros((ROWS, T), np.int32)
@@ -64,8 +67,36 @@ def sampling():
     log_probabilities(jnp.ones((ROWS, 9), jnp.float32), **options, top_k=np.int32(3))
 
 
+def temperatures():
+    hidden = jnp.ones((ROWS, T, 4), jnp.float32)
+    head = jnp.ones((9, 4), jnp.float32)
+    for number in (2, np.int64(2), np.float64(0.7), jnp.float32(0.7)):
+        found = token_statistics(hidden, head, IDS, temperature=number)
+        assert found.nats.dtype == np.float32
+
+
+def decorrelated_updates():
+    for dtype in (np.float16, jnp.bfloat16, np.float32):
+        leaf = jnp.ones((3, 4), dtype)
+        for mode in MODES:
+            tx = decorrelate(optax.sgd(0.1), mode=mode, turn_params=True)
+            moment = jnp.eye(4, dtype=dtype)
+            move, _ = tx.update(leaf, tx.init(leaf), leaf, stats=moment)
+            assert move.dtype == dtype
+
+
 @pytest.mark.parametrize(
-    "call", [recurrence, model, packed_rows, prompts, handover, sampling]
+    "call",
+    [
+        recurrence,
+        model,
+        packed_rows,
+        prompts,
+        handover,
+        sampling,
+        temperatures,
+        decorrelated_updates,
+    ],
 )
 def test_no_dtypes_are_mixed_where_jax_has_64_bits(call):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):

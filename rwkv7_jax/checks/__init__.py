@@ -28,6 +28,7 @@ from rwkv7_jax.checks.tokens import (
     check_tokens,
 )
 from rwkv7_jax.checks.values import (
+    as_float,
     check_choice,
     check_count,
     check_function,
@@ -36,11 +37,13 @@ from rwkv7_jax.checks.values import (
     check_number,
     check_seed,
     check_size,
+    is_real_number,
     typed_key,
 )
 
 __all__ = [
     "as_array",
+    "as_float",
     "check_choice",
     "check_count",
     "check_function",
@@ -65,6 +68,7 @@ __all__ = [
     "first_line",
     "is_intercepted",
     "is_known",
+    "is_real_number",
     "is_traced",
     "prefix_errors",
     "typed_key",

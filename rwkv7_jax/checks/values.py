@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from rwkv7_jax.checks.arrays import is_traced
@@ -37,6 +38,24 @@ def check_instance(value: Any, kind: type, argument: str) -> None:
     raise TypeError(f"{argument} must be {article} {kind.__name__}; got {came}.")
 
 
+def is_real_number(value: Any) -> bool:
+    """Tells whether a value is a real number, not text, an array or a complex number."""
+    return isinstance(value, int | float | np.integer | np.floating | np.bool_)
+
+
+def as_float(number: Any) -> float:
+    """Converts a number to a float; an integer that is too large becomes an infinity.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: text that is not a number.
+    """
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
 def check_number(
     value: Any,
     low: float | int,
@@ -65,13 +84,11 @@ def check_number(
     # `float` would parse a string.
     is_text = isinstance(value, str | bytes | bytearray)
     try:
-        number = float("text" if is_text else value)
+        number = as_float("text" if is_text else value)
     except (TypeError, ValueError):
         raise TypeError(
             f"{argument} must be a number; got {type(value).__name__}."
         ) from None
-    except OverflowError:
-        number = math.inf
     inside = low < number if above else low <= number
     if math.isfinite(number) and inside and number <= high:
         return

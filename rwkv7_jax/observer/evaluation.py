@@ -1,6 +1,7 @@
 """Evaluation of an observer: the teacher's answers from its proposals, and their error."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,9 @@ from rwkv7_jax.array_types import Lengths, Params, Tokens
 from rwkv7_jax.checks import (
     as_array,
     check_instance,
+    check_number,
     check_runnable,
+    is_known,
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch, BatchLike
@@ -136,7 +139,8 @@ def proposal_error(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: models, ids or lengths that do not match, or one row without a variance.
+        ValueError: models, ids or lengths that do not match, one row without a variance, or a
+            variance that is negative or not finite.
     """
     with prefix_errors("proposal_error"):
         check_instance(observer, Observer, "`observer`")
@@ -154,6 +158,10 @@ def proposal_error(
             raise ValueError(
                 f"`variance` must be [layers, heads] = {shape}; got {tuple(typical.shape)}."
             )
+        if typical is not None and is_known(typical):
+            # NaN is both the least and the largest.
+            for extreme in (np.min(typical), np.max(typical)):
+                check_number(extreme, 0, math.inf, "`variance`")
     _, proposed = propose_wkv(observer, params, tokens, lengths)
     _, own = read_prompts(teacher, teacher_params, tokens, lengths)
     scale = moments(own.wkv).variance if typical is None else jnp.asarray(typical)

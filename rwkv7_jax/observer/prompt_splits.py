@@ -18,7 +18,7 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch, BatchLike
-from rwkv7_jax.training.losses import check_ids_and_shapes
+from rwkv7_jax.training.losses import check_ids_and_shapes, target_weights
 
 # Separates these draws from those of a task with the same seed and step.
 _STREAM = 7919
@@ -86,7 +86,7 @@ def check_split(batch: BatchLike, vocab_size: int) -> Batch:
 
 def count_answers(batch: Batch) -> int:
     """Counts the targets after the splits with a nonzero mask or weight."""
-    counts = np.asarray(batch.mask if batch.weights is None else batch.weights)
+    counts = np.asarray(target_weights(batch))
     positions = np.arange(counts.shape[1])[None]
     return int(
         np.count_nonzero(
@@ -101,7 +101,7 @@ def check_answers(batch: Batch) -> None:
     Raises:
         ValueError: no target after a split counts.
     """
-    counts = batch.mask if batch.weights is None else batch.weights
+    counts = target_weights(batch)
     if is_known(counts) and is_known(batch["split"]) and not count_answers(batch):
         raise ValueError(
             "`batch.mask` must be nonzero for at least one target after a split; it is 0 after "

@@ -20,7 +20,7 @@ import optax
 from jax.typing import ArrayLike
 
 from rwkv7_jax.checks import check_choice, check_number, prefix_errors
-from rwkv7_jax.optim.optimizer import check_optimizer
+from rwkv7_jax.optim.optimizer import check_optimizer, widened
 from rwkv7_jax.optim.whitening import (
     damped_covariance,
     finite,
@@ -317,8 +317,7 @@ def _map_with_whitener(function: Callable, tree, whitener):
     def change(leaf, matrix):
         if _is_masked(matrix):
             return leaf
-        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        return function(wide, matrix).astype(leaf.dtype)
+        return function(widened(leaf), matrix).astype(leaf.dtype)
 
     return jax.tree.map(change, tree, whitener)
 

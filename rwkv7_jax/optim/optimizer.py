@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from rwkv7_jax.checks import check_choice, check_count, check_number, prefix_errors
 from rwkv7_jax.sharding.layout import path_name
@@ -55,6 +56,12 @@ def check_optimizer(tx: Any, argument: str) -> None:
         raise TypeError(
             f"{argument} must be an Optax transformation, such as optax.adam; got {kind}."
         )
+
+
+def widened(leaf: Array) -> Array:
+    """Casts to float32, also where promotion is strict; float64 stays."""
+    with jax.numpy_dtype_promotion("standard"):
+        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def group(name: str) -> Group:
@@ -180,6 +187,19 @@ def _mask_of(labels: list[str]) -> Callable[[Any], Any]:
     return mask
 
 
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Clips as Optax does, but with a norm that is at least float32."""
+    clip = optax.clip_by_global_norm(limit)
+
+    def update(updates, state, params=None):
+        # In float16, a norm above 255 would be infinite, and the clipped gradient 0.
+        clipped, state = clip.update(jax.tree.map(widened, updates), state, params)
+        narrow = jax.tree.map(lambda new, old: new.astype(old.dtype), clipped, updates)
+        return narrow, state
+
+    return optax.GradientTransformation(clip.init, update)
+
+
 def _scale_to_rms() -> optax.GradientTransformation:
     """Scales orthogonal matrices to the root mean square `_MUON_RMS`."""
 
@@ -261,7 +281,7 @@ def build_optimizer(
         check_number(eps, 0, math.inf, "`eps`")
 
     decaying = [rule.label for rule in GROUPS if rule.decays]
-    clipping = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
+    clipping = optax.identity() if clip is None else _clip_by_global_norm(clip)
     transforms = [
         clipping,
         _scale_by_moments(kind, b1, b2, eps),

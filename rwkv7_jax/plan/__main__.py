@@ -17,6 +17,7 @@ Exit codes:
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -26,7 +27,6 @@ from rwkv7_jax.plan.compiler import CompilerFailure, NoCompiler
 from rwkv7_jax.plan.job import make_job
 from rwkv7_jax.runs import config_flags, process
 from rwkv7_jax.runs.modes.registry import MODES
-from rwkv7_jax.runs.waiting import report_wait
 
 DOES_NOT_FIT = 3
 NO_COMPILER = 4
@@ -70,6 +70,11 @@ def _settings() -> dict[str, Any]:
     return values
 
 
+def _print_entry(entry: Mapping[str, Any]) -> None:
+    """Prints an entry of the search on stderr: the next one may take minutes."""
+    print(f"plan: {table.describe_entry(entry)}", file=sys.stderr, flush=True)
+
+
 def main(arguments: list[str]) -> None:
     """Prints the plan and exits with one of the codes above."""
     with process.program("plan", less_memory=_LESS_MEMORY):
@@ -80,10 +85,11 @@ def main(arguments: list[str]) -> None:
                 "`--topology` must name the chips, such as v5e:2x4 or h100; got none."
             )
         job = make_job(_TOPOLOGY.value, _settings(), _PRESET.value)
-        make = job.search if _SEARCH.value else job.compile
         try:
-            with report_wait("the compilation of the step"):
-                plan = make(timeout=_TIMEOUT.value)
+            if _SEARCH.value:
+                plan = job.search(timeout=_TIMEOUT.value, on_plan=_print_entry)
+            else:
+                plan = job.compile(timeout=_TIMEOUT.value)
         except (NoCompiler, CompilerFailure) as error:
             print(f"plan: {error}", file=sys.stderr)
             is_none = isinstance(error, NoCompiler)

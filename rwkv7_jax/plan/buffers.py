@@ -14,8 +14,6 @@ _NO_ARRAY = {
     "while",
     "conditional",
     "call",
-    # An asynchronous copy allocates its result in its "copy-done".
-    "copy-start",
     "optimization-barrier",
 }
 
@@ -34,9 +32,12 @@ def largest_arrays(program: hlo.Program) -> list[dict[str, Any]]:
         one = visit.instruction
         # The parameters of a called computation are its caller's arrays.
         is_callers = one.operation == "parameter" and not visit.is_first
+        # An asynchronous operation has its result in its "-done"; before, it also lists operands.
+        is_unfinished = one.operation.endswith(("-start", "-update"))
         if (
             visit.is_fused
             or is_callers
+            or is_unfinished
             or one.is_in_place
             or one.operation in _NO_ARRAY
         ):

@@ -17,6 +17,7 @@ from rwkv7_jax.plan.hlo import parse
 from rwkv7_jax.plan.steps import Step, describe_step
 from rwkv7_jax.reports.system_info import installed_versions
 from rwkv7_jax.runs.exit_codes import is_out_of_host_memory, is_out_of_memory
+from rwkv7_jax.runs.modes.stack import StackMode
 from rwkv7_jax.runs.settings import read_settings
 from rwkv7_jax.training.costs import tree_bytes
 
@@ -88,19 +89,21 @@ def _expected_wire_gb(step: Step) -> float | None:
     # A step with an anchor reads that too, with the base and the tuned model.
     if mode.gradients_of is None or mode.settings.tuning.anchor:
         return None
-    data = mode.settings.data
     microbatches = mode.settings.optimizer.accumulate
-    weights = step.state.params if mode.frozen is None else mode.frozen
+    state = step.state
+    is_stack = isinstance(mode, StackMode)
+    assert mode.tokens_per_step is not None
     sent = expected_wire_bytes(
-        weights,
+        state.params if mode.frozen is None else mode.frozen,
         step.sizes,
-        trained=step.state.params,
+        trained=() if is_stack else state.params,
         dtype=mode.model.config.dtype,
         # Devices that share heads have the same tokens.
         tokens=step.sizes.get(sharding.TENSOR, 1)
-        * (data.batch_size * data.length // (microbatches * len(step.devices))),
+        * (mode.tokens_per_step // (microbatches * len(step.devices))),
         recomputed=mode.model.config.remat == "block",
         microbatches=microbatches,
+        stack=(state.params, state.opt_state) if is_stack else (),
     )
     return round(sent / 1e9, 3)
 

@@ -76,8 +76,9 @@ _GPUS = {
     "a100": (gpu.Device("NVIDIA A100-SXM4-80GB", 80, 108, 166912), 81920 * 2**20),
 }
 
-# This variable sets the fraction of a GPU's memory that JAX takes, and this is its default.
-_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+# These variables set the fraction of a GPU's memory that JAX takes, the second one under its former
+# name; this is the default.
+_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _DEFAULT_SHARE = 0.75
 
 # At most nine digits: `int` rejects numbers with thousands of digits.
@@ -115,11 +116,14 @@ class Target:
 
     @property
     def limit(self) -> float:
-        """The GiB that a program may use of one device."""
+        """The GiB that a program may use of one device.
+
+        Raises:
+            ValueError: an environment variable sets it to something other than a number above 0.
+        """
         if self.platform == "tpu":
             return _GENERATIONS[self.kind].limit
-        share = float(os.environ.get(_SHARE, _DEFAULT_SHARE))
-        return _GPUS[self.kind][1] * share / _GIB
+        return _GPUS[self.kind][1] * _gpu_share() / _GIB
 
     def devices(self) -> list[Any]:
         """Returns descriptions of the devices, which this machine does not need to have.
@@ -146,6 +150,23 @@ _TPU = functools.partial(Target, platform="tpu", compiler="libtpu")
 
 def _product(shape: str) -> int:
     return math.prod(map(int, shape.split("x"))) if shape else 1
+
+
+def _gpu_share() -> float:
+    """Returns the fraction of a GPU's memory that JAX takes."""
+    for name in _SHARES:
+        text = os.environ.get(name)
+        if not text:
+            continue
+        try:
+            share = float(text)
+        except ValueError:
+            share = math.nan
+        # Above 1 is allowed: memory of the host.
+        if not 0 < share < math.inf:
+            raise ValueError(f"`{name}` must be a number above 0; got {text!r}.")
+        return share
+    return _DEFAULT_SHARE
 
 
 def find_target(name: str) -> Target:

@@ -8,6 +8,7 @@
 * If weights are trained, one reduce-scatter gives each device the gradient of its shard. An
   all-reduce averages shards that several groups of devices hold.
 * Start states and their gradients are replicated, except for heads that are sharded.
+* The devices of a stack update their own start states, and then all-gather the states and moments.
 * With sharded heads (`tensor`), devices hold separate parts of matrices and states. They sum the
   outputs of time mix and of channel mix in the forward pass, in the backward pass, and time mix
   once more if a block is recomputed.
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 
 from rwkv7_jax.plan.collectives import wire_bytes
 from rwkv7_jax.sharding.layout import FSDP, TENSOR, axes_of, path_name, spec
+from rwkv7_jax.training.costs import tree_bytes
 
 
 def expected_wire_bytes(
@@ -33,6 +35,7 @@ def expected_wire_bytes(
     tokens: int,
     recomputed: bool = False,
     microbatches: int = 1,
+    stack: Any = (),
 ) -> float:
     """Computes the bytes that one device sends in a step.
 
@@ -44,6 +47,8 @@ def expected_wire_bytes(
         tokens: tokens that one device reads in a microbatch.
         recomputed: whether the backward pass recomputes each block.
         microbatches: of a step; each gathers the weights and reduces the gradients.
+        stack: abstract states and moments of a stack, which has no gradients to reduce; then
+            `trained` is empty.
     """
     parts = sizes.get(FSDP, 1)
     devices = math.prod(sizes.values())
@@ -70,7 +75,8 @@ def expected_wire_bytes(
         # An all-reduce uses the dtype of the parameters; only gathers and scatters cast.
         own = leaf.size * leaf.dtype.itemsize // cut
         total += wire_bytes("all-reduce", devices // cut, own)
-    return microbatches * total
+    shared = wire_bytes("all-gather", devices, tree_bytes(stack))
+    return microbatches * total + shared
 
 
 def _axes_that_cut(name: str, leaf: Any, sizes: Mapping[str, int]) -> set[str]:

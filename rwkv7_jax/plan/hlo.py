@@ -12,10 +12,11 @@ from typing import NamedTuple
 # Bits of HLO types whose name does not give them, as f8e4m3fn does.
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
-_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
+# A dynamic size has its upper bound after "<=".
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\]")
 
 # An array and its layout, which names the memory space unless it is the device's main memory.
-_PLACED = re.compile(r"\b([a-z][a-z0-9]*\[[\d,]*\])(\{[^}]*\})?")
+_PLACED = re.compile(r"\b([a-z][a-z0-9]*\[[\d,<=]*\])(\{[^}]*\})?")
 
 _ELSEWHERE = re.compile(r"S\([1-9]\d*\)")
 
@@ -25,7 +26,9 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 
 _CALLED = re.compile(r"(calls|to_apply|body|condition)=%?([\w.\-]+)")
 
+# Of a conditional, by an index or by a truth value.
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRUE_OR_FALSE = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
 
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
@@ -34,6 +37,11 @@ _CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 
 _IN_PLACE = '"aliasing_operands":{"lists":[{'
+
+# The results of a custom call or a fusion that reuse an operand, such as {{1}: (3, {})}: by their
+# place in a tuple, which is empty if there is only one result.
+_REUSED = re.compile(r"output_to_operand_aliasing=\{(.*?\))\}")
+_RESULT = re.compile(r"\{([\d, ]*)\}: \(")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +69,19 @@ class Instruction:
         """Whether the result reuses the memory of an operand."""
         return _IN_PLACE in self.rest
 
+    @property
+    def is_continued(self) -> bool:
+        """Whether the instruction continues or ends an asynchronous operation."""
+        return self.operation.endswith(("-update", "-done"))
+
     def arrays(self) -> list[tuple[str, int]]:
-        """Returns shape and bytes of each result in the device's main memory."""
+        """Returns shape and bytes of each result that takes new memory of the device."""
+        reused = _REUSED.search(self.rest)
+        places = _RESULT.findall(reused[1]) if reused else ()
         found = []
-        for shape, layout in _PLACED.findall(self.shape):
-            if not _ELSEWHERE.search(layout):
+        for place, (shape, layout) in enumerate(_PLACED.findall(self.shape)):
+            is_reused = "" in places or str(place) in places
+            if not is_reused and not _ELSEWHERE.search(layout):
                 found.append((shape, shape_bytes(shape)))
         return found
 
@@ -91,7 +107,8 @@ def shape_bytes(shape: str) -> int:
         if bits is None:
             found = re.match(r"[a-z]+?(\d+)", kind)
             bits = int(found[1]) if found else 0
-        total += math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
+        lengths = [int(size.removeprefix("<=")) for size in sizes.split(",") if size]
+        total += math.prod(lengths) * bits // 8
     return total
 
 
@@ -142,7 +159,8 @@ class Visit(NamedTuple):
         instruction: the instruction.
         computation: name of its computation.
         times: number of executions.
-        is_fused: whether it is inside a fusion, in which only the outputs take memory.
+        is_fused: whether it is inside a fusion or an asynchronous operation, whose result takes
+            memory outside.
         is_first: whether it is in the entry computation.
     """
 
@@ -165,12 +183,20 @@ def walk(program: Program) -> Iterator[Visit]:
                 inside = times * _trips(program, one.rest, called["condition"])
                 pending.append((called["body"], inside, fused))
             elif one.operation == "conditional":
-                branches = _BRANCHES.search(one.rest)
-                names = branches[1].split(",") if branches else ()
-                pending += [(name.strip(" %"), times, fused) for name in names]
+                pending += [(name, times, fused) for name in _branches(one.rest)]
+            elif one.is_continued:
+                # Its "-start" has called the computation.
+                continue
             elif "calls" in called:
-                is_fusion = fused or one.operation == "fusion"
-                pending.append((called["calls"], times, is_fusion))
+                pending.append((called["calls"], times, True))
             # Other instructions, such as reductions, apply an operator to scalars.
-            elif one.operation == "call" and "to_apply" in called:
+            elif one.operation in ("call", "call-start") and "to_apply" in called:
                 pending.append((called["to_apply"], times, fused))
+
+
+def _branches(rest: str) -> list[str]:
+    """Returns the computations of a conditional."""
+    listed = _BRANCHES.search(rest)
+    if listed:
+        return [name.strip(" %") for name in listed[1].split(",")]
+    return _TRUE_OR_FALSE.findall(rest)

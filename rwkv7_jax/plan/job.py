@@ -1,7 +1,7 @@
 """The input of a plan: a run's settings, the shapes of its model and the chips."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rwkv7_jax.checkpoints.model_files import describe_model
@@ -11,6 +11,7 @@ from rwkv7_jax.plan.compiler import CompilerFailure, NoCompiler, compile_elsewhe
 from rwkv7_jax.runs.exit_codes import OutOfMemory
 from rwkv7_jax.runs.settings import Settings, as_config, read_settings
 from rwkv7_jax.runs.settled_settings import AUTO
+from rwkv7_jax.runs.waiting import report_wait
 
 # The dtype of frozen weights in published files, and of activations on an accelerator.
 _DTYPE = "bfloat16"
@@ -48,22 +49,26 @@ class Job:
             "model": dataclasses.asdict(self.config),
             "dtype": self.dtype,
         }
-        found = compile_elsewhere(self.target, request, timeout=timeout)
+        # Before the compilation, which takes minutes: the limit may be invalid.
         plan = {
             "topology": self.target.name,
             "chips": self.target.chips,
             "mode": self.settings.mode,
-            "batch": self.settings.data.batch_size,
+            "batch": self.settings.rows,
             "length": self.settings.data.length,
             "limit_gib": round(self.target.limit, 2),
         }
-        return plan | found
+        with report_wait(f"the compilation of a step of {self.settings.rows} rows"):
+            return plan | compile_elsewhere(self.target, request, timeout=timeout)
 
-    def search(self, *, timeout: int) -> dict[str, Any]:
+    def search(
+        self, *, timeout: int, on_plan: Callable[[dict[str, Any]], Any] | None = None
+    ) -> dict[str, Any]:
         """Doubles the rows while they fit.
 
         Args:
             timeout: seconds after which a compilation is killed.
+            on_plan: called with each entry of `search` as soon as it is known.
 
         Returns:
             The last plan that fits, or the first plan if none does. Its `search` lists all plans,
@@ -76,26 +81,39 @@ class Job:
         """
         tried: list[dict[str, Any]] = []
         best: dict[str, Any] | None = None
-        rows = self.settings.data.batch_size
+        job = self
         while True:
             try:
-                plan = self._with_rows(rows).compile(timeout=timeout)
+                plan = job.compile(timeout=timeout)
             except (NoCompiler, CompilerFailure, OutOfMemory) as error:
                 if best is None:
                     raise
                 # The earlier plans took minutes.
-                tried.append({"batch": rows, "error": str(error)})
+                fits = False
+                entry = {"batch": job.settings.rows, "error": str(error)}
+            else:
+                fits = plan["fits"]
+                entry = {name: plan[name] for name in ("batch", "peak_gib", "fits")}
+                if best is None or fits:
+                    best = plan
+            tried.append(entry)
+            if on_plan:
+                on_plan(entry)
+            if not fits:
                 return best | {"search": tried}
-            tried.append({name: plan[name] for name in ("batch", "peak_gib", "fits")})
-            if best is None or plan["fits"]:
-                best = plan
-            if not plan["fits"]:
-                return best | {"search": tried}
-            rows *= 2
+            job = job._doubled()
 
-    def _with_rows(self, rows: int) -> "Job":
-        data = dataclasses.replace(self.settings.data, batch_size=rows)
-        settings = dataclasses.replace(self.settings, data=data)
+    def _doubled(self) -> "Job":
+        """Returns the job with twice the rows."""
+        settings = self.settings
+        if settings.draws_its_rows:
+            prompts = 2 * settings.test_time.prompts
+            test_time = dataclasses.replace(settings.test_time, prompts=prompts)
+            settings = dataclasses.replace(settings, test_time=test_time)
+        else:
+            batch_size = 2 * settings.data.batch_size
+            data = dataclasses.replace(settings.data, batch_size=batch_size)
+            settings = dataclasses.replace(settings, data=data)
         return dataclasses.replace(self, settings=settings)
 
 

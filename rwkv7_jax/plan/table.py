@@ -22,17 +22,19 @@ def describe(plan: Mapping[str, Any]) -> str:
     lines += _buffers(plan["buffers"])
     lines += _collectives(plan)
     for one in plan.get("search", ()):
-        lines.append(f"search      {one['batch']} rows: {_outcome(one)}")
+        lines.append(f"search      {describe_entry(one)}")
     versions = ", ".join(f"{name} {text}" for name, text in plan["versions"].items())
     lines.append(f"compiled    in {plan['compile_seconds']:.0f} s by {versions}")
     return "\n".join(lines)
 
 
-def _outcome(tried: Mapping[str, Any]) -> str:
-    if "error" in tried:
-        return tried["error"]
-    word = "fits" if tried["fits"] else "does not fit"
-    return f"{tried['peak_gib']:.2f} GiB, {word}"
+def describe_entry(entry: Mapping[str, Any]) -> str:
+    """Formats an entry of a search."""
+    rows = f"{entry['batch']} rows"
+    if "error" in entry:
+        return f"{rows}: {entry['error']}"
+    word = "fits" if entry["fits"] else "does not fit"
+    return f"{rows}: {entry['peak_gib']:.2f} GiB, {word}"
 
 
 def _mesh(plan: Mapping[str, Any]) -> str:

@@ -25,6 +25,8 @@ def _entry(record: Any) -> tuple[str, list[Ids]]:
         )
     if not isinstance(fields["key"], str):
         raise ValueError(f"`key` must be a string; got {fields['key']!r:.60}.")
+    if not isinstance(fields["completions"], list) or not fields["completions"]:
+        raise ValueError("`completions` must be a list of at least one completion.")
     try:
         completions = [
             check_trace_ids(ids, "completion") for ids in fields["completions"]

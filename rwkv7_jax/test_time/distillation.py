@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import optax
 
 from rwkv7_jax.array_types import Params
@@ -67,16 +68,21 @@ class TraceBatches(StateBatchSource):
         self._length = length or longest
         self._seed = seed
 
-    def batch(self, state: RWKV7State, step: int) -> Batch:
-        """Makes the batch of a step, as a function of the step and the seed."""
+    def batch(self, state: RWKV7State, step: int) -> Batch | None:
+        """Makes the batch of a step, as a function of the step and the seed.
+
+        Returns:
+            The batch; None if all of its traces have weight 0.
+        """
         del state
-        return trace_batch(
+        batch = trace_batch(
             self._traces,
             step,
             batch_size=self._batch_size,
             length=self._length,
             seed=self._seed,
         )
+        return batch if np.any(batch.mask) else None
 
 
 def distill(

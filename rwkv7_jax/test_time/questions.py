@@ -318,7 +318,7 @@ class QuestionSet:
         """Returns the answer of a completion, for a vote; None if it has none."""
         ids = [token for token in completion if token not in self.stop_ids]
         if self._is_task:
-            return tuple(ids)
+            return tuple(ids) or None
         # If the prompt ends inside the thoughts, the completion has only their end.
         *_, said = self._tokenizer.decode(ids).rpartition(THOUGHT_END.strip())
         return self._verifier(said)
@@ -378,7 +378,9 @@ def find_verifier(name: str) -> RewardFunction:
     found = getattr(imported, function, None)
     if not callable(found):
         what = "no such name" if found is None else f"of type {type(found).__name__}"
-        raise ValueError(f"{must}: {function!r} is {what} in `{imported.__file__}`.")
+        # A module that is built into Python has no file.
+        place = getattr(imported, "__file__", None) or module
+        raise ValueError(f"{must}: {function!r} is {what} in `{place}`.")
     return found
 
 

@@ -87,6 +87,8 @@ def make_policy_batch(
         group=group,
     )
     lengths = np.array([len(completion) for completion in drawn.completions])
+    # The rewards are those of these rows alone, even if other processes sampled some before them.
+    drawn = dataclasses.replace(drawn, first=0)
     return weigh(drawn, rewards, lengths, group=group, rule=rule, tokens=tokens)
 
 

@@ -15,7 +15,14 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from rwkv7_jax.checks import as_array, check_choice, check_function, prefix_errors
+from rwkv7_jax.checks import (
+    as_array,
+    as_float,
+    check_choice,
+    check_function,
+    is_real_number,
+    prefix_errors,
+)
 
 RewardFunction = Callable[[tuple[int, ...], tuple[int, ...]], Any]
 
@@ -78,13 +85,14 @@ def _checked_reward(value: Any, least: float | None, label: str) -> float:
     # An array without axes counts as a number.
     if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
         value = value.item()
-    if not isinstance(value, bool | int | float | np.number | np.bool_):
+    if not is_real_number(value):
         raise ValueError(f"{label} must be a number; got {type(value).__name__}.")
-    if not math.isfinite(value):
-        raise ValueError(f"{label} must be finite; got {value}.")
-    if least is not None and value < least:
-        raise ValueError(f"{label} must be at least {least:g}; got {float(value)}.")
-    return float(value)
+    reward = as_float(value)
+    if not math.isfinite(reward):
+        raise ValueError(f"{label} must be finite; got {reward}.")
+    if least is not None and reward < least:
+        raise ValueError(f"{label} must be at least {least:g}; got {reward}.")
+    return reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +146,10 @@ def advantages(
     Source: group-relative advantages, DeepSeekMath (arXiv 2402.03300) section 4.1.2.
     """
     rule = rule or AdvantageRule()
-    # float64 keeps small differences between large rewards.
+    # float64 keeps small differences between large rewards; `as_array` would not.
     with prefix_errors("advantages"):
-        rewards = np.asarray(as_array(rewards, "`rewards`"), np.float64)
+        as_array(rewards, "`rewards`")
+        rewards = np.asarray(rewards, np.float64)
         if rewards.ndim != 2 or not rewards.size:
             raise ValueError(
                 f"`rewards` must have shape [P K], both at least 1; got {rewards.shape}."

@@ -250,6 +250,9 @@ class RolloutSampler:
 
         def judge_own() -> np.ndarray:
             completions = drawn.completions[rows]
+            if not completions:
+                # There are fewer prompts than processes.
+                return np.zeros((0, 3))
             rewards = evaluate_rewards(
                 reward,
                 drawn.prompts[rows],

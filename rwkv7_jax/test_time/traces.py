@@ -16,17 +16,20 @@ import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checks import (
+    as_float,
     check_count,
     check_ids,
     check_instance,
     check_number,
     check_prompts,
+    is_real_number,
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.data.jsonl import read_jsonl
 from rwkv7_jax.data.records.fields import check_object
 from rwkv7_jax.local_paths import local_path
+from rwkv7_jax.training.losses import target_weights
 
 Ids = tuple[int, ...]
 
@@ -65,16 +68,16 @@ class Trace:
             self, "completion", check_trace_ids(self.completion, "completion")
         )
         # True must not silently become weight 1.
-        if type(self.weight) is bool or not isinstance(
-            self.weight, int | float | np.number
-        ):
+        is_bool = isinstance(self.weight, bool | np.bool_)
+        if is_bool or not is_real_number(self.weight):
             kind = type(self.weight).__name__
             raise TypeError(f"Trace: `weight` must be a number; got {kind}.")
-        if not (math.isfinite(self.weight) and self.weight >= 0):
+        weight = as_float(self.weight)
+        if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(
-                f"Trace: `weight` must be finite and at least 0; got {self.weight}."
+                f"Trace: `weight` must be finite and at least 0; got {weight}."
             )
-        object.__setattr__(self, "weight", float(self.weight))
+        object.__setattr__(self, "weight", weight)
         check_instance(self.source, str, "Trace: `source`")
 
     @property
@@ -351,9 +354,22 @@ def trace_batch(
 
 
 def gradient_tokens(batch: BatchLike) -> int:
-    """Counts the inputs with a gradient: those up to the last target of each row that counts."""
+    """Counts the inputs with a gradient: those up to the last target of each row that counts.
+
+    Args:
+        batch: with a mask or, as in a loss, `weights` in its place.
+
+    Raises:
+        TypeError: not a batch.
+        ValueError: neither a mask nor weights.
+    """
     with prefix_errors("gradient_tokens"):
-        batch = Batch.of(batch, "mask")
-    counted = np.asarray(batch.mask) > 0
+        batch = Batch.of(batch)
+        weights = target_weights(batch)
+        if weights is None:
+            raise ValueError(
+                f"`batch` must hold 'mask' or 'weights'; it has {', '.join(batch)}."
+            )
+    counted = np.asarray(weights) != 0
     last = counted.shape[1] - np.argmax(counted[:, ::-1], axis=1)
     return int(np.sum(np.where(counted.any(1), last, 0)))

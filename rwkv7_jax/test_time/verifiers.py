@@ -7,7 +7,7 @@ answer and the answers are equal.
 
 import re
 from collections.abc import Callable
-from decimal import Context, Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation
 
 Verifier = Callable[[str], str | None]
 
@@ -56,10 +56,11 @@ def _plain_number(text: str) -> str | None:
         number = Decimal(text.replace(",", ""))
     except InvalidOperation:
         return None
-    # By default numbers are rounded to 28 digits, and longer ones would be equal.
-    number = number.normalize(Context(prec=len(text)))
-    # `normalize` writes 1200 as 1.2E+3 and keeps the sign of a zero.
-    return format(number or abs(number), "f")
+    # Not `normalize`, which rounds to 28 digits: longer numbers would count as equal.
+    plain = format(number, "f")
+    if "." in plain:
+        plain = plain.rstrip("0").rstrip(".")
+    return "0" if plain == "-0" else plain
 
 
 VERIFIERS: dict[str, Verifier] = {

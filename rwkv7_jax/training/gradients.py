@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.tree_util import Partial
@@ -14,8 +13,9 @@ from jaxtyping import Array, Float
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.sharding import constrain_rows
 from rwkv7_jax.sharding.layout import path_name
-from rwkv7_jax.training.head_loss import PerToken
+from rwkv7_jax.training.head_loss import PerToken, add_term, zero_sum
 from rwkv7_jax.training.losses import Metrics, loss_weights, nan_where_all_zero
+from rwkv7_jax.training.shared_pass import reads_most_rows
 
 Scalar = Float[Array, ""]
 
@@ -72,22 +72,24 @@ def compute_gradients(
         params: the trainable parameters.
         batch: its rows.
         accumulate: microbatches of the batch.
-        share_pass: whether to read the statistics from the loss's forward pass; see
-            `can_share_pass`.
+        share_pass: whether the statistics can be read from the loss's forward pass; see
+            `can_share_pass`. It is done only where `reads_most_rows`.
 
     Raises:
         ValueError: rows that `accumulate` does not divide, or a loss that divides by a microbatch's
             mask.
     """
-    if statistics is None or not share_pass:
+    if statistics is None:
         (value, metrics), grads = _gradients(loss, params, batch, accumulate)
-        stats = None if statistics is None else statistics(params, batch)
+        return Gradients(value, metrics, grads, None)
+    if share_pass and reads_most_rows(statistics, batch["tokens"].shape[0]):
+        (value, metrics), grads, trace = _gradients_with_trace(
+            loss, params, batch, statistics.func.names
+        )
+        stats = statistics.func.of_trace(*statistics.args, params, batch, trace)
         return Gradients(value, metrics, grads, stats)
-    (value, metrics), grads, trace = _gradients_with_trace(
-        loss, params, batch, statistics.func.names
-    )
-    stats = statistics.func.of_trace(*statistics.args, params, batch, trace)
-    return Gradients(value, metrics, grads, stats)
+    (value, metrics), grads = _gradients(loss, params, batch, accumulate)
+    return Gradients(value, metrics, grads, statistics(params, batch))
 
 
 def cut_rows(batch: Any, accumulate: int) -> Any:
@@ -116,17 +118,32 @@ def _check_rows(batch: Any, accumulate: int) -> None:
     if accumulate == 1:
         # The loss gets the batch as it is, so a user's own arrays need no rows.
         return
+    check_divisible(batch, accumulate, "make_train_step", "`accumulate`")
+
+
+def check_divisible(batch: Any, pieces: int, caller: str, number: str) -> None:
+    """Checks that the rows of every array of a batch can be cut into pieces of equal size.
+
+    Args:
+        batch: its rows.
+        pieces: the number of pieces.
+        caller: the public function's name, for messages.
+        number: what the number of pieces is, for messages.
+
+    Raises:
+        ValueError: an array without rows, or with rows that the number does not divide.
+    """
     for path, array in jax.tree_util.tree_leaves_with_path(batch):
         name = path_name(path)
         if not array.ndim:
             raise ValueError(
-                f"make_train_step: the batch's {name} must have rows if `accumulate` is above 1; "
-                "got a single number."
+                f"{caller}: the batch's {name} must have rows, which {number} divides; got a "
+                "single number."
             )
-        if array.shape[0] % accumulate:
+        if array.shape[0] % pieces:
             raise ValueError(
-                f"make_train_step: `accumulate` must divide the {array.shape[0]} rows of the "
-                f"batch's {name}; got {accumulate}."
+                f"{caller}: {number} must divide the {array.shape[0]} rows of the batch's {name}; "
+                f"got {pieces}."
             )
 
 
@@ -229,10 +246,15 @@ def _gradients(
     first = jax.tree.map(lambda array: array[0], microbatches)
     traced, shapes = jax.make_jaxpr(grad, return_shape=True)(params, first)
     _check_reads_weights(traced.jaxpr, first)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def add(total, microbatch):
-        return jax.tree.map(jnp.add, total, grad(params, microbatch)), None
+        return jax.tree.map(add_term, total, grad(params, microbatch)), None
 
+    zeros = jax.tree.map(zero_sum, shapes)
     total, _ = jax.lax.scan(add, zeros, microbatches)
-    return jax.tree.map(lambda leaf: leaf / accumulate, total)
+    results, gradients = jax.tree.map(lambda leaf: leaf / accumulate, total)
+    # An optimizer gets gradients in the parameters' dtypes.
+    gradients = jax.tree.map(
+        lambda mean, leaf: mean.astype(leaf.dtype), gradients, shapes[1]
+    )
+    return results, gradients

@@ -170,7 +170,9 @@ def _chunk_statistics(
 ) -> TokenStatistics:
     """Computes the statistics of one chunk, whose logits exist at the same time."""
     logits = make_logits(x.hidden, shared.head)
-    scaled = logits if shared.temperature is None else logits / shared.temperature
+    scaled = logits
+    if shared.temperature is not None:
+        scaled = logits / shared.temperature.astype(logits.dtype)
     nats = None
     correct = None
     kl = None
@@ -418,22 +420,23 @@ def _statistics_and_gradients(form: _Form, primals: Any, moving: Any):
         (_, statistics), (own, part) = jax.value_and_grad(loss, has_aux=True)(
             (moving_chunk, moving_shared), (given_chunk, shared)
         )
-        return jax.tree.map(_add, total, part), (statistics, own)
+        return jax.tree.map(add_term, total, part), (statistics, own)
 
-    zeros = jax.tree.map(_zero_sum, moving_shared)
+    zeros = jax.tree.map(zero_sum, moving_shared)
     chunks = jax.tree.map(cut.chunks, (moving_positions, positions))
     total, parts = jax.lax.scan(step, zeros, chunks)
     statistics, own = jax.tree.map(lambda x: cut.join(x, rows, tokens), parts)
     return statistics, (own, total)
 
 
-def _zero_sum(leaf: Array) -> Array:
-    """Makes the initial value of a sum over chunks, which would lose small terms in 16 bits."""
+def zero_sum(leaf: Array | jax.ShapeDtypeStruct) -> Array:
+    """Makes the initial value of a sum of many terms, which would lose small ones in 16 bits."""
     return jnp.zeros(leaf.shape, wide_dtype(leaf.dtype))
 
 
-def _add(total: Array, part: Array) -> Array:
-    return total + part.astype(total.dtype)
+def add_term(total: Array, term: Array) -> Array:
+    """Adds a term to a sum, in the dtype of the sum."""
+    return total + term.astype(total.dtype)
 
 
 @jax.custom_vjp

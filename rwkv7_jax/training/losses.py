@@ -43,6 +43,11 @@ Metrics = dict[str, Float[Array, ""]]
 Loss = Callable[[Any, Any], tuple[Float[Array, ""], Metrics]]
 
 
+def target_weights(batch: Batch) -> Any:
+    """Returns the weights that tell which targets count, at any scale; None if there are none."""
+    return batch.mask if batch.weights is None else batch.weights
+
+
 def loss_weights(batch: Mapping[str, Any]) -> PerToken:
     """Returns each target's share of the loss: the batch's `weights`, or its mask over its sum.
 

@@ -95,9 +95,9 @@ def layer_statistics(
     The function is called as `statistics(params, batch)` and returns a tree like the weights, with
     E[x x^T] for the six projections of every block and None elsewhere (tables, norms and low-rank
     maps). Alone it costs a forward pass over `rows` rows; in a train step of the same model's
-    `pretrain_loss` it uses the loss's forward pass. With `decorrelate(..., mask=projections)` this
-    is decorrelated backpropagation for training weights. Unlike in the paper, updating R does not
-    change the outputs of the model.
+    `pretrain_loss` it uses the loss's forward pass if it reads at least half as many rows as a
+    device computes. With `decorrelate(..., mask=projections)` this is decorrelated backpropagation
+    for training weights. Unlike in the paper, updating R does not change the outputs of the model.
 
     Args:
         model: the shell around the weights.

@@ -12,6 +12,7 @@ from rwkv7_jax.array_types import Activations, Params
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.sharding import mesh_sizes, share_of_rows
 
 
 @runtime_checkable
@@ -33,11 +34,12 @@ class LossWithTrace(Protocol):
 class StatisticsOfTrace(Protocol):
     """Statistics that can be read from the forward pass of a loss.
 
-    `names` lists the arrays of the model's trace that they read.
+    They read the arrays `names` of the model's trace, of the first `rows` rows of a batch.
     """
 
     model: RWKV7
     names: tuple[str, ...]
+    rows: int
 
     def of_trace(self, *arguments: Any) -> Any:
         """Computes the statistics; the last argument holds the arrays of the trace."""
@@ -91,3 +93,17 @@ def can_share_pass(loss: Partial, statistics: Partial | None, accumulate: int) -
     theirs = jax.tree.leaves(statistics.args)
     same = len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
     return same and loss.func.model == statistics.func.model
+
+
+def reads_most_rows(statistics: Partial, rows: int) -> bool:
+    """Tells whether statistics read at least half as many rows as a device computes.
+
+    The shared pass keeps the arrays of all layers and of all of a device's rows until they are
+    read. Of many rows they need more memory than the loss itself, while a separate pass over a few
+    of them costs little time.
+
+    Args:
+        statistics: as in `can_share_pass`, which has returned True.
+        rows: of the batch.
+    """
+    return 2 * statistics.func.rows >= share_of_rows(rows, mesh_sizes())

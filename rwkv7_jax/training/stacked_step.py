@@ -20,7 +20,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from rwkv7_jax.checks import check_count, prefix_errors
+from rwkv7_jax.checks import check_count, check_number, is_known, prefix_errors
 from rwkv7_jax.sharding import (
     SETS,
     TENSOR,
@@ -31,8 +31,7 @@ from rwkv7_jax.sharding import (
     specs,
     use_mesh,
 )
-from rwkv7_jax.sharding.layout import path_name
-from rwkv7_jax.training.gradients import cut_rows
+from rwkv7_jax.training.gradients import check_divisible, cut_rows
 from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.shared_pass import can_share_pass
 from rwkv7_jax.training.step_checks import CheckedProgram, check_step_arguments
@@ -184,8 +183,9 @@ def make_stacked_step(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: `accumulate` below 1, no rates, or a mesh with a tensor axis; from the step,
-            rows that the sets do not divide, or as in `make_train_step`.
+        ValueError: `accumulate` below 1, no rates, a rate that is negative or not finite, or a mesh
+            with a tensor axis; from the step, rows that the sets do not divide, or as in
+            `make_train_step`.
     """
     with prefix_errors("make_stacked_step"):
         loss, statistics = check_step_arguments(loss, tx, statistics, accumulate, mesh)
@@ -212,7 +212,11 @@ def make_stacked_step(
         train: TrainState,
         batch: Any,
     ):
-        _check_rows(batch, rates.size)
+        # Here, where the caller's function is known: each set cuts its rows again.
+        number = "the number of `rates`"
+        if accumulate > 1:
+            number = f"{number} x `accumulate`"
+        check_divisible(batch, rates.size * accumulate, "make_stacked_step", number)
         with use_mesh(mesh):
             sets = cut_rows(batch, rates.size)
             moved = update(loss, statistics, train, sets, rates)
@@ -238,6 +242,9 @@ def _check_rates(rates: ArrayLike) -> Array:
         raise ValueError(
             f"`rates` must hold one number per set; got shape {rates.shape}."
         )
+    if is_known(rates):
+        for rate in np.asarray(rates):
+            check_number(rate, 0, math.inf, "`rates`")
     return rates
 
 
@@ -248,13 +255,3 @@ def _check_no_shared_heads(mesh: Mesh | None) -> None:
             "`mesh` must have no tensor axis: each device computes all heads of its sets; "
             f"got one of {mesh.shape[TENSOR]}."
         )
-
-
-def _check_rows(batch: Any, sets: int) -> None:
-    for path, array in jax.tree_util.tree_leaves_with_path(batch):
-        if array.shape[0] % sets:
-            name = path_name(path)
-            raise ValueError(
-                "make_stacked_step: the number of `rates` must divide the "
-                f"{array.shape[0]} rows of the batch's {name}; got {sets}."
-            )

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import describe_fields
 from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.model.casts import widened
 from rwkv7_jax.optim.optimizer import check_optimizer
 from rwkv7_jax.sharding import constrain_layout, place, use_mesh
 from rwkv7_jax.training.gradients import (
@@ -76,7 +77,11 @@ class TrainState:
         with prefix_errors("TrainState.create"):
             check_parameters(params)
             check_optimizer(tx, "`tx`")
-        params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+        # The dtype is named because a Python number has a weak one, which the first step would make
+        # strong: the second step would compile again.
+        params = jax.tree.map(
+            lambda leaf: jnp.array(leaf, jnp.result_type(leaf), copy=True), params
+        )
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -130,6 +135,11 @@ def _optimizer_update(
         ) from error
 
 
+def _norm(tree: Any) -> Float[Array, ""]:
+    """Computes the norm of a tree, in which squares of float16 would overflow above 255."""
+    return optax.tree.norm(jax.tree.map(widened, tree))
+
+
 def apply_update(
     loss: Partial,
     statistics: Partial | None,
@@ -151,7 +161,7 @@ def apply_update(
         tx: the optimizer.
         accumulate: microbatches of the batch.
         rate: an additional factor on the update, or None.
-        share_pass: whether to read the statistics from the loss's forward pass; see
+        share_pass: whether the statistics can be read from the loss's forward pass; see
             `can_share_pass`.
     """
     check_optimizer_state(train.opt_state, statistics)
@@ -167,8 +177,8 @@ def apply_update(
     if rate is not None:
         updates = jax.tree.map(lambda leaf: rate.astype(leaf.dtype) * leaf, updates)
     with jax.numpy_dtype_promotion(_OPTAX_PROMOTION):
-        norm = optax.tree.norm(found.gradients)
-        update_norm = optax.tree.norm(updates)
+        norm = _norm(found.gradients)
+        update_norm = _norm(updates)
     # A finite gradient can give a non-finite update, since the learning rate may overflow it.
     finite = jnp.isfinite(found.loss) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
     params, opt_state = jax.tree.map(
@@ -220,7 +230,8 @@ def make_train_step(
             which evaluates the loss again, is not supported.
         statistics: `(params, batch) -> stats`, computed from the full batch and passed to an
             optimizer such as `decorrelate` with every update. Those of this package use the forward
-            pass of the same model's loss if `accumulate` is 1.
+            pass of the same model's loss if `accumulate` is 1 and they read at least half as many
+            rows as a device computes.
         accumulate: microbatches for gradient accumulation; any number gives the gradient of the
             full batch.
         mesh: the devices over which the rows of `batch` are sharded. `train` and the arrays of

@@ -38,7 +38,10 @@ def rate_factors(
     """
     with prefix_errors("rate_factors"):
         check_instance(state, RWKV7State, "`state`")
-        leaf_rates = dict(leaf_rates or {})
+        leaf_rates = {} if leaf_rates is None else leaf_rates
+        if not isinstance(leaf_rates, Mapping):
+            kind = type(leaf_rates).__name__
+            raise TypeError(f"`leaf_rates` must be a dict of factors; got {kind}.")
         has = [
             name for name in LEAVES if name != "memory" or state.upscaled is not None
         ]
@@ -48,6 +51,10 @@ def rate_factors(
                     f"`leaf_rates` must be of {', '.join(has)}; got {name!r}."
                 )
             check_number(factor, 0, math.inf, "`leaf_rates`")
+        # A single number has no axis, and neither has text.
+        if np.ndim(layer_rates) != 1:
+            kind = type(layer_rates).__name__
+            raise TypeError(f"`layer_rates` must be a list of factors; got {kind}.")
         layers = state.wkv.shape[0]
         if len(layer_rates) not in (0, layers):
             raise ValueError(

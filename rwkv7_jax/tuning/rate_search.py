@@ -131,7 +131,7 @@ def choose_rate(
     why = "its loss is the lowest"
     if forgetting is not None:
         equal = _within(gains, _TOLERANCE)
-        chosen = min(equal, key=lambda rate: (forgetting[rate], rate))
+        chosen = min(equal, key=lambda rate: (_or_infinity(forgetting[rate]), rate))
         if len(equal) > 1:
             why = "of rates with equal gains it forgets least"
     elif guess is not None and base > guess:
@@ -150,6 +150,11 @@ def choose_rate(
     elif chosen == min(losses):
         edge = "smallest"
     return RateChoice(chosen, base, dict(losses), edge, near, why)
+
+
+def _or_infinity(loss: float) -> float:
+    """Returns a loss, or infinity for NaN, which no comparison would order."""
+    return math.inf if math.isnan(loss) else loss
 
 
 def _within(gains: Mapping[float, float], share: float) -> tuple[float, ...]:
@@ -184,7 +189,7 @@ def find_rate(
         guess: as in `choose_rate`.
 
     Raises:
-        ValueError: no rates, one that is not above 0, or no steps.
+        ValueError: no rates, one that is not above 0, no steps, or too few batches.
     """
     with prefix_errors("find_rate"):
         check_count(steps, 1, "`steps`")
@@ -195,8 +200,14 @@ def find_rate(
             check_number(rate, 0, math.inf, "`rates`", above=True, bounds="positive")
     step = make_stacked_step(loss, tx, np.asarray(rates), statistics=statistics)
     train = create_stack(stack_params([params] * len(rates)), tx)
+    done = 0
     for batch in itertools.islice(batches, steps):
         train, _ = step(train, repeat_rows(batch, len(rates)))
+        done += 1
+    if done < steps:
+        raise ValueError(
+            f"find_rate: `batches` must hold a batch for each of {steps} steps; got {done}."
+        )
     losses = {}
     for index, rate in enumerate(rates):
         losses[rate] = measure(params_of(train.params, index))

@@ -120,7 +120,9 @@ def second_moment(
     psi = psi.astype(jnp.float32)
     # Not centred: the constant part of psi affects the conditioning like any other direction.
     total = jnp.einsum("bthm,bthn,bt->hmn", psi, psi, weights, precision="highest")
-    return (total / jnp.maximum(jnp.sum(weights), 1e-9))[None]
+    weight = jnp.sum(weights)
+    # Not max(weight, ...): the weights may be small numbers of any scale.
+    return (total / jnp.where(weight > 0, weight, 1.0))[None]
 
 
 @dataclasses.dataclass(frozen=True)

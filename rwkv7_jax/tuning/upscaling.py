@@ -17,6 +17,7 @@ from rwkv7_jax.checks import (
     as_array,
     check_choice,
     check_count,
+    check_instance,
     check_runnable,
     check_seed,
     check_tokens,
@@ -48,7 +49,11 @@ _SHORTEST_DECAY = 0.5
 def _memory_inputs(upscaled: Upscaled, parts: LayerTrace) -> WKVInputs:
     """Computes the inputs of the WKV op whose state is a layer's memory."""
     form = upscaled.form
-    assert isinstance(form, RecurrentMemory)
+    if not isinstance(form, RecurrentMemory):
+        raise TypeError(
+            "stability_ratio: `upscaled` must be of a `RecurrentMemory`, which a step can make "
+            f"grow; got dynamics {upscaled.dynamics}."
+        )
     return form.wkv_inputs(upscaled, wkv_inputs_of(parts), parts["icl_rate"])
 
 
@@ -57,6 +62,13 @@ def stability_ratio(upscaled: Upscaled, parts: LayerTrace) -> Float[Array, ""]:
 
     The transition matrix diag(phi(w)) - phi(k) (phi(a) phi(k))^T has its eigenvalues inside the
     unit circle if sum_m phi_m(a) phi_m(k)^2 <= 1 + min_m phi_m(w).
+
+    Args:
+        upscaled: one layer's memory.
+        parts: the same layer's arrays of a trace.
+
+    Raises:
+        TypeError: a memory whose dynamics are not those of a WKV op.
     """
     inputs = _memory_inputs(upscaled, parts)
     # [B T H]; a is the negative key and b the key times the rate.
@@ -73,7 +85,15 @@ def empty_memory(
         features: from `calibrate`; their landmarks [L 1 H M N] determine its sizes.
         dynamics: of `model.MEMORY_FORMS`.
         seed: of the fixed readout of the paper's form; other dynamics have none.
+
+    Raises:
+        TypeError: not features, or a seed that is not an integer.
+        ValueError: unknown dynamics, or a seed out of range.
     """
+    with prefix_errors("empty_memory"):
+        check_instance(features, Features, "`features`")
+        check_choice(dynamics, tuple(MEMORY_FORMS), "`dynamics`")
+        check_seed(seed)
     layers, _, heads, width, size = features.landmarks.shape
     lead = (layers, 1, heads)
     readout = None
@@ -166,13 +186,11 @@ def _read_vectors(
     # On the host: all layers' read vectors of some thousand tokens may not fit on the device.
     pieces = []
     for first in range(0, len(tokens), _ROWS):
-        parts = to_host(
-            _recurrence_inputs(model, params, tokens[first : first + _ROWS])
-        )
-        pieces.append(np.asarray(parts["r"], np.float32))
+        parts = _recurrence_inputs(model, params, tokens[first : first + _ROWS])
+        pieces.append(np.asarray(to_host(parts["r"]), np.float32))
         if with_keys:
             # The op's `a` is the negative of the removal key.
-            pieces.append(-np.asarray(parts["a"], np.float32))
+            pieces.append(-np.asarray(to_host(parts["a"]), np.float32))
     # [L B T H N] to [L B*T H N].
     flat = [piece.reshape(len(piece), -1, *piece.shape[3:]) for piece in pieces]
     return np.concatenate(flat, axis=1)

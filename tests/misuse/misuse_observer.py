@@ -151,7 +151,15 @@ FUNCTIONS = {
             **WRONG_TEACHER,
             "tokens": WRONG_PROMPTS,
             "lengths": WRONG_LENGTHS,
-            "variance": {TypeError: ["own"], ValueError: [np.ones(3)]},
+            "variance": {
+                TypeError: ["own"],
+                ValueError: [
+                    np.ones(3),
+                    np.full((2, 2), np.nan),
+                    np.full((2, 2), np.inf),
+                    -np.ones((2, 2)),
+                ],
+            },
         },
     ),
     "propose": PublicFunction(

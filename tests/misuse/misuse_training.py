@@ -28,6 +28,7 @@ from misuse_values import (
 )
 
 import rwkv7_jax as rwkv
+from rwkv7_jax.model.kernel_features import Features
 from rwkv7_jax.optim.optimizer import learning_rate_schedule
 from rwkv7_jax.training.losses import next_token_loss
 from rwkv7_jax.training.projection_statistics import (
@@ -37,6 +38,15 @@ from rwkv7_jax.training.projection_statistics import (
 from rwkv7_jax.tuning.calibration import calibrate
 from rwkv7_jax.tuning.read_statistics import state_decorrelator, state_statistics
 from rwkv7_jax.tuning.state_tuning import trainable_mask
+from rwkv7_jax.tuning.upscaling import empty_memory, stability_ratio
+
+FEATURES = Features(
+    landmarks=np.ones((2, 1, 2, 4, 16), np.float32),
+    widths=np.ones((2, 1, 2, 4), np.float32),
+    mean=np.zeros((2, 1, 2, 4), np.float32),
+    map=None,
+    kind="gaussian",
+)
 
 LOSS = rwkv.pretrain_loss(MODEL)
 
@@ -163,6 +173,21 @@ FUNCTIONS = {
             "prepare": {ValueError: ["scale"]},
             "seed": {TypeError: [None, 0.5], ValueError: [-1, 2**40]},
         },
+    ),
+    "empty_memory": PublicFunction(
+        empty_memory,
+        {"features": FEATURES},
+        {
+            "features": {TypeError: [None, {}, STATE]},
+            "dynamics": {ValueError: ["fast", None]},
+            "seed": {TypeError: [None, 0.5], ValueError: [-1, 2**40]},
+        },
+    ),
+    "stability_ratio": PublicFunction(
+        stability_ratio,
+        {"upscaled": None, "parts": {}},
+        # A static memory, which no step changes.
+        {"upscaled": {TypeError: [empty_memory(FEATURES)]}},
     ),
     "calibrate": PublicFunction(
         calibrate,

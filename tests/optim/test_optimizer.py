@@ -210,6 +210,21 @@ def test_two_adam_steps_match_numpy(scale, clip):
             assert_close(actual, -rate * factor * step, 1e-5, f"{name} at step {count}")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_gradients_of_16_bits_are_clipped_by_their_exact_norm(dtype):
+    gradients = [jnp.full(3, 300.0 + number, dtype) for number in range(30)]
+    tx = build_optimizer(1.0, clip=2.0, eps=1.0, b1=0.0, b2=0.0)
+    params = jax.tree.map(jnp.zeros_like, gradients)
+    # With eps 1 and no moments, an update is -g / (|g| + 1).
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    assert all(update.dtype == dtype for update in updates)
+    exact = np.concatenate([np.float64(gradient) for gradient in gradients])
+    exact *= 2 / np.linalg.norm(exact)
+    found = np.concatenate([np.float64(update) for update in updates])
+    rounding = 2**-7 if dtype == "bfloat16" else 2**-9
+    np.testing.assert_allclose(found, -exact / (exact + 1), rtol=2 * rounding)
+
+
 def test_muon_updates_matrices_and_adam_the_rest():
     rate = 1e-2
     grads = gradient(0, 1.0)

@@ -51,9 +51,18 @@ def test_unknown_names_are_rejected(name):
 
 
 def test_the_memory_limit_of_a_gpu_is_what_jax_preallocates(monkeypatch):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
     target = find_target("h100")
     assert (target.platform, target.chips) == ("cuda", 1)
     assert target.limit == pytest.approx(0.75 * 81559 / 1024)
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    assert target.limit == pytest.approx(0.9 * 81559 / 1024)
+    # JAX reads both names, too.
+    for name in names:
+        with monkeypatch.context() as patched:
+            patched.setenv(name, "0.9")
+            assert target.limit == pytest.approx(0.9 * 81559 / 1024)
+            for wrong in ("most", "0", "-1", "nan", "inf"):
+                patched.setenv(name, wrong)
+                with pytest.raises(ValueError, match=f"`{name}` must be a number"):
+                    _ = target.limit

@@ -64,6 +64,21 @@ def test_one_device_sends_nothing():
     assert sent({}) == 0 and sent({}, "float32", trained=True) == 0
 
 
+def test_the_devices_of_a_stack_share_the_states_that_they_update():
+    sizes = {"data": 8}
+    stack = [jax.ShapeDtypeStruct((8, 3, 1, 2, 64, 64), "float32")] * 3
+    sent = expected_wire_bytes(
+        weights_of("bfloat16"),
+        sizes,
+        trained=(),
+        dtype="bfloat16",
+        tokens=TOKENS,
+        microbatches=2,
+        stack=stack,
+    )
+    assert sent == 7 / 8 * 3 * 4 * 8 * 3 * 2 * 64 * 64
+
+
 def test_a_frozen_matrix_is_gathered_once_per_pass_and_the_head_once():
     sizes = {"data": 1, "fsdp": 4}
     twice, once = gathered_bytes(sizes)

@@ -24,9 +24,16 @@ class Here(Target):
 
 sizes = {"vocab_size": 512, "num_layers": 3, "width": 256, "dtype": "float32", "remat": "block"}
 plans = []
-for mode, mesh, rows in json.loads(sys.argv[1]):
+for mode, mesh, rows, *states in json.loads(sys.argv[1]):
     data = {"batch_size": rows, "length": 32}
-    job = make_job("v5e:2x4", {"mode": mode, "mesh": mesh, "model": sizes, "data": data}, None)
+    tuning = {}
+    if states:
+        tuning = {"states": {f"s{number}": "task:mapping" for number in range(*states)}}
+    job = make_job(
+        "v5e:2x4",
+        {"mode": mode, "mesh": mesh, "model": sizes, "data": data, "tuning": tuning},
+        None,
+    )
     step = describe_step(job.settings, job.config, "float32", jax.devices())
     plans.append(compile_step(step, Here("cpu", "cpu", "", "")))
 print(json.dumps(plans))
@@ -77,6 +84,12 @@ def test_the_compiled_traffic_matches_the_sharding(plans, case):
     assert {"all-gather", "all-reduce", "all-to-all"} <= kinds
     assert ("reduce-scatter" in kinds) == (case[0] == "pretrain")
     assert plan["wire_gb"] == pytest.approx(plan["expected_wire_gb"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_the_compiled_traffic_of_a_stack_matches_the_sharding():
+    for plan in make_plans([("state", "data=8", 2, 8), ("state", "fsdp=8", 8, 8)], 8):
+        assert plan["wire_gb"] == pytest.approx(plan["expected_wire_gb"], rel=0.1)
 
 
 @pytest.mark.slow

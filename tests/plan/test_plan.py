@@ -13,8 +13,10 @@ from rwkv7_jax.plan import child, compiler
 from rwkv7_jax.plan.chips import find_target
 from rwkv7_jax.plan.compiler import CompilerFailure, NoCompiler, compile_elsewhere
 from rwkv7_jax.plan.job import Job, make_job
-from rwkv7_jax.plan.table import describe
+from rwkv7_jax.plan.table import describe, describe_entry
+from rwkv7_jax.runs import waiting
 from rwkv7_jax.runs.exit_codes import OutOfMemory, exit_code
+from rwkv7_jax.runs.settings import read_settings
 
 TINY = """
 def get_config():
@@ -260,6 +262,54 @@ def test_the_search_doubles_rows_and_returns_the_largest_that_fit(monkeypatch):
     assert "search      32 rows: 16.00 GiB, does not fit" in text
     none = make_job("v5e-1", STATE | {"data": {"batch_size": 64}}, None)
     assert not none.search(timeout=1)["fits"]
+
+
+@pytest.mark.parametrize("method", ["grpo", "expert", "distil"])
+def test_the_search_doubles_the_rows_that_a_step_of_test_time_has(monkeypatch, method):
+    compiled = []
+
+    def compile_elsewhere(target, request, *, timeout):
+        settings = read_settings(request["settings"])
+        compiled.append(settings.rows)
+        # Without an end, the search would go on for good.
+        return {"peak_gib": 1.0, "fits": len(compiled) < 3}
+
+    monkeypatch.setattr("rwkv7_jax.plan.job.compile_elsewhere", compile_elsewhere)
+    test_time = {"method": method}
+    values = {"mode": "test_time", "model": SIZES, "test_time": test_time}
+    if method == "distil":
+        values |= {"data": {"batch_size": 24}}
+        test_time["guide"] = "traces.jsonl"
+    else:
+        test_time |= {"prompts": 3, "group": 8}
+    found = make_job("v5e-1", values, None).search(timeout=1)
+    assert compiled == [24, 48, 96] and found["batch"] == 48
+
+
+def test_an_invalid_limit_is_rejected_before_compiling(monkeypatch):
+    def compile_elsewhere(target, request, *, timeout):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr("rwkv7_jax.plan.job.compile_elsewhere", compile_elsewhere)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "most")
+    job = make_job("h100", STATE, None)
+    with pytest.raises(ValueError, match="`XLA_CLIENT_MEM_FRACTION` must be a number"):
+        job.compile(timeout=1)
+
+
+def test_each_compilation_is_reported_while_it_runs_and_as_soon_as_it_ends(monkeypatch):
+    waits = []
+
+    def compile_elsewhere(target, request, *, timeout):
+        waits.append(waiting._waits[-1].what)
+        return {"peak_gib": 2.0, "fits": len(waits) < 2}
+
+    monkeypatch.setattr("rwkv7_jax.plan.job.compile_elsewhere", compile_elsewhere)
+    entries = []
+    job = make_job("v5e-1", STATE | {"data": {"batch_size": 4}}, None)
+    job.search(timeout=1, on_plan=lambda entry: entries.append(describe_entry(entry)))
+    assert waits == [f"the compilation of a step of {rows} rows" for rows in (4, 8)]
+    assert entries == ["4 rows: 2.00 GiB, fits", "8 rows: 2.00 GiB, does not fit"]
 
 
 @pytest.mark.parametrize("failure", [NoCompiler, CompilerFailure, OutOfMemory])

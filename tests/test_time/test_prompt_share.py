@@ -103,6 +103,20 @@ def test_all_processes_together_match_a_single_process(params, make, together):
             assert_close(joined, values, SAME["model"])
 
 
+@pytest.mark.parametrize("make", [policy, expert])
+def test_a_process_may_have_no_prompt_to_judge(params, make):
+    alone = make(params, PromptShare())
+    whole = alone.batch(STATE, 1)
+
+    def draw(share, index):
+        source = make(params, share)
+        return source.batch(STATE, 1), source.metrics
+
+    for batch, metrics in in_processes(draw, together=True, count=len(PROMPTS) + 1):
+        np.testing.assert_array_equal(batch.tokens, whole.tokens)
+        assert metrics == pytest.approx(alone.metrics, rel=1e-5)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_every_prompt_belongs_to_one_process(count):
     for prompts in range(9):

@@ -6,8 +6,11 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import SMALLEST
 
+from rwkv7_jax.model.state import init_state
 from rwkv7_jax.test_time.completion_cache import CompletionCache
+from rwkv7_jax.test_time.distillation import TraceBatches
 from rwkv7_jax.test_time.rewards import advantages, evaluate_rewards
 from rwkv7_jax.test_time.traces import (
     TokenBudget,
@@ -74,6 +77,10 @@ def test_an_incomplete_last_line_is_dropped_with_a_warning(tmp_path):
         (
             '{"prompt": [1], "completion": [1], "weight": true}',
             "`weight` must be a number; got bool",
+        ),
+        (
+            '{"prompt": [1], "completion": [1], "weight": 1' + 400 * "0" + "}",
+            "`weight` must be finite and at least 0; got inf",
         ),
         (
             '{"prompt": [1], "completion": [1], "source": 3}',
@@ -166,6 +173,17 @@ def test_the_mask_is_the_weight_at_completion_targets():
     assert gradient_tokens(one_row) == 4
 
 
+def test_targets_with_a_share_of_the_loss_count_like_those_of_the_mask():
+    batch = completion_rows([(1, 2), (5,)], [(3, 4, 0), (6,)], length=5)
+    # A share may be negative, such as one of a reward below the mean.
+    shares = batch["mask"] * np.float32([[-0.25], [0.5]])
+    assert gradient_tokens(batch.replace(mask=None, weights=shares)) == 4 + 1
+    # As in a loss, weights take the place of the mask.
+    assert gradient_tokens(batch.replace(weights=shares * np.float32([[1], [0]]))) == 4
+    with pytest.raises(ValueError, match="must hold 'mask' or 'weights'; it has token"):
+        gradient_tokens(batch.replace(mask=None))
+
+
 def test_epochs_have_each_trace_once_and_batches_depend_only_on_the_step():
     sizes = {"batch_size": 2, "length": 4, "seed": 3}
     rows = [
@@ -175,6 +193,15 @@ def test_epochs_have_each_trace_once_and_batches_depend_only_on_the_step():
     assert epochs[0] == epochs[1] and len(set(epochs[0])) == 3
     again = trace_batch(TRACES, 1, **sizes)["tokens"]
     np.testing.assert_array_equal(again, np.stack(rows[2:4]))
+
+
+def test_traces_without_weight_make_no_batch():
+    silent = [dataclasses.replace(trace, weight=0.0) for trace in TRACES[:2]]
+    source = TraceBatches([*silent, TRACES[2]], batch_size=1)
+    state = init_state(SMALLEST)
+    made = [source.batch(state, step) for step in range(3)]
+    (batch,) = [batch for batch in made if batch is not None]
+    assert batch.tokens[0, :5].tolist() == [7, 8, 9, 1, 0]
 
 
 def test_traces_longer_than_a_row_are_named():
@@ -205,8 +232,27 @@ def test_advantages_are_normalized_and_zero_in_uniform_groups():
     np.testing.assert_allclose(found[0, 1], 0.6 / (np.sqrt(0.24) + 1e-4))
 
 
+def test_small_differences_between_large_rewards_count(unchecked):
+    rewards = [[1e8, 1e8 + 1], [1e8, 1e8]]
+    for given in (rewards, np.array(rewards), [tuple(row) for row in rewards]):
+        found = advantages(given)
+        np.testing.assert_allclose(found, [[-1, 1], [0, 0]], atol=1e-3)
+
+
+@pytest.mark.parametrize("completions", ["5", "null", "[]", "{}", '"ab"', '{"a": [1]}'])
+def test_an_entry_without_completions_is_named(tmp_path, completions):
+    path = tmp_path / "cache.jsonl"
+    path.write_text(f'{{"key": "a", "prompt": [1], "completions": {completions}}}\n')
+    sentence = (
+        r"cache\.jsonl:1: `completions` must be a list of at least one completion"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        CompletionCache(path)
+
+
 @pytest.mark.parametrize(
-    "value", [1, True, 0.5, np.float32(2), np.bool_(True), np.array(3.0)]
+    "value",
+    [1, True, 0.5, 10**300, np.float32(2), np.uint8(2), np.bool_(True), np.array(3.0)],
 )
 def test_any_number_type_is_a_valid_reward(value):
     assert evaluate_rewards(lambda p, c: value, [(1,)], [(2,)], name="f: `reward`") == [
@@ -225,6 +271,9 @@ def test_device_arrays_are_valid_rewards():
     [
         (float("nan"), "must be finite; got nan"),
         (float("inf"), "must be finite; got inf"),
+        (10**400, "must be finite; got inf"),
+        (-(10**400), "must be finite; got -inf"),
+        (np.complex64(1), "must be a number; got complex64"),
         (None, "must be a number; got NoneType"),
         ("1", "must be a number; got str"),
         (np.zeros(2), "must be a number; got ndarray"),

@@ -1,5 +1,7 @@
 """Test-time tuning: rollouts in groups, and rewards that rise."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -133,6 +135,9 @@ def test_a_policy_batch_has_the_advantages_of_its_rewards(endless):
     )
     np.testing.assert_array_equal(made.batch["tokens"], endless.tokens)
     assert made.budget == endless.budget and not made.uniform
+    # Also of the rows that one of several processes has.
+    own = make_policy_batch(dataclasses.replace(endless, first=1), reward, group=GROUP)
+    jax.tree.map(np.testing.assert_array_equal, own.batch, made.batch)
 
 
 DRAWS = {"tokens": 4, "group": GROUP, "stop_ids": ()}

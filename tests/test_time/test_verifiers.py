@@ -36,7 +36,12 @@ from rwkv7_jax.text.tokenizer import Tokenizer
         ("last_number", "it costs 1,234,567.50.", "1234567.5"),
         ("last_number", "in 2,3 or 4", "4"),
         ("last_number", "none", None),
-        ("last_number", "-0.0", "0"),
+        # All digits count, however many there are.
+        ("last_number", "=" + 30 * "1" + "2", 30 * "1" + "2"),
+        ("last_number", "=" + 30 * "1" + "3.50", 30 * "1" + "3.5"),
+        ("last_number", "007", "7"),
+        ("last_number", "-0.00", "0"),
+        ("last_number", "100", "100"),
         ("last_number", f"{10**40 + 1} or {10**40 + 2}", str(10**40 + 2)),
         ("letter", "The answer is (B).", "B"),
         ("letter", "B", "B"),
@@ -85,6 +90,12 @@ def test_a_vote_compares_normalized_answers(tmp_path):
     }
     assert answers == {"12"}
     assert questions.given_answer(tokenizer.encode("none")) is None
+
+
+def test_an_empty_completion_has_no_vote():
+    questions = QuestionSet("task:mapping", Tokenizer.bytes())
+    assert questions.given_answer([0]) is None
+    assert questions.given_answer([5, 0]) == (5,)
 
 
 def write_questions(path, answers):
@@ -201,6 +212,11 @@ def test_a_reward_that_cannot_be_imported_is_named(
     with pytest.raises(ValueError, match=sentence) as caught:
         find_verifier(f"{name or 'own_absent'}:reward")
     assert "\n" not in str(caught.value)
+
+
+def test_a_module_without_a_file_is_named_by_its_name():
+    with pytest.raises(ValueError, match=r"'reward' is no such name in `sys`\."):
+        find_verifier("sys:reward")
 
 
 def test_an_unknown_verifier_is_named(tmp_path):

@@ -241,8 +241,20 @@ def test_all_sets_are_one_program_which_compiles_once():
 def test_arguments_of_the_wrong_size_are_rejected_in_one_sentence():
     with pytest.raises(ValueError, match="`rates` must hold one number per set"):
         make_stacked_step(square, PLAIN, np.ones((2, 2)))
+    for wrong in (-0.1, np.nan, np.inf):
+        with pytest.raises(ValueError, match=r"`rates` must be at least 0.*; got"):
+            make_stacked_step(square, PLAIN, np.array([0.1, wrong]))
     step = make_stacked_step(square, PLAIN, RATES)
     train = create_stack({"x": jnp.ones((SETS, 3))}, PLAIN)
     sentence = "the number of `rates` must divide the 6 rows of the batch's"
     with pytest.raises(ValueError, match=sentence):
         step(train, numbers(6))
+    pieces = make_stacked_step(square, PLAIN, RATES, accumulate=3)
+    sentence = (
+        "make_stacked_step: the number of `rates` x `accumulate` must divide the 8"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        pieces(train, numbers(8))
+    sentence = "make_stacked_step: the batch's scale must have rows, which the number"
+    with pytest.raises(ValueError, match=sentence):
+        step(train, {**numbers(8), "scale": np.float32(2)})

@@ -66,6 +66,40 @@ def test_microbatches_give_the_gradient_of_the_batch(accumulate):
         assert_close(metrics[name], expected[name], SAME["micro-batches"], name)
 
 
+def test_many_microbatches_lose_nothing_in_parameters_of_16_bits():
+    rows = np.random.default_rng(0).uniform(0.5, 1.5, (256, 8)).astype(np.float32)
+    batch = {"tokens": rows, "mask": np.ones((256, 7), np.float32)}
+
+    def weighed(params, batch):
+        shares = jnp.sum(batch["weights"], axis=1)
+        return shares @ (batch["tokens"] @ params["x"].astype(jnp.float32))
+
+    for accumulate in (1, 256):
+        train = TrainState.create({"x": jnp.zeros(8, jnp.bfloat16)}, PLAIN)
+        train, _ = make_train_step(weighed, PLAIN, accumulate=accumulate)(train, batch)
+        assert train.params["x"].dtype == jnp.bfloat16
+        # A rounding to 8 bits, not one for each microbatch.
+        moved = -np.float32(train.params["x"])
+        np.testing.assert_allclose(moved, rows.mean(0), rtol=0.005)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_norm_of_gradients_of_16_bits_is_as_exact_as_of_float32(dtype):
+    # Squares above 65,504 overflow in float16; in bfloat16 sums have 8 bits.
+    slopes = [jnp.full(3, 300.0 + number, dtype) for number in range(30)]
+
+    def linear(params, batch):
+        products = jax.tree.map(jnp.vdot, params, slopes)
+        return sum(product.astype(jnp.float32) for product in products)
+
+    params = [jnp.zeros(3, dtype)] * 30
+    train = TrainState.create(params, optax.sgd(1e-3))
+    train, metrics = make_train_step(linear, optax.sgd(1e-3))(train, BATCH)
+    exact = np.linalg.norm(np.concatenate([np.float64(slope) for slope in slopes]))
+    assert metrics["grad_norm"].dtype == jnp.float32 and metrics["updated"] == 1
+    np.testing.assert_allclose(metrics["grad_norm"], exact, rtol=1e-5)
+
+
 def test_accumulation_must_divide_the_batch():
     sentence = "make_train_step: `accumulate` must divide the batch of 4 rows; got 3."
     with pytest.raises(ValueError) as caught:
@@ -303,6 +337,22 @@ def test_the_second_step_does_not_compile_and_large_arrays_are_arguments():
     tx = optax.adam(0.1)
     run = make_train_step(Partial(loss, jnp.ones(3)), tx)
     train = TrainState.create({"x": jnp.ones(3)}, tx)
+    for value in (1.0, 2.0, 3.0):
+        train, _ = run(train, small(value))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("number", [1.0, jnp.asarray(1.0)])
+def test_parameters_of_weak_types_do_not_compile_again(number):
+    traces = []
+
+    def loss(params, batch):
+        traces.append(1)
+        return square(params, batch)
+
+    tx = optax.adam(0.1)
+    run = make_train_step(loss, tx)
+    train = TrainState.create({"x": number}, tx)
     for value in (1.0, 2.0, 3.0):
         train, _ = run(train, small(value))
     assert len(traces) == 1

@@ -120,6 +120,9 @@ def test_a_decorrelated_optimizer_receives_statistics_through_the_factors():
             "`layer_rates` must be",
         ),
         ({"leaf_rates": {"wkv": "much"}}, TypeError, "`leaf_rates` must be a number"),
+        ({"leaf_rates": ["wkv"]}, TypeError, "`leaf_rates` must be a dict of factors"),
+        ({"layer_rates": 0.5}, TypeError, "`layer_rates` must be a list of factors"),
+        ({"layer_rates": "abc"}, TypeError, "`layer_rates` must be a list of factors"),
     ],
 )
 def test_bad_factors_are_rejected(unchecked, choices, error, message):

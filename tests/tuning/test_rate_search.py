@@ -71,6 +71,11 @@ def test_of_equal_gains_the_rate_that_forgets_least_is_chosen():
     assert choose_rate(2.0, losses, forgetting=forgetting).rate == 1.0
     equal = dict.fromkeys(forgetting, 1.0)
     assert choose_rate(2.0, losses, forgetting=equal).rate == 0.1
+    # A loss that is NaN is the worst one, whatever its place.
+    for rate in losses:
+        broken = forgetting | {rate: NAN}
+        expected = 0.3 if rate == 1.0 else 1.0
+        assert choose_rate(2.0, losses, forgetting=broken).rate == expected
     # Better on what must not be forgotten is no excuse for learning less.
     losses[1.0] = 1.1
     assert choose_rate(2.0, losses, forgetting=forgetting).rate == 0.3
@@ -134,6 +139,24 @@ def test_each_rate_is_tuned_like_a_run_at_that_rate():
         for _ in range(4):
             train, _ = step(train, next(source))
         assert math.isclose(measure(train.params), loss, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_search_with_too_few_batches_is_rejected(count):
+    few = [next(batches()) for _ in range(count)]
+    sentence = (
+        f"find_rate: `batches` must hold a batch for each of 4 steps; got {count}"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        find_rate(
+            square,
+            optax.sgd(1.0),
+            {"x": jnp.zeros(3)},
+            few,
+            lambda _: 0.0,
+            steps=4,
+            rates=(0.01, 0.4),
+        )
 
 
 def test_invalid_rates_are_rejected():

@@ -336,6 +336,15 @@ def test_targets_with_negative_weights_count_in_statistics():
     assert np.linalg.eigvalsh(np.asarray(signed)).min() > 0
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e-30, 1e6])
+def test_statistics_do_not_depend_on_the_scale_of_the_weights(scale):
+    psi = jax.random.normal(jax.random.key(0), (2, 5, 3, 4))
+    weights = jax.random.uniform(jax.random.key(1), (2, 5))
+    found = second_moment(psi, scale * weights)
+    np.testing.assert_allclose(found, second_moment(psi, weights), rtol=1e-5)
+    assert not np.any(second_moment(psi, 0 * weights))
+
+
 def test_tuning_an_absent_memory_is_rejected(shallow, batch):
     loss = state_loss(*shallow, leaves=("memory",))
     with pytest.raises(

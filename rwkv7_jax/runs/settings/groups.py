@@ -272,13 +272,13 @@ class Settings:
                 f"got {self.data.path!r}."
             )
         self._check_packing()
-        if self._rows % self.optimizer.accumulate:
+        if self.rows % self.optimizer.accumulate:
             source = "`config.data.batch_size`"
-            if self._draws_its_rows:
+            if self.draws_its_rows:
                 source = "`config.test_time.prompts` x `config.test_time.group`"
             raise ValueError(
                 f"{source} must be a multiple of `config.optimizer.accumulate`; "
-                f"got {self._rows} and {self.optimizer.accumulate}."
+                f"got {self.rows} and {self.optimizer.accumulate}."
             )
 
     def _fill_in_rates(self) -> None:
@@ -402,14 +402,14 @@ class Settings:
         return list(split_paths(self.state, "`config.state`"))
 
     @property
-    def _draws_its_rows(self) -> bool:
+    def draws_its_rows(self) -> bool:
         """Whether the model generates the rows of a step."""
         return self.mode == "test_time" and self.test_time.method in ("grpo", "expert")
 
     @property
-    def _rows(self) -> int:
+    def rows(self) -> int:
         """The rows of a step."""
-        if self._draws_its_rows:
+        if self.draws_its_rows:
             return self.test_time.prompts * self.test_time.group
         return self.data.batch_size
 
@@ -417,8 +417,8 @@ class Settings:
     def rows_per_step(self) -> int:
         """The rows that a step computes at once."""
         # Generated rows are one batch per step; other rows are cut into batches.
-        pieces = 1 if self._draws_its_rows else self.optimizer.accumulate
-        return self._rows // pieces
+        pieces = 1 if self.draws_its_rows else self.optimizer.accumulate
+        return self.rows // pieces
 
     @property
     def profile_window(self) -> tuple[int, int] | None:
