@@ -14,16 +14,20 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, platforms
 from pallas_kernels.tpu import token_step
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import is_traced
 from rwkv7_jax.model.block import Block, Norm
+from rwkv7_jax.model.casts import widened
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.layer_states import state_after
 from rwkv7_jax.model.rwkv7 import Embedding, Head
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.sharding import mesh_sizes
+
+# The vectors that the model reads in float32, by the last part of their names.
+_READ_WIDE = ("weight", "bias", "w0", "a0", "v0")
 
 # One entry per layer, without the axis L.
 LayerStates = tuple[RWKV7State, ...]
@@ -33,7 +37,8 @@ def split_params(params: Params) -> Params:
     """Gives each layer its own weights: "layer_1" and so on instead of "layers".
 
     On a single CPU device they are views of the stacked weights; elsewhere they are copies. All
-    other arrays are those of `params`.
+    other arrays are those of `params`, except that a TPU gets vectors in float32 that are read in
+    it: XLA would convert each of them at every token, which takes as long as a small product.
     """
     split = {name: node for name, node in params.items() if name != "layers"}
     if "layers" in params:
@@ -41,7 +46,15 @@ def split_params(params: Params) -> Params:
         take = _view_layer if all(map(_is_on_host, leaves)) else _copy_layer
         for index in range(len(leaves[0])):
             split[f"layer_{index + 1}"] = take(params["layers"], index)
+    if platforms.target_platform() == "tpu":
+        return jax.tree_util.tree_map_with_path(_widen_vector, split)
     return split
+
+
+def _widen_vector(path: tuple, leaf: Array) -> Array:
+    """Converts the weight or bias of a norm, or the bias of a low-rank map, to float32."""
+    name = getattr(path[-1], "key", None)
+    return widened(leaf) if leaf.ndim == 1 and name in _READ_WIDE else leaf
 
 
 def _is_on_host(leaf: Any) -> bool:

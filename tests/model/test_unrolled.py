@@ -28,6 +28,7 @@ CONFIG = dataclasses.replace(tiny_models.SCANNED, gate_rank=101)
 # One layer of each kind: the first, which has no value residual, and one with it.
 TWO_LAYERS = dataclasses.replace(CONFIG, num_layers=2)
 TOKENS = np.array([3, 0, 28], np.int32)
+NORMS = ("ln1", "ln2", "att.ln_x")
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,29 @@ def test_states_are_tiled_only_for_the_kernel_of_a_tpu():
         assert not is_tiled(tiny_models.random_state(tiny_models.TINIEST))
         with kernels_of_all_platforms():
             assert not is_tiled(state)
+
+
+def test_a_tpu_gets_the_vectors_in_the_dtype_in_which_they_are_read(monkeypatch):
+    config = dataclasses.replace(TWO_LAYERS, dtype="bfloat16")
+    narrow = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), tiny_models.lively(config)
+    )
+    split = split_params(narrow)
+    monkeypatch.setattr(platforms, "target_platform", lambda: "tpu")
+    widened = split_params(narrow)
+    monkeypatch.undo()
+    names = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(widened):
+        if leaf.dtype == jnp.float32:
+            names.add(jax.tree_util.keystr(path[1:], simple=True, separator="."))
+        else:
+            assert leaf.dtype == jnp.bfloat16
+    of_norms = {f"{norm}.{part}" for norm in NORMS for part in ("weight", "bias")}
+    assert names == {"weight", "bias", "att.w0", "att.a0", "att.v0", *of_norms}
+    arguments = tiny_models.random_state(config), *rows(1)
+    assert_same_bits(
+        unrolled(config, split, *arguments), unrolled(config, widened, *arguments)
+    )
 
 
 def test_every_layer_runs_the_kernel_of_a_tpu(params):
