@@ -8,7 +8,8 @@ of its schedule. Both leave out how long the memory takes: compare them with the
 which it delivers weights and states once.
 
 "kernel" is the default. "scan" names that implementation, so XLA computes the recurrence on plain
-states. "one row" is the default with products of a single row left as they are.
+states. "one row" is the default without idle rows, and with products of a single row left as they
+are.
 """
 
 import argparse
@@ -33,6 +34,8 @@ from rwkv7_jax.plan import hlo
 from rwkv7_jax.plan.chips import find_target
 
 KERNEL = "wkv7_token_kernel"
+
+TILE = products.TPU_ROWS
 
 
 class Chip(NamedTuple):
@@ -105,7 +108,8 @@ def measure(form: str, batch: int, chip: str) -> dict[str, Any]:
     cycles = estimate_cycles(body)
     recurrence = sum(estimate_cycles([one]) for one in body if "/wkv7/" in one.op_name)
     if calls:
-        heads = calls * batch * CONFIG.num_heads
+        # Few rows are decoded next to idle ones.
+        heads = calls * max(batch, products.TPU_ROWS) * CONFIG.num_heads
         recurrence = kernel_cycles(chip, heads, CONFIG.head_size)
         cycles += recurrence
     memory = compiled.memory_analysis()
@@ -124,11 +128,10 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=CHIPS)
     parser.add_argument("--json", help="file to write")
     args = parser.parse_args()
-    padded = products._TPU_ROWS
     rows = {}
     for chip in args.chips:
         for form, batches in FORMS.items():
-            products._TPU_ROWS = 1 if form == "one row" else padded
+            products.TPU_ROWS = 1 if form == "one row" else TILE
             # Traces are kept, and do not depend on this number.
             jax.clear_caches()
             for batch in batches:

@@ -19,8 +19,9 @@ from pallas_kernels import platforms
 from rwkv7_jax.array_types import Lengths, Params, Tokens
 from rwkv7_jax.checks import check_not_intercepted, prefix_errors
 from rwkv7_jax.generation import sampling
+from rwkv7_jax.model import products
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.state import RWKV7State, restore_rows
+from rwkv7_jax.model.state import RWKV7State, restore_rows, select
 from rwkv7_jax.model.unrolled import join_states, read_token, split_params, split_state
 
 # Values of `DecodeState.status`.
@@ -89,6 +90,11 @@ class DecodeState(NamedTuple):
             occurrences=sampling.no_occurrences(*logits.shape),
             step=jnp.zeros(batch, jnp.int32),
         )
+
+    def select(self, rows: Int[np.ndarray, " S"]) -> "DecodeState":
+        """Selects rows."""
+        others = jax.tree.map(lambda x: x[rows], self._replace(state=None))
+        return others._replace(state=select(self.state, rows))
 
     def advance(
         self,
@@ -174,6 +180,11 @@ class Decoded(NamedTuple):
     lengths: Array
     scores: sampling.ModelScores | None = None
 
+    def select(self, rows: Int[np.ndarray, " S"]) -> "Decoded":
+        """Selects rows."""
+        others = jax.tree.map(lambda x: x[rows], self._replace(run=None))
+        return others._replace(run=self.run.select(rows))
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def prefill(
@@ -244,6 +255,19 @@ def decode(
         scored: whether this call computes the scores.
     """
     batch = run.logits.shape[0]
+    if platforms.target_platform() == "tpu" and batch < products.TPU_ROWS:
+        return _decode_next_to_copies(
+            model,
+            params,
+            run,
+            known=known,
+            keys=keys,
+            options=options,
+            limits=limits,
+            capacity=capacity,
+            alternatives=alternatives,
+            scored=scored,
+        )
 
     def unfinished(loop):
         done, index = loop
@@ -289,6 +313,39 @@ def decode(
     done, _ = jax.lax.while_loop(unfinished, one_token, (nothing, first))
     joined = done.run._replace(state=join_states(done.run.state))
     return done._replace(run=joined)
+
+
+def _decode_next_to_copies(
+    model: nn.Module,
+    params: Params,
+    run: DecodeState,
+    *,
+    known: KnownTokens,
+    keys: Array,
+    options: sampling.SamplingParams,
+    limits: Int[Array, " B"],
+    **others: Any,
+) -> Decoded:
+    """Works as `decode` for fewer rows than a tile of a TPU, which it fills with copies of them.
+
+    By the compiler, one row alone takes half as long again as eight. The copies are stopped and
+    read nothing.
+    """
+    batch = limits.shape[0]
+    rows = np.resize(np.arange(batch), products.TPU_ROWS)
+    is_own = np.arange(products.TPU_ROWS) < batch
+    run = run.select(rows)
+    decoded = decode(
+        model,
+        params,
+        run._replace(status=jnp.where(is_own, run.status, STOPPED)),
+        known=KnownTokens(known.tokens[rows], known.live[rows] & is_own),
+        keys=keys[rows],
+        options=sampling.select_options(options, rows),
+        limits=limits[rows],
+        **others,
+    )
+    return decoded.select(np.arange(batch))
 
 
 def _no_scores(

@@ -172,6 +172,17 @@ def options_by_row(rows: Sequence[SamplingParams]) -> SamplingParams:
     return rows[0]._replace(**numbers)
 
 
+def select_options(
+    options: SamplingParams, rows: Int[np.ndarray, " S"]
+) -> SamplingParams:
+    """Selects the rows of options, whose numbers may also be the same for all rows."""
+    numbers = {}
+    for name in _NUMBERS:
+        number = getattr(options, name)
+        numbers[name] = number[rows] if number.ndim else number
+    return options._replace(**numbers)
+
+
 def _mask(ids: Ids, vocab_size: int, argument: str) -> np.ndarray:
     """Returns a mask over the vocabulary that is True at the ids."""
     mask = np.zeros(vocab_size, bool)

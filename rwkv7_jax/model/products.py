@@ -23,8 +23,8 @@ _MOST_ROWS = 64
 # two.
 _MOST_COLUMNS = 96
 
-# Rows to which a single row is padded for a TPU: those of a tile.
-_TPU_ROWS = 8
+# Rows of a TPU's tile. XLA's programs for fewer take more time.
+TPU_ROWS = 8
 
 
 def linear(
@@ -117,7 +117,7 @@ def _multiply_rows(
     if not is_single or platforms.target_platform() != "tpu":
         return multiply(x)
     others = [(0, 0)] * (x.ndim - 1)
-    return multiply(jnp.pad(x, [(0, _TPU_ROWS - 1), *others]))[:1]
+    return multiply(jnp.pad(x, [(0, TPU_ROWS - 1), *others]))[:1]
 
 
 def _rows(x: Array) -> int:

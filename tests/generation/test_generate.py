@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_checkpoints import random_params
+from tolerances import SAME, assert_trees_close
 from upscaled_states import empty_state
 
 from pallas_kernels import platforms
@@ -18,6 +19,7 @@ from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state, repeat, select
+from rwkv7_jax.model.unrolled import split_params
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 CONFIG = RWKV7Config(
@@ -464,3 +466,28 @@ def test_decoding_on_a_tpu_runs_the_kernel_unless_another_is_named(
         text = traced.lower(lowering_platforms=("tpu",)).as_text()
     # The loop has one body for known and sampled tokens.
     assert text.count("wkv7_token_kernel") == calls
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_tpu_decodes_few_rows_next_to_idle_ones(params, monkeypatch, batch):
+    tokens = jax.random.normal(jax.random.key(1), (batch, CONFIG.vocab_size))
+    start = repeat(init_state(CONFIG), batch)
+    options = [sampling.make_options(257, temperature=t) for t in (0.7, 0.0, 1.0)]
+    arguments = {
+        "known": decoding.KnownTokens(
+            np.array([3, 4, 5], np.int32)[:batch], np.array([True, False, True])[:batch]
+        ),
+        "keys": jax.random.split(jax.random.key(0), batch),
+        "options": sampling.options_by_row(options[:batch]),
+        "limits": jnp.array([6, 3, 8])[:batch],
+        "capacity": 8,
+        "alternatives": 2,
+        "scored": jnp.array(True),
+    }
+    layers = split_params(params)
+    run = decoding.DecodeState.create(start, tokens)
+    expected = decoding.decode(MODEL, layers, run, **arguments)
+    monkeypatch.setattr(platforms, "target_platform", lambda: "tpu")
+    # Without the program that is kept for the other platform.
+    found = decoding.decode.__wrapped__(MODEL, layers, run, **arguments)
+    assert_trees_close(found, expected, SAME["model"])
