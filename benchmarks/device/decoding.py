@@ -10,7 +10,7 @@ from benchmarks import decode
 from benchmarks.device.sizes import Job, Jobs, Sizes
 from benchmarks.device.training import model_of, random_weights
 from pallas_kernels import bench
-from rwkv7_jax.generation.decode_loop import prefill
+from rwkv7_jax.generation.prefill import prefill
 
 
 def generated(sizes: Sizes) -> Jobs:

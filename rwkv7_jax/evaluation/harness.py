@@ -22,8 +22,8 @@ from rwkv7_jax.checks import (
     check_tokenizer,
     prefix_errors,
 )
-from rwkv7_jax.generation.decode_loop import chunk_widths, cut_chunk, prefill_rows
 from rwkv7_jax.generation.generate import commit_like, generate
+from rwkv7_jax.generation.prefill import chunk_widths, cut_chunk, prefill_rows
 from rwkv7_jax.generation.sampling import fold_keys
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat, select

@@ -1,12 +1,12 @@
-"""Compiled programs that prefill and decode on the device, and the state they carry.
+"""The compiled program that decodes on the device, and the state that it carries.
 
-The model is a static argument, any module with the methods of RWKV-7; the weights are traced.
-Programs are specialised only on the batch size and a width. Limits, temperatures and masks are
+The model is a static argument, any module with the methods of RWKV-7; the weights are traced. The
+program is specialised only on the batch size and a width. Limits, temperatures and masks are
 traced.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,13 +16,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import platforms
-from rwkv7_jax.array_types import Lengths, Params, Tokens
+from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import check_not_intercepted, prefix_errors
 from rwkv7_jax.generation import sampling
+from rwkv7_jax.generation.prefill import NARROWEST, power_of_two, prefill_rows
 from rwkv7_jax.model import products
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import RWKV7State, restore_rows, select
 from rwkv7_jax.model.unrolled import join_states, read_token, split_params, split_state
+from rwkv7_jax.sharding import mesh_sizes
 
 # Values of `DecodeState.status`.
 RUNNING = 0
@@ -31,17 +33,6 @@ BROKEN = 2
 
 # Marks rows without a stop id in `DecodeState.stop_tokens`; an array cannot hold None.
 NO_TOKEN = -1
-
-# Width of the narrowest prefill program; wider ones are powers of two.
-_NARROWEST = 16
-
-# Prompt tokens of a row that a CPU reads at once. Its time grows with the number of tokens.
-_CPU_CHUNK = 256
-
-# Prompt tokens, over all rows, that other devices read at once. With few tokens they mostly wait
-# for their next kernel: an H100 reads 128 tokens of the 0.4B model in 4 ms and 16,384 in 52 ms
-# (docs/kernels.md).
-_TOKENS_AT_ONCE = 4096
 
 # Width of the narrowest buffer of generated tokens.
 _SMALLEST_BLOCK = 8
@@ -90,11 +81,6 @@ class DecodeState(NamedTuple):
             occurrences=sampling.no_occurrences(*logits.shape),
             step=jnp.zeros(batch, jnp.int32),
         )
-
-    def select(self, rows: Int[np.ndarray, " S"]) -> "DecodeState":
-        """Selects rows."""
-        others = jax.tree.map(lambda x: x[rows], self._replace(state=None))
-        return others._replace(state=select(self.state, rows))
 
     def advance(
         self,
@@ -180,45 +166,6 @@ class Decoded(NamedTuple):
     lengths: Array
     scores: sampling.ModelScores | None = None
 
-    def select(self, rows: Int[np.ndarray, " S"]) -> "Decoded":
-        """Selects rows."""
-        others = jax.tree.map(lambda x: x[rows], self._replace(run=None))
-        return others._replace(run=self.run.select(rows))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def prefill(
-    model: nn.Module,
-    params: Params,
-    state: RWKV7State,
-    *,
-    tokens: Tokens,
-    lengths: Lengths | None = None,
-) -> RWKV7State:
-    """Reads the first `lengths` tokens of each row without computing logits.
-
-    Without lengths all tokens are read, which saves the mask.
-    """
-    outputs: Any = model.apply(
-        {"params": params}, tokens, state, lengths, method="hidden"
-    )
-    return outputs[1]
-
-
-def prefill_rows(
-    model: nn.Module,
-    params: Params,
-    state: RWKV7State,
-    rows: Sequence[Sequence[int]],
-    *,
-    chunk: int,
-) -> RWKV7State:
-    """Reads rows of any lengths, `chunk` tokens at a time; an empty row keeps its state."""
-    for first, width in chunk_widths(max(map(len, rows)), chunk):
-        tokens, lengths = cut_chunk(rows, first, width)
-        state = prefill(model, params, state, tokens=tokens, lengths=lengths)
-    return state
-
 
 @functools.partial(
     jax.jit, static_argnums=0, static_argnames=("capacity", "alternatives")
@@ -255,7 +202,9 @@ def decode(
         scored: whether this call computes the scores.
     """
     batch = run.logits.shape[0]
-    if platforms.target_platform() == "tpu" and batch < products.TPU_ROWS:
+    is_tpu = platforms.target_platform() == "tpu"
+    # On a mesh, XLA would move the copies between devices.
+    if is_tpu and batch < products.TPU_ROWS and not mesh_sizes():
         return _decode_next_to_copies(
             model,
             params,
@@ -315,6 +264,15 @@ def decode(
     return done._replace(run=joined)
 
 
+def _select_rows(tree: Any, rows: Int[np.ndarray, " S"]) -> Any:
+    """Selects rows of everything that a batch carries."""
+
+    def of_one(leaf):
+        return select(leaf, rows) if isinstance(leaf, RWKV7State) else leaf[rows]
+
+    return jax.tree.map(of_one, tree, is_leaf=lambda x: isinstance(x, RWKV7State))
+
+
 def _decode_next_to_copies(
     model: nn.Module,
     params: Params,
@@ -334,7 +292,7 @@ def _decode_next_to_copies(
     batch = limits.shape[0]
     rows = np.resize(np.arange(batch), products.TPU_ROWS)
     is_own = np.arange(products.TPU_ROWS) < batch
-    run = run.select(rows)
+    run = _select_rows(run, rows)
     decoded = decode(
         model,
         params,
@@ -345,7 +303,7 @@ def _decode_next_to_copies(
         limits=limits[rows],
         **others,
     )
-    return decoded.select(np.arange(batch))
+    return _select_rows(decoded, np.arange(batch))
 
 
 def _no_scores(
@@ -418,7 +376,7 @@ class Decoder:
         run: DecodeState,
         rows: Sequence[Sequence[int]],
         *,
-        chunk: int = _NARROWEST,
+        chunk: int = NARROWEST,
     ) -> DecodeState:
         """Reads known tokens, `chunk` at a time; an empty row keeps its state and logits.
 
@@ -467,34 +425,3 @@ class Decoder:
             # A power of two, so that only few widths are compiled.
             capacity=power_of_two(max(self.block, _SMALLEST_BLOCK)),
         )
-
-
-def default_chunk(batch: int) -> int:
-    """Returns how many prompt tokens of each of `batch` rows a program should read at once."""
-    if platforms.target_platform() == "cpu":
-        return _CPU_CHUNK
-    return max(_CPU_CHUNK, _TOKENS_AT_ONCE // power_of_two(batch))
-
-
-def chunk_widths(total: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Yields the start of each chunk of `total` tokens and the width of its program."""
-    for first in range(0, total, chunk):
-        yield first, min(chunk, max(_NARROWEST, power_of_two(total - first)))
-
-
-def cut_chunk(
-    rows: Sequence[Sequence[int]], first: int, width: int
-) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
-    """Returns the tokens from `first` on of each row, padded to `width`, and their number."""
-    tokens = np.zeros((len(rows), width), np.int32)
-    lengths = np.zeros(len(rows), np.int32)
-    for index, row in enumerate(rows):
-        part = row[first : first + width]
-        tokens[index, : len(part)] = part
-        lengths[index] = len(part)
-    return tokens, lengths
-
-
-def power_of_two(least: int) -> int:
-    """Returns the smallest power of two that is at least `least`."""
-    return 1 << max(least - 1, 0).bit_length()

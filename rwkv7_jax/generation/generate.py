@@ -26,7 +26,8 @@ from rwkv7_jax.checks import (
     typed_key,
 )
 from rwkv7_jax.generation import sampling
-from rwkv7_jax.generation.decode_loop import Decoder, DecodeState, default_chunk
+from rwkv7_jax.generation.decode_loop import Decoder, DecodeState
+from rwkv7_jax.generation.prefill import default_chunk
 from rwkv7_jax.generation.streaming import (
     WATCHED_BLOCK,
     Ending,

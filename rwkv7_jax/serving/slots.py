@@ -24,12 +24,10 @@ from rwkv7_jax.generation.decode_loop import (
     STOPPED,
     DecodeState,
     KnownTokens,
-    chunk_widths,
-    cut_chunk,
     decode,
-    prefill,
 )
 from rwkv7_jax.generation.generate import commit_like
+from rwkv7_jax.generation.prefill import chunk_widths, cut_chunk, prefill
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, select, stack
 from rwkv7_jax.model.unrolled import split_params

@@ -14,7 +14,7 @@ from random_checkpoints import random_params
 from rwkv7_jax.checkpoints import read_sidecar, read_tensors, save_model, save_state
 from rwkv7_jax.cli import chat as command
 from rwkv7_jax.cli.commands import main
-from rwkv7_jax.generation import decode_loop
+from rwkv7_jax.generation import decode_loop, prefill
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.text.chat_template import answer_opening
@@ -128,7 +128,7 @@ def test_each_turn_prefills_only_its_own_text_and_compiles_nothing_new(
 ):
     read = []
     generate_once = command.generate
-    programs = (decode_loop.prefill, decode_loop.decode)
+    programs = (prefill.prefill, decode_loop.decode)
     compiled = []
 
     def watched(model, params, ids, state, **choices):

@@ -14,7 +14,7 @@ from upscaled_states import empty_state
 
 from pallas_kernels import platforms
 from rwkv7_jax.generation import decode_loop as decoding
-from rwkv7_jax.generation import sampling
+from rwkv7_jax.generation import prefill, sampling
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -220,7 +220,7 @@ def test_a_prompt_may_be_read_in_chunks_of_any_size(params):
 )
 def test_accelerators_read_more_tokens_at_once(monkeypatch, platform, batch, chunk):
     monkeypatch.setattr(platforms, "target_platform", lambda: platform)
-    assert decoding.default_chunk(batch) == chunk
+    assert prefill.default_chunk(batch) == chunk
 
 
 def test_a_stop_id_ends_only_its_row_and_is_not_read(params):
@@ -357,7 +357,7 @@ def test_no_call_of_the_same_shapes_compiles_again(params):
         run(params, PROMPTS, key=jax.random.key(0), **choices)
 
     call()
-    programs = decoding.decode, decoding.prefill
+    programs = decoding.decode, prefill.prefill
     before = [program._cache_size() for program in programs]
     call(temperature=0, tokens=7, banned=[3], stop_ids=(1, 2), top_k=4)
     call(
@@ -404,7 +404,7 @@ def test_a_cpu_keeps_one_copy_of_the_weights(params):
 def test_weights_bound_to_a_device_compile_each_program_once(params):
     bound = jax.device_put(params, jax.devices()[1])
     watch = {"tokenizer": BYTES, "on_text": lambda piece, row: None, "temperature": 0}
-    programs = (decoding.prefill, decoding.decode)
+    programs = (prefill.prefill, decoding.decode)
     before = [program._cache_size() for program in programs]
     run(bound, list(range(1, 40)), tokens=12, prefill_chunk=16, **watch)
     after = [program._cache_size() for program in programs]

@@ -9,7 +9,7 @@ import pytest
 from engine_cases import MODEL, STATES, alone, answer, assert_same
 from tolerances import SAME, assert_trees_close
 
-from rwkv7_jax.generation.decode_loop import prefill_rows
+from rwkv7_jax.generation.prefill import prefill_rows
 from rwkv7_jax.serving.engine import Engine
 from rwkv7_jax.serving.requests import Request
 from rwkv7_jax.serving.slots import BLOCK

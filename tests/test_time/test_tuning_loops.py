@@ -11,6 +11,7 @@ from tiny_models import SMALLEST, lively, random_state
 
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.generation import decode_loop as decoding
+from rwkv7_jax.generation import prefill
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
@@ -105,7 +106,7 @@ def test_rows_match_the_rollouts_and_each_prompt_counts_once(params):
 
 
 def test_rollouts_depend_on_the_key_without_recompiling(params, endless):
-    programs = decoding.decode, decoding.prefill
+    programs = decoding.decode, prefill.prefill
     before = [program._cache_size() for program in programs]
     again, other = (draw(params, stop_ids=(), key=jax.random.key(k)) for k in (4, 5))
     assert again.completions == endless.completions != other.completions
