@@ -120,8 +120,9 @@ def test_a_signal_to_one_process_saves_one_step_and_ends_both(tmp_path):
 @pytest.mark.slow
 def test_an_error_of_process_0_ends_the_others_with_the_same_message(tmp_path):
     (tmp_path / "taken").write_text("")
-    for process in pair(tmp_path / "taken"):
-        assert "taken cannot be written" in last_line(finish(process, 5)[1])
+    # A file is in the place of the folder that should have the run's.
+    for process in pair(tmp_path / "taken" / "run"):
+        assert "taken/run cannot be written" in last_line(finish(process, 5)[1])
     for process in pair(tmp_path / "run", data__batch_size=5):
         assert "5 rows must be a multiple of the 2 devices" in last_line(
             finish(process, 2)[1]
