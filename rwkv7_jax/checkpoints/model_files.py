@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
@@ -77,6 +76,7 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.local_paths import check_target, local_path, require_unicode
+from rwkv7_jax.model.casts import promoted
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.int8_weights import (
     INT8,
@@ -288,7 +288,7 @@ def describe_model(path: str | Path) -> tuple[RWKV7Config, str]:
             return describe_orbax(path.absolute())
         tensors, config = _open_model(path)
         dtypes = [tensor.dtype for tensor in tensors.values() if tensor.shape]
-        return config, str(functools.reduce(jnp.promote_types, dtypes))
+        return config, str(promoted(*dtypes))
 
 
 def _describe_state(path: Path) -> str:

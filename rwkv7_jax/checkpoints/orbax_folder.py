@@ -43,6 +43,7 @@ from rwkv7_jax.checkpoints.param_tree import (
 )
 from rwkv7_jax.checks import first_line
 from rwkv7_jax.local_paths import require_unicode
+from rwkv7_jax.model.casts import promoted
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.sharding import TENSOR, abstract_shards, check_shared_heads
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -124,7 +125,7 @@ def describe_orbax(folder: Path) -> tuple[RWKV7Config, str]:
     with _handler() as handler:
         tree = _read_list(handler, folder / _ARRAYS, folder)
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree)]
-    return config, str(functools.reduce(jnp.promote_types, dtypes))
+    return config, str(promoted(*dtypes))
 
 
 def _handler() -> contextlib.AbstractContextManager[Any]:

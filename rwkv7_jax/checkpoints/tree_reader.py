@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -27,6 +26,7 @@ from rwkv7_jax.checkpoints.param_tree import (
     tree_path,
 )
 from rwkv7_jax.checkpoints.tensor_names import Index, Shape, Tensor, Tensors
+from rwkv7_jax.model.casts import promoted
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.sharding.layout import axes_of, spec
 
@@ -52,7 +52,7 @@ def _common_dtype(tensors: Tensors, names: list[str], dtype, path: str) -> np.dt
     """Returns the dtype of a stack of tensors; mixed dtypes are promoted without loss."""
     if dtype is None:
         dtypes = [tensors[name].dtype for name in names]
-        dtype = functools.reduce(jnp.promote_types, dtypes)
+        dtype = promoted(*dtypes)
         require_kept(dtype, names[0], path)
     return np.dtype(dtype)
 

@@ -1,5 +1,6 @@
 """Casts and broadcasts of operands."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 
 def wide_dtype(dtype: DTypeLike) -> np.dtype:
     """Returns the dtype of sums: float32, or float64 for float64 inputs, as in tests."""
-    return _promoted(dtype, jnp.float32)
+    return promoted(dtype, jnp.float32)
 
 
 def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -26,13 +27,13 @@ def at_least_int32(numbers: Any) -> Array:
     becomes 0.
     """
     numbers = jnp.asarray(numbers)
-    return numbers.astype(_promoted(numbers.dtype, jnp.int32))
+    return numbers.astype(promoted(numbers.dtype, jnp.int32))
 
 
-def _promoted(dtype: DTypeLike, other: DTypeLike) -> np.dtype:
-    """Returns the dtype that holds both, also where promotion is strict."""
+def promoted(*dtypes: DTypeLike) -> np.dtype:
+    """Returns the dtype that holds all of several, also where promotion is strict."""
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(dtype, other)
+        return np.dtype(functools.reduce(jnp.promote_types, dtypes))
 
 
 def per_channel(

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 from random_checkpoints import CONFIG, differing, random_params
 
-from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
+from rwkv7_jax.checkpoints.model_files import (
+    describe_model,
+    load_model,
+    model_hash,
+    save_model,
+)
 from rwkv7_jax.checkpoints.param_tree import official_tensors
 from rwkv7_jax.checkpoints.pth import read_pth_metadata, write_pth
 from rwkv7_jax.checkpoints.tensor_files import (
@@ -203,12 +208,17 @@ def test_trainer_wrappers_are_unwrapped(params, tmp_path, name):
     assert differing(params, load_model(tmp_path / "a.pth")[0]) == []
 
 
-def test_mixed_dtypes_are_promoted_only_within_a_stack(params, tmp_path):
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+def test_mixed_dtypes_are_promoted_only_within_a_stack(params, tmp_path, promotion):
     named = official(params)
     named["blocks.2.att.w0"] = named["blocks.2.att.w0"].astype(np.float32)
     named["head.weight"] = named["head.weight"].astype(np.float32)
     write_pth(tmp_path / "a.pth", named.items())
-    loaded, _ = load_model(tmp_path / "a.pth")
+    with jax.numpy_dtype_promotion(promotion):
+        loaded, _ = load_model(tmp_path / "a.pth")
+        save_model(tmp_path / "folder", loaded, CONFIG)
+        described = [describe_model(tmp_path / name) for name in ("a.pth", "folder")]
+    assert [dtype for _, dtype in described] == ["float32", "float32"]
     assert loaded["head"]["weight"].dtype == jnp.float32
     assert loaded["layers"]["att"]["w0"].dtype == jnp.float32
     assert loaded["layers"]["att"]["a0"].dtype == jnp.bfloat16
