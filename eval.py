@@ -62,7 +62,7 @@ from rwkv7_jax.runs.settings import Settings, read_settings
 from rwkv7_jax.runs.settings.readers import refuse_settings_without_effect
 from rwkv7_jax.runs.waiting import report_wait
 
-# What is written to `config.workdir`, besides the descriptions of tasks.
+# The output files in `config.workdir`, apart from the descriptions of tasks.
 _OUTPUTS = ("eval.json", "by_position.png", "questions.json", "tasks.json")
 
 # Eight windows of text, or eight contexts of tasks, are read at a time.

@@ -29,6 +29,7 @@ from benchmarks import record
 from benchmarks.decode_compiled import CONFIG, describe_arguments, trace_loop
 from benchmarks.tpu_layout import estimate_cycles
 from pallas_kernels.compile_checks.__main__ import table_cases
+from pallas_kernels.compile_checks.tpu import require_libtpu
 from rwkv7_jax.model import products
 from rwkv7_jax.plan import hlo
 from rwkv7_jax.plan.chips import find_target
@@ -128,6 +129,10 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=CHIPS)
     parser.add_argument("--json", help="file to write")
     args = parser.parse_args()
+    try:
+        require_libtpu()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"decode_tpu: {error}") from None
     rows = {}
     for chip in args.chips:
         for form, batches in FORMS.items():

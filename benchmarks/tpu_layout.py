@@ -26,6 +26,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 import rwkv7_jax as rwkv
 from benchmarks import record
+from pallas_kernels.compile_checks.tpu import require_libtpu
 from rwkv7_jax.model import remat
 from rwkv7_jax.plan import hlo
 from rwkv7_jax.plan.chips import find_target
@@ -116,6 +117,10 @@ def main() -> None:
         "--check", action="store_true", help="fail if a target is missed"
     )
     args = parser.parse_args()
+    try:
+        require_libtpu()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"tpu_layout: {error}") from None
     config = rwkv.RWKV7Config.preset(
         args.size,
         num_layers=3,

@@ -238,6 +238,16 @@ def _run_process(chip: str) -> str:
         raise RuntimeError(error[-2000:])
 
 
+def require_libtpu() -> None:
+    """Checks that libtpu is installed.
+
+    Raises:
+        ModuleNotFoundError: it is not.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError("libtpu is not installed: pip install 'jax[tpu]'")
+
+
 def rows() -> Iterator[dict]:
     """Yields one row for each chip, kernel and size.
 
@@ -249,8 +259,7 @@ def rows() -> Iterator[dict]:
         ModuleNotFoundError: libtpu is not installed.
         RuntimeError: a kernel does not compile.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError("libtpu is not installed: pip install 'jax[tpu]'")
+    require_libtpu()
     for chip in CHIPS:
         for line in _run_process(chip).splitlines():
             yield json.loads(line)

@@ -76,7 +76,7 @@ class DigestedFile:
             del self._block[:DIGEST_BLOCK]
 
     def flush(self) -> None:
-        """Writes what is buffered."""
+        """Flushes the buffer to the file."""
         with name_in_errors(self._path):
             self._file.flush()
 

@@ -113,8 +113,8 @@ def write_cache(
 ) -> tuple[CacheMetadata, ReadStats]:
     """Writes all documents of the sources to a cache; memory use does not depend on their size.
 
-    The cache knows only documents. A source with a single document holds out its end, but a cache
-    of several such sources holds out whole documents.
+    The cache stores documents, not the sources that they come from. Of a source with a single
+    document, the end is held out; of a cache of several such sources, some of the documents are.
 
     Args:
         sources: sources for `readers.documents`, read in order.
@@ -133,7 +133,7 @@ def write_cache(
         ValueError: there is nothing to read, a line is bad, the folder does not exist, or the path
             has another suffix.
     """
-    # The characters of a path are paths, too: "/" would read the whole disk.
+    # Otherwise each character would be read as a path, and "/" is the entire disk.
     if isinstance(sources, str | Path):
         raise TypeError(
             f"write_cache: `sources` must be a list of paths; got {type(sources).__name__}."

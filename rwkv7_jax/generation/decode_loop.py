@@ -286,8 +286,8 @@ def _decode_next_to_copies(
 ) -> Decoded:
     """Works as `decode` for fewer rows than a tile of a TPU, which it fills with copies of them.
 
-    By the compiler, one row alone takes half as long again as eight. The copies are stopped and
-    read nothing.
+    XLA's programs for fewer rows have more instructions (`benchmarks.decode_tpu`). The copies are
+    stopped and read nothing.
     """
     batch = limits.shape[0]
     rows = np.resize(np.arange(batch), products.TPU_ROWS)

@@ -110,8 +110,8 @@ def _multiply_rows(
 ) -> Float[Array, "... O"]:
     """Multiplies x's rows by a weight; a TPU gets a tile of rows where x has a single one.
 
-    XLA for TPU computes a product with a single row on its vector units, which takes four times as
-    long as reading the weight, according to the compiler. With more rows it uses the matrix units.
+    XLA for TPU computes a product with a single row on its vector units, which takes longer than
+    reading the weight (`benchmarks.decode_tpu`). With more rows it uses the matrix units.
     """
     is_single = _is_step(x) and _rows(x) == 1
     if not is_single or platforms.target_platform() != "tpu":

@@ -38,7 +38,7 @@ def split_params(params: Params) -> Params:
 
     On a single CPU device they are views of the stacked weights; elsewhere they are copies. All
     other arrays are those of `params`, except that a TPU gets vectors in float32 that are read in
-    it: XLA would convert each of them at every token, which takes as long as a small product.
+    it: XLA would convert each of them at every token.
     """
     split = {name: node for name, node in params.items() if name != "layers"}
     if "layers" in params:

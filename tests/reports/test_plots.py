@@ -13,7 +13,7 @@ def test_the_front_is_the_pareto_front():
 
 
 def test_points_are_drawn_with_and_without_a_front(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     groups = {"one": [(256.0, 0.1, "small")], "two": [(4096.0, 0.9, "large")]}
     for name, with_front in (("a.png", False), ("b.png", True)):
         plots.scatter(tmp_path / name, groups, x="bytes", y="share", front=with_front)
@@ -22,20 +22,20 @@ def test_points_are_drawn_with_and_without_a_front(tmp_path):
 
 @pytest.mark.parametrize("name", ["a", "a.png", "a.PNG", "a.svg", ".hidden"])
 def test_a_format_that_can_be_drawn_is_accepted(name):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     plots.check_format(name, "`--picture`")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.pn", "a.png.gz"])
 def test_a_format_that_cannot_be_drawn_is_rejected(name):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     with pytest.raises(ValueError, match=rf"`--picture` must end in .*\.png, .*{name}"):
         plots.check_format(name, "`--picture`")
 
 
 @pytest.mark.parametrize("count", [1, 10, 23])
 def test_every_line_and_every_group_is_drawn(tmp_path, monkeypatch, count):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     figures = []
     monkeypatch.setattr(plots, "_save", lambda figure, *_, **__: figures.append(figure))
     lines = {
